@@ -1,0 +1,59 @@
+# The environment is .venv, made from requirements.lock. `make help` lists the targets.
+PYTHON ?= python3
+ARGS ?=
+
+# "VERSION PATH" of $(1), or of one of that name that pyenv holds; empty where none is Python 3.11 or 3.12.
+find_python = $(shell for python in $(1) "$$(pyenv root 2>/dev/null)"/versions/*/bin/$(notdir $(1)); do \
+	"$$python" -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(1); print("%d.%d" % v, sys.executable)' \
+	2>/dev/null && break; done)
+FOUND := $(call find_python,$(PYTHON))
+VERSION := $(word 1,$(FOUND))
+# Another Python than the machine's own gets an environment of its own, so that the two can be used in turn.
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),$(if $(filter $(VERSION),$(firstword $(call find_python,python3))),,-$(VERSION)))
+RUN := $(VENV)/bin/python -m
+INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --progress-bar off --no-compile -c requirements.lock
+PINNED_BY := requirements.lock pyproject.toml setup.py
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint bench lock clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+
+demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, print the table
+	$(RUN) experiments.train --config=configs/demo.py --workdir=runs/demo $(ARGS)
+
+test: $(VENV)/.installed-dev-$(VERSION)  ## set up and run all tests; ARGS='-k name' for some; PYTHON=python3.12 for another Python
+	$(RUN) pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev-$(VERSION)  ## ruff and mypy
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+bench: $(VENV)/.installed-$(VERSION)  ## slots a second of the step, the loader and the evaluation
+	$(RUN) experiments.bench $(ARGS)
+
+lock: $(VENV)/.created-$(VERSION)  ## write requirements.lock anew from pyproject.toml, with the newest versions
+	$(RUN) pip install --quiet --disable-pip-version-check uv
+	$(VENV)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --no-annotate \
+		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+	sed -i.old -e "s/ ; python_full_version < '3.13' and sys_platform == 'linux'$$//" \
+		-e "s/python_full_version < '3.13' and //; s/ and sys_platform == 'linux'$$//" requirements.lock && rm requirements.lock.old
+
+clean:  ## remove the environments and the tools' caches; runs/ stays
+	rm -rf .venv .venv-3.* .mypy_cache .pytest_cache .ruff_cache .hypothesis build moerec.egg-info
+
+$(VENV)/.created-$(VERSION):
+	@test -n "$(VERSION)" || { echo "make: $(PYTHON) is neither Python 3.11 nor 3.12; say make PYTHON=/path/to/python" >&2; exit 2; }
+	$(word 2,$(FOUND)) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed-$(VERSION): $(VENV)/.created-$(VERSION) $(PINNED_BY)
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev-$(VERSION): $(VENV)/.created-$(VERSION) $(PINNED_BY)
+	$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.installed-$(VERSION) $@

@@ -1,0 +1,28 @@
+"""Turns the tables of a configuration into a prepared folder: ArrayRecord shards of per-person sequences.
+
+    python -m experiments.prepare --config=configs/amazon3.py --out=prepared/amazon3 [--config.FIELD=value] [--json]
+
+Exit code 2 names the file, row and column of the first bad row; `--config.data.tables.on_bad_rows=quarantine` puts bad
+rows into quarantine.jsonl in the folder instead, and the counts by reason are printed.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from moerec import cli
+from moerec.data.prepare import describe, prepare
+from moerec.errors import InputError
+
+
+def main(config, flags) -> dict:
+    """Prepares the folder and prints the counts."""
+    out = flags.out or flags.workdir
+    if not out:
+        raise InputError("--out is missing: the folder to write")
+    report = prepare(config.data, Path(out))
+    print(describe(report))
+    return dataclasses.asdict(report)
+
+
+if __name__ == "__main__":
+    cli.run(main, extra_flags={"out": ("", "the prepared folder to write")}, workdir=False)

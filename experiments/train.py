@@ -1,0 +1,25 @@
+"""Trains a model and its baselines, and prints the table.
+
+    python -m experiments.train --config=configs/demo.py --workdir=runs/demo
+
+The same command again goes on where it was interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+from moerec import cli
+
+
+def main(config, flags):
+    from moerec.report import format_table
+    from moerec.run import run
+
+    metrics = run(config, Path(flags.workdir))
+    print(format_table(metrics))
+    print(f"report: {Path(flags.workdir) / 'report.html'}", flush=True)
+    return metrics
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,85 @@
+"""What the checks look at: a data set under its split, with everything that several checks need."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from moerec.config import SplitConfig
+from moerec.data.dataset import UNKNOWN_TIME, Dataset
+from moerec.data.splits import TEST, TRAIN, assign_roles, gather_histories, select_targets
+from moerec.errors import WorkError
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A data set with the roles of its events.
+
+    Attributes:
+      dataset: as training gets it (with its ties shuffled already where the split says so).
+      roles: `[events]`.
+      per_service: whether sequences are those of a person and service (rather than of a person).
+      targets: `[n]` rows of the test events.
+      histories: what a prediction of them may see.
+    """
+
+    dataset: Dataset
+    roles: np.ndarray
+    per_service: bool
+    targets: np.ndarray
+    histories: tuple[np.ndarray, np.ndarray]
+
+    @functools.cached_property
+    def train(self) -> np.ndarray:
+        """Rows of the training events."""
+        return np.flatnonzero(self.roles == TRAIN)
+
+    @functools.cached_property
+    def service(self) -> np.ndarray:
+        return self.dataset.event_service
+
+    @functools.cached_property
+    def person(self) -> np.ndarray:
+        return self.dataset.log.person
+
+    @functools.cached_property
+    def group(self) -> np.ndarray:
+        """`[events]` the sequence that each event belongs to: the person's, or the person's in the service."""
+        return self.person * self.dataset.catalogue.n_services + self.service if self.per_service else self.person
+
+    @functools.cached_property
+    def previous(self) -> np.ndarray:
+        """`[events]` row of the event before in the same group, or -1."""
+        order = np.argsort(self.group, kind="stable")
+        previous = np.full(len(order), -1)
+        same = self.group[order[1:]] == self.group[order[:-1]]
+        previous[order[1:][same]] = order[:-1][same]
+        return previous
+
+    @functools.cached_property
+    def tied(self) -> np.ndarray:
+        """`[events]` whether the event has the known time of the event before in its group."""
+        time, previous = self.dataset.log.time, self.previous
+        return (previous >= 0) & (time != UNKNOWN_TIME) & (time == time[previous])
+
+    def split_by_service(self, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """`(service, its rows)` for each service that has any."""
+        for code, name in enumerate(self.dataset.catalogue.services):
+            own = rows[self.service[rows] == code]
+            if len(own):
+                yield name, own
+
+
+def prepare_subject(dataset: Dataset, split: SplitConfig, seed: int) -> Subject:
+    """Splits the data set as training would.
+
+    Raises:
+      WorkError: the split leaves nothing to train on or nothing to test on.
+    """
+    roles = assign_roles(dataset, split, seed)
+    targets = select_targets(dataset, roles, TEST)
+    if not len(targets) or not np.any(roles == TRAIN):
+        raise WorkError("audit: the split leaves no test events or no training events")
+    per_service = split.kind == "leave_one_out" and split.per_service
+    return Subject(dataset, roles, per_service, targets, gather_histories(dataset, targets, per_service))

@@ -1,0 +1,118 @@
+"""Checkpoints of a run: the last and the best state, by orbax, written in the background.
+
+A state is saved as a flat dict of its leaves by path, so it can be restored onto another mesh, and read without our
+classes. Beside it goes a small JSON record: the position of the data stream, and what decides early stopping.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from moerec.errors import InputError
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a resumed run must know besides its state.
+
+    Attributes:
+      best: the best validation score so far, at `best_step`; `n_worse` evaluations have passed since.
+      wall_s, n_slots: training time and slots so far, over all interrupted runs.
+      stream: position of the data stream.
+    """
+
+    best: float = -1.0
+    best_step: int = 0
+    n_worse: int = 0
+    wall_s: float = 0.0
+    n_slots: float = 0.0
+    stream: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def flatten(tree) -> dict[str, jax.Array]:
+    """`{path: leaf}`."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _unflatten(like, leaves: dict[str, jax.Array]):
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    return jax.tree.unflatten(treedef, [leaves[jax.tree_util.keystr(path)] for path, _ in paths])
+
+
+class Checkpoints:
+    """`DIR/last/STEP` and `DIR/best/STEP`; a half-written one is never seen."""
+
+    def __init__(self, folder: Path):
+        folder = folder.resolve()
+        self._folder = folder
+        self._last, self._best = (
+            ocp.CheckpointManager(
+                folder / name,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                ),
+            )
+            for name, keep in (("last", 2), ("best", 1))
+        )
+
+    def save_last(self, step: int, state, progress: Progress) -> None:
+        self._save(self._last, step, state, progress)
+
+    def save_best(self, step: int, state, progress: Progress) -> None:
+        self._save(self._best, step, state, progress)
+
+    @staticmethod
+    def _save(manager: ocp.CheckpointManager, step: int, state, progress: Progress) -> None:
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(flatten(state)), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
+        )
+        manager.save(step, args=arguments, force=True)
+
+    def last_step(self) -> int | None:
+        return self._last.latest_step()
+
+    def best_step(self) -> int | None:
+        return self._best.latest_step()
+
+    def restore_last(self, like) -> tuple[Any, Progress]:
+        """The last state, placed as `like` (a tree of arrays or of `ShapeDtypeStruct` with shardings).
+
+        What a run saved as best after that point is forgotten: the resumed run finds it again, to the bit.
+        """
+        step = self._last.latest_step()
+        for later in [s for s in self._best.all_steps() if s > (step or 0)]:
+            self._best.delete(later)
+        return self._restore(self._last, like)
+
+    def restore_best(self, like) -> tuple[Any, Progress]:
+        return self._restore(self._best, like)
+
+    def _restore(self, manager: ocp.CheckpointManager, like) -> tuple[Any, Progress]:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(f"{self._folder}: holds no checkpoint")
+        abstract = flatten(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+        saved = manager.item_metadata(step)["state"]
+        shapes = {name: tuple(leaf.shape) for name, leaf in (saved or {}).items()}
+        for name, leaf in abstract.items():
+            if saved is not None and shapes.get(name) != tuple(leaf.shape):
+                raise InputError(
+                    f"{self._folder}: was written with another model: {name} is {shapes.get(name)}, not {leaf.shape}"
+                )
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
+        )
+        return _unflatten(like, restored["state"]), Progress(**restored["progress"])
+
+    def wait(self) -> None:
+        """Until everything asked for is on disk."""
+        self._last.wait_until_finished()
+        self._best.wait_until_finished()
+
+    def close(self) -> None:
+        self._last.close()
+        self._best.close()

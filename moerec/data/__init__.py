@@ -1,0 +1,1 @@
+"""Interaction data: schema, readers, the city world, splits and the packed pipeline."""

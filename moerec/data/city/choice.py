@@ -1,0 +1,95 @@
+"""The world's conditional probabilities, vectorised; the simulation and the oracle share them."""
+
+import numpy as np
+
+from moerec.data.city import names, timeline
+from moerec.data.city.world import BUDGET_WEIGHT, LOYALTY, RECENCY_S, VARIETY_WEIGHT, World
+
+_CONTEXT_COLUMN = {name: column for column, name in enumerate(timeline.CONTEXT)}
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis."""
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def need_logits(world: World, time: np.ndarray, context: np.ndarray) -> np.ndarray:
+    """`[events, N]` float32: the part of the needs' logits that comes from the request's time and context."""
+    codes = dict(zip(("daypart", "weekday", "season"), timeline.clock_of(time), strict=True))
+    codes |= {name: context[:, column] for name, column in _CONTEXT_COLUMN.items()}
+    effect = sum(table[codes[feature]] for feature, table in world.need_when.items())
+    return (world.need_base_N + world.config.kappa * effect).astype(np.float32)
+
+
+def recency(world: World, time: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """`[events]` float32 weight of the previous need: tau / (1 + gap / RECENCY_S), 0 at a person's first event."""
+    gap = np.diff(time, prepend=time[:1])
+    weight = world.config.tau / (1 + np.maximum(gap, 0) / RECENCY_S)
+    weight[offsets[:-1][np.diff(offsets) > 0]] = 0
+    return weight.astype(np.float32)
+
+
+def service_probabilities(world: World) -> np.ndarray:
+    """`[dayparts, N, Z]` float32: the service given the need and the part of the day."""
+    logits = world.service_fit_NZ[None] + world.config.kappa * world.service_when_DZ[:, None]
+    return softmax(logits).astype(np.float32)
+
+
+class ItemChoice:
+    """The choice of an item: weights that depend on need and type, times weights that depend on context and past.
+
+    `base[z]` is `[N, K, items of z]` float32; the past is `last_PZC`, the position (in its service) of the last item a
+    person bought in each service and category, -1 where there is none.
+    """
+
+    def __init__(self, world: World):
+        bounds = world.catalogue.offsets
+        self._world = world
+        self.ranges = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
+        taste_KI = _taste(world)
+        fit_NI = world.need_fit_NC[:, world.category_I]
+        self.base = []
+        for lo, hi in self.ranges:
+            utility = fit_NI[:, None, lo:hi] + taste_KI[None, :, lo:hi]
+            self.base.append(np.exp(utility - utility.max(axis=-1, keepdims=True)).astype(np.float32))
+        # a line is a brand within a category: loyalty and weather depend on an item through its line only
+        n_brands = len(names.BRANDS)
+        lines, self._line_I = np.unique(world.category_I * n_brands + world.brand_I, return_inverse=True)
+        self._category_of_line = lines // n_brands
+        kappa, habit = world.config.kappa, world.config.habit
+        self._weather_when, self._temperature_when = (
+            np.exp(kappa * world.category_when[f]).astype(np.float32) for f in ("weather", "temperature")
+        )
+        self._loyalty = np.float32(np.exp(habit * LOYALTY))
+        self._repeat_C = np.exp(habit * world.repeat_C).astype(np.float32)
+
+    def empty_past(self, n_people: int) -> np.ndarray:
+        """`[people, Z, C]` int32 of -1."""
+        return np.full((n_people, len(self.ranges), len(names.CATEGORIES)), -1, np.int32)
+
+    def remember(self, last_PZC: np.ndarray, service_P: np.ndarray, position_P: np.ndarray):
+        """Notes (in place) that each person bought the item at `position_P` of `service_P`."""
+        category = self._world.category_I[self._world.catalogue.offsets[service_P] + position_P]
+        last_PZC[np.arange(len(last_PZC)), service_P, category] = position_P
+
+    def weights(self, service: int, context: np.ndarray, last_PC: np.ndarray) -> np.ndarray:
+        """`[people, items of the service]` float32: the factor of context (`[people, 3]`) and past (`[people, C]`)."""
+        lo, hi = self.ranges[service]
+        when_PC = self._weather_when[context[:, 0]] * self._temperature_when[context[:, 1]]
+        line_PL = when_PC[:, self._category_of_line]
+        person, category = np.nonzero(last_PC >= 0)
+        position = last_PC[person, category]
+        line_PL[person, self._line_I[lo + position]] *= self._loyalty
+        weight_PI = np.take(line_PL, self._line_I[lo:hi], axis=1)
+        weight_PI[person, position] *= self._repeat_C[category]
+        return weight_PI
+
+
+def _taste(world: World) -> np.ndarray:
+    """`[K, I]` utility of the items to each type, popularity included."""
+    aspects = [c.aspect for c in names.CATEGORIES.values()]
+    value_KC = np.stack([world.aspect_K[aspect] for aspect in aspects], axis=1)
+    variety = VARIETY_WEIGHT * (value_KC[:, world.category_I] == world.variety_I[None])
+    budget = -BUDGET_WEIGHT * np.abs(world.aspect_K["budget"][:, None] - world.price_I[None])
+    return variety + budget + world.brand_taste_KR[:, world.brand_I] + world.popularity_I[None]

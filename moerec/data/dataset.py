@@ -1,0 +1,133 @@
+"""What every reader and generator makes and everything else consumes: a catalogue and an event log.
+
+The log is columnar (compressed sparse rows): the events of person `p` are rows `offsets[p]:offsets[p + 1]`, oldest
+first, equal times in their published order. Items are numbered so that each service owns one contiguous range.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from moerec.errors import InputError
+
+UNKNOWN_TIME = np.int64(np.iinfo(np.int64).min)
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """The items of all services: item `i` of service `z` has `offsets[z] <= i < offsets[z + 1]`.
+
+    Attributes:
+      services: names, in the order of the service codes.
+      offsets: `[Z + 1]` int64, the ranges of the services.
+      ids: `[I]` unicode, the item's id in the source (unique within a service).
+      text: `[I]` unicode, title or description; empty where there is none.
+      attributes: `[I]` unicode, attribute tokens separated by a space (`brand=acme category=tea`); may be empty.
+    """
+
+    services: tuple[str, ...]
+    offsets: np.ndarray
+    ids: np.ndarray
+    text: np.ndarray
+    attributes: np.ndarray
+
+    def __post_init__(self):
+        n = len(self.ids)
+        if len(self.offsets) != len(self.services) + 1 or self.offsets[0] != 0 or self.offsets[-1] != n:
+            raise InputError("catalogue: offsets do not cover the items of all services")
+        if len(self.text) != n or len(self.attributes) != n:
+            raise InputError("catalogue: text and attributes need one entry per item")
+
+    @property
+    def n_items(self) -> int:
+        return len(self.ids)
+
+    @property
+    def n_services(self) -> int:
+        return len(self.services)
+
+    @property
+    def service(self) -> np.ndarray:
+        """`[I]` int32, the service code of each item."""
+        return np.repeat(np.arange(self.n_services, dtype=np.int32), np.diff(self.offsets))
+
+
+@dataclasses.dataclass(frozen=True)
+class EventLog:
+    """Events of all people, columnar.
+
+    Attributes:
+      offsets: `[people + 1]` int64.
+      item: `[events]` int32, index into the catalogue.
+      action: `[events]` int16, index into `Dataset.actions`.
+      time: `[events]` int64, unix seconds, or `UNKNOWN_TIME`.
+      context: `[events, C]` int16, codes into `Dataset.context` values; 0 means missing.
+    """
+
+    offsets: np.ndarray
+    item: np.ndarray
+    action: np.ndarray
+    time: np.ndarray
+    context: np.ndarray
+
+    def __post_init__(self):
+        n = len(self.item)
+        if self.offsets[0] != 0 or self.offsets[-1] != n or np.any(np.diff(self.offsets) < 0):
+            raise InputError("event log: offsets must rise from 0 to the number of events")
+        if len(self.action) != n or len(self.time) != n or self.context.shape[0] != n or self.context.ndim != 2:
+            raise InputError("event log: every column needs one entry per event")
+
+    @property
+    def n_people(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def n_events(self) -> int:
+        return len(self.item)
+
+    @property
+    def person(self) -> np.ndarray:
+        """`[events]` int64, the person of each event."""
+        return np.repeat(np.arange(self.n_people), np.diff(self.offsets))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A catalogue, an event log and the names behind their codes.
+
+    Attributes:
+      people: `[people]` unicode, ids in the source.
+      actions: names of the action codes (at least one).
+      context: feature name -> its values; code `k >= 1` is value `k - 1`, code 0 is "missing".
+      profile: field name -> `[people]` unicode; the empty string is "missing".
+    """
+
+    catalogue: Catalogue
+    log: EventLog
+    people: np.ndarray
+    actions: tuple[str, ...] = ("event",)
+    context: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    profile: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def event_service(self) -> np.ndarray:
+        """`[events]` int32, the service of each event's item."""
+        return self.catalogue.service[self.log.item]
+
+
+def permute_items(dataset: Dataset, seed: int) -> Dataset:
+    """Renumbers the items at random within their service, so that no model can read anything from an id's value."""
+    catalogue = dataset.catalogue
+    rng = np.random.default_rng(seed)
+    order = np.concatenate(
+        [lo + rng.permutation(hi - lo) for lo, hi in zip(catalogue.offsets[:-1], catalogue.offsets[1:], strict=True)]
+    )
+    new_index = np.empty(len(order), np.int32)
+    new_index[order] = np.arange(len(order), dtype=np.int32)
+    return dataclasses.replace(
+        dataset,
+        catalogue=dataclasses.replace(
+            catalogue, ids=catalogue.ids[order], text=catalogue.text[order], attributes=catalogue.attributes[order]
+        ),
+        log=dataclasses.replace(dataset.log, item=new_index[dataset.log.item]),
+    )

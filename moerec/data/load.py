@@ -1,0 +1,93 @@
+"""From a config to the data of a run: generate, prepare or open it, permute the ids, assign the roles."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from moerec.config import DataConfig
+from moerec.data import city
+from moerec.data.dataset import Dataset, permute_items
+from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
+from moerec.data.prepare import prepare
+from moerec.data.shards import load_dataset, open_source, write_dataset
+from moerec.data.splits import TRAIN, assign_roles, shuffle_ties
+from moerec.data.tokenizer import TokenTable, tokenize
+from moerec.shapes import ItemTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The data of a run.
+
+    Attributes:
+      dataset: with permuted item numbers. roles: `[events]` int8. tokens: the items' texts.
+      world: the city world behind it, or None.
+      folder: the prepared folder that `dataset` was read from, or None.
+    """
+
+    dataset: Dataset
+    roles: np.ndarray
+    tokens: TokenTable
+    world: city.World | None
+    folder: Path | None
+
+    @property
+    def item_table(self) -> ItemTable:
+        catalogue = self.dataset.catalogue
+        count = np.bincount(self.dataset.log.item[self.roles == TRAIN], minlength=catalogue.n_items)
+        return ItemTable(catalogue.service, self.tokens.ids, count.astype(np.float32))
+
+
+def load_data(config: DataConfig, workdir: Path) -> Prepared:
+    """Loads or makes the data of a run; tables are prepared once, into `workdir/data`.
+
+    Raises:
+      InputError: whatever is wrong with the input, with its file, row and column.
+    """
+    dataset, world, folder = _open(config, workdir / "data")
+    dataset = permute_items(dataset, config.seed)
+    if config.split.shuffle_ties:
+        dataset = shuffle_ties(dataset, config.seed)
+    roles = assign_roles(dataset, config.split, config.seed)
+    return Prepared(dataset, roles, tokenize(dataset.catalogue, config.max_tokens, config.vocab_size), world, folder)
+
+
+def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, Path | None]:
+    if config.source == "city":
+        dataset, world = city.generate(config.city, config.seed)
+        if config.reader == "shards":
+            write_dataset(dataset, cache, config.n_shards)
+        return dataset, world, cache
+    folder = Path(config.prepared)
+    if config.source == "tables":
+        folder = cache
+        if not (folder / "meta.json").exists():
+            prepare(config, folder)
+    return load_dataset(folder), None, folder
+
+
+def make_reader(config: DataConfig, data: Prepared) -> EventReader:
+    """The training events, from memory or from the shards; both give the same stream."""
+    keep = data.roles == TRAIN
+    if config.reader == "memory" or data.folder is None:
+        return MemoryReader(data.dataset.log, keep)
+    source = open_source(data.folder)
+    return ShardReader(source, data.dataset.log.offsets, keep, _item_numbers(data))
+
+
+def _item_numbers(data: Prepared) -> np.ndarray:
+    """`[I]` int32, from the item numbers of the folder to the permuted ones of the data set."""
+    assert data.folder is not None
+    stored, used = load_catalogue_ids(data.folder), data.dataset.catalogue
+    numbers = np.empty(used.n_items, np.int32)
+    for lo, hi in zip(used.offsets[:-1], used.offsets[1:], strict=True):
+        numbers[lo + np.argsort(stored[lo:hi])] = lo + np.argsort(used.ids[lo:hi])
+    return numbers
+
+
+def load_catalogue_ids(folder: Path) -> np.ndarray:
+    """`[I]` unicode, the items' ids in the order of a prepared folder."""
+    import pyarrow.parquet as pq
+
+    return np.array(pq.read_table(folder / "items.parquet", columns=["id"])["id"].to_pylist(), dtype=str)

@@ -1,0 +1,167 @@
+"""The training stream: deterministic, shuffled, packed, sharded by process, with a position that can be saved.
+
+A grain `IterDataset` whose elements are whole batches, so that no Python code runs per person or per event. An epoch
+is a seeded permutation of the people's windows; the stream of epochs has no end, and its position is two integers.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from moerec.data.dataset import EventLog
+from moerec.data.packing import fill_batch, place_sequences
+from moerec.data.shards import PeopleSource, read_people
+from moerec.errors import InputError
+from moerec.shapes import Batch
+
+
+class EventReader(Protocol):
+    """Random access to the training events of people."""
+
+    lengths: np.ndarray  # [people], number of training events
+
+    def fetch(self, people: np.ndarray) -> tuple[EventLog, np.ndarray]:
+        """A log, and `[n]` the row in it at which each asked person's training events start."""
+        ...
+
+
+class MemoryReader:
+    """Training events held in memory."""
+
+    def __init__(self, log: EventLog, keep: np.ndarray):
+        """Args: the whole log, and `[events]` bool, which of them are trained on."""
+        kept_before = np.concatenate([[0], np.cumsum(keep)])
+        offsets = kept_before[log.offsets]
+        self._log = EventLog(offsets, log.item[keep], log.action[keep], log.time[keep], log.context[keep])
+        self.lengths = np.diff(offsets)
+
+    def fetch(self, people: np.ndarray) -> tuple[EventLog, np.ndarray]:
+        return self._log, self._log.offsets[people]
+
+
+class ShardReader:
+    """Training events read from ArrayRecord shards as they are needed; memory does not grow with the data."""
+
+    def __init__(self, source: PeopleSource, offsets: np.ndarray, keep: np.ndarray, item_numbers: np.ndarray):
+        """Args: the shards; `[people + 1]` offsets of all events; `[events]` bool, which of them are trained on;
+        `[I]` int32, the number that each of the shards' items has in the catalogue."""
+        self._source, self._offsets, self._keep, self._item_numbers = source, offsets, keep, item_numbers
+        kept_before = np.concatenate([[0], np.cumsum(keep)])
+        self.lengths = np.diff(kept_before[offsets])
+
+    def fetch(self, people: np.ndarray) -> tuple[EventLog, np.ndarray]:
+        rows, n_events = read_people(self._source, people)
+        first = np.repeat(self._offsets[people] - np.concatenate([[0], np.cumsum(n_events)[:-1]]), n_events)
+        rows = rows[self._keep[first + np.arange(len(rows))]]
+        start = np.concatenate([[0], np.cumsum(self.lengths[people])])
+        return EventLog(start, self._item_numbers[rows["item"]], rows["action"], rows["time"], rows["context"]), start[:-1]
+
+
+class Plan(NamedTuple):
+    """One epoch's windows, shuffled: person, first slot within the person's events, and number of slots."""
+
+    person: np.ndarray
+    first: np.ndarray
+    length: np.ndarray
+
+
+def plan_epoch(n_events_P: np.ndarray, people: np.ndarray, history_len: int, rng: np.random.Generator) -> Plan:
+    """Cuts each person's slots into windows of at most `history_len` and shuffles them.
+
+    A person with n events has n - 1 slots (an event and the one to predict). Those who do not fit into one window
+    start at a random offset, so that over epochs every slot is seen with different lengths of history.
+    """
+    slots = n_events_P[people] - 1
+    people, slots = people[slots > 0], slots[slots > 0]
+    head = np.where(slots > history_len, rng.integers(1, history_len + 1, len(slots)), slots)
+    n_windows = 1 + -(-(slots - head) // history_len)
+    owner = np.repeat(np.arange(len(people)), n_windows)
+    k = np.arange(len(owner)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
+    first = np.where(k == 0, 0, head[owner] + (k - 1) * history_len)
+    last = np.minimum(head[owner] + k * history_len, slots[owner])
+    order = rng.permutation(len(owner))
+    return Plan(people[owner][order], first[order], (last - first)[order])
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamOptions:
+    """Attributes: `n_rows` packed rows of this process's batch, each of `row_len` slots; most slots of a window;
+    the seed; and which of the processes this is."""
+
+    n_rows: int
+    row_len: int
+    history_len: int
+    seed: int
+    process_index: int = 0
+    process_count: int = 1
+
+
+class PackedStream(grain.IterDataset[Batch]):
+    """Endless packed batches of this process's people (every `process_count`-th one)."""
+
+    def __init__(self, reader: EventReader, options: StreamOptions):
+        super().__init__()
+        if not np.any(reader.lengths[options.process_index :: options.process_count] >= 2):
+            raise InputError("data: no person has two training events, so there is nothing to predict")
+        self.reader, self.options = reader, options
+
+    def __iter__(self) -> "PackedIterator":
+        return PackedIterator(self.reader, self.options)
+
+
+class PackedIterator(grain.DatasetIterator[Batch]):
+    """State: the epoch, and how many of its windows have been handed out."""
+
+    def __init__(self, reader: EventReader, options: StreamOptions):
+        super().__init__()
+        self._reader, self._options = reader, options
+        self._people = np.arange(options.process_index, len(reader.lengths), options.process_count)
+        self._epoch, self._window = 0, 0
+        self._plan = self._plan_epoch()
+
+    def _plan_epoch(self) -> Plan:
+        options = self._options
+        rng = np.random.default_rng((options.seed, self._epoch, options.process_index))
+        return plan_epoch(self._reader.lengths, self._people, options.history_len, rng)
+
+    def __next__(self) -> Batch:
+        options = self._options
+        row, parts = 0, []
+        while row < options.n_rows:
+            if self._window == len(self._plan.person):
+                self._epoch, self._window = self._epoch + 1, 0
+                self._plan = self._plan_epoch()
+            # No more windows than slots can be placed, so the rest of the epoch need not be looked at.
+            ahead = slice(self._window, self._window + (options.n_rows - row) * options.row_len)
+            plan = Plan(*(x[ahead] for x in self._plan))
+            placed = place_sequences(plan.length, options.n_rows - row, options.row_len)
+            taken = Plan(*(x[: placed.n] for x in plan))
+            parts.append((taken, placed.start + row * options.row_len, placed.segment))
+            row = int(parts[-1][1][-1]) // options.row_len + 1
+            self._window += placed.n
+        plan = Plan(*(np.concatenate(x) for x in zip(*(p[0] for p in parts), strict=True)))
+        return self._gather(plan, *(np.concatenate([p[k] for p in parts]) for k in (1, 2)))
+
+    def _gather(self, plan: Plan, start: np.ndarray, segment: np.ndarray) -> Batch:
+        log, first_row = self._reader.fetch(plan.person)
+        place = np.arange(plan.length.sum()) - np.repeat(np.cumsum(plan.length) - plan.length, plan.length)
+        source = np.repeat(first_row + plan.first, plan.length) + place
+        return fill_batch(
+            log,
+            slot=np.repeat(start, plan.length) + place,
+            source=source,
+            following=source + 1,
+            position=place,
+            segment=np.repeat(segment, plan.length),
+            weight=np.ones(len(source), np.float32),
+            shape=(self._options.n_rows, self._options.row_len),
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "window": self._window}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._epoch, self._window = state["epoch"], state["window"]
+        self._plan = self._plan_epoch()

@@ -1,0 +1,156 @@
+"""Which events are trained on, validated on and tested on, and what a prediction of each may see."""
+
+import datetime
+import itertools
+
+import numpy as np
+
+from moerec.config import SplitConfig
+from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog
+from moerec.errors import InputError
+
+TRAIN, VALID, TEST, UNUSED = 0, 1, 2, 3
+
+_MOST_CANDIDATES = 1 << 23  # rows expanded at once while histories are filtered
+
+
+def assign_roles(dataset: Dataset, split: SplitConfig, seed: int) -> np.ndarray:
+    """`[events]` int8: TRAIN, VALID, TEST, or UNUSED (seen as history only, never learnt from and never a target).
+
+    leave_one_out: the last event of each person (with `per_service` of each person and service) is TEST, the one
+    before it VALID, the rest TRAIN; groups of fewer than three events are TRAIN.
+    time: TRAIN before `valid_from`, VALID before `test_from`, then TEST. A person with an unknown time is UNUSED
+    altogether, since nothing shows on which side of the split their events lie.
+    person: `person_fraction` of the people with two events or more are held out for VALID and as many for TEST; their
+    last event has the role and the ones before it are UNUSED. Everybody else is TRAIN.
+
+    Raises:
+      InputError: a date that is no ISO date, or dates out of order.
+    """
+    if split.kind == "leave_one_out":
+        return _leave_one_out(dataset, split.per_service)
+    if split.kind == "time":
+        return _split_by_time(dataset.log, split)
+    return _split_by_person(dataset.log, split.person_fraction, seed)
+
+
+def _leave_one_out(dataset: Dataset, per_service: bool) -> np.ndarray:
+    log = dataset.log
+    group = log.person
+    if per_service:
+        group = group * dataset.catalogue.n_services + dataset.event_service
+    order = np.argsort(group, kind="stable")
+    _, start, size = np.unique(group[order], return_index=True, return_counts=True)
+    end = (start + size)[size >= 3]
+    roles = np.full(log.n_events, TRAIN, np.int8)
+    roles[order[end - 1]] = TEST
+    roles[order[end - 2]] = VALID
+    return roles
+
+
+def _split_by_time(log: EventLog, split: SplitConfig) -> np.ndarray:
+    valid_from, test_from = (parse_date(getattr(split, name), name) for name in ("valid_from", "test_from"))
+    if valid_from >= test_from:
+        raise InputError(f"config.data.split.test_from: {split.test_from} must be later than {split.valid_from}")
+    roles = np.searchsorted(np.array([valid_from, test_from]), log.time, side="right").astype(np.int8)
+    undated = np.zeros(log.n_people, bool)
+    undated[log.person[log.time == UNKNOWN_TIME]] = True
+    roles[undated[log.person]] = UNUSED
+    return roles
+
+
+def parse_date(text: str, field: str) -> int:
+    """Unix seconds of an ISO date or date-time, UTC unless it names a zone."""
+    try:
+        date = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise InputError(f"config.data.split.{field}: {text!r} is no ISO date") from None
+    return int((date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp())
+
+
+def _split_by_person(log: EventLog, fraction: float, seed: int) -> np.ndarray:
+    eligible = np.flatnonzero(np.diff(log.offsets) >= 2)
+    n = round(fraction * len(eligible))
+    if n == 0:
+        raise InputError(f"config.data.split.person_fraction: {fraction} of {len(eligible)} people is nobody")
+    chosen = np.random.default_rng(seed).permutation(eligible)[: 2 * n]
+    held_out = np.zeros(log.n_people, bool)
+    held_out[chosen] = True
+    roles = np.where(held_out[log.person], UNUSED, TRAIN).astype(np.int8)
+    roles[log.offsets[chosen[:n] + 1] - 1] = VALID
+    roles[log.offsets[chosen[n:] + 1] - 1] = TEST
+    return roles
+
+
+def shuffle_ties(dataset: Dataset, seed: int) -> Dataset:
+    """The same data set with each run of a person's events of one known time in random order."""
+    log = dataset.log
+    if not log.n_events:
+        return dataset
+    person = log.person
+    tied = (person[1:] == person[:-1]) & (log.time[1:] == log.time[:-1]) & (log.time[1:] != UNKNOWN_TIME)
+    run = np.concatenate([[0], np.cumsum(~tied)])
+    order = np.lexsort((np.random.default_rng(seed).random(log.n_events), run))
+    shuffled = EventLog(log.offsets, log.item[order], log.action[order], log.time[order], log.context[order])
+    return Dataset(dataset.catalogue, shuffled, dataset.people, dataset.actions, dataset.context, dataset.profile)
+
+
+def select_targets(dataset: Dataset, roles: np.ndarray, role: int) -> np.ndarray:
+    """`[n]` int64, the rows of the log that have the role, ascending."""
+    if len(roles) != dataset.log.n_events:
+        raise InputError(f"roles: {len(roles)} entries for {dataset.log.n_events} events")
+    return np.flatnonzero(roles == role)
+
+
+def gather_histories(
+    dataset: Dataset, targets: np.ndarray, per_service: bool, max_len: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a prediction of each target may see: `(offsets [n + 1], rows of the log)`, int64, oldest first.
+
+    That is every earlier row of the same person. With `per_service`, rows of other services count only when their
+    time is known and strictly before the target's: inside a tie the order of two services means nothing. The last
+    `max_len` rows are kept.
+    """
+    log = dataset.log
+    first = log.offsets[np.searchsorted(log.offsets, targets, side="right") - 1]
+    if max_len is not None and not per_service:
+        first = np.maximum(first, targets - max_len)
+    if not per_service:
+        return expand_ranges(first, targets)
+    service = dataset.event_service
+    lengths, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for chunk in _bounded_chunks(targets - first):
+        n_kept, kept = _visible_rows(log.time, service, first[chunk], targets[chunk], max_len)
+        lengths.append(n_kept)
+        rows.append(kept)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    return offsets.astype(np.int64), np.concatenate(rows)
+
+
+def expand_ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`(offsets [n + 1], values)`, the concatenation of `arange(start[i], stop[i])`; int64."""
+    offsets = np.concatenate([[0], np.cumsum(stop - start)]).astype(np.int64)
+    shift = np.repeat(start - offsets[:-1], stop - start)
+    return offsets, np.arange(offsets[-1], dtype=np.int64) + shift
+
+
+def _bounded_chunks(sizes: np.ndarray) -> list[slice]:
+    chunk = np.cumsum(sizes) // _MOST_CANDIDATES
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(chunk)) + 1, [len(sizes)]])
+    return [slice(lo, hi) for lo, hi in itertools.pairwise(edges) if hi > lo]
+
+
+def _visible_rows(
+    time: np.ndarray, service: np.ndarray, first: np.ndarray, targets: np.ndarray, max_len: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    _, row = expand_ranges(first, targets)
+    owner = np.repeat(np.arange(len(targets)), targets - first)
+    target = targets[owner]
+    visible = (service[row] == service[target]) | ((time[row] < time[target]) & (time[row] != UNKNOWN_TIME))
+    row, owner = row[visible], owner[visible]
+    n_kept = np.bincount(owner, minlength=len(targets))
+    if max_len is not None:
+        from_end = np.cumsum(n_kept)[owner] - np.arange(len(row))
+        row = row[from_end <= max_len]
+        n_kept = np.minimum(n_kept, max_len)
+    return n_kept, row

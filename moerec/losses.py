@@ -1,0 +1,152 @@
+"""Next-item losses over packed slots; every mean is taken over the weights of the global batch.
+
+All softmax losses are one function: the positive against a set of candidates with additive corrections. The full
+softmax takes the catalogue as candidates; the sampled softmax takes draws `j ~ q` with correction `-log(m q_j)`, which
+makes the sum over candidates an unbiased estimate of the full one (Bengio & Senécal 2008; Yi et al. 2019).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.config import LossConfig
+from moerec.nn.model import SequenceModel
+from moerec.shapes import Batch, ItemTable
+
+
+class Candidates(NamedTuple):
+    """Items against which a positive is normalised.
+
+    Attributes:
+      item_M: int32 catalogue indices.
+      correction_M: float32 added to their scores (0, or -log of the expected number of draws).
+    """
+
+    item_M: jax.Array
+    correction_M: jax.Array
+
+
+def sampling_cdf(count_I: np.ndarray, power: float) -> np.ndarray:
+    """Cumulative `q_I ~ (1 + count)^power` of the negatives, float32 `[I]`, last entry 1."""
+    q = (1.0 + np.asarray(count_I, np.float64)) ** power
+    return (np.cumsum(q) / q.sum()).astype(np.float32)
+
+
+def draw_candidates(key: jax.Array, cdf_I: jax.Array, n: int) -> Candidates:
+    """n draws with replacement from `cdf_I` and their log-Q corrections."""
+    item_M = jnp.searchsorted(cdf_I, jax.random.uniform(key, (n,)), side="right")
+    item_M = jnp.minimum(item_M, cdf_I.shape[0] - 1).astype(jnp.int32)
+    q_I = jnp.diff(cdf_I, prepend=0)
+    return Candidates(item_M, -jnp.log(n * q_I[item_M]))
+
+
+def all_candidates(n_items: int) -> Candidates:
+    return Candidates(jnp.arange(n_items, dtype=jnp.int32), jnp.zeros(n_items, jnp.float32))
+
+
+def _chunk_terms(h_CD, positive_C, target_C, scope_C, weight_C, vector_MD, offset_M, item_M, scope_M):
+    """Sum of the weighted losses of a chunk of slots, and its gradients, without keeping the logits."""
+    logits = h_CD @ vector_MD.T + offset_M
+    excluded = (item_M == target_C[:, None]) | (scope_M != scope_C[:, None])
+    logits = jnp.where(excluded, -jnp.inf, logits)
+    top = jnp.maximum(jnp.max(logits, axis=-1), positive_C)
+    exps = jnp.exp(logits - top[:, None])
+    positive_exp = jnp.exp(positive_C - top)
+    total = jnp.sum(exps, axis=-1) + positive_exp
+    loss = jnp.sum(weight_C * (top + jnp.log(total) - positive_C))
+    scaled = exps * (weight_C / total)[:, None]
+    d_positive = weight_C * (positive_exp / total - 1)
+    return loss, scaled @ vector_MD, d_positive, scaled.T @ h_CD, jnp.sum(scaled, axis=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(8,))
+def contrast(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, item_M, scope_M_weight_S, chunk):
+    """Sum over slots of `weight * -log(exp(positive) / (exp(positive) + sum over candidates of exp(score)))`.
+
+    The gradient is formed in the forward pass, chunk by chunk, so that the `[S, M]` logits never exist in memory; it
+    scales with the cotangent because the result is a scalar.
+
+    Args:
+      h_SD: states. positive_S: scores of the positives. vector_MD, offset_M: the candidates' vectors and what is
+        added to their scores. target_S, item_M: catalogue indices (a candidate that is the target is left out).
+      scope_S: a candidate counts only where its scope equals the slot's.
+      scope_M_weight_S: the pair of the candidates' scopes and the slots' weights.
+      chunk: slots whose logits are formed at once.
+    """
+    return _contrast_forward(
+        h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, item_M, scope_M_weight_S, chunk
+    )[0]
+
+
+def _contrast_forward(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, item_M, scope_M_weight_S, chunk):
+    scope_M, weight_S = scope_M_weight_S
+    s = h_SD.shape[0]
+    n_chunks = -(-s // chunk)
+
+    def split(x):
+        padding = [(0, n_chunks * chunk - s)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(n_chunks, chunk, *x.shape[1:])
+
+    def step(carry, xs):
+        loss, d_vector, d_offset = carry
+        term, d_h, d_positive, d_vector_c, d_offset_c = _chunk_terms(*xs, vector_MD, offset_M, item_M, scope_M)
+        return (loss + term, d_vector + d_vector_c, d_offset + d_offset_c), (d_h, d_positive)
+
+    zero = (jnp.zeros((), jnp.float32), jnp.zeros_like(vector_MD), jnp.zeros_like(offset_M))
+    xs = tuple(split(x) for x in (h_SD, positive_S, target_S, scope_S, weight_S))
+    (loss, d_vector, d_offset), (d_h, d_positive) = jax.lax.scan(step, zero, xs)
+    d_h, d_positive = d_h.reshape(-1, h_SD.shape[1])[:s], d_positive.reshape(-1)[:s]
+    # The pull of the positive's own vector is in `positive_S`, which the caller differentiates.
+    return loss, (d_h, d_positive, d_vector, d_offset)
+
+
+def _contrast_backward(chunk, residuals, g):
+    d_h, d_positive, d_vector, d_offset = residuals
+    return g * d_h, g * d_positive, g * d_vector, g * d_offset, None, None, None, None
+
+
+contrast.defvjp(_contrast_forward, _contrast_backward)
+
+
+def next_item_loss(
+    model: SequenceModel,
+    batch: Batch,
+    table: ItemTable,
+    candidates: Candidates,
+    config: LossConfig,
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the weighted losses over all slots of the batch, and the sum of the weights."""
+    h_SD = model.encode(batch, table, dropout_key).reshape(-1, model.config.d_model)
+    target_S, weight_S = batch.target_BT.reshape(-1), batch.weight_BT.reshape(-1)
+    positive_SD, positive_bias_S = model.item_vectors(target_S, table)
+    positive_S = jnp.sum(h_SD * positive_SD, axis=-1) + positive_bias_S
+    vector_MD, bias_M = model.item_vectors(candidates.item_M, table)
+    if config.kind == "one_negative":
+        return _one_negative(h_SD, positive_S, target_S, weight_S, vector_MD, bias_M, candidates.item_M)
+    by_service = config.scope == "service"
+    scope_S = table.service_I[target_S] if by_service else jnp.zeros_like(target_S)
+    scope_M = table.service_I[candidates.item_M] if by_service else jnp.zeros_like(candidates.item_M)
+    total = contrast(
+        h_SD,
+        positive_S,
+        vector_MD,
+        bias_M + candidates.correction_M,
+        target_S,
+        scope_S,
+        candidates.item_M,
+        (scope_M, weight_S),
+        min(config.chunk, h_SD.shape[0]),
+    )
+    return total, jnp.sum(weight_S)
+
+
+def _one_negative(h_SD, positive_S, target_S, weight_S, vector_SD, bias_S, item_S):
+    """Binary cross-entropy of the positive and of one drawn item a slot (Kang & McAuley 2018)."""
+    negative_S = jnp.sum(h_SD * vector_SD, axis=-1) + bias_S
+    hit_S = item_S == target_S
+    loss_S = jax.nn.softplus(-positive_S) + jnp.where(hit_S, 0, jax.nn.softplus(negative_S))
+    return jnp.sum(weight_S * loss_S), jnp.sum(weight_S)

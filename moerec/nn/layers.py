@@ -1,0 +1,74 @@
+"""Declarations of weights, and the small layers of the Qwen2 family."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Initializer = Callable[..., jax.Array]
+
+
+def declare(
+    key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer, decay: str = "matrix"
+) -> nnx.Param:
+    """One declaration gives a weight's shape, logical axes (`moerec.sharding`), initialiser and decay class.
+
+    Args:
+      decay: `matrix`, `embedding` or `none`; `moerec.optim` decides from it what weight decay touches.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {shape} and axes {axes} differ in length")
+    return nnx.Param(init(key, shape, jnp.float32), axes=axes, decay=decay)
+
+
+def fan_in(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Truncated normal with variance 1 / fan-in, for kernels `[in, ...]` used as `x @ kernel`."""
+    return jax.nn.initializers.lecun_normal(in_axis=0, out_axis=-1)(key, shape, dtype)
+
+
+def fan_in_heads(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """`fan_in` for kernels `[heads, width, out]`, whose first two axes are summed over."""
+    return jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=-1)(key, shape, dtype)
+
+
+def normal(stddev: float) -> Initializer:
+    return jax.nn.initializers.normal(stddev)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32."""
+
+    def __init__(self, d: int, eps: float):
+        self.scale = declare(jax.random.key(0), (d,), (None,), jax.nn.initializers.ones, decay="none")
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """Gated feed-forward (Shazeer 2020): `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, key: jax.Array, d: int, f: int):
+        k_gate, k_up, k_down = jax.random.split(key, 3)
+        self.gate_DF = declare(k_gate, (d, f), ("embed", "mlp"), fan_in)
+        self.up_DF = declare(k_up, (d, f), ("embed", "mlp"), fan_in)
+        self.down_FD = declare(k_down, (f, d), ("mlp", "embed"), fan_in)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        dtype = x_BTD.dtype
+        gate = x_BTD @ self.gate_DF[...].astype(dtype)
+        up = x_BTD @ self.up_DF[...].astype(dtype)
+        return (jax.nn.silu(gate) * up) @ self.down_FD[...].astype(dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; without a key the identity. The rate is kept to 1 / 65,536: sixteen random bits per element."""
+    if key is None or rate == 0:
+        return x
+    threshold = round(rate * 65_536)
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= jnp.uint16(threshold)
+    return jnp.where(keep, x * jnp.asarray(65_536 / (65_536 - threshold), x.dtype), 0)

@@ -1,0 +1,171 @@
+"""The final table of a run: the model, the baselines and, on the city world, the ceiling, over the same targets."""
+
+import dataclasses
+import resource
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moerec.baselines import BASELINES as COUNT_BASELINES
+from moerec.baselines import rank_targets as rank_by_scores
+from moerec.baselines.ranking import Ranked, slice_histories
+from moerec.config import Config
+from moerec.data.load import Prepared
+from moerec.data.oracle import predict_targets
+from moerec.data.splits import TEST, TRAIN, select_targets
+from moerec.errors import InputError
+from moerec.evaluate import EvaluationSet, rank_targets
+from moerec.metrics import (
+    RankCounts,
+    bucket_coldness,
+    bucket_history_length,
+    build_table,
+    count_ranks,
+    per_target_metrics,
+    slice_table,
+)
+from moerec.significance import bootstrap_interval
+from moerec.train import Fitted, fit
+
+INTERVAL_METRICS = ("ndcg@10", "recall@10")
+
+
+def sasrec_config(config: Config, kind: str) -> Config:
+    """SASRec (Kang & McAuley 2018) as a configuration of the same trainer: item rows alone, and its objective.
+
+    Data, split, width, depth, dropout, optimiser and number of steps are the run's own, so the budget is equal.
+    """
+    off = {name: False for name in ("item_text", "service", "action", "event_time", "request_time", "request_context")}
+    return dataclasses.replace(
+        config,
+        name=f"{config.name}_{kind}",
+        model=dataclasses.replace(config.model, item_row=True, item_bias=False, **off),
+        loss=dataclasses.replace(
+            config.loss, kind="one_negative" if kind == "sasrec_one_negative" else "sampled_softmax", scope="union"
+        ),
+        baselines=(),
+    )
+
+
+class TestSet(NamedTuple):
+    """The targets of the table, and what every row of it needs of them."""
+
+    examples: EvaluationSet
+    person: np.ndarray
+
+    def table(self, ranked: Ranked) -> dict[str, Any]:
+        services = self.examples.dataset.catalogue.services
+        return build_table(ranked.in_service, ranked.union, self.examples.target_service, services)
+
+
+def make_test_set(config: Config, data: Prepared) -> TestSet:
+    targets = select_targets(data.dataset, data.roles, TEST)
+    if not len(targets):
+        raise InputError("data: the split leaves no test target")
+    if config.eval.n_test:
+        targets = np.sort(np.random.default_rng(config.data.seed).permutation(targets)[: config.eval.n_test])
+    return TestSet(EvaluationSet(data.dataset, targets, config), data.dataset.log.person[targets])
+
+
+def rank_ceiling(test: TestSet, data: Prepared, mask_seen: bool) -> Ranked:
+    """The exact Bayes posterior predictive of the city world, ranked like any model."""
+    assert data.world is not None
+    examples, n = test.examples, len(test.person)
+    counts = np.zeros((4, n), np.int64)
+    for positions, scores in predict_targets(data.world, data.dataset, examples.targets):
+        item, service = examples.target_item[positions], examples.target_service[positions]
+        low, high = data.dataset.catalogue.offsets[service], data.dataset.catalogue.offsets[service + 1]
+        seen = None
+        if mask_seen:
+            pieces = [slice_histories((examples.offsets, examples.rows), p, p + 1)[1] for p in positions]
+            edges = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
+            seen = (edges, data.dataset.log.item[np.concatenate(pieces)])
+        own = count_ranks(scores, item, seen, (low, high))
+        union = count_ranks(scores, item, seen)
+        counts[:, positions] = own.greater, own.equal, union.greater, union.equal
+    return Ranked(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3]))
+
+
+def _rank_baseline(name: str, config: Config, data: Prepared, test: TestSet, workdir: Path) -> Ranked:
+    if name in COUNT_BASELINES:
+        scorer = COUNT_BASELINES[name](data.dataset, data.roles)
+        histories = (test.examples.offsets, test.examples.rows)
+        return rank_by_scores(scorer, data.dataset, test.examples.targets, histories, config.eval.mask_seen)
+    own = sasrec_config(config, name)
+    fitted = fit(own, data, workdir / "baselines" / name)
+    return Ranked(*rank_targets(fitted.model, test.examples, fitted.table))
+
+
+def _intervals(config: Config, test: TestSet, ranked: Ranked) -> dict[str, Any]:
+    """95 % bootstrap intervals over people of the model's main metrics."""
+    services = test.examples.dataset.catalogue.services
+    values = {"in_service": per_target_metrics(ranked.in_service), "union": per_target_metrics(ranked.union)}
+    rows = {name: test.examples.target_service == code for code, name in enumerate(services)}
+    rows["all"] = np.ones(len(test.person), bool)
+    out: dict[str, Any] = {"in_service": {}, "union": {}}
+    for part, names in (("in_service", services), ("union", (*services, "all"))):
+        for name in names:
+            if rows[name].any():
+                chosen, person = rows[name], test.person[rows[name]]
+                out[part][name] = {
+                    metric: list(bootstrap_interval(values[part][metric][chosen], 0, person, config.eval.n_boot)[1:])
+                    for metric in INTERVAL_METRICS
+                }
+    return out
+
+
+def _slices(test: TestSet, data: Prepared, ranked: Ranked) -> dict[str, Any]:
+    count = np.bincount(data.dataset.log.item[data.roles == TRAIN], minlength=data.dataset.catalogue.n_items)
+    labels = {
+        "service": np.array(data.dataset.catalogue.services)[test.examples.target_service],
+        "history": bucket_history_length(test.examples.history_len),
+        "coldness": bucket_coldness(count[test.examples.target_item]),
+    }
+    return slice_table(per_target_metrics(ranked.union), labels)
+
+
+def gap_closed(metrics: dict[str, Any]) -> float:
+    """Share of the way from popularity to the ceiling in union NDCG@10."""
+    model, floor, ceiling = (
+        table["union"]["all"]["ndcg@10"]
+        for table in (metrics["test"], metrics["baselines"]["popularity"], metrics["ceiling"])
+    )
+    return (model - floor) / (ceiling - floor)
+
+
+def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) -> dict[str, Any]:
+    """Everything that `metrics.json` holds."""
+    test = make_test_set(config, data)
+    ranked = Ranked(*rank_targets(fitted.model, test.examples, fitted.table))
+    n_params = sum(leaf.size for leaf in jax.tree.leaves(fitted.model))
+    metrics: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "seed": config.seed,
+        "steps": fitted.steps,
+        "best_step": fitted.step,
+        "wall_s": fitted.wall_s,
+        "tokens_per_s": fitted.slots_per_s,
+        "n_params": n_params,
+        "n_active_params": n_params,
+        "dataset": {
+            "n_people": data.dataset.log.n_people,
+            "n_events": data.dataset.log.n_events,
+            "n_items": data.dataset.catalogue.n_items,
+            "services": list(data.dataset.catalogue.services),
+        },
+        "valid": {"step": fitted.step, **fitted.valid},
+        "test": test.table(ranked),
+        "intervals": _intervals(config, test, ranked),
+        "slices": _slices(test, data, ranked),
+        "baselines": {},
+    }
+    for name in config.baselines:
+        metrics["baselines"][name] = test.table(_rank_baseline(name, config, data, test, workdir))
+    if data.world is not None:
+        metrics["ceiling"] = test.table(rank_ceiling(test, data, config.eval.mask_seen))
+        if "popularity" in metrics["baselines"]:
+            metrics["gap_closed"] = gap_closed(metrics)
+    metrics["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return metrics

@@ -1,0 +1,56 @@
+"""The letter legend, and the containers that pass between the parts.
+
+B sequences (packed rows), T slots, S slots of a whole step, D model width, N query heads, K key/value heads, H head
+width, F feed-forward width, L layers, V text vocabulary, W text tokens of an item, I items, Z services, C context
+features, Q predictions asked for. Arrays carry them as a suffix: `x_BTD`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+NO_TIME = np.int32(np.iinfo(np.int32).min)  # a time that is not known
+EPOCH_2000 = 946_684_800  # device times are int32 seconds since 2000-01-01, which lasts from 1931 to 2068
+
+
+class Batch(NamedTuple):
+    """Packed slots. A slot is an event; `request_*` and `target_*` belong to the event after it.
+
+    Attributes:
+      item_BT: int32 index into the catalogue.
+      action_BT: int32.
+      time_BT: int32 seconds since 2000, or `NO_TIME`.
+      position_BT: int32 place within its own sequence, from 0.
+      segment_BT: int32 from 1 in each row; 0 is padding.
+      request_time_BT: int32 seconds since 2000, or `NO_TIME`.
+      request_context_BTC: int32 codes, 0 missing.
+      target_BT: int32 index of the next item (0 where the weight is 0).
+      weight_BT: float32 weight of the slot's loss; 0 for padding and for slots without a target.
+    """
+
+    item_BT: Array
+    action_BT: Array
+    time_BT: Array
+    position_BT: Array
+    segment_BT: Array
+    request_time_BT: Array
+    request_context_BTC: Array
+    target_BT: Array
+    weight_BT: Array
+
+
+class ItemTable(NamedTuple):
+    """What the model knows of the catalogue without learning it.
+
+    Attributes:
+      service_I: int32 service of each item.
+      token_IW: int32 text and attribute tokens, 0 is padding.
+      count_I: float32 number of training events of each item.
+    """
+
+    service_I: Array
+    token_IW: Array
+    count_I: Array

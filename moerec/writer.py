@@ -1,0 +1,183 @@
+"""What a run writes while it works: `metrics.jsonl`, TensorBoard events, the progress line, and JSON files."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moerec.errors import WorkError
+
+_PLAIN_EVERY_S = 15.0  # between two progress lines where standard error is no terminal
+_TTY_EVERY_S = 0.2
+
+
+def to_plain(value: Any, refuse_nonfinite: bool = False, where: str = "") -> Any:
+    """`value` as JSON types: dataclasses and mappings to dicts, arrays to lists, numpy and jax scalars to numbers.
+
+    NaN and infinities become None or, with `refuse_nonfinite`, raise WorkError with their place.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif hasattr(value, "tolist"):
+        value = value.tolist()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        if refuse_nonfinite:
+            raise WorkError(f"{where.lstrip('.') or 'the value'} is {value}, which has no place in JSON")
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item, refuse_nonfinite, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = sorted(value) if isinstance(value, (set, frozenset)) else value
+        return [to_plain(item, refuse_nonfinite, f"{where}[{index}]") for index, item in enumerate(items)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{where.lstrip('.') or 'the value'}: {type(value).__name__} has no JSON form")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes UTF-8 atomically: whoever reads `path` sees the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes `value` (see `to_plain`) atomically. Raises WorkError on NaN and infinities; `path` is then untouched."""
+    plain = to_plain(value, refuse_nonfinite=True, where=f"{Path(path).name}: ")
+    write_text(path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path | str) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, in order; a last line that a killed run left half-written is dropped.
+
+    Raises WorkError on any other line that is not a JSON object.
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    objects = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or half a line
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise WorkError(f"{path}:{number}: is no JSON object")
+        objects.append(value)
+    return objects
+
+
+def format_duration(seconds: float) -> str:
+    """`9s`, `1m20s` or `2h05m`."""
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def format_count(value: float) -> str:
+    """`940`, `38k` or `1.2M`."""
+    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * unit:
+            scaled = value / unit
+            return f"{scaled:.0f}{suffix}" if abs(scaled) >= 9.95 else f"{scaled:.1f}".removesuffix(".0") + suffix
+    return f"{value:.0f}"
+
+
+def _format_scalar(name: str, value: float) -> str:
+    if name.endswith("_per_s"):
+        return f"{format_count(value)} {name.removesuffix('_per_s')}/s"
+    short = name.rsplit("/", 1)[-1]
+    if "@" in short or short == "mrr":
+        return f"{short} {value:.3f}".replace(" 0.", " .")
+    return f"{short} {value:.4g}"
+
+
+class MetricWriter:
+    """Writes the scalars of a run to `metrics.jsonl` and TensorBoard, and a progress line to standard error.
+
+    `resume_step` is the step that the run goes on from (0: it starts over): what an earlier run wrote after it is
+    dropped, so that the files of a resumed run read as those of an undisturbed one.
+    """
+
+    def __init__(self, workdir: Path | str, total_steps: int, resume_step: int = 0):
+        from tensorboardX import SummaryWriter  # slow to import, and only runs need it
+
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read_lines(path) if resume_step and line.get("step", 0) <= resume_step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        purge_step = resume_step + 1 if resume_step else 0  # step 0 is written anew by a run that starts over
+        suffix = f".{resume_step:09d}"  # else a second start within one second overwrites the first one's file
+        folder = str(workdir / "tensorboard")
+        self._events = SummaryWriter(folder, purge_step=purge_step, flush_secs=30, filename_suffix=suffix)
+        self._total_steps, self._first_step = total_steps, resume_step
+        self._started, self._last_line, self._width = time.monotonic(), -math.inf, 0
+        self._tty = sys.stderr.isatty()
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Adds one line, flushed. A scalar that is not finite is written as null, and not at all to TensorBoard."""
+        plain = to_plain(scalars)
+        self._file.write(json.dumps({"step": int(step), **plain}, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in plain.items():
+            if isinstance(value, (int, float)):
+                self._events.add_scalar(name, value, int(step))
+
+    def progress(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Shows the step, the scalars (`*_per_s` as rates) and the time left, at a rate that a reader can follow."""
+        now = time.monotonic()
+        last = step >= self._total_steps
+        if now - self._last_line < (_TTY_EVERY_S if self._tty else _PLAIN_EVERY_S) and not last:
+            return
+        self._last_line = now
+        parts = [f"step {step}/{self._total_steps}"]
+        parts += [_format_scalar(name, float(value)) for name, value in scalars.items()]
+        if step > self._first_step:
+            per_step = (now - self._started) / (step - self._first_step)
+            parts.append(f"{format_duration(per_step * (self._total_steps - step))} left")
+        line = "  ".join(parts)
+        if self._tty:
+            line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be overwritten
+            sys.stderr.write("\r" + line.ljust(self._width) + ("\n" if last else ""))
+            self._width = 0 if last else len(line)
+        else:
+            sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files; a second call does nothing."""
+        if self._file.closed:
+            return
+        if self._tty and self._width:
+            sys.stderr.write("\n")
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,27 @@
+"""Eight fake CPU devices for every test, repeatable property tests, and the folder of the real data."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import hypothesis
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# No deadline: the first example of a test compiles. Derandomised: a test that passed passes again.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """The folder of the real data sets; MOEREC_DATA overrides where it is."""
+    folder = pathlib.Path(os.environ.get("MOEREC_DATA") or ROOT / "../shared/data")
+    if not folder.is_dir():
+        pytest.skip("the real data is not here: neither ../shared/data nor MOEREC_DATA is a folder")
+    return folder

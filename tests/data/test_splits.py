@@ -1,0 +1,166 @@
+"""Roles and histories against plain loops over people."""
+
+import collections
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moerec.config import SplitConfig
+from moerec.data import splits
+from moerec.data.dataset import UNKNOWN_TIME, Catalogue, Dataset, EventLog
+from moerec.errors import InputError
+
+DAY = 86400
+
+
+def make_dataset(people, sizes=(4, 3, 5)):
+    """`people`: a list of lists of `(item, day or None)`, in published order."""
+    n = sum(sizes)
+    blank = np.array([""] * n)
+    catalogue = Catalogue(
+        tuple(f"s{z}" for z in range(len(sizes))),
+        np.concatenate([[0], np.cumsum(sizes)]),
+        np.array([f"i{i}" for i in range(n)]),
+        blank,
+        blank,
+    )
+    events = [event for person in people for event in person]
+    log = EventLog(
+        np.concatenate([[0], np.cumsum([len(p) for p in people])]).astype(np.int64),
+        np.array([item for item, _ in events], np.int32),
+        np.zeros(len(events), np.int16),
+        np.array([UNKNOWN_TIME if day is None else day * DAY for _, day in events], np.int64),
+        np.zeros((len(events), 0), np.int16),
+    )
+    return Dataset(catalogue, log, np.array([f"p{i}" for i in range(len(people))]))
+
+
+@st.composite
+def datasets(draw, unknown=True):
+    days = st.one_of(st.integers(0, 6), st.none()) if unknown else st.integers(0, 6)
+    person = st.lists(st.tuples(st.integers(0, 11), days), max_size=12).map(
+        lambda events: sorted(events, key=lambda e: -1 if e[1] is None else e[1])
+    )
+    return make_dataset(draw(st.lists(person, min_size=1, max_size=6)))
+
+
+def rows_of(dataset, p):
+    return range(dataset.log.offsets[p], dataset.log.offsets[p + 1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(datasets(), st.booleans())
+def test_leave_one_out_takes_the_last_two_of_each_group(dataset, per_service):
+    roles = splits.assign_roles(dataset, SplitConfig(per_service=per_service), 0)
+    expected = {}
+    for p in range(dataset.log.n_people):
+        groups = collections.defaultdict(list)
+        for row in rows_of(dataset, p):
+            groups[int(dataset.event_service[row]) if per_service else 0].append(row)
+        for rows in groups.values():
+            expected.update(dict.fromkeys(rows, splits.TRAIN))
+            if len(rows) >= 3:
+                expected[rows[-1]], expected[rows[-2]] = splits.TEST, splits.VALID
+    assert roles.dtype == np.int8
+    assert roles.tolist() == [expected[row] for row in range(dataset.log.n_events)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(datasets())
+def test_time_split_puts_every_event_on_its_side(dataset):
+    split = SplitConfig(kind="time", valid_from="1970-01-03", test_from="1970-01-05T00:00:00+00:00")
+    roles = splits.assign_roles(dataset, split, 0)
+    for p in range(dataset.log.n_people):
+        times = [int(dataset.log.time[row]) for row in rows_of(dataset, p)]
+        undated = UNKNOWN_TIME in times
+        for row, time in zip(rows_of(dataset, p), times, strict=True):
+            side = splits.TRAIN if time < 2 * DAY else splits.VALID if time < 4 * DAY else splits.TEST
+            assert roles[row] == (splits.UNUSED if undated else side)
+
+
+def test_time_split_refuses_bad_dates():
+    dataset = make_dataset([[(0, 1)]])
+    with pytest.raises(InputError, match=r"valid_from.*no ISO date"):
+        splits.assign_roles(dataset, SplitConfig(kind="time", valid_from="soon", test_from="2019-01-01"), 0)
+    with pytest.raises(InputError, match="test_from"):
+        splits.assign_roles(dataset, SplitConfig(kind="time", valid_from="2019-01-02", test_from="2019-01-01"), 0)
+
+
+def test_person_split_holds_out_whole_people_and_follows_the_seed():
+    dataset = make_dataset([[(i % 12, d) for d in range(1 + i % 4)] for i in range(80)])
+    split = SplitConfig(kind="person", person_fraction=0.1)
+    roles = splits.assign_roles(dataset, split, 3)
+    np.testing.assert_array_equal(roles, splits.assign_roles(dataset, split, 3))
+    assert np.any(roles != splits.assign_roles(dataset, split, 4))
+    counts = collections.Counter()
+    for p in range(dataset.log.n_people):
+        own = roles[list(rows_of(dataset, p))].tolist()
+        counts[own[-1]] += 1
+        if own[-1] == splits.TRAIN:
+            assert set(own) == {splits.TRAIN}
+        else:
+            assert len(own) >= 2
+            assert set(own[:-1]) == {splits.UNUSED}
+    assert counts[splits.VALID] == counts[splits.TEST] == 6  # a tenth of the 60 people with two events or more
+    with pytest.raises(InputError, match="nobody"):
+        splits.assign_roles(make_dataset([[(0, 1), (1, 2)]]), split, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(datasets(), st.integers(0, 5))
+def test_shuffled_ties_move_events_only_within_their_known_time(dataset, seed):
+    shuffled = splits.shuffle_ties(dataset, seed)
+    np.testing.assert_array_equal(shuffled.log.time, dataset.log.time)
+    np.testing.assert_array_equal(shuffled.log.offsets, dataset.log.offsets)
+    for p in range(dataset.log.n_people):
+        before, after = collections.defaultdict(list), collections.defaultdict(list)
+        for row in rows_of(dataset, p):
+            before[int(dataset.log.time[row])].append(int(dataset.log.item[row]))
+            after[int(dataset.log.time[row])].append(int(shuffled.log.item[row]))
+        assert before.pop(UNKNOWN_TIME, None) == after.pop(UNKNOWN_TIME, None)
+        assert {t: sorted(v) for t, v in before.items()} == {t: sorted(v) for t, v in after.items()}
+
+
+def test_shuffled_ties_are_uniform():
+    dataset = make_dataset([[(0, 1), (1, 1), (2, 1)]] * 3000)
+    orders = collections.Counter(map(tuple, splits.shuffle_ties(dataset, 0).log.item.reshape(-1, 3).tolist()))
+    assert len(orders) == 6
+    assert min(orders.values()) > 400
+
+
+@settings(max_examples=80, deadline=None)
+@given(datasets(), st.booleans(), st.sampled_from([None, 1, 3]), st.sampled_from([1, 5, 1 << 23]))
+def test_histories_equal_a_loop(dataset, per_service, max_len, most):
+    targets = np.arange(dataset.log.n_events)[::2]
+    before, splits._MOST_CANDIDATES = splits._MOST_CANDIDATES, most
+    try:
+        offsets, rows = splits.gather_histories(dataset, targets, per_service, max_len)
+    finally:
+        splits._MOST_CANDIDATES = before
+    time, service, person = dataset.log.time, dataset.event_service, dataset.log.person
+    assert len(offsets) == len(targets) + 1
+    assert offsets[-1] == len(rows)
+    for i, target in enumerate(targets):
+        expected = [
+            row
+            for row in range(target)
+            if person[row] == person[target]
+            and (
+                not per_service
+                or service[row] == service[target]
+                or (time[row] != UNKNOWN_TIME and time[row] < time[target])
+            )
+        ]
+        expected = expected[-max_len:] if max_len else expected
+        assert rows[offsets[i] : offsets[i + 1]].tolist() == expected
+
+
+def test_targets_have_their_role():
+    dataset = make_dataset([[(0, 1), (1, 2), (2, 3)]] * 2)
+    roles = splits.assign_roles(dataset, SplitConfig(), 0)
+    assert splits.select_targets(dataset, roles, splits.TEST).tolist() == [2, 5]
+    assert splits.select_targets(dataset, roles, splits.VALID).tolist() == [1, 4]
+    with pytest.raises(InputError, match="roles"):
+        splits.select_targets(dataset, roles[:-1], splits.TEST)
