@@ -16,6 +16,7 @@ from moerec.config import (
 
 
 def get_config() -> Config:
+    """The configuration of this file."""
     return Config(
         name="demo",
         data=DataConfig(source="city", seq_len=128, history_len=128),

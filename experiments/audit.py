@@ -3,14 +3,14 @@
     python -m experiments.audit --config=configs/amazon3.py --workdir=runs/audit_amazon3 [--json]
 
 Prints a table, one line a check, and writes it to audit.json in the run directory. Exit code 1 where a value exceeds
-its limit in `moerec.audit_config`.
+its limit in `config.audit`.
 """
 
 import json
 from pathlib import Path
 
 from moerec import cli
-from moerec.audit import AuditConfig, run_audit
+from moerec.audit import run_audit
 from moerec.data.load import load_data
 
 
@@ -19,7 +19,7 @@ def main(config, flags):
     workdir = Path(flags.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     data = load_data(config.data, workdir)
-    report = run_audit(data.dataset, config.data.split, AuditConfig(), config.data.seed)
+    report = run_audit(data.dataset, config.data.split, config.audit, config.data.seed)
     print(report.to_text())
     (workdir / "audit.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     return report.to_dict()

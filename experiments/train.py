@@ -12,6 +12,7 @@ from moerec import cli
 
 
 def main(config, flags):
+    """Runs one config and prints its table."""
     from moerec.report import format_table
     from moerec.run import run
 

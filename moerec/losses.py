@@ -44,11 +44,13 @@ def draw_candidates(key: jax.Array, cdf_I: jax.Array, n: int) -> Candidates:
 
 
 def all_candidates(n_items: int) -> Candidates:
+    """The catalogue, uncorrected: the full softmax."""
     return Candidates(jnp.arange(n_items, dtype=jnp.int32), jnp.zeros(n_items, jnp.float32))
 
 
-def _chunk_terms(h_CD, positive_C, target_C, scope_C, weight_C, vector_MD, offset_M, item_M, scope_M):
+def _chunk_terms(slots, vector_MD, offset_M, item_M, scope_M):
     """Sum of the weighted losses of a chunk of slots, and its gradients, without keeping the logits."""
+    h_CD, positive_C, target_C, scope_C, weight_C = slots
     logits = h_CD @ vector_MD.T + offset_M
     excluded = (item_M == target_C[:, None]) | (scope_M != scope_C[:, None])
     logits = jnp.where(excluded, -jnp.inf, logits)
@@ -76,9 +78,9 @@ def contrast(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, item_M, s
       scope_M_weight_S: the pair of the candidates' scopes and the slots' weights.
       chunk: slots whose logits are formed at once.
     """
-    return _contrast_forward(
-        h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, item_M, scope_M_weight_S, chunk
-    )[0]
+    return _contrast_forward(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, item_M, scope_M_weight_S, chunk)[
+        0
+    ]
 
 
 def _contrast_forward(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, item_M, scope_M_weight_S, chunk):
@@ -90,9 +92,9 @@ def _contrast_forward(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, 
         padding = [(0, n_chunks * chunk - s)] + [(0, 0)] * (x.ndim - 1)
         return jnp.pad(x, padding).reshape(n_chunks, chunk, *x.shape[1:])
 
-    def step(carry, xs):
+    def step(carry, slots):
         loss, d_vector, d_offset = carry
-        term, d_h, d_positive, d_vector_c, d_offset_c = _chunk_terms(*xs, vector_MD, offset_M, item_M, scope_M)
+        term, d_h, d_positive, d_vector_c, d_offset_c = _chunk_terms(slots, vector_MD, offset_M, item_M, scope_M)
         return (loss + term, d_vector + d_vector_c, d_offset + d_offset_c), (d_h, d_positive)
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros_like(vector_MD), jnp.zeros_like(offset_M))

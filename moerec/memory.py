@@ -18,4 +18,5 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     settings = ((_M_MMAP_THRESHOLD, _KEEP), (_M_TRIM_THRESHOLD, 2 * _KEEP - 1), (_M_TOP_PAD, 1 << 26))
-    return all([mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in settings])
+    taken = [mallopt(ctypes.c_int(name), ctypes.c_int(value)) for name, value in settings]
+    return taken == [1, 1, 1]

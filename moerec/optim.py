@@ -25,7 +25,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decay_mask(model, decay_embeddings: bool):
-    """The model's tree with true where weight decay applies: matrices, and embeddings if asked; never norms or biases."""
+    """The model's tree, true where weight decay applies: matrices, and embeddings if asked; never norms or biases."""
     classes = {"matrix"} | ({"embedding"} if decay_embeddings else set())
     return jax.tree.map(
         lambda leaf: leaf.replace(leaf.get_metadata()["decay"] in classes) if isinstance(leaf, nnx.Param) else False,

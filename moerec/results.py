@@ -37,11 +37,21 @@ def sasrec_config(config: Config, kind: str) -> Config:
 
     Data, split, width, depth, dropout, optimiser and number of steps are the run's own, so the budget is equal.
     """
-    off = {name: False for name in ("item_text", "service", "action", "event_time", "request_time", "request_context")}
+    items_alone = dataclasses.replace(
+        config.model,
+        item_row=True,
+        item_text=False,
+        service=False,
+        action=False,
+        event_time=False,
+        request_time=False,
+        request_context=False,
+        item_bias=False,
+    )
     return dataclasses.replace(
         config,
         name=f"{config.name}_{kind}",
-        model=dataclasses.replace(config.model, item_row=True, item_bias=False, **off),
+        model=items_alone,
         loss=dataclasses.replace(
             config.loss, kind="one_negative" if kind == "sasrec_one_negative" else "sampled_softmax", scope="union"
         ),
@@ -61,6 +71,7 @@ class TestSet(NamedTuple):
 
 
 def make_test_set(config: Config, data: Prepared) -> TestSet:
+    """All test targets, or a fixed sample of `eval.n_test`."""
     targets = select_targets(data.dataset, data.roles, TEST)
     if not len(targets):
         raise InputError("data: the split leaves no test target")

@@ -5,12 +5,11 @@ width, F feed-forward width, L layers, V text vocabulary, W text tokens of an it
 features, Q predictions asked for. Arrays carry them as a suffix: `x_BTD`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray
+Array: TypeAlias = Any  # np.ndarray where the loader makes it, jax.Array on the device
 
 NO_TIME = np.int32(np.iinfo(np.int32).min)  # a time that is not known
 EPOCH_2000 = 946_684_800  # device times are int32 seconds since 2000-01-01, which lasts from 1931 to 2068

@@ -59,4 +59,5 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole value on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -37,6 +37,7 @@ def init_state(config: Config, sizes: Sizes) -> TrainState:
 
 
 def evaluated_model(state: TrainState) -> SequenceModel:
+    """The averaged parameters where there are some, else the last ones."""
     return state.model if state.average is None else state.average
 
 
@@ -110,7 +111,7 @@ def make_train_step(
         metrics = {
             "loss": loss / jnp.maximum(weight, 1),
             "slots": weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, model, opt_state, average), metrics

@@ -1,6 +1,7 @@
 """The training loop, from a config and its data to the parameters that did best on validation."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +21,8 @@ from moerec.losses import sampling_cdf
 from moerec.memory import keep_freed_memory
 from moerec.metrics import per_target_metrics
 from moerec.nn.model import SequenceModel, Sizes
-from moerec.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from moerec.shapes import Batch, ItemTable
+from moerec.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from moerec.state import TrainState, evaluated_model, init_state, make_train_step
 from moerec.writer import MetricWriter
 
@@ -48,13 +49,14 @@ class Setup(NamedTuple):
     """What is fixed before the first step: compiled functions, the data stream, the validation targets."""
 
     state: TrainState
-    train_step: object
+    train_step: Callable[[TrainState, Batch, ItemTable], tuple[TrainState, dict[str, jax.Array]]]
     table: ItemTable
     stream: grain.IterDataset
     valid: EvaluationSet
 
 
 def make_sizes(data: Prepared) -> Sizes:
+    """What the data fixes about the model."""
     dataset = data.dataset
     return Sizes(
         n_items=dataset.catalogue.n_items,
@@ -127,7 +129,7 @@ def _resume(checkpoints: Checkpoints, state: TrainState, stream) -> tuple[TrainS
 
 
 def fit(config: Config, data: Prepared, workdir: Path) -> Fitted:
-    """Trains until `train.steps`, or until validation stops improving; goes on from the last checkpoint if there is one.
+    """Trains until `train.steps`, or until validation stops improving; goes on from the last checkpoint there is.
 
     The same command after a kill gives the same result to the bit: every random number is a function of the seed and
     the step, and the position of the data stream is part of the checkpoint.

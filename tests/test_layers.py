@@ -11,7 +11,7 @@ TOP_LEVEL = ("moerec", "pallas_kernels", "configs", "experiments")
 # From the ground up. A row may use the rows above it; a name is a module, or a folder with all that is in it.
 LAYERS = (
     ("moerec", "moerec.errors", "pallas_kernels"),
-    ("moerec.config", "moerec.audit_config", "moerec.shapes"),
+    ("moerec.config", "moerec.shapes"),
     ("moerec.data", "moerec.memory", "moerec.sharding", "moerec.writer", "configs"),
     ("moerec.nn", "moerec.metrics", "moerec.optim", "moerec.significance"),
     ("moerec.baselines", "moerec.losses"),
@@ -28,6 +28,8 @@ LAYERS = (
         "moerec.report",
     ),
     ("moerec.train",),
+    ("moerec.results",),
+    ("moerec.run",),
     ("experiments",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

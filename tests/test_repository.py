@@ -24,7 +24,7 @@ MAX_FUNCTION = 60
 MAX_LOOP = 120
 MAX_COMMAND = 60  # lines of a file of experiments/
 MAX_CELL_DEFINITION = 10  # lines of a definition in a notebook
-LOOP = ("moerec/train.py", "train")
+LOOP = ("moerec/train.py", "fit")
 OURS = {"moerec", "experiments", "configs", "pallas_kernels"}
 UNFINISHED = {"TODO", "FIXME", "XXX", "HACK"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -6,7 +6,7 @@ import numpy as np
 
 from moerec.audit.report import AuditRow, make_row
 from moerec.audit.subject import Subject
-from moerec.audit_config import AuditConfig
+from moerec.config import AuditConfig
 from moerec.data.dataset import Catalogue
 
 _REACH = 10  # guesses of each kind that the canary makes

@@ -6,7 +6,7 @@ import numpy as np
 
 from moerec.audit.report import AuditRow, make_row
 from moerec.audit.subject import Subject
-from moerec.audit_config import AuditConfig
+from moerec.config import AuditConfig
 
 
 def check_repeats(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from moerec.audit.report import AuditRow, make_row
 from moerec.audit.subject import Subject
-from moerec.audit_config import AuditConfig
+from moerec.config import AuditConfig
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.splits import TEST, VALID
 

@@ -67,6 +67,7 @@ def fill_batch(
       position, segment, weight: `[n]`, as in `Batch`.
       shape: rows and slots of a row.
     """
+
     def lay(values: np.ndarray, dtype, empty=0) -> np.ndarray:
         out = np.full((shape[0] * shape[1], *values.shape[1:]), empty, dtype)
         out[slot] = values

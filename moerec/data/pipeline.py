@@ -46,7 +46,8 @@ class ShardReader:
 
     def __init__(self, source: PeopleSource, offsets: np.ndarray, keep: np.ndarray, item_numbers: np.ndarray):
         """Args: the shards; `[people + 1]` offsets of all events; `[events]` bool, which of them are trained on;
-        `[I]` int32, the number that each of the shards' items has in the catalogue."""
+        `[I]` int32, the number that each of the shards' items has in the catalogue.
+        """
         self._source, self._offsets, self._keep, self._item_numbers = source, offsets, keep, item_numbers
         kept_before = np.concatenate([[0], np.cumsum(keep)])
         self.lengths = np.diff(kept_before[offsets])
@@ -56,7 +57,9 @@ class ShardReader:
         first = np.repeat(self._offsets[people] - np.concatenate([[0], np.cumsum(n_events)[:-1]]), n_events)
         rows = rows[self._keep[first + np.arange(len(rows))]]
         start = np.concatenate([[0], np.cumsum(self.lengths[people])])
-        return EventLog(start, self._item_numbers[rows["item"]], rows["action"], rows["time"], rows["context"]), start[:-1]
+        return EventLog(start, self._item_numbers[rows["item"]], rows["action"], rows["time"], rows["context"]), start[
+            :-1
+        ]
 
 
 class Plan(NamedTuple):
@@ -88,7 +91,8 @@ def plan_epoch(n_events_P: np.ndarray, people: np.ndarray, history_len: int, rng
 @dataclasses.dataclass(frozen=True)
 class StreamOptions:
     """Attributes: `n_rows` packed rows of this process's batch, each of `row_len` slots; most slots of a window;
-    the seed; and which of the processes this is."""
+    the seed; and which of the processes this is.
+    """
 
     n_rows: int
     row_len: int

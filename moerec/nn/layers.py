@@ -33,6 +33,7 @@ def fan_in_heads(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
 
 
 def normal(stddev: float) -> Initializer:
+    """Normal with the given standard deviation, for embeddings."""
     return jax.nn.initializers.normal(stddev)
 
 

@@ -49,13 +49,11 @@ class SequenceModel(nnx.Module):
         x_BTD = self.item_encoder(batch.item_BT, table) + self.slot_encoder(batch, table)
         x_BTD = dropout(self.input_norm(x_BTD), config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
         mask_BTS = segment_mask(batch.segment_BT)
-        x_BTD = run_blocks(
-            self.blocks, x_BTD, batch.position_BT, mask_BTS, k_blocks, config.remat, config.n_layers
-        )
+        x_BTD = run_blocks(self.blocks, x_BTD, batch.position_BT, mask_BTS, k_blocks, config.remat, config.n_layers)
         return self.final_norm(x_BTD).astype(jnp.float32)
 
     def item_vectors(self, item_X: jax.Array, table: ItemTable) -> tuple[jax.Array, jax.Array]:
-        """Vectors `[..., D]` and biases `[...]` of candidate items; a state's score is its dot product plus the bias."""
+        """Vectors `[..., D]` and biases `[...]` of candidates; a state's score is its dot product plus the bias."""
         encoder = self.item_encoder if self.head_encoder is None else self.head_encoder
         bias = jnp.zeros(item_X.shape, jnp.float32) if self.item_bias_I is None else self.item_bias_I[...][item_X]
         return encoder(item_X, table), bias

@@ -80,7 +80,7 @@ def expected_sequences(rows, drop_duplicates=False):
     }
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(rows=ROWS, refuse=st.booleans(), block_bytes=st.sampled_from([128, 1 << 20]), people=st.integers(1, 4))
 def test_events_are_those_of_a_plain_reading(tmp_path_factory, rows, refuse, block_bytes, people):
     folder = tmp_path_factory.mktemp("prepare")
@@ -104,7 +104,7 @@ def test_events_are_those_of_a_plain_reading(tmp_path_factory, rows, refuse, blo
     assert {name: n["events"] for name, n in report.services.items()} == events
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(rows=ROWS)
 def test_every_format_gives_the_same_data_set(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("prepare")
@@ -124,7 +124,7 @@ def test_every_format_gives_the_same_data_set(tmp_path_factory, rows):
         assert other.context == first.context
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(rows=ROWS, seed=st.integers(0, 99))
 def test_the_order_of_different_people_does_not_matter(tmp_path_factory, rows, seed):
     folder = tmp_path_factory.mktemp("prepare")
@@ -219,26 +219,27 @@ prepare(config, Path(spot) / "out")
 """
 
 
-@pytest.mark.parametrize("target", ["shards.ShardWriter.write", "shards.write_meta"])
-def test_a_killed_run_leaves_nothing_that_reads_as_whole(tmp_path, target):
+@pytest.mark.parametrize(("target", "old"), [("shards.ShardWriter.write", True), ("shards.write_meta", False)])
+def test_a_killed_run_leaves_nothing_that_reads_as_whole(tmp_path, target, old):
+    events = config(tmp_path, "events.tsv", SchemaConfig(time="time"))
+    if old:
+        write_tsv(tmp_path / "events.tsv", [("u", "a", "1")], ("user", "item", "time"))
+        prepare(events, tmp_path / "out")
     write_tsv(tmp_path / "events.tsv", [("u", "a", "1"), ("v", "b", "2")], ("user", "item", "time"))
-    columns = SchemaConfig(time="time")
-    for old in (False, True):
-        command = [sys.executable, "-c", KILLED.format(target=target), str(tmp_path)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        ) as run:
-            assert run.stdout.readline() == b"half way\n"
-            run.send_signal(signal.SIGKILL)
-        assert len(list(tmp_path.glob("out.partial-*"))) == 1
-        if old:
-            assert load_dataset(tmp_path / "out").log.n_events == 2
-        else:
-            with pytest.raises(InputError, match=r"no meta\.json"):
-                load_dataset(tmp_path / "out")
-        prepare(config(tmp_path, "events.tsv", columns), tmp_path / "out")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["events.tsv", "out"]
-        assert load_dataset(tmp_path / "out").log.n_events == 2
+    command = [sys.executable, "-c", KILLED.format(target=target), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as run:
+        assert run.stdout.readline() == b"half way\n"
+        run.send_signal(signal.SIGKILL)
+    assert len(list(tmp_path.glob("out.partial-*"))) == 1
+    if old:
+        assert load_dataset(tmp_path / "out").log.n_events == 1
+    else:
+        with pytest.raises(InputError, match=r"no meta\.json"):
+            load_dataset(tmp_path / "out")
+    prepare(events, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.tsv", "out"]
+    assert load_dataset(tmp_path / "out").log.n_events == 2
 
 
 CONFIG = """
@@ -317,7 +318,7 @@ def test_real_tables_have_the_published_counts_and_sequences(data_dir, tmp_path,
         people.setdefault(row[at[columns.user]], []).append(row)
     if name == "amazon3":
         kinds = Counter(len({row[at["domain"]] for row in events}) for events in people.values())
-        assert (kinds[2] + kinds[3], kinds[3]) in {(3209, 741), (3209 + 741, 741)}
+        assert (kinds[2], kinds[3]) == (3209, 741)
     log, ids = dataset.log, dataset.catalogue.ids[dataset.log.item].tolist()
     for p in range(0, log.n_people, max(1, log.n_people // 500)):
         events = people[dataset.people[p]]

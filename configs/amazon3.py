@@ -1,0 +1,63 @@
+"""One joint model over three Amazon domains, table split, without request time; held against the published tables.
+
+Command: python -m experiments.train --config=configs/amazon3.py --workdir=runs/amazon3
+Hardware: two CPU cores.
+"""
+
+from moerec.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    SchemaConfig,
+    SplitConfig,
+    TablesConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    """The configuration of this file."""
+    return Config(
+        name="amazon3",
+        data=DataConfig(
+            source="tables",
+            tables=TablesConfig(
+                folder="../shared/data/amazon3",
+                interactions="interactions.tsv.gz",
+                items="items.tsv.gz",
+                duplicates="keep",
+            ),
+            schema=SchemaConfig(
+                user="user",
+                item="item",
+                service="domain",
+                time="day",
+                time_unit="day",
+                item_id="s3_item",
+                item_service="domain",
+                text=("text",),
+                attributes=("s3_attributes",),
+            ),
+            split=SplitConfig(kind="leave_one_out", per_service=True),
+            seq_len=128,
+            history_len=50,
+            max_tokens=16,
+        ),
+        model=ModelConfig(
+            n_layers=1,
+            d_model=64,
+            d_ff=128,
+            dropout=0.5,
+            action=False,
+            request_time=False,
+            request_context=False,
+        ),
+        loss=LossConfig(kind="sampled_softmax", n_negatives=4096),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=200, ema_decay=0.998),
+        train=TrainConfig(steps=5000, batch_size=24, log_every=100, eval_every=1000, save_every=500, n_valid=15000),
+        eval=EvalConfig(mask_seen=True, selection="in_service"),
+        baselines=("popularity", "service_popularity", "recent_popularity", "markov", "item_knn"),
+    )

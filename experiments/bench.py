@@ -1,0 +1,25 @@
+"""Measures the training step, the loader and the evaluation of a config, on an otherwise idle machine.
+
+    python -m experiments.bench --config=configs/demo.py [--json]
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from moerec import cli
+
+
+def main(config, flags):
+    """Prints one figure a line."""
+    from moerec.bench import measure
+
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(config, Path(flags.workdir or folder))
+    for name, value in figures.items():
+        print(f"{name:22s} {value:14,.3f}")
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, default_config="configs/demo.py", workdir=False))

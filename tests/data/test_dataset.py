@@ -1,0 +1,72 @@
+"""Item numbers carry nothing: a permutation within each service under which every event keeps its item."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moerec.data.dataset import Catalogue, EventLog, permute_items
+from moerec.errors import InputError
+from tests.random_dataset import make_dataset
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any), st.integers(0, 1000), st.integers(0, 1000))
+def test_permutation_keeps_every_item_and_every_event(sizes, seed, data_seed):
+    before = make_dataset([5, 0, 8], tuple(sizes), seed=data_seed)
+    after = permute_items(before, seed)
+    old, new = before.catalogue, after.catalogue
+    assert new.services == old.services
+    np.testing.assert_array_equal(new.offsets, old.offsets)
+    for lo, hi in zip(old.offsets[:-1], old.offsets[1:], strict=True):
+        rows = [sorted(zip(x.ids[lo:hi], x.text[lo:hi], x.attributes[lo:hi], strict=True)) for x in (old, new)]
+        assert rows[0] == rows[1], "not a bijection within the service, or texts torn from their ids"
+    assert old.ids[before.log.item].tolist() == new.ids[after.log.item].tolist()
+    np.testing.assert_array_equal(before.event_service, after.event_service)
+    assert after.log.item.dtype == before.log.item.dtype
+    for name in ("offsets", "action", "time", "context"):
+        np.testing.assert_array_equal(getattr(after.log, name), getattr(before.log, name))
+
+
+def test_permutation_is_random_and_a_function_of_the_seed():
+    dataset = make_dataset([3], (40, 60))
+    once, again, other = (permute_items(dataset, seed).catalogue.ids for seed in (1, 1, 2))
+    np.testing.assert_array_equal(once, again)
+    assert (once != other).mean() > 0.8
+    assert (once != dataset.catalogue.ids).mean() > 0.8
+
+
+def test_every_place_is_equally_likely():
+    dataset = make_dataset([1], (4, 3))
+    places = {name: [] for name in dataset.catalogue.ids.tolist()}
+    for seed in range(600):
+        for place, name in enumerate(permute_items(dataset, seed).catalogue.ids.tolist()):
+            places[name].append(place)
+    for name, found in places.items():
+        size = 4 if name in dataset.catalogue.ids[:4].tolist() else 3
+        share = np.bincount(found, minlength=7) / 600
+        # five standard errors of a share of 1 / size in 600 draws
+        assert np.all(np.abs(share[share > 0] - 1 / size) < 5 * np.sqrt(0.25 / 600)), name
+        assert (share > 0).sum() == size
+
+
+def test_services_and_persons_of_events():
+    dataset = make_dataset([2, 0, 3], (2, 0, 3))
+    assert dataset.catalogue.service.tolist() == [0, 0, 2, 2, 2]
+    assert dataset.log.person.tolist() == [0, 0, 2, 2, 2]
+    assert dataset.event_service.tolist() == [0 if item < 2 else 2 for item in dataset.log.item]
+
+
+def test_torn_columns_are_refused():
+    dataset = make_dataset([2, 3])
+    with pytest.raises(InputError, match="every column"):
+        dataclasses.replace(dataset.log, time=dataset.log.time[:-1])
+    with pytest.raises(InputError, match="offsets"):
+        EventLog(np.array([0, 3, 2, 5]), *(getattr(dataset.log, x) for x in ("item", "action", "time", "context")))
+    with pytest.raises(InputError, match="one entry per item"):
+        dataclasses.replace(dataset.catalogue, text=dataset.catalogue.text[:-1])
+    names = dataset.catalogue.ids
+    with pytest.raises(InputError, match="offsets"):
+        Catalogue(("one",), np.array([0, 5]), names, names, names)

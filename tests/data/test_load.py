@@ -1,0 +1,204 @@
+"""Data of a run: the same events under new item numbers, from wherever they come, and prepared once."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from moerec.config import CityConfig, DataConfig, SchemaConfig, SplitConfig, TablesConfig
+from moerec.data import city
+from moerec.data.dataset import Dataset
+from moerec.data.load import Prepared, load_data, make_reader
+from moerec.data.pipeline import MemoryReader, ShardReader
+from moerec.data.splits import TEST, TRAIN, VALID
+from moerec.errors import InputError
+
+CITY = CityConfig(n_people=15, events_per_person=9, items_per_service=20)
+
+INTERACTIONS = """\
+user\tservice\titem\ttime
+u1\tfood\ta\t10
+u1\tfood\tb\t20
+u1\tbooks\ta\t30
+u1\tbooks\tc\t40
+u2\tfood\tb\t5
+u2\tbooks\tc\t7
+u2\tfood\tc\t7
+u2\tfood\ta\t7
+u3\tbooks\ta\t1
+"""
+ITEMS = """\
+item_id\tservice\ttitle\tbrand
+a\tfood\tGreen tea\tacme
+b\tfood\tBlack tea\tacme
+c\tfood\tBlack bread\tzeta
+d\tfood\tNever bought\tzeta
+a\tbooks\tBlack book\tpress
+c\tbooks\tGreen book\tpress
+"""
+
+
+def write_tables(folder):
+    folder.mkdir()
+    (folder / "interactions.tsv").write_text(INTERACTIONS)
+    (folder / "items.tsv").write_text(ITEMS)
+
+
+def table_config(folder, **more) -> DataConfig:
+    return DataConfig(
+        source="tables",
+        tables=TablesConfig(str(folder), "interactions.tsv", items="items.tsv"),
+        schema=SchemaConfig(service="service", time="time", item_service="service", text=("title",)),
+        **more,
+    )
+
+
+def named_events(dataset: Dataset) -> dict[str, list[tuple]]:
+    """Person -> their events in words."""
+    catalogue, log = dataset.catalogue, dataset.log
+    events = [
+        (catalogue.services[catalogue.service[i]], str(catalogue.ids[i]), int(a), int(t), *c.tolist())
+        for i, a, t, c in zip(log.item, log.action, log.time, log.context, strict=True)
+    ]
+    return {
+        str(person): events[lo:hi]
+        for person, lo, hi in zip(dataset.people, log.offsets[:-1], log.offsets[1:], strict=True)
+    }
+
+
+def described_items(dataset: Dataset) -> set[tuple]:
+    catalogue = dataset.catalogue
+    columns = (x.tolist() for x in (catalogue.service, catalogue.ids, catalogue.text, catalogue.attributes))
+    return {(catalogue.services[z], *x) for z, *x in zip(*columns, strict=True)}
+
+
+def assert_same_data(a: Prepared, b: Prepared):
+    np.testing.assert_array_equal(a.dataset.catalogue.ids, b.dataset.catalogue.ids)
+    assert named_events(a.dataset) == named_events(b.dataset)
+    np.testing.assert_array_equal(a.roles, b.roles)
+    np.testing.assert_array_equal(a.tokens.ids, b.tokens.ids)
+    assert a.tokens.words == b.tokens.words
+
+
+@pytest.fixture(scope="module")
+def plain_city():
+    return city.generate(CITY, 3)[0]
+
+
+def test_city_is_the_generated_world_under_new_numbers(plain_city, tmp_path):
+    data = load_data(DataConfig(city=CITY, seed=3), tmp_path)
+    assert named_events(data.dataset) == named_events(plain_city)
+    assert described_items(data.dataset) == described_items(plain_city)
+    assert len(described_items(plain_city)) == plain_city.catalogue.n_items
+    np.testing.assert_array_equal(data.dataset.catalogue.offsets, plain_city.catalogue.offsets)
+    assert (data.dataset.catalogue.ids != plain_city.catalogue.ids).mean() > 0.5, "not permuted"
+    assert data.world is not None
+    np.testing.assert_array_equal(data.world.catalogue.ids, plain_city.catalogue.ids)
+    assert not list(tmp_path.iterdir()), "memory needs no files"
+
+
+def test_the_seed_decides(tmp_path):
+    first, again, other = (load_data(DataConfig(city=CITY, seed=seed), tmp_path) for seed in (3, 3, 4))
+    assert_same_data(first, again)
+    assert (first.dataset.catalogue.ids != other.dataset.catalogue.ids).any()
+    assert named_events(first.dataset) != named_events(other.dataset)
+
+
+def test_city_from_shards_trains_on_the_same_events(tmp_path):
+    memory, shards = (load_data(DataConfig(city=CITY, seed=3, reader=x), tmp_path / x) for x in ("memory", "shards"))
+    assert_same_data(memory, shards)
+    from_memory = make_reader(DataConfig(city=CITY, seed=3), memory)
+    from_shards = make_reader(DataConfig(city=CITY, seed=3, reader="shards"), shards)
+    assert isinstance(from_memory, MemoryReader)
+    assert isinstance(from_shards, ShardReader)
+    people = np.arange(15)[::-1]
+    logs = [reader.fetch(people) for reader in (from_memory, from_shards)]
+    for k, person in enumerate(people):
+        n = from_memory.lengths[person]
+        assert n == from_shards.lengths[person]
+        for name in ("item", "action", "time", "context"):
+            x, y = (getattr(log, name)[start[k] : start[k] + n] for log, start in logs)
+            np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def test_item_table_counts_training_events(tmp_path):
+    data = load_data(DataConfig(city=CITY, seed=3), tmp_path)
+    count = Counter(int(item) for item, role in zip(data.dataset.log.item, data.roles, strict=True) if role == TRAIN)
+    table = data.item_table
+    assert table.count_I.tolist() == [count[i] for i in range(60)]
+    assert table.service_I.tolist() == [z for z in range(3) for _ in range(20)]
+    assert table.token_IW is data.tokens.ids
+    for person, events in zip(range(15), named_events(data.dataset).values(), strict=True):
+        lo = data.dataset.log.offsets[person]
+        assert data.roles[lo : lo + len(events)].tolist() == [TRAIN] * (len(events) - 2) + [VALID, TEST]
+
+
+def test_tables(tmp_path):
+    write_tables(tmp_path / "tables")
+    data = load_data(table_config(tmp_path / "tables"), tmp_path / "run")
+    assert data.world is None
+    assert data.folder == tmp_path / "run" / "data"
+    events = {p: [e[:2] + e[3:] for e in x] for p, x in named_events(data.dataset).items()}
+    assert events == {
+        "u1": [("food", "a", 10), ("food", "b", 20), ("books", "a", 30), ("books", "c", 40)],
+        "u2": [("food", "b", 5), ("books", "c", 7), ("food", "c", 7), ("food", "a", 7)],
+        "u3": [("books", "a", 1)],
+    }
+    assert {x[:3] for x in described_items(data.dataset)} == {
+        (service, item, title) for item, service, title, _ in (row.split("\t") for row in ITEMS.splitlines()[1:])
+    }
+    words = {w: k + 2 for k, w in enumerate(data.tokens.words)}
+    assert set(words) == {"green", "tea", "black", "book"}
+    for text, ids in zip(data.dataset.catalogue.text, data.tokens.ids, strict=True):
+        assert ids.tolist()[:2] == [words.get(w, 1) for w in text.lower().split()]
+
+
+def test_a_second_load_reuses_the_prepared_folder(tmp_path):
+    write_tables(tmp_path / "tables")
+    config = table_config(tmp_path / "tables")
+    first = load_data(config, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "data").iterdir()}
+    (tmp_path / "tables" / "interactions.tsv").unlink()
+    second = load_data(config, tmp_path / "run")
+    assert_same_data(first, second)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "data").iterdir()} == before
+    prepared = load_data(dataclasses.replace(config, source="prepared", prepared=str(first.folder)), tmp_path / "other")
+    assert_same_data(first, prepared)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(InputError, match=r"interactions\.tsv"):
+        load_data(config, tmp_path / "other")
+
+
+def test_a_folder_that_is_not_prepared_is_refused(tmp_path):
+    with pytest.raises(InputError, match="not a prepared folder"):
+        load_data(DataConfig(source="prepared", prepared=str(tmp_path / "nothing")), tmp_path)
+
+
+def test_tables_from_shards_train_on_the_same_events(tmp_path):
+    write_tables(tmp_path / "tables")
+    config = table_config(tmp_path / "tables", n_shards=2)
+    data = load_data(config, tmp_path / "run")
+    readers = [make_reader(dataclasses.replace(config, reader=x), data) for x in ("memory", "shards")]
+    assert isinstance(readers[1], ShardReader)
+    log, start = readers[1].fetch(np.array([1, 0]))
+    names = data.dataset.catalogue.ids
+    assert names[log.item].tolist() == ["b", "c", "a", "b"]
+    assert start.tolist() == [0, 2]
+    memory, rows = readers[0].fetch(np.array([1, 0]))
+    assert [memory.item[r : r + 2].tolist() for r in rows] == [log.item[:2].tolist(), log.item[2:].tolist()]
+
+
+def test_shuffled_ties_change_only_the_order_within_a_time(tmp_path):
+    write_tables(tmp_path / "tables")
+    published = load_data(table_config(tmp_path / "tables"), tmp_path / "run")
+    orders = set()
+    for seed in range(12):
+        config = table_config(tmp_path / "tables", split=SplitConfig(shuffle_ties=True), seed=seed)
+        data = load_data(config, tmp_path / "run")
+        events, plain = named_events(data.dataset), named_events(published.dataset)
+        assert events["u1"] == plain["u1"]
+        assert events["u2"][0] == plain["u2"][0]
+        assert sorted(events["u2"]) == sorted(plain["u2"])
+        orders.add(tuple(event[:2] for event in events["u2"][1:]))
+    assert len(orders) > 2

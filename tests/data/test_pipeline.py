@@ -1,0 +1,315 @@
+"""The training stream against a slow reading of its batches: every pair of events once an epoch, from any position."""
+
+import json
+from collections import Counter
+
+import grain
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moerec.config import DataConfig
+from moerec.data.dataset import UNKNOWN_TIME, EventLog, permute_items
+from moerec.data.load import Prepared, make_reader
+from moerec.data.pipeline import MemoryReader, PackedStream, ShardReader, StreamOptions, plan_epoch
+from moerec.data.shards import open_source, write_dataset
+from moerec.data.splits import TRAIN
+from moerec.data.tokenizer import TokenTable
+from moerec.errors import InputError
+from moerec.shapes import EPOCH_2000, NO_TIME
+from tests.random_dataset import make_dataset
+
+
+def make_log(lengths, seed=0, n_context=2) -> EventLog:
+    """Every event has an item of its own, so that a batch names the events that it was made from."""
+    rng = np.random.default_rng(seed)
+    n = int(np.sum(lengths))
+    time = EPOCH_2000 + rng.integers(-(2**30), 2**30, n)
+    time[rng.random(n) < 0.1] = UNKNOWN_TIME
+    return EventLog(
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        rng.permutation(n).astype(np.int32),
+        rng.integers(0, 5, n).astype(np.int16),
+        time,
+        rng.integers(0, 9, (n, n_context)).astype(np.int16),
+    )
+
+
+def training_rows(log: EventLog, keep: np.ndarray) -> list[list[int]]:
+    """The rows of the log that each person trains on."""
+    return [[row for row in range(log.offsets[p], log.offsets[p + 1]) if keep[row]] for p in range(log.n_people)]
+
+
+def segments_of(batch) -> list[list[tuple[int, int]]]:
+    """The slots of each segment, row by row; fails where one is torn, not numbered from 1, or not padded by zeros."""
+    found = []
+    for b, row in enumerate(np.asarray(batch.segment_BT).tolist()):
+        numbers = [segment for segment in row if segment]
+        assert row == numbers + [0] * (len(row) - len(numbers)), "a hole in a row"
+        assert numbers == sorted(numbers)
+        assert sorted(set(numbers)) == list(range(1, len(set(numbers)) + 1))
+        for number in sorted(set(numbers)):
+            found.append([(b, t) for t, segment in enumerate(row) if segment == number])
+        for t in range(len(numbers), len(row)):
+            assert batch.weight_BT[b, t] == batch.target_BT[b, t] == batch.item_BT[b, t] == 0
+            assert batch.time_BT[b, t] == batch.request_time_BT[b, t] == NO_TIME
+    return found
+
+
+def shifted(time) -> int:
+    return int(NO_TIME) if time == UNKNOWN_TIME else int(time) - EPOCH_2000
+
+
+def decode(batch, log: EventLog, rows_of_people) -> list[tuple[int, int, int]]:
+    """`(person, first slot, slots)` of each segment, every field of every slot compared with the log."""
+    row_of_item = {int(item): row for row, item in enumerate(log.item)}
+    person_of_row = {row: p for p, rows in enumerate(rows_of_people) for row in rows}
+    windows = []
+    for slots in segments_of(batch):
+        first = row_of_item[int(batch.item_BT[slots[0]])]
+        person = person_of_row[first]
+        rows = rows_of_people[person]
+        start = rows.index(first)
+        for k, slot in enumerate(slots):
+            event, following = rows[start + k], rows[start + k + 1]
+            got = [np.asarray(x)[slot].tolist() for x in batch]
+            assert got == [
+                log.item[event],
+                log.action[event],
+                shifted(log.time[event]),
+                k,
+                batch.segment_BT[slots[0]],
+                shifted(log.time[following]),
+                log.context[following].tolist(),
+                log.item[following],
+                1.0,
+            ]
+        windows.append((person, start, len(slots)))
+    return windows
+
+
+def take_epoch(stream, log, rows_of_people, history_len) -> list[tuple[int, int, int]]:
+    """The windows of the first epoch, in order; the rest of its last batch is of the next epoch."""
+    n_slots = sum(max(len(rows) - 1, 0) for rows in rows_of_people)
+    windows, covered = [], 0
+    for batch in stream:
+        for window in decode(batch, log, rows_of_people):
+            assert window[2] <= history_len
+            if covered < n_slots:
+                windows.append(window)
+                covered += window[2]
+        if covered >= n_slots:
+            assert covered == n_slots, "an epoch ends inside a window"
+            return windows
+    raise AssertionError("the stream ended")
+
+
+def slots_of(windows) -> Counter:
+    return Counter((person, first + k) for person, first, length in windows for k in range(length))
+
+
+def all_slots(rows_of_people, people) -> Counter:
+    return Counter((p, k) for p in people for k in range(len(rows_of_people[p]) - 1))
+
+
+def assert_same_batch(a, b):
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
+        assert np.asarray(x).dtype == np.asarray(y).dtype, name
+
+
+@given(
+    st.lists(st.integers(0, 30), max_size=12), st.integers(1, 7), st.integers(0, 10_000), st.integers(1, 3), st.data()
+)
+def test_windows_cover_every_slot_once(lengths, history_len, seed, process_count, data):
+    lengths = np.array(lengths, np.int64)
+    people = np.arange(data.draw(st.integers(0, process_count - 1)), len(lengths), process_count)
+    plan = plan_epoch(lengths, people, history_len, np.random.default_rng(seed))
+    windows = list(zip(*(x.tolist() for x in plan), strict=True))
+    assert all(1 <= length <= history_len for _, _, length in windows)
+    assert slots_of(windows) == Counter((p, k) for p in people.tolist() for k in range(lengths[p] - 1))
+    for p in people.tolist():
+        if 2 <= lengths[p] <= history_len + 1:
+            assert [w for w in windows if w[0] == p] == [(p, 0, lengths[p] - 1)], "a short one is cut"
+
+
+def test_long_ones_start_at_every_offset():
+    heads = set()
+    for seed in range(200):
+        plan = plan_epoch(np.array([12]), np.array([0]), 4, np.random.default_rng(seed))
+        heads.add(int(plan.length[plan.first == 0][0]))
+    assert heads == {1, 2, 3, 4}
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.integers(0, 14), min_size=1, max_size=9),
+    st.integers(1, 6),
+    st.integers(0, 5),
+    st.integers(1, 3),
+    st.integers(0, 10_000),
+)
+def test_an_epoch_holds_every_pair_of_training_events_once(lengths, history_len, more, n_rows, seed):
+    log = make_log(lengths, seed)
+    keep = np.random.default_rng(seed).random(log.n_events) < 0.8
+    rows_of_people = training_rows(log, keep)
+    options = StreamOptions(n_rows, history_len + more, history_len, seed)
+    reader = MemoryReader(log, keep)
+    assert reader.lengths.tolist() == [len(rows) for rows in rows_of_people]
+    if max(map(len, rows_of_people)) < 2:
+        with pytest.raises(InputError, match="two training events"):
+            PackedStream(reader, options)
+        return
+    windows = take_epoch(PackedStream(reader, options), log, rows_of_people, history_len)
+    assert slots_of(windows) == all_slots(rows_of_people, range(log.n_people))
+
+
+def test_batches_have_their_shape_and_never_name_a_held_out_event():
+    log = make_log([9, 1, 12, 5, 2, 30], seed=3)
+    keep = np.random.default_rng(3).random(log.n_events) < 0.6
+    held_out = set(log.item[~keep].tolist())
+    assert held_out
+    stream = iter(PackedStream(MemoryReader(log, keep), StreamOptions(2, 8, 5, 0)))
+    for _ in range(20):
+        batch = next(stream)
+        assert {x.shape[:2] for x in batch} == {(2, 8)}
+        real = np.asarray(batch.segment_BT) > 0
+        assert not held_out & (set(batch.item_BT[real].tolist()) | set(batch.target_BT[real].tolist()))
+
+
+def test_epochs_differ_in_order_and_offsets_and_seeds_decide():
+    log = make_log([12] * 30, seed=1)
+    keep = np.ones(log.n_events, bool)
+    rows_of_people = training_rows(log, keep)
+    reader = MemoryReader(log, keep)
+
+    def windows(seed, n=40):
+        stream = iter(PackedStream(reader, StreamOptions(2, 10, 5, seed)))
+        return [w for _ in range(n) for w in decode(next(stream), log, rows_of_people)]
+
+    first, again, other = windows(7), windows(7), windows(8)
+    assert first == again
+    assert first != other
+    epochs, done = [[]], 0
+    for window in first:
+        epochs[-1].append(window)
+        done += window[2]
+        if done == 30 * 11:
+            epochs.append([])
+            done = 0
+    assert len(epochs) >= 3
+    assert sorted(slots_of(epochs[0])) == sorted(slots_of(epochs[1]))
+    assert [w[0] for w in epochs[0]] != [w[0] for w in epochs[1]]
+    assert sorted(epochs[0]) != sorted(epochs[1]), "the same offsets in both epochs"
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 3])
+def test_processes_share_the_people_out(process_count):
+    log = make_log(np.random.default_rng(0).integers(0, 15, 20), seed=2)
+    keep = np.ones(log.n_events, bool)
+    rows_of_people = training_rows(log, keep)
+    together, people = Counter(), []
+    for index in range(process_count):
+        own = [rows if p % process_count == index else [] for p, rows in enumerate(rows_of_people)]
+        stream = PackedStream(MemoryReader(log, keep), StreamOptions(2, 9, 6, 5, index, process_count))
+        windows = take_epoch(stream, log, own, 6)
+        together += slots_of(windows)
+        people.append({w[0] for w in windows})
+    assert together == all_slots(rows_of_people, range(20))
+    assert sum(map(len, people)) == len(set.union(*people))
+
+
+def test_a_process_without_anything_to_learn_from_says_so():
+    log = make_log([5, 1, 4, 0])
+    keep = np.ones(log.n_events, bool)
+    PackedStream(MemoryReader(log, keep), StreamOptions(1, 8, 8, 0, 0, 2))
+    with pytest.raises(InputError, match="two training events"):
+        PackedStream(MemoryReader(log, keep), StreamOptions(1, 8, 8, 0, 1, 2))
+    with pytest.raises(InputError, match="two training events"):
+        PackedStream(MemoryReader(log, ~keep), StreamOptions(1, 8, 8, 0))
+
+
+def to_device(batch):
+    return jax.tree.map(jax.numpy.asarray, batch)
+
+
+def plain(stream: PackedStream) -> grain.IterDataset:
+    return stream
+
+
+def as_trained(stream: PackedStream) -> grain.IterDataset:
+    return grain.experimental.ThreadPrefetchIterDataset(stream.map(to_device), prefetch_buffer_size=2)
+
+
+@pytest.mark.parametrize("wrap", [plain, as_trained])
+@pytest.mark.parametrize("n_before", [0, 1, 3, 11, 26])
+def test_a_saved_position_goes_on_with_the_next_batch(wrap, n_before):
+    log = make_log([7, 3, 20, 2, 9, 1, 4], seed=4)
+    keep = np.ones(log.n_events, bool)
+
+    def start():
+        return iter(wrap(PackedStream(MemoryReader(log, keep), StreamOptions(1, 8, 6, 9))))
+
+    whole = start()
+    batches = [next(whole) for _ in range(n_before + 12)]
+    first = start()
+    for batch in batches[:n_before]:
+        assert_same_batch(next(first), batch)
+    state = json.loads(json.dumps(first.get_state()))
+    next(first)  # what is read ahead or later must not move the saved position
+    resumed = start()
+    next(resumed)
+    resumed.set_state(state)
+    assert resumed.get_state() == state
+    for batch in batches[n_before:]:
+        assert_same_batch(next(resumed), batch)
+    first.set_state(state)
+    assert_same_batch(next(first), batches[n_before])
+    for stream in (whole, first, resumed):
+        stream.close()
+
+
+def test_the_position_behind_the_prefetch_is_that_of_the_consumed_batches():
+    log = make_log([7, 3, 20, 2, 9], seed=5)
+    stream = PackedStream(MemoryReader(log, np.ones(log.n_events, bool)), StreamOptions(1, 8, 6, 1))
+    ahead, alone = iter(as_trained(stream)), iter(stream)
+    assert ahead.get_state() == alone.get_state()
+    for _ in range(15):
+        assert_same_batch(next(ahead), next(alone))
+        assert ahead.get_state() == alone.get_state()
+    ahead.close()
+
+
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_shards_give_the_batches_of_memory(tmp_path, n_shards):
+    rng = np.random.default_rng(n_shards)
+    stored = make_dataset(rng.integers(0, 14, 25), items_per_service=(7, 0, 9), seed=n_shards)
+    write_dataset(stored, tmp_path / "prepared", n_shards)
+    used = permute_items(stored, 11)
+    roles = rng.choice([TRAIN, TRAIN, TRAIN, 1, 2, 3], used.log.n_events).astype(np.int8)
+    data = Prepared(used, roles, TokenTable(np.zeros((16, 1), np.int32), ()), None, tmp_path / "prepared")
+    memory, shards = (make_reader(DataConfig(reader=reader), data) for reader in ("memory", "shards"))
+    assert isinstance(memory, MemoryReader)
+    assert isinstance(shards, ShardReader)
+    assert memory.lengths.tolist() == shards.lengths.tolist()
+    options = StreamOptions(2, 9, 6, 3)
+    streams = [iter(PackedStream(reader, options)) for reader in (memory, shards)]
+    for _ in range(25):  # over several epochs
+        assert_same_batch(next(streams[0]), next(streams[1]))
+
+
+def test_shard_reader_renumbers_the_items(tmp_path):
+    stored = make_dataset([4, 6], items_per_service=(3, 2))
+    write_dataset(stored, tmp_path / "prepared", 2)
+    log, numbers = stored.log, np.array([2, 0, 1, 4, 3], np.int32)
+    keep = np.array([1, 0, 1, 1, 0, 1, 1, 0, 0, 1], bool)
+    reader = ShardReader(open_source(tmp_path / "prepared"), log.offsets, keep, numbers)
+    fetched, start = reader.fetch(np.array([1, 0, 1]))
+    assert start.tolist() == [0, 3, 6]
+    rows = [5, 6, 9, 0, 2, 3, 5, 6, 9]
+    assert fetched.item.tolist() == [int(numbers[log.item[row]]) for row in rows]
+    np.testing.assert_array_equal(fetched.time, log.time[rows])
+    np.testing.assert_array_equal(fetched.action, log.action[rows])
+    np.testing.assert_array_equal(fetched.context, log.context[rows])

@@ -1,0 +1,184 @@
+"""The loop: resuming to the bit, one compilation, early stopping, and the files of a run."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moerec.checkpoint import Checkpoints
+from moerec.data.load import load_data
+from moerec.errors import InputError, WorkError
+from moerec.run import run
+from moerec.train import fit, set_up
+from tests.tiny import make_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RUN = """
+import sys
+from pathlib import Path
+from tests.tiny import make_config
+from moerec.run import run
+run(make_config(steps=30, save_every=4, eval_every=5), Path(sys.argv[1]))
+"""
+
+
+def leaves_of(model) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(model)]
+
+
+def start_run(workdir: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", RUN, str(workdir)], cwd=ROOT, env=environment)
+
+
+def wait_for_line(path: Path, step: int, process: subprocess.Popen, limit_s: float = 240.0) -> None:
+    """Until the log has a line of `step` or later."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and any(json.loads(line)["step"] >= step for line in path.read_text().split("\n")[:-1]):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no line of step {step} in {path}: the run ended with {process.poll()}")
+
+
+def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert start_run(undisturbed).wait() == 0
+    for step in np.random.default_rng().choice(np.arange(4, 28), 2, replace=False):
+        process = start_run(killed)
+        wait_for_line(killed / "metrics.jsonl", int(step), process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (killed / "metrics.json").exists()
+    assert start_run(killed).wait() == 0
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (undisturbed, killed))
+    for key in ("test", "valid", "baselines", "ceiling", "best_step", "steps", "slices", "intervals"):
+        assert first[key] == second[key], key
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (undisturbed, killed)
+    ]
+    for one, other in zip(*lines, strict=True):
+        assert {k: v for k, v in one.items() if k != "slots_per_s"} == {
+            k: v for k, v in other.items() if k != "slots_per_s"
+        }
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory):
+    return load_data(make_config().data, tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 7])
+def test_stopping_and_going_on_gives_the_same_parameters(tmp_path, tiny_data, interrupted_at, monkeypatch):
+    whole = fit(make_config(save_every=1), tiny_data, tmp_path / "whole")
+    saved = []
+    save_last = Checkpoints.save_last
+
+    def save_and_fail(self, step, state, progress):
+        save_last(self, step, state, progress)
+        saved.append(step)
+        if step == interrupted_at:
+            self.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save_last", save_and_fail)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_config(save_every=1), tiny_data, tmp_path / "parts")
+    monkeypatch.setattr(Checkpoints, "save_last", save_last)
+    resumed = fit(make_config(save_every=1), tiny_data, tmp_path / "parts")
+    assert saved[-1] == interrupted_at
+    assert resumed.step == whole.step
+    assert resumed.steps == whole.steps
+    assert resumed.valid == whole.valid
+    for one, other in zip(leaves_of(whole.model), leaves_of(resumed.model), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, tiny_data):
+    first = fit(make_config(), tiny_data, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    second = fit(make_config(), tiny_data, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    assert (first.step, first.wall_s, first.valid) == (second.step, second.wall_s, second.valid)
+
+
+def test_nothing_is_compiled_after_the_first_step(tiny_data):
+    setup = set_up(make_config(), tiny_data)
+    state, stream = setup.state, iter(setup.stream)
+    for _ in range(5):
+        state, metrics = setup.train_step(state, next(stream), setup.table)
+        assert np.isfinite(float(metrics["loss"]))
+        assert setup.train_step._cache_size() == 1
+
+
+def test_training_lowers_the_loss_and_beats_chance(tmp_path, tiny_data):
+    fitted = fit(make_config(steps=60, eval_every=20), tiny_data, tmp_path)
+    losses = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in losses if "loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+    n_items = tiny_data.dataset.catalogue.n_items
+    assert fitted.valid["valid/union/recall@10"] > 1.5 * 10 / n_items
+
+
+def test_the_best_step_is_kept_and_patience_stops(tmp_path, tiny_data):
+    config = make_config(steps=200, eval_every=2, patience=2, save_every=50)
+    config.optim.learning_rate, config.optim.ema_decay = 1.0, 0.0  # far too high: validation cannot keep rising
+    config.optim.schedule = "constant"
+    fitted = fit(config, tiny_data, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["valid/union/ndcg@10"] for line in lines if "valid/union/ndcg@10" in line}
+    assert fitted.steps < 200
+    assert max(scores) == fitted.steps
+    assert scores[fitted.step] == max(scores.values())
+    assert fitted.steps == fitted.step + 2 * 2
+    assert fitted.valid["valid/union/ndcg@10"] == scores[fitted.step]
+
+
+def test_a_loss_that_is_not_finite_fails_with_its_step(tmp_path, tiny_data):
+    config = make_config(steps=40, eval_every=0)
+    config.optim.learning_rate, config.optim.clip_norm, config.optim.schedule = 1e30, 0.0, "constant"
+    with pytest.raises(WorkError, match=r"step \d+: the loss is|not finite"):
+        fit(config, tiny_data, tmp_path)
+
+
+def test_a_directory_of_another_config_is_refused(tmp_path):
+    config = make_config(steps=2, eval_every=0)
+    run(config, tmp_path)
+    before = (tmp_path / "metrics.json").read_text()
+    with pytest.raises(InputError, match=r"config.model.n_layers was 2 and is 1"):
+        run(dataclasses.replace(config, model=dataclasses.replace(config.model, n_layers=1)), tmp_path)
+    assert (tmp_path / "metrics.json").read_text() == before
+
+
+def test_the_sharded_reader_trains_to_the_same_parameters(tmp_path):
+    def train(reader: str):
+        config = make_config(steps=6)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, reader=reader))
+        return fit(config, load_data(config.data, tmp_path / reader), tmp_path / reader)
+
+    for one, other in zip(leaves_of(train("memory").model), leaves_of(train("shards").model), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_keeps_the_contract(tmp_path, data_dir):
+    config = make_config(steps=4)
+    config.baselines = ("popularity", "item_knn", "sasrec_one_negative", "sasrec_sampled")
+    config.loss.n_negatives = 16
+    metrics = run(config, tmp_path)
+    checker = data_dir.parent / "checks" / "contract.py"
+    result = subprocess.run([sys.executable, checker, tmp_path, "--city"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert set(metrics["baselines"]) == set(config.baselines)
+    n = metrics["test"]["union"]["all"]["n"]
+    assert all(table["union"]["all"]["n"] == n for table in (*metrics["baselines"].values(), metrics["ceiling"]))
+    assert metrics["ceiling"]["union"]["all"]["ndcg@10"] > metrics["baselines"]["popularity"]["union"]["all"]["ndcg@10"]
