@@ -1,6 +1,6 @@
 """Measures the training step, the loader and the evaluation of a config, on an otherwise idle machine.
 
-    python -m experiments.bench --config=configs/demo.py [--json]
+python -m experiments.bench --config=configs/demo.py [--json]
 """
 
 import sys

@@ -253,7 +253,9 @@ class EvalConfig:
 
 @dataclasses.dataclass
 class AuditConfig:
-    """The limits of `experiments.audit`: largest values that pass, as shares in [0, 1]; a limit of 1 is never exceeded, and the value is only reported.
+    """The limits of `experiments.audit`: largest values that pass, as shares in [0, 1].
+
+    A limit of 1 is never exceeded, and the value is only reported.
 
     The orders and the canary of ids must exceed theirs by three standard errors of chance.
     """
@@ -283,8 +285,8 @@ class AuditConfig:
 
 BASELINES = (
     "popularity",
-    "service_popularity",
-    "recent_popularity",
+    "popularity_by_service",
+    "popularity_recent",
     "markov",
     "item_knn",
     "item_knn_cross",

@@ -100,7 +100,7 @@ def rank_ceiling(test: TestSet, data: Prepared, mask_seen: bool) -> Ranked:
 
 
 def _rank_baseline(name: str, config: Config, data: Prepared, test: TestSet, workdir: Path) -> Ranked:
-    if name in COUNT_BASELINES:
+    if not name.startswith("sasrec"):
         scorer = COUNT_BASELINES[name](data.dataset, data.roles)
         histories = (test.examples.offsets, test.examples.rows)
         return rank_by_scores(scorer, data.dataset, test.examples.targets, histories, config.eval.mask_seen)

@@ -42,15 +42,18 @@ def param_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh)
     return PartitionSpec(*names)
 
 
-def param_shardings(model, mesh: Mesh):
-    """The model's tree with a `NamedSharding` in place of every weight."""
+def param_shardings(tree, mesh: Mesh):
+    """The same tree (of a model, an optimiser's or a training state) with a `NamedSharding` in place of every array.
+
+    Moments carry the axes of their weights, so they are split like them; whatever has no axes is on every device.
+    """
 
     def place(leaf):
         if isinstance(leaf, nnx.Param):
             return leaf.replace(NamedSharding(mesh, param_spec(leaf.get_metadata()["axes"], leaf.shape, mesh)))
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree.map(place, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

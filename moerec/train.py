@@ -76,13 +76,13 @@ def set_up(config: Config, data: Prepared) -> Setup:
     def init() -> TrainState:
         return init_state(config, sizes)
 
-    placed = jax.tree.map(lambda _: replicated(mesh), jax.eval_shape(init))
-    weights = param_shardings(jax.eval_shape(init).model, mesh)
-    placed = placed._replace(model=weights, average=weights if config.optim.ema_decay else None)
+    placed = param_shardings(jax.eval_shape(init), mesh)
     state = jax.jit(init, out_shardings=placed)()
     table = jax.device_put(data.item_table, replicated(mesh))
     cdf_I = jax.device_put(jnp.asarray(sampling_cdf(data.item_table.count_I, config.loss.sampling_power)))
-    train_step = jax.jit(make_train_step(config, cdf_I), donate_argnums=0)
+    # Without the placement of the results the second step would be compiled anew, for another placement.
+    out = (placed, replicated(mesh))
+    train_step = jax.jit(make_train_step(config, cdf_I), donate_argnums=0, out_shardings=out)
     rows = batch_sharding(mesh)
 
     def to_device(batch: Batch) -> Batch:

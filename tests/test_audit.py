@@ -13,8 +13,7 @@ from moerec.audit import prepare_subject, run_audit
 from moerec.audit.copy_checks import digest_sequences
 from moerec.audit.id_checks import number_ids, rank_by_arithmetic
 from moerec.audit.report import AuditReport, make_row
-from moerec.config import AuditConfig
-from moerec.config import SplitConfig
+from moerec.config import AuditConfig, SplitConfig
 from moerec.data.dataset import Catalogue, Dataset, EventLog, permute_items
 from moerec.data.splits import shuffle_ties
 from moerec.errors import InputError, WorkError

@@ -20,8 +20,10 @@ PROGRESS = Progress(0.1 + 0.2, 4, 1, 1 / 3, 1e9, {"epoch": 3, "window": 2**40})
 
 
 def make_state(sizes=SIZES):
-    """A state in which every leaf has random bits of its own."""
-    shapes = jax.eval_shape(lambda: init_state(make_config(), sizes))
+    """A state in which every leaf has random bits of its own; of the model only parts, since files cost time."""
+    config = make_config()
+    config.model = dataclasses.replace(config.model, item_text=False, request_time=False, action=False)
+    shapes = jax.eval_shape(lambda: init_state(config, sizes))
     rng = np.random.default_rng(0)
 
     def fill(leaf):
@@ -39,7 +41,7 @@ def place(state, mesh):
 
 
 def shift(state, by=1):
-    return jax.tree.map(lambda x: x + jnp.asarray(by, x.dtype), state)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + np.asarray(by, x.dtype)), state)
 
 
 def assert_same(a, b):
@@ -52,6 +54,12 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def state():
     return make_state()
+
+
+@pytest.fixture
+def small():
+    """For what does not depend on the state."""
+    return {"a": jnp.arange(6.0).reshape(2, 3), "b": {"step": jnp.asarray(3)}}
 
 
 @pytest.fixture
@@ -97,7 +105,7 @@ def test_restores_onto_other_meshes(state, checkpoints):
     writer = checkpoints()
     writer.save_last(1, place(state, make_mesh(2, 2)), PROGRESS)
     writer.wait()
-    for shape in ((1, 1), (2, 4), (8, 1)):
+    for shape in ((1, 1), (2, 4)):
         mesh = make_mesh(*shape)
         like = place(shift(state), mesh)
         restored, _ = writer.restore_last(like)
@@ -117,7 +125,7 @@ def test_restores_into_shapes_alone(state, checkpoints):
 def test_a_state_given_away_after_saving_is_saved_as_it_was(checkpoints):
     state = make_state()
     kept = jax.tree.map(lambda x: np.array(x, copy=True), state)
-    step = jax.jit(shift, donate_argnums=0)
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     step(jax.tree.map(jnp.copy, state))  # compiled beforehand, so that it overtakes the writing
     writer = checkpoints()
     writer.save_last(1, state, PROGRESS)
@@ -132,7 +140,7 @@ def test_another_model_is_refused_by_the_name_of_its_weight(state, checkpoints, 
     writer.save_last(1, state, PROGRESS)
     writer.wait()
     other = make_state(dataclasses.replace(SIZES, n_items=24))
-    with pytest.raises(InputError, match=r"checkpoints: .*row_ID.*\(16, 16\).*\(24, 16\)"):
+    with pytest.raises(InputError, match=r"checkpoints: .*item_bias_I.*\(16,\).*\(24,\)"):
         writer.restore_last(other)
     without_average = state._replace(average=None)
     writer.save_last(2, without_average, PROGRESS)
@@ -148,38 +156,38 @@ def test_paths_name_every_leaf_once(state):
     assert sum("row_ID" in name for name in flat if name.startswith(".model")) == 1
 
 
-def test_what_was_best_after_the_last_checkpoint_is_forgotten(state, checkpoints):
+def test_what_was_best_after_the_last_checkpoint_is_forgotten(small, checkpoints):
     writer = checkpoints()
-    writer.save_last(4, state, PROGRESS)
-    writer.save_best(6, shift(state), PROGRESS)
+    writer.save_last(4, small, PROGRESS)
+    writer.save_best(6, shift(small), PROGRESS)
     writer.wait()
     reader = checkpoints()
     assert reader.best_step() == 6
-    reader.restore_last(state)
+    reader.restore_last(small)
     assert reader.best_step() is None
-    reader.save_best(6, shift(state, 2), PROGRESS)  # the resumed run comes there again
+    reader.save_best(6, shift(small, 2), PROGRESS)  # the resumed run comes there again
     reader.wait()
-    assert_same(reader.restore_best(state)[0], shift(state, 2))
+    assert_same(reader.restore_best(small)[0], shift(small, 2))
 
 
-def test_what_was_best_by_the_last_checkpoint_is_kept(state, checkpoints):
+def test_what_was_best_by_the_last_checkpoint_is_kept(small, checkpoints):
     writer = checkpoints()
     for step in (2, 4):
-        writer.save_best(step, shift(state, step), PROGRESS)
-        writer.save_last(step, state, PROGRESS)
-    writer.save_last(8, state, PROGRESS)
+        writer.save_best(step, shift(small, step), PROGRESS)
+        writer.save_last(step, small, PROGRESS)
+    writer.save_last(8, small, PROGRESS)
     writer.wait()
     reader = checkpoints()
-    reader.restore_last(state)
+    reader.restore_last(small)
     assert reader.best_step() == 4
-    assert_same(reader.restore_best(state)[0], shift(state, 4))
+    assert_same(reader.restore_best(small)[0], shift(small, 4))
 
 
-def test_only_the_newest_are_kept(state, checkpoints, tmp_path):
+def test_only_the_newest_are_kept(small, checkpoints, tmp_path):
     writer = checkpoints()
     for step in (1, 2, 3):
-        writer.save_last(step, state, PROGRESS)
-        writer.save_best(step, state, PROGRESS)
+        writer.save_last(step, small, PROGRESS)
+        writer.save_best(step, small, PROGRESS)
     writer.wait()
     writer.close()
     folders = {
@@ -189,16 +197,16 @@ def test_only_the_newest_are_kept(state, checkpoints, tmp_path):
     assert folders == {"last": ["2", "3"], "best": ["3"]}
 
 
-def test_half_written_ones_are_cleared_and_not_seen(state, checkpoints, tmp_path):
+def test_half_written_ones_are_cleared_and_not_seen(small, checkpoints, tmp_path):
     writer = checkpoints()
-    writer.save_last(3, state, PROGRESS)
+    writer.save_last(3, small, PROGRESS)
     writer.wait()
     half = tmp_path / "checkpoints" / "last" / "5.orbax-checkpoint-tmp"
     (half / "state").mkdir(parents=True)
     reader = checkpoints()
     assert reader.last_step() == 3
     assert not half.exists()
-    assert_same(reader.restore_last(shift(state))[0], state)
+    assert_same(reader.restore_last(shift(small))[0], small)
 
 
 def test_an_empty_folder_holds_no_checkpoint(state, checkpoints):

@@ -66,13 +66,18 @@ def history_by_hand(dataset, target: int, per_service: bool) -> list[int]:
     return [row for row in rows if service[row] == service[target] or earlier[row]]
 
 
+@pytest.fixture(scope="module")
+def vectors(model, table):
+    both = jax.jit(lambda model, table: model.item_vectors(jnp.arange(SIZES.n_items), table))(model, table)
+    return [np.asarray(x, np.float64) for x in both]
+
+
 encode = jax.jit(lambda model, batch, table: model.encode(batch, table)[0, -1])
 
 
-def scores_by_hand(model, dataset, table, rows: list[int], target: int) -> np.ndarray:
+def scores_by_hand(model, vectors, dataset, table, rows: list[int], target: int) -> np.ndarray:
     """Scores of all items from one unpadded sequence that ends before the target."""
-    log = dataset.log
-    vectors, biases = (np.asarray(x, np.float64) for x in model.item_vectors(jnp.arange(SIZES.n_items), table))
+    log, (vector, biases) = dataset.log, vectors
     if not rows:
         return biases
     following = [*rows[1:], target]
@@ -94,7 +99,7 @@ def scores_by_hand(model, dataset, table, rows: list[int], target: int) -> np.nd
         target_BT=row([0] * len(rows)),
         weight_BT=np.zeros((1, len(rows)), np.float32),
     )
-    return vectors @ np.asarray(encode(model, batch, table), np.float64) + biases
+    return vector @ np.asarray(encode(model, batch, table), np.float64) + biases
 
 
 def rank_by_hand(scores, target: int, candidates: list[int]) -> tuple[int, int]:
@@ -108,7 +113,7 @@ def rank_by_hand(scores, target: int, candidates: list[int]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("mask_seen", [True, False])
 @pytest.mark.parametrize("per_service", [False, True])
-def test_ranks_are_those_of_a_sort(model, dataset, table, mask_seen, per_service):
+def test_ranks_are_those_of_a_sort(model, vectors, dataset, table, mask_seen, per_service):
     targets = np.arange(dataset.log.n_events)
     examples = EvaluationSet(dataset, targets, make_config(mask_seen, per_service))
     in_service, union = rank_targets(model, examples, table)
@@ -118,7 +123,7 @@ def test_ranks_are_those_of_a_sort(model, dataset, table, mask_seen, per_service
     for t in targets.tolist():
         rows = history_by_hand(dataset, t, per_service)
         assert examples.history_len[t] == len(rows)
-        scores = scores_by_hand(model, dataset, table, rows[-HISTORY_LEN:], t)
+        scores = scores_by_hand(model, vectors, dataset, table, rows[-HISTORY_LEN:], t)
         item, service = int(dataset.log.item[t]), dataset.event_service[t]
         seen = set(dataset.log.item[rows].tolist()) if mask_seen else set()
         for counts, lo, hi in ((in_service, edges[service], edges[service + 1]), (union, 0, SIZES.n_items)):

@@ -29,7 +29,7 @@ LAYERS = (
     ),
     ("moerec.train",),
     ("moerec.results",),
-    ("moerec.run",),
+    ("moerec.bench", "moerec.run"),
     ("experiments",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

@@ -6,8 +6,7 @@ from moerec.audit.report import AuditReport, AuditRow
 from moerec.audit.subject import Subject, prepare_subject
 from moerec.audit.target_checks import check_repeats, check_service, check_unseen
 from moerec.audit.time_checks import check_future_in_history, check_ties, check_training_after_test
-from moerec.config import AuditConfig
-from moerec.config import SplitConfig
+from moerec.config import AuditConfig, SplitConfig
 from moerec.data.dataset import Dataset
 
 CHECKS = (

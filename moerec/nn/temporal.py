@@ -27,9 +27,11 @@ def calendar_codes(time: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def gap_code(earlier: jax.Array, later: jax.Array) -> jax.Array:
-    """Log-spaced bucket of the seconds between two times (about 1.7 buckets an octave of hours); last: not known."""
+    """Log-spaced bucket of the seconds between two times (1.5 buckets an octave of hours); last: not known."""
     known = (earlier != NO_TIME) & (later != NO_TIME)
-    hours = jnp.maximum(later - earlier, 0).astype(jnp.float32) / 3600
+    # Over 68 years wrap round in int32, and come right as uint32.
+    seconds = jnp.where(later > earlier, jnp.subtract(later, earlier).astype(jnp.uint32), 0)
+    hours = seconds.astype(jnp.float32) / 3600
     bucket = jnp.floor(jnp.log2(1 + hours) * 1.5).astype(jnp.int32)
     return jnp.where(known, jnp.minimum(bucket, N_GAPS - 1), N_GAPS)
 

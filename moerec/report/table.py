@@ -9,6 +9,7 @@ UNION_METRICS = ("ndcg@10", "recall@10", "mrr")
 SERVICE_METRICS = ("ndcg@10", "recall@10")
 _TITLES = {"ndcg@10": "NDCG", "recall@10": "Recall", "mrr": "MRR"}
 _LABELS = {
+    "item_knn_cross": "item kNN (all services)",
     "popularity_by_service": "popularity by service",
     "popularity_recent": "popularity (recent)",
     "markov": "Markov",

@@ -1,0 +1,1 @@
+"""Kernels of moerec, usable alone: jax only, nothing of moerec. One folder a kernel."""

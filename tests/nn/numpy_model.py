@@ -1,0 +1,159 @@
+"""The model once more, as loops in float64 NumPy and the standard library's calendar: the oracle of these tests."""
+
+import datetime
+import math
+
+import jax
+import numpy as np
+
+from moerec.shapes import NO_TIME
+
+EPOCH = datetime.datetime(2000, 1, 1)
+Weights = dict[str, np.ndarray]
+
+
+def read_weights(module) -> Weights:
+    """All weights in float64, by their path, such as `blocks.attention.q_DNH`."""
+    leaves = jax.tree_util.tree_flatten_with_path(module)[0]
+    return {
+        jax.tree_util.keystr(path).removeprefix(".").removesuffix(".value"): np.asarray(leaf, np.float64)
+        for path, leaf in leaves
+    }
+
+
+def part(weights: Weights, prefix: str) -> Weights:
+    return {name.removeprefix(f"{prefix}."): w for name, w in weights.items() if name.startswith(f"{prefix}.")}
+
+
+def layer(weights: Weights, index: int) -> Weights:
+    return {name: w[index] for name, w in weights.items()}
+
+
+def rms_norm(x, scale, eps):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * scale
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def swiglu(w: Weights, x):
+    return (silu(x @ w["gate_DF"]) * (x @ w["up_DF"])) @ w["down_FD"]
+
+
+def rope(x_H, position, theta):
+    """As in Hugging Face's Qwen2: `x * cos + rotate_half(x) * sin`."""
+    half = len(x_H) // 2
+    frequency = 1.0 / theta ** (np.arange(0, len(x_H), 2) / len(x_H))
+    angle = np.concatenate([frequency, frequency]) * position
+    return x_H * np.cos(angle) + np.concatenate([-x_H[half:], x_H[:half]]) * np.sin(angle)
+
+
+def attention(w: Weights, x_TD, position_T, segment_T, theta):
+    """One row, slot by slot and head by head."""
+    n_heads, n_kv_heads, width = w["q_DNH"].shape[1], w["k_DKH"].shape[1], w["q_DNH"].shape[2]
+    out = np.zeros((len(x_TD), w["o_NHD"].shape[-1]))
+    for n in range(n_heads):
+        k = n * n_kv_heads // n_heads
+        key = [rope(x @ w["k_DKH"][:, k] + w["k_bias_KH"][k], p, theta) for x, p in zip(x_TD, position_T, strict=True)]
+        value = [x @ w["v_DKH"][:, k] + w["v_bias_KH"][k] for x in x_TD]
+        for t, x in enumerate(x_TD):
+            query = rope(x @ w["q_DNH"][:, n] + w["q_bias_NH"][n], position_T[t], theta)
+            seen = [s for s in range(t + 1) if segment_T[s] == segment_T[t]]
+            exps = np.array([math.exp(query @ key[s] / math.sqrt(width)) for s in seen])
+            mixed = sum(e * value[s] for e, s in zip(exps / exps.sum(), seen, strict=True))
+            out[t] += mixed @ w["o_NHD"][n]
+    return out
+
+
+def block(w: Weights, x_TD, position_T, segment_T, config):
+    y = rms_norm(x_TD, w["attention_norm.scale"], config.norm_eps)
+    x_TD = x_TD + attention(part(w, "attention"), y, position_T, segment_T, config.rope_theta)
+    return x_TD + swiglu(part(w, "ffn"), rms_norm(x_TD, w["ffn_norm.scale"], config.norm_eps))
+
+
+def text_vector(w: Weights, tokens, eps):
+    tokens = [t for t in tokens if t > 0]
+    total = sum((w["table_VD"][t] for t in tokens), np.zeros(w["table_VD"].shape[1]))
+    mean = rms_norm(total / math.sqrt(max(len(tokens), 1)), w["norm.scale"], eps)
+    return (mean + silu(mean @ w["gate_DD"])) @ w["out_DD"]
+
+
+def item_vector(w: Weights, item, table, eps):
+    parts = []
+    if "row_ID" in w:
+        parts.append(w["row_ID"][item])
+    if "text.table_VD" in w:
+        parts.append(text_vector(part(w, "text"), table.token_IW[item], eps))
+    return sum(parts)
+
+
+def calendar(time: int) -> tuple[int, int, float]:
+    """Hour, weekday, and the place in the year in half-months."""
+    moment = EPOCH + datetime.timedelta(seconds=int(time))
+    return moment.hour, moment.weekday(), (moment.timetuple().tm_yday - 1) * 24 / 365.25
+
+
+def gap(since: int, time: int) -> int:
+    return min(math.floor(1.5 * math.log2(1 + max(int(time) - int(since), 0) / 3600)), 23)
+
+
+def time_vector(w: Weights, time, since):
+    hour, weekday, season = (24, 7, 24) if time == NO_TIME else calendar(time)
+    bucket = 24 if NO_TIME in (time, since) else gap(since, time)
+    return w["hour"][hour] + w["weekday"][weekday] + w["season"][math.floor(season)] + w["gap"][bucket]
+
+
+def slot_vector(w: Weights, batch, table, b, t, context_sizes):
+    """What slot t of row b adds to its item's vector; the weights that are there say which parts are on."""
+    parts = [np.zeros(())]
+    time = batch.time_BT[b, t]
+    if "service" in w:
+        parts.append(w["service"][table.service_I[batch.item_BT[b, t]]])
+    if "action" in w:
+        parts.append(w["action"][batch.action_BT[b, t]])
+    if "event_time.hour" in w:
+        before = time if batch.position_BT[b, t] == 0 else batch.time_BT[b, t - 1]
+        parts.append(time_vector(part(w, "event_time"), time, before))
+    if "request_time.hour" in w:
+        parts.append(time_vector(part(w, "request_time"), batch.request_time_BT[b, t], time))
+    if "context" in w:
+        rows = np.split(w["context"], np.cumsum(context_sizes)[:-1])
+        parts += [table_c[code] for table_c, code in zip(rows, batch.request_context_BTC[b, t], strict=True)]
+    return sum(parts)
+
+
+def encode(weights: Weights, batch, table, config, context_sizes):
+    """`SequenceModel.encode` without dropout."""
+    item, slot = part(weights, "item_encoder"), part(weights, "slot_encoder")
+    states = []
+    for b, items in enumerate(batch.item_BT):
+        x = np.stack(
+            [
+                item_vector(item, i, table, config.norm_eps) + slot_vector(slot, batch, table, b, t, context_sizes)
+                for t, i in enumerate(items)
+            ]
+        )
+        x = rms_norm(x, weights["input_norm.scale"], config.norm_eps)
+        for index in range(config.n_layers):
+            w = layer(part(weights, "blocks"), index)
+            x = block(w, x, batch.position_BT[b], batch.segment_BT[b], config)
+        states.append(rms_norm(x, weights["final_norm.scale"], config.norm_eps))
+    return np.stack(states)
+
+
+def slope(function, weights: Weights, name: str, direction: np.ndarray, step: float = 1e-5) -> float:
+    """Central difference of a scalar function of the weights, one of them moved along a direction."""
+    forward, backward = ({**weights, name: weights[name] + sign * step * direction} for sign in (1, -1))
+    return (function(forward) - function(backward)) / (2 * step)
+
+
+def assert_slopes(function, weights: Weights, gradients: Weights, tolerance: float, seed: int = 0):
+    """Checks every gradient along a random direction against the central difference of the oracle."""
+    rng = np.random.default_rng(seed)
+    assert gradients.keys() == weights.keys()
+    for name, gradient in gradients.items():
+        direction = rng.standard_normal(gradient.shape)
+        expected = slope(function, weights, name, direction)
+        size = np.linalg.norm(gradient) + 1
+        assert abs(np.sum(gradient * direction) - expected) < tolerance * size, name

@@ -1,0 +1,99 @@
+"""Attention against loops over slots and heads; positions, causality and padding as properties."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moerec.nn.attention import Attention, rotate, segment_mask
+from tests.nn import numpy_model as oracle
+from tests.small_model import fill, make_config
+
+SEGMENT = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 2, 2, 2, 2, 2, 0, 0]], np.int32)
+POSITION = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 0, 1, 2, 3, 4, 0, 0]], np.int32)
+X = np.random.default_rng(1).standard_normal((2, 8, 8)).astype(np.float32)
+
+
+@functools.cache
+def make_attention(n_heads: int, n_kv_heads: int) -> Attention:
+    config = make_config(n_heads=n_heads, n_kv_heads=n_kv_heads, rope_theta=100.0)
+    return fill(jax.eval_shape(lambda: Attention(jax.random.key(0), config)))
+
+
+@jax.jit
+def attend(attention, x, segment, position):
+    return attention(x, position, segment_mask(segment))
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 2), (4, 1), (2, 2)])
+def test_equals_a_loop_over_slots_and_heads_in_value_and_gradient(n_heads, n_kv_heads):
+    attention = make_attention(n_heads, n_kv_heads)
+    cotangent = np.random.default_rng(2).standard_normal(X.shape)
+
+    def value(w):
+        rows = zip(w["x"], POSITION, SEGMENT, strict=True)
+        return np.stack([oracle.attention(w, x, p, s, 100.0) for x, p, s in rows])
+
+    def weighted(attention, x):
+        out = attend(attention, x, SEGMENT, POSITION)
+        return jnp.sum(out * cotangent), out
+
+    gradients, out = jax.jit(jax.grad(weighted, argnums=(0, 1), has_aux=True))(attention, X)
+    weights = {**oracle.read_weights(attention), "x": X.astype(np.float64)}
+    np.testing.assert_allclose(out, value(weights), atol=1e-5, rtol=1e-5)
+    found = {**oracle.read_weights(gradients[0]), "x": np.asarray(gradients[1], np.float64)}
+    oracle.assert_slopes(lambda w: np.sum(value(w) * cotangent), weights, found, 1e-5)
+
+
+def test_rotation_turns_pairs_of_halves_as_complex_numbers():
+    x = np.random.default_rng(3).standard_normal((1, 5, 2, 6)).astype(np.float32)
+    position = np.array([[0, 1, 2, 7, 40]], np.int32)
+    turned = np.asarray(rotate(x, position, 50.0))
+    pairs = x[..., :3].astype(np.float64) + 1j * x[..., 3:]
+    expected = pairs * np.exp(1j * position[0][:, None, None] * 50.0 ** (-np.arange(3) / 3))
+    np.testing.assert_allclose(turned[..., :3] + 1j * turned[..., 3:], expected, atol=1e-5)
+    np.testing.assert_array_equal(turned[:, 0], x[:, 0])
+
+
+def test_only_the_distance_of_positions_matters():
+    attention = make_attention(4, 2)
+    moved = POSITION + np.array([[5], [11]], np.int32)
+    np.testing.assert_allclose(attend(attention, X, SEGMENT, moved), attend(attention, X, SEGMENT, POSITION), atol=2e-5)
+    apart = np.where(POSITION > 1, POSITION + 3, POSITION)
+    gap = np.abs(attend(attention, X, SEGMENT, apart) - attend(attention, X, SEGMENT, POSITION))
+    assert gap[POSITION > 1].max() > 1e-3
+
+
+def test_a_slot_depends_on_its_own_past_and_on_nothing_else():
+    attention = make_attention(4, 2)
+
+    def row(x, segment, position):
+        return attend(attention, x[None], segment[None], position[None])[0]
+
+    jacobian = jax.jit(jax.vmap(jax.jacrev(row)))(X, SEGMENT, POSITION)  # [B, T, D, S, D]
+    strength = np.abs(jacobian).max(axis=(2, 4))
+    for b, t, s in np.ndindex(strength.shape):
+        past = s <= t and SEGMENT[b, s] == SEGMENT[b, t]
+        assert (strength[b, t, s] > 1e-4) if past else (strength[b, t, s] == 0), (b, t, s)
+
+
+def test_rows_of_padding_give_finite_values_and_gradients():
+    attention = make_attention(4, 2)
+    nothing = np.zeros_like(SEGMENT)
+
+    def total(attention, x):
+        return jnp.sum(attend(attention, x, nothing, nothing) ** 2)
+
+    value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(attention, 1e4 * X)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_bfloat16_stays_bfloat16_and_close():
+    attention = make_attention(4, 2)
+    half = attend(attention, X.astype(jnp.bfloat16), SEGMENT, POSITION)
+    assert half.dtype == jnp.bfloat16
+    full = np.asarray(attend(attention, X, SEGMENT, POSITION))
+    assert np.abs(np.asarray(half, np.float32) - full).max() < 0.03 * np.abs(full).max()

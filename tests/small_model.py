@@ -1,0 +1,107 @@
+"""Tiny models, catalogues and packed batches; every weight is random and none is zero, and nothing is compiled."""
+
+import datetime
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.config import ModelConfig
+from moerec.nn.model import SequenceModel, Sizes
+from moerec.shapes import NO_TIME, Batch, ItemTable
+
+SIZES = Sizes(n_items=13, n_tokens=12, n_services=3, n_actions=3, context_sizes=(3, 4))
+EPOCH = datetime.datetime(2000, 1, 1)
+
+
+def make_config(**fields) -> ModelConfig:
+    small = {"n_layers": 2, "d_model": 8, "n_heads": 4, "n_kv_heads": 2, "d_head": 4, "d_ff": 16, "d_text": 6}
+    return ModelConfig(**{**small, "dropout": 0.0, "event_time": True, **fields})
+
+
+def fill(module, seed: int = 0, stddev: float = 0.4):
+    """The tree of a module's shapes with random weights in their place; scales of norms are around 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        mean = 1.0 if jax.tree_util.keystr(path).endswith("scale.value") else 0.0
+        return jnp.asarray(mean + stddev * rng.standard_normal(leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, module)
+
+
+def make_model(config: ModelConfig, seed: int = 0, sizes: Sizes = SIZES) -> SequenceModel:
+    return fill(jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config, sizes)), seed)
+
+
+def make_table(seed: int = 0, sizes: Sizes = SIZES) -> ItemTable:
+    """A catalogue whose texts have 0 to 4 tokens; the last item has none."""
+    rng = np.random.default_rng(seed)
+    token_IW = rng.integers(1, sizes.n_tokens, (sizes.n_items, 4))
+    token_IW[np.arange(4) >= rng.integers(1, 5, (sizes.n_items, 1))] = 0
+    token_IW[-1] = 0
+    return ItemTable(
+        (np.arange(sizes.n_items) % sizes.n_services).astype(np.int32),
+        token_IW.astype(np.int32),
+        rng.integers(0, 20, sizes.n_items).astype(np.float32),
+    )
+
+
+def draw_times(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Times from 1985 to 2044 in the middle of a half-month, so that no leap day moves them across its border."""
+    year, half_month = rng.integers(1985, 2045, n), rng.integers(0, 24, n)
+    days = [(datetime.datetime(int(y), 1, 1) - EPOCH).days for y in year]
+    return (np.asarray(days) + ((half_month + 0.5) * 365.25 / 24).astype(int)) * 86_400 + rng.integers(0, 86_400, n)
+
+
+def make_sequence(rng: np.random.Generator, n: int, sizes: Sizes = SIZES) -> dict[str, np.ndarray]:
+    """The slots of one person: a fifth of the times not known, some contexts missing, some weights 0 or 2."""
+    time = np.sort(draw_times(rng, n))
+    request_time = np.maximum(time, draw_times(rng, n))
+    known = rng.random((2, n)) > 0.2
+    return {
+        "item_BT": rng.integers(0, sizes.n_items, n),
+        "action_BT": rng.integers(0, sizes.n_actions, n),
+        "time_BT": np.where(known[0], time, NO_TIME),
+        "position_BT": np.arange(n),
+        "request_time_BT": np.where(known[1], request_time, NO_TIME),
+        "request_context_BTC": rng.integers(0, sizes.context_sizes, (n, len(sizes.context_sizes))),
+        "target_BT": rng.integers(0, sizes.n_items, n),
+        "weight_BT": rng.choice([0.0, 1.0, 1.0, 2.0], n),
+    }
+
+
+def lay(rows: list[list[dict[str, np.ndarray]]], n_slots: int) -> Batch:
+    """Lays sequences one after the other into rows; what is left of a row is padding."""
+    shape = (len(rows), n_slots)
+    columns = {name: np.zeros(shape, np.int32) for name in Batch._fields}
+    columns["time_BT"][:] = columns["request_time_BT"][:] = NO_TIME
+    columns["weight_BT"] = np.zeros(shape, np.float32)
+    n_features = rows[0][0]["request_context_BTC"].shape[1]
+    columns["request_context_BTC"] = np.zeros((*shape, n_features), np.int32)
+    for r, row in enumerate(rows):
+        start = 0
+        for segment, sequence in enumerate(row, 1):
+            end = start + len(sequence["item_BT"])
+            columns["segment_BT"][r, start:end] = segment
+            for name, values in sequence.items():
+                columns[name][r, start:end] = values
+            start = end
+    return Batch(**columns)
+
+
+def make_batch(seed: int, lengths: list[list[int]], n_slots: int, sizes: Sizes = SIZES) -> Batch:
+    rng = np.random.default_rng(seed)
+    return lay([[make_sequence(rng, n, sizes) for n in row] for row in lengths], n_slots)
+
+
+def random_like(tree, seed: int = 0):
+    """A tree of standard normal numbers: a direction, or a cotangent."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape), tree)
+
+
+def worst_gap(a, b) -> float:
+    """The largest absolute difference between two trees of arrays."""
+    gaps = jax.tree.map(lambda x, y: float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y)), initial=0)), a, b)
+    return max(jax.tree.leaves(gaps))

@@ -1,0 +1,66 @@
+"""Every experiment file, shrunk, for one step on its real data; and the checks of the configuration."""
+
+import dataclasses
+import pkgutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import configs
+from moerec import cli
+from moerec.config import CityConfig, Config, ModelConfig, SplitConfig, TrainConfig, checked
+from moerec.data.load import load_data
+from moerec.errors import InputError
+from moerec.train import fit
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+
+
+def shrink(config: Config) -> Config:
+    """The same experiment with a narrow model, few targets and one step."""
+    model = dataclasses.replace(config.model, d_model=8, d_ff=8, n_heads=2, n_kv_heads=2, d_head=4, d_text=4)
+    train = dataclasses.replace(config.train, steps=1, batch_size=2, eval_every=0, n_valid=16, n_microbatches=1)
+    loss = dataclasses.replace(config.loss, n_negatives=8, chunk=64)
+    evaluation = dataclasses.replace(config.eval, batch_size=16)
+    city = dataclasses.replace(config.data.city, n_people=40, events_per_person=8, items_per_service=20)
+    data = dataclasses.replace(config.data, city=city)
+    return dataclasses.replace(config, model=model, train=train, loss=loss, eval=evaluation, data=data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_takes_a_step(name, tmp_path, request):
+    config = shrink(cli.load_config(str(ROOT / "configs" / f"{name}.py")))
+    if config.data.source == "tables":
+        folder = request.getfixturevalue("data_dir") / Path(config.data.tables.folder).name
+        config.data.tables.folder = str(folder)
+    fitted = fit(checked(config), load_data(config.data, tmp_path), tmp_path)
+    assert fitted.steps == 1
+    assert 0 <= fitted.valid["valid/union/ndcg@10"] <= 1
+    assert np.isfinite(fitted.slots_per_s)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: CityConfig(rho=1.5), "data.city.rho"),
+        (lambda: ModelConfig(n_heads=3, n_kv_heads=2), "model.n_kv_heads"),
+        (lambda: ModelConfig(d_head=3), "model.d_head"),
+        (lambda: ModelConfig(item_row=False, item_text=False), "model.item_row"),
+        (lambda: SplitConfig(kind="time"), "data.split.valid_from"),
+        (lambda: TrainConfig(batch_size=6, n_microbatches=4), "train.batch_size"),
+        (lambda: Config(baselines=("popularty",)), "baselines"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_field(make, field):
+    with pytest.raises(InputError, match=f"config.{field}: "):
+        make()
+
+
+def test_checked_sees_values_set_later():
+    config = Config()
+    config.model.dropout = 1.0
+    with pytest.raises(InputError, match=r"config\.model\.dropout"):
+        checked(config)
+    assert checked(Config()) == Config()

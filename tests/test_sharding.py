@@ -1,0 +1,141 @@
+"""On fake devices: sharded equals unsharded, weights really are in shards, and the rules refuse what cannot be."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from moerec.config import Config, LossConfig, OptimConfig, TrainConfig
+from moerec.errors import InputError
+from moerec.losses import sampling_cdf
+from moerec.sharding import batch_sharding, make_mesh, param_shardings, param_spec, replicated
+from moerec.state import init_state, make_train_step
+from tests.small_model import SIZES, make_batch, make_config, make_table, worst_gap
+
+TABLE = make_table()
+BATCHES = [make_batch(seed, [[5, 3], [8], [2, 2], [7], [1], [4, 4], [6], [3, 2]], 8) for seed in (1, 2)]
+MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)]
+
+
+def make_run_config(n_data: int, n_model: int) -> Config:
+    # Two key/value heads, but 13 items and 12 tokens: of these three axes `model` divides the first and the last.
+    return Config(
+        model=make_config(n_layers=2, event_time=False),
+        loss=LossConfig(kind="sampled_softmax", n_negatives=20, chunk=16),
+        optim=OptimConfig(warmup_steps=2, ema_decay=0.5),
+        train=TrainConfig(steps=10, batch_size=8, n_microbatches=2, mesh_data=n_data, mesh_model=n_model),
+    )
+
+
+@functools.cache
+def train(n_data: int, n_model: int):
+    """The initial and the final state, the last loss, and how often the step was compiled; (0, 0) is without a mesh."""
+    config = make_run_config(max(n_data, 1), max(n_model, 1))
+
+    def init():
+        return init_state(config, SIZES)
+
+    cdf = jnp.asarray(sampling_cdf(TABLE.count_I, 0.0))
+    train_step = jax.jit(make_train_step(config, cdf))
+    if not n_data:
+        state = first = jax.jit(init)()
+        batches, table = BATCHES, TABLE
+    else:
+        mesh = make_mesh(n_data, n_model)
+        shapes = jax.eval_shape(init)
+        weights = param_shardings(shapes.model, mesh)
+        placed = jax.tree.map(lambda _: replicated(mesh), shapes)._replace(model=weights, average=weights)
+        state = first = jax.jit(init, out_shardings=placed)()
+        table = jax.device_put(TABLE, replicated(mesh))
+        batches = [jax.device_put(batch, batch_sharding(mesh)) for batch in BATCHES]
+    for batch in batches:
+        state, metrics = train_step(state, batch, table)
+    return first, state, float(metrics["loss"]), train_step._cache_size()
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_sharded_training_is_unsharded_training(mesh):
+    first, state, loss, _ = train(*mesh)
+    alone_first, alone_state, alone_loss, _ = train(0, 0)
+    assert worst_gap(first.model, alone_first.model) < 1e-6
+    assert loss == pytest.approx(alone_loss, rel=1e-5)
+    assert worst_gap(state.model, alone_state.model) < 1e-5
+    assert worst_gap(state.average, alone_state.average) < 1e-5
+    assert worst_gap(alone_state.model, alone_first.model) > 1e-4
+
+
+def local_shape(param) -> tuple[int, ...]:
+    (shape,) = {shard.data.shape for shard in param[...].addressable_shards}
+    return shape
+
+
+@pytest.mark.parametrize("when", ["at the start", "after two steps"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_weights_are_in_shards_where_the_axis_divides(mesh, when):
+    first, after, *_ = train(*mesh)
+    n = mesh[1]
+    for model in (
+        (first if when == "at the start" else after).model,
+        (first if when == "at the start" else after).average,
+    ):
+        attention, ffn = model.blocks.attention, model.blocks.ffn
+        assert local_shape(attention.q_DNH) == (2, 8, 4 // n, 4)
+        assert local_shape(attention.k_DKH) == (2, 8, 2 // n, 4)
+        assert local_shape(attention.o_NHD) == (2, 4 // n, 4, 8)
+        assert local_shape(attention.v_bias_KH) == (2, 2 // n, 4)
+        assert local_shape(ffn.gate_DF) == (2, 8, 16 // n)
+        assert local_shape(ffn.down_FD) == (2, 16 // n, 8)
+        assert local_shape(model.item_encoder.text.table_VD) == (12 // n, 6)
+        assert local_shape(model.item_encoder.row_ID) == (13, 8)  # 13 items: whole everywhere
+        assert local_shape(model.blocks.attention_norm.scale) == (2, 8)
+
+
+def test_batches_are_split_over_data():
+    rows = jax.device_put(BATCHES[0].item_BT, batch_sharding(make_mesh(4, 2)))
+    assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 8)}
+
+
+def test_param_spec_by_hand():
+    mesh = make_mesh(2, 2)
+    assert param_spec(("embed", "mlp"), (8, 16), mesh) == PartitionSpec(None, "model")
+    assert param_spec(("embed", "mlp"), (3, 8, 16), mesh) == PartitionSpec(None, None, "model")  # stacked layers
+    assert param_spec(("items", "embed"), (13, 8), mesh) == PartitionSpec(None, None)
+    assert param_spec((None,), (8,), mesh) == PartitionSpec(None)
+
+
+def test_two_axes_of_a_weight_on_one_mesh_axis_are_refused():
+    mesh = make_mesh(1, 2)
+    with pytest.raises(InputError, match="twice onto one mesh axis"):
+        param_spec(("heads", "mlp"), (4, 16), mesh)
+    with pytest.raises(InputError, match="twice"):
+        param_shardings(nnx.Param(jnp.zeros((4, 16)), axes=("vocab", "items"), decay="matrix"), mesh)
+
+
+def test_more_devices_than_there_are_are_refused():
+    n = len(jax.devices())
+    with pytest.raises(InputError, match=rf"{n + 1} x 1 devices asked for, {n} are there"):
+        make_mesh(n + 1, 1)
+    assert make_mesh(n, 1).shape == {"data": n, "model": 1}
+
+
+def test_the_second_step_compiles_nothing_anew():
+    assert [train(*mesh)[-1] for mesh in MESHES] == [1] * len(MESHES)
+
+
+def test_every_device_computes_its_own_rows_scores():
+    """The largest product of a step, states against candidates, is split over `data` and not done by every device."""
+    config = make_run_config(4, 1)
+    mesh = make_mesh(4, 1)
+    shapes = jax.eval_shape(lambda: init_state(config, SIZES))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), BATCHES[0])
+    table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), TABLE)
+    cdf = jnp.asarray(sampling_cdf(TABLE.count_I, 0.0))
+    text = jax.jit(make_train_step(config, cdf)).lower(state, rows, table).compile().as_text()
+    n_slots = BATCHES[0].item_BT.size // config.train.n_microbatches
+    print(n_slots, [line.strip()[:160] for line in text.splitlines() if "dot(" in line and ",20]" in line])
+    assert not np.any([f"f32[{config.loss.chunk},20]" in line and "dot(" in line for line in text.splitlines()])

@@ -1,0 +1,150 @@
+"""One training step: microbatches, the moving average, determinism, and what it reports."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moerec.config import Config, LossConfig, OptimConfig, TrainConfig
+from moerec.losses import sampling_cdf
+from moerec.optim import make_optimizer, make_schedule
+from moerec.state import TrainState, evaluated_model, init_state, make_train_step
+from tests.nn import numpy_model as oracle
+from tests.small_model import SIZES, make_batch, make_config, make_model, make_table, worst_gap
+
+TABLE = make_table()
+# Rows of very different weight, one of them all padding: 14, 1, 0 and 9 slots.
+BATCH = make_batch(3, [[8, 6], [1], [0], [4, 5]], 14)
+SMALL = {"n_layers": 1, "item_text": False, "event_time": False, "request_context": False, "n_heads": 2}
+
+
+def config_for(kind: str = "full_softmax", n_microbatches: int = 1, dropout: float = 0.0, ema: float = 0.0) -> Config:
+    return Config(
+        seed=5,
+        model=make_config(dropout=dropout, **SMALL),
+        loss=LossConfig(kind=kind, n_negatives=9, sampling_power=0.5, chunk=4),
+        optim=OptimConfig(learning_rate=0.02, warmup_steps=3, clip_norm=0.0, ema_decay=ema),
+        train=TrainConfig(steps=20, batch_size=4, n_microbatches=n_microbatches),
+    )
+
+
+def start(config: Config) -> TrainState:
+    """A state whose weights are random and far from zero."""
+    model = make_model(config.model, seed=1)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    average = jax.tree.map(jnp.copy, model) if config.optim.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model), average)
+
+
+@functools.cache
+def run(n_steps: int, *options) -> list[tuple[TrainState, dict]]:
+    """States and metrics after each step on the same batch; `options` as of `config_for`."""
+    config = config_for(*options)
+    train_step = jax.jit(make_train_step(config, jnp.asarray(sampling_cdf(TABLE.count_I, 0.5))))
+    states, state = [], start(config)
+    for _ in range(n_steps):
+        state, metrics = train_step(state, BATCH, TABLE)
+        states.append((state, {name: float(x) for name, x in metrics.items()}))
+    return states
+
+
+def first_moment(state: TrainState):
+    """Adam's: after one step it is the gradient times 1 - b1."""
+    (moments,) = (s.mu for s in state.opt_state if hasattr(s, "mu"))
+    return moments
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_microbatches"),
+    [("full_softmax", 2), ("full_softmax", 4), ("sampled_softmax", 2), ("one_negative", 2), ("one_negative", 4)],
+)
+def test_microbatches_give_the_step_of_the_whole_batch(kind, n_microbatches):
+    ((whole, metrics),) = run(1, kind)
+    ((parts, parts_metrics),) = run(1, kind, n_microbatches)
+    assert parts_metrics == pytest.approx(metrics, rel=1e-5)
+    assert worst_gap(first_moment(parts), first_moment(whole)) < 1e-6
+    assert worst_gap(parts.model, whole.model) < 1e-5
+    assert worst_gap(whole.model, start(config_for()).model) > 1e-3  # a step that does something
+
+
+def test_metrics_are_those_of_the_loss_by_hand():
+    config = config_for()
+    ((state, metrics),) = run(1, "full_softmax")
+    model = start(config).model
+    weights = oracle.read_weights(model)
+
+    def mean_loss(weights):
+        states = oracle.encode(weights, BATCH, TABLE, config.model, SIZES.context_sizes)
+        scores = states @ weights["item_encoder.row_ID"].T + weights["item_bias_I"]
+        log_p = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+        taken = np.take_along_axis(log_p, BATCH.target_BT[..., None], axis=-1)[..., 0]
+        return -np.sum(BATCH.weight_BT * taken) / BATCH.weight_BT.sum()
+
+    gradients = {name: 10 * g for name, g in oracle.read_weights(first_moment(state)).items()}  # 1 - b1 is 0.1
+    assert metrics["loss"] == pytest.approx(mean_loss(weights), rel=1e-5)
+    assert metrics["slots"] == BATCH.weight_BT.sum()
+    oracle.assert_slopes(mean_loss, weights, gradients, 1e-4)
+    norm = np.sqrt(sum(np.sum(g**2) for g in gradients.values()))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert int(state.step) == 1
+
+
+def test_the_learning_rate_reported_is_the_one_used():
+    schedule = make_schedule(config_for().optim, 20)
+    rates = [metrics["learning_rate"] for _, metrics in run(3, "full_softmax", 1, 0.3, 0.6)]
+    np.testing.assert_allclose(rates, [schedule(step) for step in range(3)], rtol=1e-6)
+
+
+def test_the_average_is_a_plain_mean_at_first_and_exponential_then():
+    states = [state for state, _ in run(5, "full_softmax", 1, 0.3, 0.6)]
+    expected = None
+    for n, state in enumerate(states, 1):
+        weights = oracle.read_weights(state.model)
+        rate = max(1 / n, 0.4)
+        expected = {
+            name: w if expected is None else (1 - rate) * expected[name] + rate * w for name, w in weights.items()
+        }
+        assert worst_gap(oracle.read_weights(state.average), expected) < 1e-6
+    assert evaluated_model(states[-1]) is states[-1].average
+    assert worst_gap(states[-1].average, states[-1].model) > 1e-4
+
+
+def test_without_average_the_model_itself_is_evaluated():
+    ((state, _),) = run(1, "full_softmax")
+    assert state.average is None
+    assert evaluated_model(state) is state.model
+
+
+def test_steps_are_deterministic_and_differ_in_their_randomness():
+    config = config_for("sampled_softmax", 1, 0.3)
+    train_step = jax.jit(make_train_step(config, jnp.asarray(sampling_cdf(TABLE.count_I, 0.5))))
+    state = start(config)
+    once, again = train_step(state, BATCH, TABLE), train_step(state, BATCH, TABLE)
+    for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    later = train_step(state._replace(step=jnp.ones((), jnp.int32)), BATCH, TABLE)
+    assert abs(float(later[1]["loss"] - once[1]["loss"])) > 1e-4
+
+
+def test_a_batch_of_padding_changes_nothing_but_the_decay():
+    config = config_for()
+    train_step = jax.jit(make_train_step(config, jnp.asarray(sampling_cdf(TABLE.count_I, 0.5))))
+    nothing = BATCH._replace(weight_BT=np.zeros_like(BATCH.weight_BT))
+    state, metrics = train_step(start(config), nothing, TABLE)
+    assert float(metrics["loss"]) == float(metrics["slots"]) == float(metrics["grad_norm"]) == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    assert worst_gap(state.model.item_bias_I, start(config).model.item_bias_I) == 0
+
+
+def test_a_fresh_state_has_finite_weights_of_the_declared_shapes_and_its_own_average():
+    config = config_for(ema=0.9)
+    state = jax.jit(lambda: init_state(config, SIZES))()
+    assert int(state.step) == 0
+    expected = jax.tree.map(jnp.shape, make_model(config.model))
+    assert jax.tree.map(jnp.shape, state.model) == expected
+    assert all(np.isfinite(w).all() for w in jax.tree.leaves(state.model))
+    assert worst_gap(state.average, state.model) == 0
+    other = jax.jit(lambda: init_state(Config(seed=6, model=config.model, optim=config.optim), SIZES))()
+    assert worst_gap(other.model, state.model) > 0.1
