@@ -1,5 +1,6 @@
 """The training loop, from a config and its data to the parameters that did best on validation."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -157,7 +158,7 @@ def fit(config: Config, data: Prepared, workdir: Path) -> Fitted:
         writer.write(step, {**values, "slots_per_s": shown["slots_per_s"]})
         writer.progress(step, shown)
 
-    with MetricWriter(workdir, options.steps, first_step) as writer:
+    with contextlib.closing(stream), MetricWriter(workdir, options.steps, first_step) as writer:
         step = first_step
         stopped = bool(options.patience) and progress.n_worse >= options.patience
         while step < options.steps and not stopped:

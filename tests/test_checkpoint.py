@@ -28,8 +28,8 @@ def make_state(sizes=SIZES):
 
     def fill(leaf):
         if jnp.issubdtype(leaf.dtype, jnp.integer):
-            return jnp.asarray(rng.integers(0, 1000, leaf.shape), leaf.dtype)
-        return jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype)
+            return jnp.asarray(rng.integers(0, 1000, leaf.shape).astype(leaf.dtype))
+        return jnp.asarray(rng.standard_normal(leaf.shape).astype(leaf.dtype))
 
     return jax.tree.map(fill, shapes)
 
