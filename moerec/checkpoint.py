@@ -55,13 +55,16 @@ class Checkpoints:
                     max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
                 ),
             )
-            for name, keep in (("last", 2), ("best", 1))
+            for name, keep in (("last", 2), ("best", 2))
         )
 
     def save_last(self, step: int, state, progress: Progress) -> None:
         self._save(self._last, step, state, progress)
 
     def save_best(self, step: int, state, progress: Progress) -> None:
+        # A run that was killed before its first `save_last` starts anew, and comes by its own best again.
+        for stale in [s for s in self._best.all_steps() if s >= step]:
+            self._best.delete(stale)
         self._save(self._best, step, state, progress)
 
     @staticmethod
@@ -96,12 +99,11 @@ class Checkpoints:
             raise InputError(f"{self._folder}: holds no checkpoint")
         abstract = flatten(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
         saved = manager.item_metadata(step)["state"]
-        shapes = {name: tuple(leaf.shape) for name, leaf in (saved or {}).items()}
-        for name, leaf in abstract.items():
-            if saved is not None and shapes.get(name) != tuple(leaf.shape):
-                raise InputError(
-                    f"{self._folder}: was written with another model: {name} is {shapes.get(name)}, not {leaf.shape}"
-                )
+        wanted, shapes = ({name: tuple(x.shape) for name, x in (tree or {}).items()} for tree in (abstract, saved))
+        for name in {**wanted, **shapes} if saved is not None else ():
+            if shapes.get(name) != wanted.get(name):
+                found = f"{name} is {shapes.get(name)}, not {wanted.get(name)}"
+                raise InputError(f"{self._folder}: was written with another model: {found}")
         restored = manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),

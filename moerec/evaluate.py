@@ -12,7 +12,7 @@ from moerec.data.dataset import Dataset
 from moerec.data.packing import fill_batch, place_sequences
 from moerec.data.splits import gather_histories
 from moerec.errors import WorkError
-from moerec.metrics import RankCounts
+from moerec.metrics import RankCounts, place_miss
 from moerec.nn.model import SequenceModel
 from moerec.shapes import Array, Batch, ItemTable
 
@@ -75,10 +75,9 @@ def rank_batch(model: SequenceModel, batch: Batch, questions: Questions, table: 
         kept = jnp.sum(relation(score_QI, level) & candidates, axis=1)
         return kept - jnp.sum(relation(seen_score, level) & masked_candidates, axis=1)
 
-    # A seen target goes below everything: as many above it as there are candidates.
     missed = jnp.any(seen == target, axis=1) & (questions.target >= 0)
-    greater_own = jnp.where(missed, questions.high - questions.low, count(jnp.greater, own_QI, masked_own))
-    greater_all = jnp.where(missed, score_QI.shape[1], count(jnp.greater, True, masked))
+    greater_own = jnp.where(missed, place_miss(questions.high - questions.low), count(jnp.greater, own_QI, masked_own))
+    greater_all = jnp.where(missed, place_miss(score_QI.shape[1]), count(jnp.greater, True, masked))
     return Ranks(
         greater_own,
         jnp.where(missed, 1, count(jnp.equal, own_QI, masked_own)),

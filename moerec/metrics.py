@@ -45,6 +45,11 @@ def concatenate_counts(parts: list[RankCounts]) -> RankCounts:
     )
 
 
+def place_miss(n_candidates):
+    """How many stand above a target that may not be recommended: all candidates, and at least every cutoff."""
+    return n_candidates + CUTOFFS[-1]
+
+
 def count_ranks(
     scores: np.ndarray,
     target: np.ndarray,
@@ -58,7 +63,7 @@ def count_ranks(
       scores: `[n, I]` float, finite.
       target: `[n]` the item to be found.
       seen: items that are no candidates: `(offsets [n + 1], items)` or `[n, I]` bool, repeats counting once. A target
-        that is itself seen is a miss: it stands below all items of its range.
+        that is itself seen is a miss (`place_miss`).
       ranges: `(first [n], last [n])`, when only the items `first <= i < last` are candidates.
       first_row: the number of row 0 in messages.
 
@@ -86,7 +91,7 @@ def count_ranks(
     score = scores[row_of, item]
     greater -= np.bincount(row_of[score > level[row_of]], minlength=n)
     equal -= np.bincount(row_of[score == level[row_of]], minlength=n)
-    return RankCounts(np.where(missed, high - low, greater), np.where(missed, 1, equal))
+    return RankCounts(np.where(missed, place_miss(high - low), greater), np.where(missed, 1, equal))
 
 
 def _refuse_non_finite(scores: np.ndarray, first_row: int):

@@ -11,7 +11,7 @@ import pytest
 from moerec.checkpoint import Checkpoints, Progress, flatten
 from moerec.errors import InputError
 from moerec.nn.model import Sizes
-from moerec.sharding import make_mesh, param_shardings, replicated
+from moerec.sharding import make_mesh, param_shardings
 from moerec.state import init_state
 from tests.tiny import make_config
 
@@ -34,10 +34,8 @@ def make_state(sizes=SIZES):
     return jax.tree.map(fill, shapes)
 
 
-def place(state, mesh):
-    placed = jax.tree.map(lambda _: replicated(mesh), state)
-    weights = param_shardings(state.model, mesh)
-    return jax.device_put(state, placed._replace(model=weights, average=weights))
+def place(model, mesh):
+    return jax.device_put(model, param_shardings(model, mesh))
 
 
 def shift(state, by=1):
@@ -103,15 +101,15 @@ def test_round_trip_is_exact_and_leaves_only_whole_checkpoints(state, checkpoint
 
 def test_restores_onto_other_meshes(state, checkpoints):
     writer = checkpoints()
-    writer.save_last(1, place(state, make_mesh(2, 2)), PROGRESS)
+    writer.save_last(1, place(state.model, make_mesh(2, 2)), PROGRESS)
     writer.wait()
-    for shape in ((1, 1), (2, 4)):
-        mesh = make_mesh(*shape)
-        like = place(shift(state), mesh)
+    for shape in ((2, 4), (1, 1)):
+        like = place(shift(state.model), make_mesh(*shape))
         restored, _ = writer.restore_last(like)
-        assert_same(restored, state)
+        assert_same(restored, state.model)
         for (path, x), y in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(like), strict=True):
             assert x.sharding.is_equivalent_to(y.sharding, x.ndim), jax.tree_util.keystr(path)
+        assert any(not x.is_fully_replicated for x in jax.tree.leaves(restored)) == (shape != (1, 1))
 
 
 def test_restores_into_shapes_alone(state, checkpoints):
@@ -135,7 +133,7 @@ def test_a_state_given_away_after_saving_is_saved_as_it_was(checkpoints):
     assert_same(jax.tree.map(np.asarray, writer.restore_last(state)[0]), kept)
 
 
-def test_another_model_is_refused_by_the_name_of_its_weight(state, checkpoints, tmp_path):
+def test_another_model_is_refused_by_the_name_of_its_weight(state, checkpoints):
     writer = checkpoints()
     writer.save_last(1, state, PROGRESS)
     writer.wait()
@@ -145,8 +143,16 @@ def test_another_model_is_refused_by_the_name_of_its_weight(state, checkpoints, 
     without_average = state._replace(average=None)
     writer.save_last(2, without_average, PROGRESS)
     writer.wait()
-    with pytest.raises(InputError, match="average"):
+    with pytest.raises(InputError, match=r"another model: \.average.* is None, not"):
         writer.restore_last(state)
+
+
+def test_weights_that_nobody_asked_for_are_refused_by_name(small, checkpoints):
+    writer = checkpoints()
+    writer.save_last(1, small, PROGRESS)
+    writer.wait()
+    with pytest.raises(InputError, match=r"another model: \['b'\]\['step'\] is \(\), not None"):
+        writer.restore_last({"a": small["a"]})
 
 
 def test_paths_name_every_leaf_once(state):
@@ -168,6 +174,20 @@ def test_what_was_best_after_the_last_checkpoint_is_forgotten(small, checkpoints
     reader.save_best(6, shift(small, 2), PROGRESS)  # the resumed run comes there again
     reader.wait()
     assert_same(reader.restore_best(small)[0], shift(small, 2))
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_without_a_last_checkpoint_replaces_the_best_of_the_killed_one(small, checkpoints, step):
+    writer = checkpoints()
+    writer.save_best(6, small, PROGRESS)
+    writer.wait()
+    again = checkpoints()
+    assert again.last_step() is None
+    again.save_best(step, shift(small), PROGRESS)
+    again.wait()
+    reader = checkpoints()
+    assert reader.best_step() == step
+    assert_same(reader.restore_best(small)[0], shift(small))
 
 
 def test_what_was_best_by_the_last_checkpoint_is_kept(small, checkpoints):
@@ -194,10 +214,10 @@ def test_only_the_newest_are_kept(small, checkpoints, tmp_path):
         name: sorted(path.name for path in (tmp_path / "checkpoints" / name).iterdir() if path.is_dir())
         for name in ("last", "best")
     }
-    assert folders == {"last": ["2", "3"], "best": ["3"]}
+    assert folders == {"last": ["2", "3"], "best": ["2", "3"]}
 
 
-def test_half_written_ones_are_cleared_and_not_seen(small, checkpoints, tmp_path):
+def test_half_written_ones_are_not_seen(small, checkpoints, tmp_path):
     writer = checkpoints()
     writer.save_last(3, small, PROGRESS)
     writer.wait()
@@ -205,7 +225,6 @@ def test_half_written_ones_are_cleared_and_not_seen(small, checkpoints, tmp_path
     (half / "state").mkdir(parents=True)
     reader = checkpoints()
     assert reader.last_step() == 3
-    assert not half.exists()
     assert_same(reader.restore_last(shift(small))[0], small)
 
 

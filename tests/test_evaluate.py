@@ -1,6 +1,7 @@
 """Ranks on the device against a sort of the scores that each history alone gets."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,13 @@ from moerec.nn.model import SequenceModel, Sizes
 from moerec.shapes import EPOCH_2000, NO_TIME, Batch, ItemTable
 from tests.random_dataset import make_dataset
 
-HISTORY_LEN = 4
+HISTORY_LEN = 3
 SIZES = Sizes(n_items=36, n_tokens=9, n_services=2, n_actions=3, context_sizes=(4, 4))
 
 
 def make_config(mask_seen=True, per_service=False) -> Config:
     return Config(
-        data=DataConfig(seq_len=9, history_len=HISTORY_LEN, split=SplitConfig(per_service=per_service)),
+        data=DataConfig(seq_len=8, history_len=HISTORY_LEN, split=SplitConfig(per_service=per_service)),
         model=ModelConfig(n_layers=1, d_model=8, n_heads=2, n_kv_heads=1, d_head=4, d_ff=12, d_text=4, event_time=True),
         eval=EvalConfig(mask_seen=mask_seen, batch_size=8),
     )
@@ -34,11 +35,14 @@ def make_config(mask_seen=True, per_service=False) -> Config:
 def dataset():
     """Some people repeat items, some have equal times in both services, some have very long histories."""
     made = make_dataset([0, 1, 2, 3, 1, 2, 12, 5, 9, 1, 4, 14], (14, 22), seed=5)
-    rng, time = np.random.default_rng(6), made.log.time.copy()
-    for row in range(1, len(time)):
-        if rng.random() < 0.5 and made.log.person[row] == made.log.person[row - 1]:
+    log, rng = made.log, np.random.default_rng(6)
+    time, item = log.time.copy(), log.item.copy()
+    for row in range(1, log.n_events):
+        if log.person[row] == log.person[row - 1] and rng.random() < 0.5:
             time[row] = time[row - 1]
-    return dataclasses.replace(made, log=dataclasses.replace(made.log, time=time))
+        if row > log.offsets[log.person[row]] and rng.random() < 0.2:
+            item[row] = item[rng.integers(log.offsets[log.person[row]], row)]
+    return dataclasses.replace(made, log=dataclasses.replace(log, time=time, item=item))
 
 
 @pytest.fixture(scope="module")
@@ -102,25 +106,40 @@ def scores_by_hand(model, vectors, dataset, table, rows: list[int], target: int)
 
 
 def rank_by_hand(scores, target: int, candidates: list[int]) -> tuple[int, int]:
-    """Lowest and highest place of the target in the sorted candidates that rounding allows; a miss stands last."""
+    """Lowest and highest place of the target in the sorted candidates that rounding allows; a miss stands past every cutoff."""
     if target not in candidates:
-        return len(candidates), SIZES.n_items
+        return len(candidates) + 20, SIZES.n_items + 20
     order = sorted(candidates, key=lambda item: -scores[item])
     places = [place for place, item in enumerate(order) if abs(scores[item] - scores[target]) < 1e-4]
     return min(places), max(places)
 
 
+@pytest.fixture(scope="module")
+def rank_all(model, dataset, table):
+    """Ranks of every event as a target."""
+
+    @functools.cache
+    def rank(mask_seen, per_service=False):
+        return rank_targets(model, evaluation_set(dataset, mask_seen, per_service), table)
+
+    return rank
+
+
+def evaluation_set(dataset, mask_seen=True, per_service=False) -> EvaluationSet:
+    return EvaluationSet(dataset, np.arange(dataset.log.n_events), make_config(mask_seen, per_service))
+
+
 @pytest.mark.parametrize(("mask_seen", "per_service"), [(True, False), (False, False), (True, True)])
-def test_ranks_are_those_of_a_sort(model, vectors, dataset, table, mask_seen, per_service):
-    targets = np.arange(dataset.log.n_events)
-    examples = EvaluationSet(dataset, targets, make_config(mask_seen, per_service))
-    in_service, union = rank_targets(model, examples, table)
-    assert len(in_service) == len(union) == len(targets)
+def test_ranks_are_those_of_a_sort(model, vectors, dataset, table, rank_all, mask_seen, per_service):
+    in_service, union = rank_all(mask_seen, per_service)
+    history_len = evaluation_set(dataset, mask_seen, per_service).history_len
+    targets = range(dataset.log.n_events)
+    assert len(in_service) == len(union) == len(history_len) == len(targets)
     edges = dataset.catalogue.offsets
-    n_sure = n_missed = n_cut = 0
-    for t in targets.tolist():
+    n_sure = n_missed = n_cut = n_hidden = 0
+    for t in targets:
         rows = history_by_hand(dataset, t, per_service)
-        assert examples.history_len[t] == len(rows)
+        assert history_len[t] == len(rows)
         scores = scores_by_hand(model, vectors, dataset, table, rows[-HISTORY_LEN:], t)
         item, service = int(dataset.log.item[t]), dataset.event_service[t]
         seen = set(dataset.log.item[rows].tolist()) if mask_seen else set()
@@ -130,34 +149,33 @@ def test_ranks_are_those_of_a_sort(model, vectors, dataset, table, mask_seen, pe
             assert counts.equal[t] == 1 or first < last
             n_sure += first == last
         n_missed += item in seen
-        n_cut += mask_seen and bool(seen - set(dataset.log.item[rows[-HISTORY_LEN:]].tolist()))
-    assert n_sure > len(targets) * 1.5, "hardly anything was checked exactly"
-    if mask_seen:
-        assert n_missed > 3
-        assert n_cut > 3
+        n_cut += bool(seen - set(dataset.log.item[rows[-HISTORY_LEN:]].tolist()))
+        n_hidden += rows != history_by_hand(dataset, t, False)
+    # the cases that this is about did occur
+    assert n_sure > len(targets) * 1.5
+    assert (min(n_missed, n_cut) > 3) == mask_seen
+    assert (n_hidden > 3) == per_service
 
 
-def test_a_seen_target_stands_below_every_candidate(model, dataset, table):
+def test_a_seen_target_stands_below_every_candidate(dataset, rank_all):
     log = dataset.log
-    targets = np.array([t for t in range(log.n_events) if log.item[t] in log.item[history_by_hand(dataset, t, False)]])
-    in_service, union = rank_targets(model, EvaluationSet(dataset, targets, make_config()), table)
-    sizes = np.diff(dataset.catalogue.offsets)[dataset.event_service[targets]]
-    assert np.all(in_service.greater >= sizes)
-    assert np.all(union.greater >= SIZES.n_items)
-    assert np.all(per_target_metrics(union)["recall@20"] == 0)
-    visible = rank_targets(model, EvaluationSet(dataset, targets, make_config(mask_seen=False)), table)[1]
-    assert np.any(visible.greater < 20)
+    missed = [t for t in range(log.n_events) if log.item[t] in log.item[history_by_hand(dataset, t, False)]]
+    in_service, union = rank_all(True)
+    sizes = np.diff(dataset.catalogue.offsets)[dataset.event_service]
+    assert np.all(in_service.greater[missed] >= sizes[missed])
+    assert np.all(union.greater[missed] >= SIZES.n_items)
+    assert np.all(per_target_metrics(union)["recall@20"][missed] == 0)
+    assert np.any(rank_all(False)[1].greater[missed] < 20)
 
 
 @pytest.mark.parametrize("mask_seen", [True, False])
 def test_a_constant_model_scores_the_share_of_the_candidates(model, dataset, table, mask_seen):
-    zero = jax.tree.map(jnp.zeros_like, model)
-    targets = np.arange(dataset.log.n_events)
-    counts = rank_targets(zero, EvaluationSet(dataset, targets, make_config(mask_seen)), table)
+    zero = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), model)
+    counts = rank_targets(zero, evaluation_set(dataset, mask_seen), table)
     recall = [per_target_metrics(x) for x in counts]
     edges = dataset.catalogue.offsets
     n_fresh = 0
-    for t in targets.tolist():
+    for t in range(dataset.log.n_events):
         service, item = dataset.event_service[t], dataset.log.item[t]
         seen = set(dataset.log.item[history_by_hand(dataset, t, False)].tolist()) if mask_seen else set()
         if item in seen:
@@ -170,18 +188,21 @@ def test_a_constant_model_scores_the_share_of_the_candidates(model, dataset, tab
     assert n_fresh > 10
 
 
-def test_without_a_history_the_biases_rank(model, dataset, table):
+def test_without_a_history_the_biases_rank(model, dataset, rank_all):
     log = dataset.log
-    targets = log.offsets[:-1][np.diff(log.offsets) > 0]
-    _, union = rank_targets(model, EvaluationSet(dataset, targets, make_config()), table)
-    bias = np.asarray(model.item_bias_I[...])
-    assert union.greater.tolist() == [int((bias > bias[item]).sum()) for item in log.item[targets]]
-    assert union.equal.tolist() == [int((bias == bias[item]).sum()) for item in log.item[targets]]
+    first = log.offsets[:-1][np.diff(log.offsets) > 0]
+    union, bias = rank_all(True)[1], np.asarray(model.item_bias_I[...])
+    assert union.greater[first].tolist() == [int((bias > bias[item]).sum()) for item in log.item[first]]
+    assert union.equal[first].tolist() == [int((bias == bias[item]).sum()) for item in log.item[first]]
 
 
 def spoil(model, name, row, value):
     def change(path, leaf):
-        return leaf.at[row].set(value) if name in jax.tree_util.keystr(path) else leaf
+        if name not in jax.tree_util.keystr(path):
+            return leaf
+        spoilt = np.array(leaf)
+        spoilt[row] = value
+        return jnp.asarray(spoilt)
 
     return jax.tree.map_with_path(change, model)
 
@@ -189,17 +210,8 @@ def spoil(model, name, row, value):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_scores_that_are_not_finite_are_refused(model, dataset, table, value):
     broken = spoil(model, "item_bias_I", 7, value)
-    targets = np.arange(20, 40)
     with pytest.raises(WorkError, match="target 0 got a score that is not finite"):
-        rank_targets(broken, EvaluationSet(dataset, targets, make_config()), table)
-
-
-def test_only_broken_histories_are_refused(model, dataset, table):
-    broken = spoil(model, "slot_encoder.action", 2, np.nan)
-    first = dataset.log.offsets[:-1][np.diff(dataset.log.offsets) > 0]  # nobody has a history: no action is read
-    rank_targets(broken, EvaluationSet(dataset, first, make_config()), table)
-    with pytest.raises(WorkError, match="not finite"):
-        rank_targets(broken, EvaluationSet(dataset, np.arange(dataset.log.n_events), make_config()), table)
+        rank_targets(broken, evaluation_set(dataset), table)
 
 
 def test_batches_ask_every_target_once_in_one_shape(model, dataset, table):
@@ -233,15 +245,12 @@ def test_batches_ask_every_target_once_in_one_shape(model, dataset, table):
     assert rank_batch._cache_size() - before <= 1
 
 
-def test_ranks_do_not_depend_on_the_batch_or_the_order(model, dataset, table):
-    targets = np.arange(dataset.log.n_events)
-    config = make_config()
-    whole = rank_targets(model, EvaluationSet(dataset, targets, config), table)
-    order = np.random.default_rng(0).permutation(targets)
-    shuffled = rank_targets(model, EvaluationSet(dataset, order, config), table)
-    for one, other in zip(whole, shuffled, strict=True):
+def test_ranks_do_not_depend_on_the_batch_or_the_order(model, dataset, table, rank_all):
+    order = np.random.default_rng(0).permutation(dataset.log.n_events)
+    shuffled = rank_targets(model, EvaluationSet(dataset, order, make_config()), table)
+    for one, other in zip(rank_all(True), shuffled, strict=True):
         same = (one.greater[order] == other.greater) & (one.equal[order] == other.equal)
-        assert same.mean() > 0.97  # scores within rounding of each other may change places
+        assert same.mean() > 0.95  # scores within rounding of each other may change places
 
 
 def test_nothing_to_rank(model, dataset, table):

@@ -1,6 +1,7 @@
 """On fake devices: sharded equals unsharded, weights really are in shards, and the rules refuse what cannot be."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from moerec.config import Config, LossConfig, OptimConfig, TrainConfig
 from moerec.errors import InputError
-from moerec.losses import sampling_cdf
+from moerec.losses import contrast, sampling_cdf
 from moerec.sharding import batch_sharding, make_mesh, param_shardings, param_spec, replicated
 from moerec.state import init_state, make_train_step
 from tests.small_model import SIZES, make_batch, make_config, make_table, worst_gap
@@ -22,7 +23,6 @@ MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)]
 
 
 def make_run_config(n_data: int, n_model: int) -> Config:
-    # Two key/value heads, but 13 items and 12 tokens: of these three axes `model` divides the first and the last.
     return Config(
         model=make_config(n_layers=2, event_time=False),
         loss=LossConfig(kind="sampled_softmax", n_negatives=20, chunk=16),
@@ -39,17 +39,16 @@ def train(n_data: int, n_model: int):
     def init():
         return init_state(config, SIZES)
 
-    cdf = jnp.asarray(sampling_cdf(TABLE.count_I, 0.0))
-    train_step = jax.jit(make_train_step(config, cdf))
+    train_step = make_train_step(config, jnp.asarray(sampling_cdf(TABLE.count_I, 0.0)))
     if not n_data:
         state = first = jax.jit(init)()
+        train_step = jax.jit(train_step)
         batches, table = BATCHES, TABLE
     else:
         mesh = make_mesh(n_data, n_model)
-        shapes = jax.eval_shape(init)
-        weights = param_shardings(shapes.model, mesh)
-        placed = jax.tree.map(lambda _: replicated(mesh), shapes)._replace(model=weights, average=weights)
+        placed = param_shardings(jax.eval_shape(init), mesh)
         state = first = jax.jit(init, out_shardings=placed)()
+        train_step = jax.jit(train_step, out_shardings=(placed, replicated(mesh)))
         table = jax.device_put(TABLE, replicated(mesh))
         batches = [jax.device_put(batch, batch_sharding(mesh)) for batch in BATCHES]
     for batch in batches:
@@ -75,13 +74,12 @@ def local_shape(param) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("when", ["at the start", "after two steps"])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_weights_are_in_shards_where_the_axis_divides(mesh, when):
+def test_weights_their_moments_and_averages_are_in_shards_where_the_axis_divides(mesh, when):
     first, after, *_ = train(*mesh)
     n = mesh[1]
-    for model in (
-        (first if when == "at the start" else after).model,
-        (first if when == "at the start" else after).average,
-    ):
+    state = first if when == "at the start" else after
+    (adam,) = (part for part in state.opt_state if hasattr(part, "mu"))
+    for model in (state.model, state.average, adam.mu, adam.nu):
         attention, ffn = model.blocks.attention, model.blocks.ffn
         assert local_shape(attention.q_DNH) == (2, 8, 4 // n, 4)
         assert local_shape(attention.k_DKH) == (2, 8, 2 // n, 4)
@@ -126,16 +124,19 @@ def test_the_second_step_compiles_nothing_anew():
     assert [train(*mesh)[-1] for mesh in MESHES] == [1] * len(MESHES)
 
 
-def test_every_device_computes_its_own_rows_scores():
+def test_every_device_scores_its_own_rows():
     """The largest product of a step, states against candidates, is split over `data` and not done by every device."""
-    config = make_run_config(4, 1)
     mesh = make_mesh(4, 1)
-    shapes = jax.eval_shape(lambda: init_state(config, SIZES))
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), BATCHES[0])
-    table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), TABLE)
-    cdf = jnp.asarray(sampling_cdf(TABLE.count_I, 0.0))
-    text = jax.jit(make_train_step(config, cdf)).lower(state, rows, table).compile().as_text()
-    n_slots = BATCHES[0].item_BT.size // config.train.n_microbatches
-    print(n_slots, [line.strip()[:160] for line in text.splitlines() if "dot(" in line and ",20]" in line])
-    assert not np.any([f"f32[{config.loss.chunk},20]" in line and "dot(" in line for line in text.splitlines()])
+    n_slots, chunk, n_candidates, d = 32, 8, 20, 3
+    shapes = [(n_slots, d), (n_slots,), (n_candidates, d), (n_candidates,)]
+
+    def total(h, positive, vector, offset, slots):
+        zeros = jnp.zeros(n_candidates, int)
+        return contrast(h, positive, vector, offset, slots, slots * 0, zeros - 1, (zeros, positive), chunk)
+
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+    arrays = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=rows if s[0] == n_slots else whole) for s in shapes]
+    slots = jax.ShapeDtypeStruct((n_slots,), jnp.int32, sharding=rows)
+    text = jax.jit(jax.grad(total)).lower(*arrays, slots).compile().as_text()
+    products = set(re.findall(rf"f32\[(\d+),{n_candidates}\]\S* dot\(", text))
+    assert products == {str(chunk // 4)}

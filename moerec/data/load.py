@@ -56,8 +56,9 @@ def load_data(config: DataConfig, workdir: Path) -> Prepared:
 def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, Path | None]:
     if config.source == "city":
         dataset, world = city.generate(config.city, config.seed)
-        if config.reader == "shards":
-            write_dataset(dataset, cache, config.n_shards)
+        if config.reader == "memory":
+            return dataset, world, None
+        write_dataset(dataset, cache, config.n_shards)
         return dataset, world, cache
     folder = Path(config.prepared)
     if config.source == "tables":

@@ -23,13 +23,13 @@ def declare(
 
 
 def fan_in(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    """Truncated normal with variance 1 / fan-in, for kernels `[in, ...]` used as `x @ kernel`."""
-    return jax.nn.initializers.lecun_normal(in_axis=0, out_axis=-1)(key, shape, dtype)
+    """Normal with variance 1 / fan-in, for kernels `[in, ...]` whose first axis alone is summed over."""
+    return shape[0] ** -0.5 * jax.random.normal(key, shape, dtype)
 
 
 def fan_in_heads(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     """`fan_in` for kernels `[heads, width, out]`, whose first two axes are summed over."""
-    return jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=-1)(key, shape, dtype)
+    return (shape[0] * shape[1]) ** -0.5 * jax.random.normal(key, shape, dtype)
 
 
 def normal(stddev: float) -> Initializer:

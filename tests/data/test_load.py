@@ -49,7 +49,7 @@ def table_config(folder, **more) -> DataConfig:
     return DataConfig(
         source="tables",
         tables=TablesConfig(str(folder), "interactions.tsv", items="items.tsv"),
-        schema=SchemaConfig(service="service", time="time", item_service="service", text=("title",)),
+        schema=SchemaConfig(service="service", time="time", item_id="item_id", item_service="service", text=("title",)),
         **more,
     )
 

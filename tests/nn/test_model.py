@@ -32,9 +32,9 @@ def encode(model, batch, table, key=None):
 
 
 @jax.jit
-def loss_and_gradients(model, batch):
+def loss_and_gradients(model, batch, table):
     def total(model):
-        return next_item_loss(model, batch, TABLE, all_candidates(SIZES.n_items), LossConfig(chunk=5), None)
+        return next_item_loss(model, batch, table, all_candidates(SIZES.n_items), LossConfig(chunk=5), None)
 
     return jax.value_and_grad(total, has_aux=True)(model)
 
@@ -78,8 +78,8 @@ def test_packed_sequences_have_the_states_loss_and_gradients_of_each_alone():
             n = len(sequence["item_BT"])
             np.testing.assert_allclose(states[b, start : start + n], alone_states[row, :n], atol=1e-5)
             start, row = start + n, row + 1
-    (loss, weight), gradients = loss_and_gradients(model, packed)
-    (alone_loss, alone_weight), alone_gradients = loss_and_gradients(model, alone)
+    (loss, weight), gradients = loss_and_gradients(model, packed, TABLE)
+    (alone_loss, alone_weight), alone_gradients = loss_and_gradients(model, alone, TABLE)
     assert weight == alone_weight == np.sum(packed.weight_BT)
     assert loss == pytest.approx(float(alone_loss), rel=1e-5)
     size = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
@@ -123,8 +123,8 @@ def test_bfloat16_is_close_and_weights_and_gradients_stay_float32():
     assert states.dtype == jnp.float32
     gap = np.asarray(states - encode(full, batch, TABLE))
     assert 0 < np.sqrt(np.mean(gap**2)) < 0.03  # states have a mean square of about 1
-    (loss, _), gradients = loss_and_gradients(half, batch)
-    (exact, _), exact_gradients = loss_and_gradients(full, batch)
+    (loss, _), gradients = loss_and_gradients(half, batch, TABLE)
+    (exact, _), exact_gradients = loss_and_gradients(full, batch, TABLE)
     assert loss == pytest.approx(float(exact), rel=0.02)
     assert {x.dtype for x in jax.tree.leaves((half, gradients))} == {jnp.dtype("float32")}
     flat, exact_flat = (np.concatenate([np.ravel(g) for g in jax.tree.leaves(t)]) for t in (gradients, exact_gradients))
@@ -134,8 +134,8 @@ def test_bfloat16_is_close_and_weights_and_gradients_stay_float32():
 
 def test_remat_changes_nothing():
     batch = lay(make_sequences(), 12)
-    (loss, _), gradients = loss_and_gradients(make_model(make_config(remat=True, **ON)), batch)
-    (plain_loss, _), plain_gradients = loss_and_gradients(make_model(make_config(**ON)), batch)
+    (loss, _), gradients = loss_and_gradients(make_model(make_config(remat=True, **ON)), batch, TABLE)
+    (plain_loss, _), plain_gradients = loss_and_gradients(make_model(make_config(**ON)), batch, TABLE)
     assert loss == pytest.approx(float(plain_loss), rel=1e-6)
     assert worst_gap(jax.tree.leaves(gradients), jax.tree.leaves(plain_gradients)) < 1e-4
 
