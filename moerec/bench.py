@@ -29,6 +29,11 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     return float(np.median(times))
 
 
+def count_compilations(jitted: Any) -> float:
+    """How many programs a jitted function has been compiled to."""
+    return float(jitted._cache_size())
+
+
 def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4000) -> dict[str, float]:
     """Slots per second of the step and of the loader, their ratio, targets per second of evaluation, peak memory."""
     started = time.perf_counter()
@@ -62,7 +67,7 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
         "loader_over_step": step_s / loader_s,
         "eval_targets_per_s": len(examples.targets) / eval_s,
         "eval_scores_per_s": len(examples.targets) * data.dataset.catalogue.n_items / eval_s,
-        "step_compilations": float(setup.train_step._cache_size()),  # type: ignore[attr-defined]
-        "eval_compilations": float(rank_batch._cache_size()),
+        "step_compilations": count_compilations(setup.train_step),
+        "eval_compilations": count_compilations(rank_batch),
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }

@@ -20,7 +20,7 @@ class Progress:
 
     Attributes:
       best: the best validation score so far, at `best_step`; `n_worse` evaluations have passed since.
-      wall_s, n_slots: training time and slots so far, over all interrupted runs.
+      wall_s: time so far, over all interrupted runs; train_s of it without validation, in which n_slots were trained.
       stream: position of the data stream.
     """
 
@@ -28,8 +28,13 @@ class Progress:
     best_step: int = 0
     n_worse: int = 0
     wall_s: float = 0.0
+    train_s: float = 0.0
     n_slots: float = 0.0
     stream: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def slots_per_s(self) -> float:
+        return self.n_slots / self.train_s if self.train_s else 0.0
 
 
 def flatten(tree) -> dict[str, jax.Array]:
@@ -59,6 +64,8 @@ class Checkpoints:
         )
 
     def save_last(self, step: int, state, progress: Progress) -> None:
+        # The progress saved here names the best step, which must be on disk first.
+        self._best.wait_until_finished()
         self._save(self._last, step, state, progress)
 
     def save_best(self, step: int, state, progress: Progress) -> None:

@@ -121,7 +121,7 @@ class DataConfig:
     seed: int = 0  # the city, the permutation of item ids, the split by person
     seq_len: int = 128  # slots of a packed row
     history_len: int = 128  # most slots of one person's sequence that a prediction sees
-    reader: str = "memory"  # training events from memory, or from the shards (memory then does not grow with events)
+    reader: str = "memory"  # training events from memory, or from the shards as they are needed
     n_shards: int = 4  # ArrayRecord files of a prepared folder
     max_tokens: int = 24  # text and attribute tokens of an item
     vocab_size: int = 20000  # most text tokens kept
@@ -172,6 +172,8 @@ class ModelConfig:
         _require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", "must divide model.n_heads")
         _require(self.d_head % 2 == 0, "model.d_head", "must be even (rotary embeddings turn pairs)")
         _require(0 <= self.dropout < 1, "model.dropout", "must lie in [0, 1)")
+        _require(self.norm_eps > 0, "model.norm_eps", "must be positive")
+        _require(self.rope_theta > 1, "model.rope_theta", "must be above 1")
         _require(self.item_row or self.item_text, "model.item_row", "an event needs the item's row or its text")
         _one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
 
@@ -190,6 +192,7 @@ class LossConfig:
         _one_of(self.kind, "loss.kind", ("full_softmax", "sampled_softmax", "one_negative"))
         _one_of(self.scope, "loss.scope", ("union", "service"))
         _require(self.n_negatives >= 1, "loss.n_negatives", "must be at least 1")
+        _require(-2 <= self.sampling_power <= 2, "loss.sampling_power", "must lie in [-2, 2]")
         _require(self.chunk >= 1, "loss.chunk", "must be at least 1")
 
 
@@ -210,7 +213,10 @@ class OptimConfig:
         _one_of(self.schedule, "optim.schedule", ("cosine", "linear", "constant"))
         _require(self.learning_rate > 0, "optim.learning_rate", "must be positive")
         _require(self.warmup_steps >= 0, "optim.warmup_steps", "must not be negative")
-        _require(0 <= self.ema_decay < 1, "optim.ema_decay", "must lie in [0, 1)")
+        for name in ("ema_decay", "b1", "b2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name}", "must lie in [0, 1)")
+        _require(0 <= self.final_rate <= 1, "optim.final_rate", "must lie in [0, 1]")
+        _require(self.weight_decay >= 0, "optim.weight_decay", "must not be negative")
         _require(self.clip_norm >= 0, "optim.clip_norm", "must not be negative")
 
 
@@ -228,7 +234,16 @@ class TrainConfig:
     mesh_model: int = 1  # devices over which the feed-forward width and the heads are split
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "n_microbatches", "log_every", "save_every", "mesh_data", "mesh_model"):
+        for name in (
+            "steps",
+            "batch_size",
+            "n_microbatches",
+            "log_every",
+            "save_every",
+            "n_valid",
+            "mesh_data",
+            "mesh_model",
+        ):
             _require(getattr(self, name) >= 1, f"train.{name}", "must be at least 1")
         for name in ("eval_every", "patience"):
             _require(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
@@ -248,7 +263,9 @@ class EvalConfig:
 
     def __post_init__(self):
         _one_of(self.selection, "eval.selection", ("union", "in_service"))
-        _require(self.batch_size >= 1, "eval.batch_size", "must be at least 1")
+        for name in ("batch_size", "n_boot"):
+            _require(getattr(self, name) >= 1, f"eval.{name}", "must be at least 1")
+        _require(self.n_test >= 0, "eval.n_test", "must not be negative")
 
 
 @dataclasses.dataclass

@@ -30,17 +30,23 @@ class Candidates(NamedTuple):
 
 
 def sampling_cdf(count_I: np.ndarray, power: float) -> np.ndarray:
-    """Cumulative `q_I ~ (1 + count)^power` of the negatives, float32 `[I]`, last entry 1."""
+    """Where each item's share of the 2^32 random words ends, inclusive: uint32 `[I]`, shares ~ (1 + count)^power.
+
+    Whole numbers, so that what is drawn has exactly the probability that the correction says, and none is zero.
+    """
     q = (1.0 + np.asarray(count_I, np.float64)) ** power
-    return (np.cumsum(q) / q.sum()).astype(np.float32)
+    width = np.maximum(np.floor(q / q.sum() * 2.0**32), 1).astype(np.int64)
+    width[np.argmax(width)] += 2**32 - width.sum()
+    return (np.cumsum(width) - 1).astype(np.uint32)
 
 
 def draw_candidates(key: jax.Array, cdf_I: jax.Array, n: int) -> Candidates:
     """n draws with replacement from `cdf_I` and their log-Q corrections."""
-    item_M = jnp.searchsorted(cdf_I, jax.random.uniform(key, (n,)), side="right")
-    item_M = jnp.minimum(item_M, cdf_I.shape[0] - 1).astype(jnp.int32)
-    q_I = jnp.diff(cdf_I, prepend=0)
-    return Candidates(item_M, -jnp.log(n * q_I[item_M]))
+    item_M = jnp.searchsorted(cdf_I, jax.random.bits(key, (n,), jnp.uint32), side="left").astype(jnp.int32)
+    before = jnp.where(item_M > 0, cdf_I[item_M - 1], jnp.uint32(0xFFFFFFFF))
+    width = cdf_I[item_M] - before  # modulo 2^32, so the whole range, of a single item, comes out as 0
+    q = jnp.where(width == 0, 1.0, width.astype(jnp.float32) * 2.0**-32)
+    return Candidates(item_M, -jnp.log(n * q))
 
 
 def all_candidates(n_items: int) -> Candidates:
@@ -90,7 +96,8 @@ def _contrast_forward(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, 
 
     def split(x):
         padding = [(0, n_chunks * chunk - s)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, padding).reshape(n_chunks, chunk, *x.shape[1:])
+        # Chunk c takes every n-th slot, so that each device of a batch split over `data` has a share of every chunk.
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(chunk, n_chunks, *x.shape[1:]), 1, 0)
 
     def step(carry, slots):
         loss, d_vector, d_offset = carry
@@ -100,7 +107,7 @@ def _contrast_forward(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros_like(vector_MD), jnp.zeros_like(offset_M))
     xs = tuple(split(x) for x in (h_SD, positive_S, target_S, scope_S, weight_S))
     (loss, d_vector, d_offset), (d_h, d_positive) = jax.lax.scan(step, zero, xs)
-    d_h, d_positive = d_h.reshape(-1, h_SD.shape[1])[:s], d_positive.reshape(-1)[:s]
+    d_h, d_positive = (jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:s] for x in (d_h, d_positive))
     # The pull of the positive's own vector is in `positive_S`, which the caller differentiates.
     return loss, (d_h, d_positive, d_vector, d_offset)
 

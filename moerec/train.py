@@ -15,7 +15,7 @@ from moerec.checkpoint import Checkpoints, Progress
 from moerec.config import Config
 from moerec.data.load import Prepared, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
-from moerec.data.splits import VALID, select_targets
+from moerec.data.splits import TEST, VALID, select_targets
 from moerec.errors import InputError, WorkError
 from moerec.evaluate import EvaluationSet, rank_targets
 from moerec.losses import sampling_cdf
@@ -34,7 +34,8 @@ class Fitted(NamedTuple):
     Attributes:
       model: the parameters that did best on validation. table: what they need of the catalogue.
       step: the step they are from. steps: steps done. wall_s: time of training and validation, set-up aside.
-      slots_per_s: trained slots per second of that time. valid: validation metrics at `step`.
+      slots_per_s: trained slots per second of training (the first step's compilation counts, validation does not).
+      valid: validation metrics at `step`.
     """
 
     model: SequenceModel
@@ -70,6 +71,8 @@ def make_sizes(data: Prepared) -> Sizes:
 
 def set_up(config: Config, data: Prepared) -> Setup:
     """Makes the state straight into its shards, and the stream of batches onto the mesh."""
+    if jax.process_count() > 1:
+        raise InputError("training runs in one process so far (config.train.mesh_data splits it over its devices)")
     keep_freed_memory()
     mesh = make_mesh(config.train.mesh_data, config.train.mesh_model)
     sizes = make_sizes(data)
@@ -87,23 +90,23 @@ def set_up(config: Config, data: Prepared) -> Setup:
     rows = batch_sharding(mesh)
 
     def to_device(batch: Batch) -> Batch:
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+        return jax.device_put(batch, rows)
 
     options = StreamOptions(
-        n_rows=config.train.batch_size // jax.process_count(),
+        n_rows=config.train.batch_size,
         row_len=config.data.seq_len,
         history_len=config.data.history_len,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
     batches = PackedStream(make_reader(config.data, data), options).map(to_device)
     stream = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
     targets = select_targets(data.dataset, data.roles, VALID)
     if not len(targets):
         raise InputError("data: the split leaves no validation target")
-    sample = np.random.default_rng(config.data.seed).permutation(targets)[: config.train.n_valid]
-    return Setup(state, train_step, table, stream, EvaluationSet(data.dataset, np.sort(sample), config))
+    sample = np.random.default_rng([config.data.seed, VALID]).permutation(targets)[: config.train.n_valid]
+    # What picks the step must not see a test event, not even as the history of another service.
+    valid = EvaluationSet(data.dataset, np.sort(sample), config, visible=data.roles != TEST)
+    return Setup(state, train_step, table, stream, valid)
 
 
 def validate(model: SequenceModel, setup: Setup, selection: str) -> tuple[float, dict[str, float]]:
@@ -129,6 +132,54 @@ def _resume(checkpoints: Checkpoints, state: TrainState, stream) -> tuple[TrainS
     return state, progress
 
 
+class Telemetry:
+    """Writes the metrics of log steps one step late, when the next step is already under way."""
+
+    def __init__(self, writer: MetricWriter, progress: Progress, log_every: int):
+        self._writer, self._progress, self._log_every = writer, progress, log_every
+        self._slots: list[jax.Array] = []
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._clock = time.monotonic()
+        self.shown: dict[str, float] = {}
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step that has been dispatched, without waiting for it."""
+        self._flush()
+        self._slots.append(metrics["slots"])
+        if step % self._log_every == 0:
+            self._pending = (step, metrics)
+
+    def settle(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Waits for the step, so that what is evaluated or saved after it is whole and finite."""
+        self._flush()
+        self._count_slots()
+        if not np.isfinite(float(metrics["loss"])):
+            raise WorkError(f"step {step}: the loss is {float(metrics['loss'])}")
+
+    def pause(self) -> None:
+        """Leaves out the time since `settle`, in which nothing was trained."""
+        self._clock = time.monotonic()
+
+    def _count_slots(self) -> None:
+        self._progress.n_slots += float(sum(float(x) for x in jax.device_get(self._slots)))
+        self._slots = []
+        now = time.monotonic()
+        self._progress.train_s += now - self._clock
+        self._clock = now
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        self._count_slots()
+        values = {name: float(x) for name, x in metrics.items() if name != "slots"}
+        if not np.isfinite(values["loss"]):
+            raise WorkError(f"step {step}: the loss is {values['loss']}")
+        self.shown.update(loss=values["loss"], slots_per_s=self._progress.slots_per_s)
+        self._writer.write(step, {**values, "slots_per_s": self._progress.slots_per_s})
+        self._writer.progress(step, self.shown)
+
+
 def fit(config: Config, data: Prepared, workdir: Path) -> Fitted:
     """Trains until `train.steps`, or until validation stops improving; goes on from the last checkpoint there is.
 
@@ -139,60 +190,58 @@ def fit(config: Config, data: Prepared, workdir: Path) -> Fitted:
       WorkError: the loss is not finite. InputError: `workdir` holds checkpoints of another model.
     """
     setup = set_up(config, data)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    stream = iter(setup.stream)
-    state, progress = _resume(checkpoints, setup.state, stream)
-    first_step, options = int(state.step), config.train
-    valid: dict[str, float] = {}
-    started, earlier_s = time.monotonic(), progress.wall_s
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-    shown: dict[str, float] = {}
-
-    def report(step: int, metrics: dict[str, jax.Array], writer: MetricWriter) -> None:
-        values = {name: float(x) for name, x in metrics.items()}
-        if not np.isfinite(values["loss"]):
-            raise WorkError(f"step {step}: the loss is {values['loss']}")
-        progress.n_slots += values.pop("slots") * options.log_every
-        progress.wall_s = earlier_s + time.monotonic() - started
-        shown.update(loss=values["loss"], slots_per_s=progress.n_slots / progress.wall_s)
-        writer.write(step, {**values, "slots_per_s": shown["slots_per_s"]})
-        writer.progress(step, shown)
-
-    with contextlib.closing(stream), MetricWriter(workdir, options.steps, first_step) as writer:
-        step = first_step
-        stopped = bool(options.patience) and progress.n_worse >= options.patience
-        while step < options.steps and not stopped:
-            state, metrics = setup.train_step(state, next(stream), setup.table)
-            step += 1
-            if pending is not None:  # read one step late, when the next one is already under way
-                report(*pending, writer)
-                pending = None
-            if step % options.log_every == 0:
-                pending = (step, metrics)
-            last = step == options.steps
-            if last or (options.eval_every and step % options.eval_every == 0):
-                if pending is not None:
-                    report(*pending, writer)
-                    pending = None
-                score, valid = validate(evaluated_model(state), setup, config.eval.selection)
-                writer.write(step, valid)
-                shown["valid/ndcg@10"] = score
-                progress.stream = stream.get_state()
-                if score > progress.best:
-                    progress.best, progress.best_step, progress.n_worse = score, step, 0
-                    checkpoints.save_best(step, state, progress)
-                else:
-                    progress.n_worse += 1
-                    stopped = bool(options.patience) and progress.n_worse >= options.patience
-            if last or stopped or step % options.save_every == 0:
-                progress.stream = stream.get_state()
-                progress.wall_s = earlier_s + time.monotonic() - started
-                checkpoints.save_last(step, state, progress)
-    checkpoints.wait()
-    best, at_best = checkpoints.restore_best(state)
-    checkpoints.close()
+    with (
+        contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
+        contextlib.closing(iter(setup.stream)) as stream,
+    ):
+        state, progress = _resume(checkpoints, setup.state, stream)
+        with MetricWriter(workdir, config.train.steps, int(state.step)) as writer:
+            state = _run_steps(config, setup, state, progress, stream, checkpoints, writer)
+        checkpoints.wait()
+        best, at_best = checkpoints.restore_best(state)
+    if at_best.best_step != progress.best_step:
+        raise WorkError(f"{workdir}: the best step is {progress.best_step}, but {at_best.best_step} was kept")
     model = evaluated_model(best)
-    wall_s, n_slots = progress.wall_s, progress.n_slots
-    if not valid or at_best.best_step != step:
-        _, valid = validate(model, setup, config.eval.selection)
-    return Fitted(model, setup.table, at_best.best_step, step, wall_s, n_slots / max(wall_s, 1e-9), valid)
+    _, valid = validate(model, setup, config.eval.selection)
+    return Fitted(model, setup.table, at_best.best_step, int(state.step), progress.wall_s, progress.slots_per_s, valid)
+
+
+def _run_steps(
+    config: Config,
+    setup: Setup,
+    state: TrainState,
+    progress: Progress,
+    stream: grain.DatasetIterator,
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+) -> TrainState:
+    options, step = config.train, int(state.step)
+    started, earlier_s = time.monotonic(), progress.wall_s
+    telemetry = Telemetry(writer, progress, options.log_every)
+    stopped = bool(options.patience) and progress.n_worse >= options.patience
+    while step < options.steps and not stopped:
+        state, metrics = setup.train_step(state, next(stream), setup.table)
+        step += 1
+        telemetry.add(step, metrics)
+        last = step == options.steps
+        evaluate = last or (bool(options.eval_every) and step % options.eval_every == 0)
+        if not evaluate and step % options.save_every:
+            continue
+        telemetry.settle(step, metrics)
+        progress.stream = stream.get_state()
+        progress.wall_s = earlier_s + time.monotonic() - started
+        if evaluate:
+            score, valid = validate(evaluated_model(state), setup, config.eval.selection)
+            writer.write(step, valid)
+            telemetry.shown["valid/ndcg@10"] = score
+            progress.wall_s = earlier_s + time.monotonic() - started
+            if score > progress.best:
+                progress.best, progress.best_step, progress.n_worse = score, step, 0
+                checkpoints.save_best(step, state, progress)
+            else:
+                progress.n_worse += 1
+                stopped = bool(options.patience) and progress.n_worse >= options.patience
+        if last or stopped or step % options.save_every == 0:
+            checkpoints.save_last(step, state, progress)
+        telemetry.pause()
+    return state

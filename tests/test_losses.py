@@ -88,9 +88,10 @@ def assert_same(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(gradient, by_hand, atol=tolerance, rtol=1e-5)
 
 
-# Chunks of one slot, of a divisor and of no divisor of the number of slots, of all, and of more.
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize("scope", ["union", "service"])
+# Chunks of one slot, of no divisor of the number of slots, of all, and of more.
+@pytest.mark.parametrize(
+    ("scope", "chunk"), [("union", 1), ("union", 3), ("union", 7), ("union", 100), ("service", 2), ("service", 7)]
+)
 def test_full_softmax_is_cross_entropy_over_the_catalogue_or_the_service(scope, chunk):
     found = loss_and_gradients(all_candidates(N_ITEMS), "full_softmax", scope, chunk)
     assert_same(found, softmax_by_hand(range(N_ITEMS), np.zeros(N_ITEMS), scope))
@@ -152,7 +153,7 @@ def test_contrast_is_finite_at_huge_scores_and_zero_without_rivals():
 @pytest.mark.parametrize("n_draws", [1, 2])
 def test_expectation_over_all_possible_draws_is_the_full_sum(n_draws):
     cdf = sampling_cdf(np.array([0, 2, 5, 1]), 0.7)
-    q = np.diff(cdf.astype(np.float64), prepend=0)
+    q = np.diff(cdf.astype(np.float64), prepend=-1) / 2**32
     scores = np.array([0.5, -1.0, 1.5, 0.2], np.float32)
     draws = np.array(list(itertools.product(range(4), repeat=n_draws)))
     target, positive = 2, 0.3
@@ -177,11 +178,16 @@ def test_expectation_over_all_possible_draws_is_the_full_sum(n_draws):
     assert expectation == pytest.approx(exact, rel=1e-5)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def draw_sets(keys, cdf, n_draws):
+    return jax.vmap(lambda key: draw_candidates(key, cdf, n_draws))(keys)
+
+
 @functools.cache
 def draw_many(power: float, n_draws: int = 20, n_sets: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
     cdf = jnp.asarray(sampling_cdf(COUNT, power))
     keys = jax.random.split(jax.random.key(4), n_sets)
-    candidates = jax.jit(jax.vmap(lambda key: draw_candidates(key, cdf, n_draws)))(keys)
+    candidates = draw_sets(keys, cdf, n_draws)
     return np.asarray(candidates.item_M), np.asarray(candidates.correction_M, np.float64)
 
 
@@ -213,20 +219,37 @@ def test_gradients_of_the_sampled_softmax_converge_to_the_full_one():
         return np.sqrt(sum(np.sum((g - e) ** 2) for g, e in zip(gradients, exact, strict=True)))
 
     size = np.sqrt(sum(np.sum(e**2) for e in exact))
-    few, many, most = (error(m) / size for m in (30, 3000, 300_000))
-    assert few > 0.03
-    assert many < few / 3
-    assert most < many / 3
-    assert most < 0.005
+    few, many, most = (error(m) / size for m in (30, 1000, 30_000))
+    assert few > 0.05
+    assert many < few / 2
+    assert most < many / 2
+    assert most < 0.02
 
 
 def test_cdf_ends_at_one_and_rises_with_every_item():
     counts = np.random.default_rng(2).integers(0, 1000, 20_000)
     for power in (0.0, 0.5, 0.75):
         cdf = sampling_cdf(counts, power)
-        assert cdf.dtype == np.float32
-        assert cdf[-1] == 1
-        assert np.all(np.diff(cdf) > 0)
+        assert cdf.dtype == np.uint32
+        assert cdf[-1] == 2**32 - 1
+        assert np.all(np.diff(cdf.astype(np.int64), prepend=-1) > 0)
+
+
+def test_corrections_of_a_large_skewed_catalogue_are_those_of_the_draw():
+    """Fifty thousand items with counts of a power law: every share of the random words is what the correction says."""
+    counts = 1e6 / np.arange(1, 50_001)
+    cdf = sampling_cdf(counts, 1.0)
+    width = np.diff(cdf.astype(np.int64), prepend=-1)
+    wanted = (1 + counts) / (1 + counts).sum()
+    np.testing.assert_allclose(width / 2**32, wanted, rtol=1e-3)
+    drawn = draw_candidates(jax.random.key(0), jnp.asarray(cdf), 20_000)
+    np.testing.assert_allclose(drawn.correction_M, -np.log(20_000 * width[drawn.item_M] / 2**32), rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_item_is_always_drawn():
+    drawn = draw_candidates(jax.random.key(0), jnp.asarray(sampling_cdf(np.array([3]), 1.0)), 5)
+    np.testing.assert_array_equal(drawn.item_M, 0)
+    np.testing.assert_allclose(drawn.correction_M, -np.log(5), rtol=1e-6)
 
 
 def test_one_negative_is_binary_cross_entropy_of_two_scores():

@@ -1,5 +1,6 @@
 """The loop: resuming to the bit, one compilation, early stopping, and the files of a run."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,11 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from moerec.checkpoint import Checkpoints
+from moerec.checkpoint import Checkpoints, Progress
 from moerec.data.load import load_data
+from moerec.data.splits import TEST
 from moerec.errors import InputError, WorkError
 from moerec.run import run
-from moerec.train import fit, set_up
+from moerec.state import evaluated_model
+from moerec.train import fit, set_up, validate
 from tests.tiny import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +56,9 @@ def wait_for_line(path: Path, step: int, process: subprocess.Popen, limit_s: flo
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert start_run(undisturbed).wait() == 0
-    for step in np.random.default_rng().choice(np.arange(4, 28), 2, replace=False):
+    steps = np.sort(np.random.default_rng(time.time_ns()).choice(np.arange(4, 28), 2, replace=False))
+    print("killed at", steps)
+    for step in steps:
         process = start_run(killed)
         wait_for_line(killed / "metrics.jsonl", int(step), process)
         process.send_signal(signal.SIGKILL)
@@ -112,13 +117,62 @@ def test_a_finished_run_is_not_trained_again(tmp_path, tiny_data):
     assert (first.step, first.wall_s, first.valid) == (second.step, second.wall_s, second.valid)
 
 
-def test_nothing_is_compiled_after_the_first_step(tiny_data):
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
+def test_nothing_is_compiled_after_the_first_step(tmp_path, tiny_data, mesh):
+    setup = set_up(make_config(mesh_data=mesh[0], mesh_model=mesh[1]), tiny_data)
+    state = setup.state
+    checkpoints = Checkpoints(tmp_path)
+    with contextlib.closing(iter(setup.stream)) as stream, contextlib.closing(checkpoints):
+        for step in range(1, 6):
+            state, metrics = setup.train_step(state, next(stream), setup.table)
+            assert np.isfinite(float(metrics["loss"]))
+            assert setup.train_step._cache_size() == 1
+            validate(evaluated_model(state), setup, "union")
+            if step == 3:  # a resumed run goes on with the program of the first step, too
+                checkpoints.save_last(step, state, Progress())
+                checkpoints.wait()
+                state, _ = checkpoints.restore_last(state)
+
+
+def test_no_best_step_is_named_before_it_is_on_disk(tmp_path, tiny_data, monkeypatch):
+    """The best checkpoint is written slowly: the last one, which names it, must wait."""
+    order = []
+    save = Checkpoints._save
+
+    def record(manager, step, state, progress):
+        waited = manager is not seen["last"] or not seen["best"].is_saving_in_progress()
+        order.append((manager is seen["last"], step, waited))
+        save(manager, step, state, progress)
+
+    seen = {}
+    create = Checkpoints.__init__
+
+    def remember(self, folder):
+        create(self, folder)
+        seen.update(last=self._last, best=self._best)
+
+    monkeypatch.setattr(Checkpoints, "__init__", remember)
+    monkeypatch.setattr(Checkpoints, "_save", staticmethod(record))
+    fit(make_config(save_every=4), tiny_data, tmp_path)
+    assert (True, 4, True) in order
+    assert all(waited for _, _, waited in order)
+
+
+def test_slots_are_counted_exactly(tmp_path, tiny_data):
+    config = make_config(steps=5, log_every=2, eval_every=0, save_every=4)
+    fitted = fit(config, tiny_data, tmp_path)
+    with contextlib.closing(iter(set_up(config, tiny_data).stream)) as stream:
+        n_slots = sum(float(next(stream).weight_BT.sum()) for _ in range(5))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with contextlib.closing(checkpoints):
+        _, progress = checkpoints.restore_last(set_up(config, tiny_data).state)
+    assert progress.n_slots == n_slots
+    assert fitted.slots_per_s == pytest.approx(n_slots / progress.train_s)
+
+
+def test_validation_never_sees_a_test_event(tiny_data):
     setup = set_up(make_config(), tiny_data)
-    state, stream = setup.state, iter(setup.stream)
-    for _ in range(5):
-        state, metrics = setup.train_step(state, next(stream), setup.table)
-        assert np.isfinite(float(metrics["loss"]))
-        assert setup.train_step._cache_size() == 1
+    assert not np.any(tiny_data.roles[setup.valid.rows] == TEST)
 
 
 def test_training_lowers_the_loss_and_beats_chance(tmp_path, tiny_data):

@@ -9,7 +9,7 @@ from moerec.config import DataConfig
 from moerec.data import city
 from moerec.data.dataset import Dataset, permute_items
 from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
-from moerec.data.prepare import prepare
+from moerec.data.prepare import is_current, prepare
 from moerec.data.shards import load_dataset, open_source, write_dataset
 from moerec.data.splits import TRAIN, assign_roles, shuffle_ties
 from moerec.data.tokenizer import TokenTable, tokenize
@@ -63,7 +63,7 @@ def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, 
     folder = Path(config.prepared)
     if config.source == "tables":
         folder = cache
-        if not (folder / "meta.json").exists():
+        if not is_current(config, folder):
             prepare(config, folder)
     return load_dataset(folder), None, folder
 

@@ -42,7 +42,7 @@ class MemoryReader:
 
 
 class ShardReader:
-    """Training events read from ArrayRecord shards as they are needed; memory does not grow with the data."""
+    """Training events read from ArrayRecord shards as they are needed, without a copy of them in memory."""
 
     def __init__(self, source: PeopleSource, offsets: np.ndarray, keep: np.ndarray, item_numbers: np.ndarray):
         """Args: the shards; `[people + 1]` offsets of all events; `[events]` bool, which of them are trained on;

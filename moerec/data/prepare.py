@@ -6,7 +6,6 @@ table, the profiles, and one block of `spill.PEOPLE_PER_BLOCK` people's events w
 """
 
 import dataclasses
-import hashlib
 import json
 import tempfile
 import time
@@ -178,6 +177,22 @@ def prepare(config: DataConfig, out: Path) -> PrepareReport:
     )
 
 
+def describe_source(config: DataConfig) -> dict:
+    """What a prepared folder is made from: the config that matters, and each input file's size and time of change."""
+    files = {}
+    for name in (config.tables.interactions, config.tables.items, config.tables.users):
+        path = Path(config.tables.folder) / name
+        if name and path.is_file():
+            files[name] = [path.stat().st_size, path.stat().st_mtime_ns]
+    used = {"tables": dataclasses.asdict(config.tables), "schema": dataclasses.asdict(config.schema), "files": files}
+    return json.loads(json.dumps(used))  # as it will be read back
+
+
+def is_current(config: DataConfig, folder: Path) -> bool:
+    """Whether the folder was prepared whole, from these files, with this config."""
+    return (folder / "meta.json").exists() and shards.Meta.load(folder).extra.get("source") == describe_source(config)
+
+
 def read_tables(config: DataConfig) -> Dataset:
     """The tables of `config` in memory, by way of a temporary prepared folder."""
     with tempfile.TemporaryDirectory(prefix="moerec-") as folder:
@@ -237,8 +252,6 @@ def _write_tables(
 def _describe(
     config: DataConfig, coder: InteractionCoder, n_events: int, files: tuple[dict, ...], log: DefectLog, profile: tuple
 ) -> shards.Meta:
-    used = {"tables": dataclasses.asdict(config.tables), "schema": dataclasses.asdict(config.schema)}
-    digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
     return shards.Meta(
         services=tuple(coder.items.services.names()),
         actions=tuple(coder.actions.names()) or ("event",),
@@ -248,5 +261,5 @@ def _describe(
         n_events=n_events,
         n_items=int(coder.items.offsets[-1]),
         shards=files,
-        extra={"config": used, "config_sha256": digest, "quarantined": log.counts},
+        extra={"source": describe_source(config), "quarantined": log.counts},
     )

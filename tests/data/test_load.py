@@ -159,15 +159,25 @@ def test_a_second_load_reuses_the_prepared_folder(tmp_path):
     config = table_config(tmp_path / "tables")
     first = load_data(config, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "data").iterdir()}
-    (tmp_path / "tables" / "interactions.tsv").unlink()
     second = load_data(config, tmp_path / "run")
     assert_same_data(first, second)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "data").iterdir()} == before
     prepared = load_data(dataclasses.replace(config, source="prepared", prepared=str(first.folder)), tmp_path / "other")
     assert_same_data(first, prepared)
     assert not (tmp_path / "other").exists()
+    (tmp_path / "tables" / "interactions.tsv").unlink()  # what it was made from is gone, so it is not current
     with pytest.raises(InputError, match=r"interactions\.tsv"):
-        load_data(config, tmp_path / "other")
+        load_data(config, tmp_path / "run")
+
+
+def test_a_folder_made_from_other_tables_is_made_anew(tmp_path):
+    write_tables(tmp_path / "tables")
+    config = table_config(tmp_path / "tables")
+    first = load_data(config, tmp_path / "run")
+    lines = INTERACTIONS.splitlines(keepends=True)
+    (tmp_path / "tables" / "interactions.tsv").write_text("".join(lines[:-1]))
+    second = load_data(config, tmp_path / "run")
+    assert second.dataset.log.n_events == first.dataset.log.n_events - 1
 
 
 def test_a_folder_that_is_not_prepared_is_refused(tmp_path):

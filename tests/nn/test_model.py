@@ -45,6 +45,12 @@ def make_sequences() -> list[list[dict]]:
     return [[make_sequence(rng, n) for n in row] for row in LENGTHS]
 
 
+def make_packed():
+    """The sequences in three rows, and rows of padding: as many as there are sequences, so that shapes are the same."""
+    rows = make_sequences()
+    return lay([*rows, *([[]] * (sum(map(len, rows)) - len(rows)))], 12)
+
+
 @pytest.mark.parametrize("switches", [ON, BARE], ids=["all parts", "item rows alone"])
 def test_states_and_gradients_are_those_of_the_numpy_model(switches):
     config = make_config(**switches)
@@ -69,7 +75,7 @@ def test_states_and_gradients_are_those_of_the_numpy_model(switches):
 def test_packed_sequences_have_the_states_loss_and_gradients_of_each_alone():
     model = make_model(make_config(**ON))
     rows = make_sequences()
-    packed, alone = lay(rows, 12), lay([[sequence] for row in rows for sequence in row], 12)
+    packed, alone = make_packed(), lay([[sequence] for row in rows for sequence in row], 12)
     states, alone_states = encode(model, packed, TABLE), encode(model, alone, TABLE)
     row = 0
     for b, sequences in enumerate(rows):
@@ -88,10 +94,10 @@ def test_packed_sequences_have_the_states_loss_and_gradients_of_each_alone():
 
 def test_a_slot_reaches_only_later_states_of_its_sequence():
     model = make_model(make_config(**ON))
-    batch = lay(make_sequences(), 12)
+    batch = make_packed()
     before = np.asarray(encode(model, batch, TABLE))
     b, t = 0, 2
-    reached = np.zeros((3, 12), bool)
+    reached = np.zeros(batch.item_BT.shape, bool)
     reached[b, t:5] = True
     changes = {
         "item_BT": (batch.item_BT[b, t] + 1) % SIZES.n_items,
@@ -110,14 +116,14 @@ def test_a_slot_reaches_only_later_states_of_its_sequence():
 
 def test_the_answer_is_no_input():
     model = make_model(make_config(**ON))
-    batch = lay(make_sequences(), 12)
+    batch = make_packed()
     other = batch._replace(target_BT=(batch.target_BT + 1) % SIZES.n_items, weight_BT=1 - batch.weight_BT)
     np.testing.assert_array_equal(encode(model, other, TABLE), encode(model, batch, TABLE))
 
 
 def test_bfloat16_is_close_and_weights_and_gradients_stay_float32():
     config = make_config(compute_dtype="bfloat16", **ON)
-    batch = lay(make_sequences(), 12)
+    batch = make_packed()
     full, half = make_model(make_config(**ON)), make_model(config)
     states = encode(half, batch, TABLE)
     assert states.dtype == jnp.float32
@@ -133,7 +139,7 @@ def test_bfloat16_is_close_and_weights_and_gradients_stay_float32():
 
 
 def test_remat_changes_nothing():
-    batch = lay(make_sequences(), 12)
+    batch = make_packed()
     (loss, _), gradients = loss_and_gradients(make_model(make_config(remat=True, **ON)), batch, TABLE)
     (plain_loss, _), plain_gradients = loss_and_gradients(make_model(make_config(**ON)), batch, TABLE)
     assert loss == pytest.approx(float(plain_loss), rel=1e-6)
@@ -141,7 +147,7 @@ def test_remat_changes_nothing():
 
 
 def test_dropout_is_a_function_of_its_key_and_off_without_one():
-    batch = lay(make_sequences(), 12)
+    batch = make_packed()
     model, plain = make_model(make_config(dropout=0.3, **ON)), make_model(make_config(**ON))
     np.testing.assert_array_equal(encode(model, batch, TABLE), encode(plain, batch, TABLE))
     once, again, other = (encode(model, batch, TABLE, jax.random.key(k)) for k in (1, 1, 2))
