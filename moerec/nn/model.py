@@ -50,7 +50,7 @@ class SequenceModel(nnx.Module):
         x_BTD = dropout(self.input_norm(x_BTD), config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
         mask_BTS = segment_mask(batch.segment_BT)
         x_BTD = run_blocks(self.blocks, x_BTD, batch.position_BT, mask_BTS, k_blocks, config.remat, config.n_layers)
-        return self.final_norm(x_BTD).astype(jnp.float32)
+        return self.final_norm(x_BTD.astype(jnp.float32))
 
     def item_vectors(self, item_X: jax.Array, table: ItemTable) -> tuple[jax.Array, jax.Array]:
         """Vectors `[..., D]` and biases `[...]` of candidates; a state's score is its dot product plus the bias."""
