@@ -2,7 +2,7 @@
 
 Command: python -m experiments.train --config=configs/amazon3.py --workdir=runs/amazon3
 Hardware: two CPU cores.
-Result: see the table in README.md.
+Result: recall@10 / NDCG@10 of beauty .092 / .055, sports .056 / .033, toys .100 / .060; 24 minutes.
 """
 
 from moerec.config import (

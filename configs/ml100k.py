@@ -2,7 +2,7 @@
 
 Command: python -m experiments.train --config=configs/ml100k.py --workdir=runs/ml100k
 Hardware: two CPU cores.
-Result: see the table in README.md.
+Result: not measured yet.
 """
 
 from moerec.config import (

@@ -2,7 +2,7 @@
 
 Command: python -m experiments.train --config=configs/yelp.py --workdir=runs/yelp
 Hardware: two CPU cores.
-Result: see the table in README.md.
+Result: not measured yet.
 """
 
 from moerec.config import (

@@ -177,6 +177,7 @@ def test_nothing_is_left_unfinished():
                 breaches.append(f"{name}:{token.start[0]}: {token.string}")
     for name in list_files(".md", ".toml", ".yml", ".yaml", "Makefile"):
         breaches += [f"{name}: {word}" for word in UNFINISHED & set(re.findall(r"\w+", read(name)))]
+        breaches += [f"{name}: {place}" for place in re.findall(r"<!--.*?-->", read(name))]
     assert not breaches
 
 
