@@ -122,8 +122,8 @@ class _ServiceCounts:
     def add(self, events: np.ndarray):
         n = len(self.people)
         person = (events["person"] - events["person"][0]).astype(np.int64)
-        pairs = np.bincount(person * n + events["service"])
-        pairs = np.pad(pairs, (0, -len(pairs) % n)).reshape(-1, n)
+        counts = np.bincount(person * n + events["service"])
+        pairs = np.pad(counts, (0, -len(counts) % n)).reshape(-1, n)
         self.people += (pairs > 0).sum(0)
         self.events += pairs.sum(0)
 
