@@ -174,10 +174,11 @@ def _read_text(table: Table, columns: list[str]) -> Iterator[Batch]:
         waiting: list[int] = []  # ragged rows that the numbering has not passed yet
         with reader:
             for batch in reader:
-                waiting += [row.row for row in ragged]
+                skipped = _drain(ragged)
+                waiting += [row.row for row in skipped]
                 rows = _number_rows(first, batch.num_rows, np.sort(np.asarray(waiting, np.int64)))
                 arrays = [_undo_latin1(array) for array in batch.columns]
-                yield Batch(rows, dict(zip(columns, arrays, strict=True)), _drain(ragged))
+                yield Batch(rows, dict(zip(columns, arrays, strict=True)), skipped)
                 first = int(rows[-1]) + 1 if len(rows) else first
                 waiting = [row for row in waiting if row >= first]
         if ragged:
@@ -195,8 +196,9 @@ def _open_csv(stream: pa.NativeFile, **options) -> pa_csv.CSVStreamingReader | N
 
 
 def _drain(ragged: list[Ragged]) -> tuple[Ragged, ...]:
-    taken = tuple(ragged)
-    ragged.clear()
+    n = len(ragged)  # the parser reads ahead in a thread of its own, and may add rows at any moment
+    taken = tuple(ragged[:n])
+    del ragged[:n]
     return taken
 
 
