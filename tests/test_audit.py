@@ -14,6 +14,7 @@ from moerec.audit.copy_checks import digest_sequences
 from moerec.audit.id_checks import number_ids, rank_by_arithmetic
 from moerec.audit.report import AuditReport, make_row
 from moerec.config import AuditConfig, SplitConfig
+from moerec.data import splits
 from moerec.data.dataset import Catalogue, Dataset, EventLog, permute_items
 from moerec.data.splits import shuffle_ties
 from moerec.errors import InputError, WorkError
@@ -139,6 +140,30 @@ def test_ids_in_order_of_first_appearance_are_found_by_the_canary():
     assert "id_canary" in exceeded(audit(people, sizes=(n_seen,)))
     names = np.random.default_rng(1).permutation(n_seen).astype(str)
     assert "id_canary" not in exceeded(audit(people, sizes=(n_seen,), ids=names))
+
+
+def test_a_canary_in_the_future_is_seen_only_where_the_log_is_out_of_order():
+    names = ("future_canary_test", "all"), ("future_canary_valid", "all")
+    for split in (SplitConfig(), SplitConfig(per_service=True), SplitConfig(kind="person")):
+        rows = audit(clean(), split)
+        assert [rows[name].value for name in names] == [0, 0]
+    people = clean()
+    people[3] = [(people[3][0][0], 30), *people[3][1:]]  # the oldest by place is the newest by time
+    rows = audit(people)
+    assert [rows[name].value for name in names] == [1 / 400, 1 / 400]
+    assert {"future_canary_test", "future_canary_valid"} <= exceeded(rows)
+
+
+def test_a_canary_is_seen_where_a_history_reaches_past_its_target(monkeypatch):
+    whole = splits.gather_histories
+
+    def leaky(dataset, targets, per_service, max_len=None):
+        offsets, rows = whole(dataset, targets, per_service, max_len)
+        return offsets, rows + 1  # the last of each is the target itself
+
+    monkeypatch.setattr("moerec.evaluate.gather_histories", leaky)
+    assert audit(clean())["future_canary_test", "all"].value == 1
+    assert audit(clean())["future_in_history", "all"].value == 0  # which looks at times alone
 
 
 def test_an_event_from_the_future_is_found_in_a_history():

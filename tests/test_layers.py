@@ -18,7 +18,6 @@ LAYERS = (
     ("moerec.state", "moerec.hf"),
     ("moerec.checkpoint", "moerec.upcycle"),
     (
-        "moerec.audit",
         "moerec.cli",
         "moerec.evaluate",
         "moerec.generate",
@@ -27,7 +26,7 @@ LAYERS = (
         "moerec.recommend",
         "moerec.report",
     ),
-    ("moerec.train",),
+    ("moerec.audit", "moerec.train"),
     ("moerec.results",),
     ("moerec.bench", "moerec.run"),
     ("experiments",),

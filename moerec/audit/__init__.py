@@ -1,5 +1,6 @@
 """Looks for what makes an offline table dishonest: ties, telling ids, leaks, repeats, give-away services, copies."""
 
+from moerec.audit.canary_checks import check_future_canary
 from moerec.audit.copy_checks import check_duplicates, check_identical_people
 from moerec.audit.id_checks import check_id_canary, check_id_order, check_tie_order
 from moerec.audit.report import AuditReport, AuditRow
@@ -15,6 +16,7 @@ CHECKS = (
     check_tie_order,
     check_id_canary,
     check_future_in_history,
+    check_future_canary,
     check_training_after_test,
     check_repeats,
     check_service,

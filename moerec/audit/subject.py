@@ -17,6 +17,7 @@ class Subject:
     """A data set with the roles of its events.
 
     Attributes:
+      split: how it is split.
       dataset: as training gets it (with its ties shuffled already where the split says so).
       roles: `[events]`.
       per_service: whether sequences are those of a person and service (rather than of a person).
@@ -24,6 +25,7 @@ class Subject:
       histories: what a prediction of them may see.
     """
 
+    split: SplitConfig
     dataset: Dataset
     roles: np.ndarray
     per_service: bool
@@ -82,4 +84,4 @@ def prepare_subject(dataset: Dataset, split: SplitConfig, seed: int) -> Subject:
     if not len(targets) or not np.any(roles == TRAIN):
         raise WorkError("audit: the split leaves no test events or no training events")
     per_service = split.kind == "leave_one_out" and split.per_service
-    return Subject(dataset, roles, per_service, targets, gather_histories(dataset, targets, per_service))
+    return Subject(split, dataset, roles, per_service, targets, gather_histories(dataset, targets, per_service))
