@@ -187,7 +187,7 @@ class LossConfig:
     kind: str = "full_softmax"  # full_softmax, sampled_softmax or one_negative
     n_negatives: int = 4096  # shared by all slots of a step
     sampling_power: float = 0.0  # negatives are drawn with q ~ (1 + training count)^power; 0 is uniform
-    scope: str = "union"  # normalise over the union, or over the target's service
+    scope: str = "union"  # the competitors of a target: the items of all services, or those of its own
     chunk: int = 512  # slots whose logits are in memory at once
 
     def __post_init__(self):

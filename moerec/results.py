@@ -36,8 +36,9 @@ INTERVAL_METRICS = ("ndcg@10", "recall@10")
 def sasrec_config(config: Config, kind: str) -> Config:
     """SASRec (Kang & McAuley 2018) as a configuration of the same trainer: item rows alone, and its objective.
 
-    Data, split, width, depth, dropout, optimiser and number of steps are the run's own, so the budget is equal; none of
-    them is tuned for it. The block is the decoder's, and a drawn negative may be an item of the person's history.
+    Data, split, width, depth, dropout, scope of the loss, optimiser and number of steps are the run's own, so the
+    budget is equal; none of them is tuned for it. The block is the decoder's, and a drawn negative may be an item of
+    the person's history.
     """
     items_alone = dataclasses.replace(
         config.model,
@@ -55,7 +56,7 @@ def sasrec_config(config: Config, kind: str) -> Config:
         name=f"{config.name}_{kind}",
         model=items_alone,
         loss=dataclasses.replace(
-            config.loss, kind="one_negative" if kind == "sasrec_one_negative" else "sampled_softmax", scope="union"
+            config.loss, kind="one_negative" if kind == "sasrec_one_negative" else "sampled_softmax"
         ),
         baselines=(),
     )

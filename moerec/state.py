@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from moerec.config import Config, LossConfig
-from moerec.losses import Candidates, all_candidates, draw_candidates, next_item_loss
+from moerec.losses import Candidates, all_candidates, draw_candidates, draw_in_service, next_item_loss
 from moerec.nn.model import SequenceModel, Sizes
 from moerec.optim import make_optimizer, make_schedule
 from moerec.shapes import Batch, ItemTable
@@ -41,10 +41,15 @@ def evaluated_model(state: TrainState) -> SequenceModel:
     return state.model if state.average is None else state.average
 
 
-def _candidates(key: jax.Array, config: LossConfig, cdf_I: jax.Array, n_slots: int) -> Candidates:
+def _candidates(key: jax.Array, config: LossConfig, cdf_I: jax.Array, batch: Batch, table: ItemTable) -> Candidates:
     if config.kind == "full_softmax":
         return all_candidates(cdf_I.shape[0])
-    return draw_candidates(key, cdf_I, n_slots if config.kind == "one_negative" else config.n_negatives)
+    if config.kind == "sampled_softmax":
+        return draw_candidates(key, cdf_I, config.n_negatives)
+    if config.scope == "union":
+        return draw_candidates(key, cdf_I, batch.target_BT.size)
+    item_S = draw_in_service(key, cdf_I, table.service_I, batch.target_BT.reshape(-1))
+    return Candidates(item_S, jnp.zeros(item_S.shape, jnp.float32))  # cross-entropy of pairs has no correction
 
 
 def _microbatches(batch: Batch, candidates: Candidates, config: Config) -> tuple[Batch, Candidates | None]:
@@ -79,7 +84,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, table: ItemTable):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         k_candidates, k_dropout = jax.random.split(key)
-        shared = _candidates(k_candidates, config.loss, cdf_I, batch.item_BT.size)
+        shared = _candidates(k_candidates, config.loss, cdf_I, batch, table)
         batches, own = _microbatches(batch, shared, config)
 
         def accumulate(carry, xs):

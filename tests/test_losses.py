@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from moerec.config import LossConfig
-from moerec.losses import Candidates, all_candidates, contrast, draw_candidates, next_item_loss, sampling_cdf
+from moerec.losses import (
+    Candidates,
+    all_candidates,
+    contrast,
+    draw_candidates,
+    draw_in_service,
+    next_item_loss,
+    sampling_cdf,
+)
 from moerec.shapes import Batch, ItemTable
 
 N_SLOTS, N_ITEMS, D = 7, 11, 4
@@ -244,6 +252,20 @@ def test_corrections_of_a_large_skewed_catalogue_are_those_of_the_draw():
     np.testing.assert_allclose(width / 2**32, wanted, rtol=1e-3)
     drawn = draw_candidates(jax.random.key(0), jnp.asarray(cdf), 20_000)
     np.testing.assert_allclose(drawn.correction_M, -np.log(20_000 * width[drawn.item_M] / 2**32), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("power", "sizes"), [(0.0, (3, 1, 7)), (1.0, (3, 1, 7)), (1.0, (11,))])
+def test_a_draw_in_the_service_follows_q_within_it(power, sizes):
+    service = np.repeat(np.arange(len(sizes)), sizes)
+    cdf, n = jnp.asarray(sampling_cdf(COUNT, power)), 20_000
+    for target in (0, 3, 10):
+        own = service == service[target]
+        items = draw_in_service(jax.random.key(target), cdf, jnp.asarray(service), jnp.full(n, target))
+        q = np.where(own, (1.0 + COUNT) ** power, 0)
+        q /= q.sum()
+        share = np.bincount(items, minlength=N_ITEMS) / n
+        assert not share[~own].any()
+        assert np.all(np.abs(share - q) <= 5 * np.sqrt(q * (1 - q) / n))
 
 
 def test_a_single_item_is_always_drawn():
