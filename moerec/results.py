@@ -27,7 +27,7 @@ from moerec.metrics import (
     slice_table,
 )
 from moerec.report.table import gap_closed
-from moerec.significance import bootstrap_interval, paired_test
+from moerec.significance import bootstrap_intervals, paired_test
 from moerec.train import Fitted, fit
 
 INTERVAL_METRICS = ("ndcg@10", "recall@10")
@@ -112,21 +112,23 @@ def _rank_baseline(name: str, config: Config, data: Prepared, test: TestSet, wor
     return Ranked(*rank_targets(fitted.model, test.examples, fitted.table))
 
 
-def _intervals(config: Config, test: TestSet, ranked: Ranked) -> dict[str, Any]:
-    """95 % bootstrap intervals over people of the model's main metrics."""
+def _intervals(config: Config, test: TestSet, rows: dict[str, Ranked]) -> dict[str, dict[str, Any]]:
+    """95 % bootstrap intervals over people of the main metrics, of every row of the table."""
     services = test.examples.dataset.catalogue.services
-    values = {"in_service": per_target_metrics(ranked.in_service), "union": per_target_metrics(ranked.union)}
-    rows = {name: test.examples.target_service == code for code, name in enumerate(services)}
-    rows["all"] = np.ones(len(test.person), bool)
-    out: dict[str, Any] = {"in_service": {}, "union": {}}
-    for part, names in (("in_service", services), ("union", (*services, "all"))):
-        for name in names:
-            if rows[name].any():
-                chosen, person = rows[name], test.person[rows[name]]
-                out[part][name] = {
-                    metric: list(bootstrap_interval(values[part][metric][chosen], 0, person, config.eval.n_boot)[1:])
-                    for metric in INTERVAL_METRICS
-                }
+    parts = [(name, part) for name in rows for part in ("in_service", "union")]
+    values = {(name, part): per_target_metrics(getattr(rows[name], part)) for name, part in parts}
+    subsets = {name: test.examples.target_service == code for code, name in enumerate(services)}
+    subsets["all"] = np.ones(len(test.person), bool)
+    out: dict[str, dict[str, Any]] = {name: {"in_service": {}, "union": {}} for name in rows}
+    for subset, chosen in subsets.items():
+        if not chosen.any():
+            continue
+        columns = np.stack([values[key][metric][chosen] for key in parts for metric in INTERVAL_METRICS], axis=1)
+        intervals = iter(bootstrap_intervals(columns, 0, test.person[chosen], config.eval.n_boot))
+        for name, part in parts:
+            out[name][part][subset] = {metric: list(next(intervals)[1:]) for metric in INTERVAL_METRICS}
+    for table in out.values():
+        table["in_service"].pop("all", None)  # a mean over catalogues of different sizes
     return out
 
 
@@ -172,11 +174,13 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
         },
         "valid": {"step": fitted.step, **fitted.valid},
         "test": test.table(ranked),
-        "intervals": _intervals(config, test, ranked),
         "slices": _slices(test, data, ranked),
     }
     baselines = {name: _rank_baseline(name, config, data, test, workdir) for name in config.baselines}
     metrics["baselines"] = {name: test.table(ranks) for name, ranks in baselines.items()}
+    intervals = _intervals(config, test, {"": ranked, **baselines})
+    metrics["intervals"] = intervals.pop("")
+    metrics["baseline_intervals"] = intervals
     metrics["paired"] = _paired(config, test, ranked, baselines)
     if data.world is not None:
         metrics["ceiling"] = test.table(rank_ceiling(test, data, config.eval.mask_seen))

@@ -19,18 +19,24 @@ class PairedResult(NamedTuple):
     n_people: int
 
 
-def bootstrap_interval(
-    values: np.ndarray, seed: int, person: np.ndarray | None = None, n_boot: int = 1000, level: float = 0.95
-) -> Interval:
-    """Percentile bootstrap of the mean of `values [n]`, resampling people (`person [n]`), or rows without it."""
-    total, count = _cluster_sums(values, person)
+def bootstrap_intervals(
+    columns: np.ndarray, seed: int, person: np.ndarray | None = None, n_boot: int = 1000, level: float = 0.95
+) -> list[Interval]:
+    """Percentile bootstrap of the means of columns `[n, K]`, resampling people (`person [n]`), or rows without it.
+
+    All columns see the same draws, so that K of them cost little more than one.
+    """
+    sums = [_cluster_sums(column, person) for column in columns.T]
+    total, count = np.stack([total for total, _ in sums], axis=1), sums[0][1]
+    n = len(count)
     rng = np.random.default_rng(seed)
     means = []
-    for size in _draw_sizes(n_boot, len(total)):
-        draw = rng.integers(0, len(total), (size, len(total)))
-        means.append(total[draw].sum(axis=1) / count[draw].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(np.mean(values)), float(low), float(high))
+    for size in _draw_sizes(n_boot, n):
+        draw = rng.integers(0, n, (size, n)) + np.arange(size)[:, None] * n
+        times = np.bincount(draw.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+        means.append(times @ total / (times @ count)[:, None])
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [Interval(*map(float, interval)) for interval in zip(columns.mean(axis=0), low, high, strict=True)]
 
 
 def paired_test(

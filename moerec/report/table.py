@@ -91,24 +91,25 @@ def build_table(metrics: Mapping[str, Any]) -> Table:
     columns = [Column("union", "union", "all", metric) for metric in UNION_METRICS]
     for service in test.get("in_service") or {}:
         columns += [Column(service, "in_service", service, metric) for metric in SERVICE_METRICS]
-    results = [(config_name(metrics), "model", test)]
-    results += [(row_label(name), "baseline", row) for name, row in (metrics.get("baselines") or {}).items()]
+    ranges = metrics.get("baseline_intervals") or {}
+    results = [(config_name(metrics), "model", test, metrics.get("intervals") or {})]
+    for name, row in (metrics.get("baselines") or {}).items():
+        results.append((row_label(name), "baseline", row, ranges.get(name) or {}))
     if metrics.get("ceiling"):
-        results.append(("ceiling", "ceiling", metrics["ceiling"]))
+        results.append(("ceiling", "ceiling", metrics["ceiling"], {}))
     values = [
-        [metric_at(result, column.part, column.key, column.metric) for column in columns] for _, _, result in results
+        [metric_at(row, column.part, column.key, column.metric) for column in columns] for _, _, row, _ in results
     ]
-    attained = [row for row, (_, kind, _) in zip(values, results, strict=True) if kind != "ceiling"]
+    attained = [row for row, (_, kind, _, _) in zip(values, results, strict=True) if kind != "ceiling"]
     best: list[float | None] = []
     for c in range(len(columns)):
         known = [value for row in attained if (value := row[c]) is not None]
         best.append(max(known) if known else None)
     rows = []
-    for (label, kind, _), row in zip(results, values, strict=True):
-        intervals = metrics.get("intervals") if kind == "model" else None
+    for (label, kind, _, intervals), row in zip(results, values, strict=True):
         cells = []
         for column, value, top in zip(columns, row, best, strict=True):
-            low, high = _interval(intervals or {}, column)
+            low, high = _interval(intervals, column)
             cells.append(Cell(value, low, high, kind != "ceiling" and value is not None and value == top))
         rows.append(Row(label, kind, cells))
     return Table(columns, rows)
