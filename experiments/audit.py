@@ -12,6 +12,7 @@ from pathlib import Path
 from moerec import cli
 from moerec.audit import run_audit
 from moerec.data.load import load_data
+from moerec.data.prepare import describe_quarantine
 
 
 def main(config, flags):
@@ -19,6 +20,8 @@ def main(config, flags):
     workdir = Path(flags.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     data = load_data(config.data, workdir)
+    for line in describe_quarantine(data.quarantined):
+        print(line)
     report = run_audit(data.dataset, config.data.split, config.audit, config.data.seed)
     print(report.to_text())
     (workdir / "audit.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -60,13 +60,19 @@ class Checkpoints:
                     max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
                 ),
             )
-            for name, keep in (("last", 2), ("best", 2))
+            for name, keep in (("last", 2), ("best", None))
         )
+        self._named_best = 0  # the best step that the last state on disk names
 
     def save_last(self, step: int, state, progress: Progress) -> None:
-        # The progress saved here names the best step, which must be on disk first.
+        # The progress saved here names the best step, which must be on disk first; and an older best may go only when
+        # no last state on disk names it.
         self._best.wait_until_finished()
+        self._last.wait_until_finished()
+        for stale in [s for s in self._best.all_steps() if s < self._named_best]:
+            self._best.delete(stale)
         self._save(self._last, step, state, progress)
+        self._named_best = progress.best_step
 
     def save_best(self, step: int, state, progress: Progress) -> None:
         # A run that was killed before its first `save_last` starts anew, and comes by its own best again.
@@ -95,7 +101,9 @@ class Checkpoints:
         step = self._last.latest_step()
         for later in [s for s in self._best.all_steps() if s > (step or 0)]:
             self._best.delete(later)
-        return self._restore(self._last, like)
+        state, progress = self._restore(self._last, like)
+        self._named_best = progress.best_step
+        return state, progress
 
     def restore_best(self, like) -> tuple[Any, Progress]:
         return self._restore(self._best, like)

@@ -163,7 +163,6 @@ class ModelConfig:
     request_context: bool = True  # context features of the next request
     tie_items: bool = True  # the item head scores against the vectors that the input uses
     item_bias: bool = True
-    temperature: float = 0.0  # scores are cosines over it; 0 scores by the plain dot product
     compute_dtype: str = "float32"  # or bfloat16; parameters stay float32
     remat: bool = False
 
@@ -174,7 +173,6 @@ class ModelConfig:
         _require(self.d_head % 2 == 0, "model.d_head", "must be even (rotary embeddings turn pairs)")
         _require(0 <= self.dropout < 1, "model.dropout", "must lie in [0, 1)")
         _require(self.norm_eps > 0, "model.norm_eps", "must be positive")
-        _require(self.temperature >= 0, "model.temperature", "must not be negative")
         _require(self.rope_theta > 1, "model.rope_theta", "must be above 1")
         _require(self.item_row or self.item_text, "model.item_row", "an event needs the item's row or its text")
         _one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))

@@ -50,6 +50,7 @@ def sasrec_config(config: Config, kind: str) -> Config:
         request_time=False,
         request_context=False,
         item_bias=False,
+        tie_items=True,
     )
     return dataclasses.replace(
         config,
@@ -132,24 +133,39 @@ def _intervals(config: Config, test: TestSet, rows: dict[str, Ranked]) -> dict[s
     return out
 
 
-def _slices(test: TestSet, data: Prepared, ranked: Ranked) -> dict[str, Any]:
+def _slices(config: Config, test: TestSet, data: Prepared, ranked: Ranked) -> dict[str, Any]:
+    """The model's metrics by service, history and coldness, ranked as the best step was selected."""
     count = np.bincount(data.dataset.log.item[data.roles == TRAIN], minlength=data.dataset.catalogue.n_items)
     labels = {
         "service": np.array(data.dataset.catalogue.services)[test.examples.target_service],
         "history": bucket_history_length(test.examples.history_len),
         "coldness": bucket_coldness(count[test.examples.target_item]),
     }
-    return slice_table(per_target_metrics(ranked.union), labels)
+    counts = ranked.union if config.eval.selection == "union" else ranked.in_service
+    return slice_table(per_target_metrics(counts), labels)
 
 
 def _paired(config: Config, test: TestSet, model: Ranked, baselines: dict[str, Ranked]) -> dict[str, Any]:
-    """The model against each baseline over the same targets: difference of union NDCG@10, and its p-value."""
-    own = per_target_metrics(model.union)["ndcg@10"]
-    results = {
-        name: paired_test(own, per_target_metrics(ranked.union)["ndcg@10"], config.seed, test.person)
+    """The model against each baseline over the same targets: difference of NDCG@10, and its p-value."""
+    services = test.examples.dataset.catalogue.services
+    subsets = {name: test.examples.target_service == code for code, name in enumerate(services)}
+
+    def compare(first: RankCounts, second: RankCounts, rows: np.ndarray) -> dict[str, float]:
+        own, other = (per_target_metrics(counts)["ndcg@10"][rows] for counts in (first, second))
+        result = paired_test(own, other, config.seed, test.person[rows])
+        return {"difference": result.difference, "p_value": result.p_value}
+
+    return {
+        name: {
+            **compare(model.union, ranked.union, np.ones(len(test.person), bool)),
+            "in_service": {
+                service: compare(model.in_service, ranked.in_service, rows)
+                for service, rows in subsets.items()
+                if rows.any()
+            },
+        }
         for name, ranked in baselines.items()
     }
-    return {name: {"difference": r.difference, "p_value": r.p_value} for name, r in results.items()}
 
 
 def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) -> dict[str, Any]:
@@ -171,10 +187,11 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
             "n_events": data.dataset.log.n_events,
             "n_items": data.dataset.catalogue.n_items,
             "services": list(data.dataset.catalogue.services),
+            "quarantined": data.quarantined,
         },
         "valid": {"step": fitted.step, **fitted.valid},
         "test": test.table(ranked),
-        "slices": _slices(test, data, ranked),
+        "slices": _slices(config, test, data, ranked),
     }
     baselines = {name: _rank_baseline(name, config, data, test, workdir) for name in config.baselines}
     metrics["baselines"] = {name: test.table(ranks) for name, ranks in baselines.items()}

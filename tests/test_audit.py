@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moerec import evaluate
 from moerec.audit import prepare_subject, run_audit
 from moerec.audit.copy_checks import digest_sequences
 from moerec.audit.id_checks import number_ids, rank_by_arithmetic
@@ -100,6 +101,11 @@ def test_words_are_numbered_alphabetically_and_whole_numbers_by_value():
     assert number_ids(catalogue).tolist() == [10, 9, 100, 1, 2, 0]
 
 
+def test_numbers_behind_a_common_stem_are_numbers():
+    catalogue = build([[(0, 0)] * 3], sizes=(3, 3), ids=["i10", "i9", "i100", "same", "same", "same"]).catalogue
+    assert number_ids(catalogue).tolist() == [10, 9, 100, 0, 0, 0]
+
+
 def guess_by_hand(history, existing, answer):
     guesses = []
     for step in range(1, 11):
@@ -164,6 +170,42 @@ def test_a_canary_is_seen_where_a_history_reaches_past_its_target(monkeypatch):
     monkeypatch.setattr("moerec.evaluate.gather_histories", leaky)
     assert audit(clean())["future_canary_test", "all"].value == 1
     assert audit(clean())["future_in_history", "all"].value == 0  # which looks at times alone
+
+
+def test_a_canary_is_seen_where_a_request_is_that_of_a_later_event(monkeypatch):
+    fill = evaluate.fill_batch
+    dataset = build(clean())
+    context = np.random.default_rng(0).integers(1, 3, (dataset.log.n_events, 1)).astype(np.int16)
+    log = dataclasses.replace(dataset.log, context=context)
+    dataset = dataclasses.replace(dataset, log=log, context={"weather": ("rain", "sun")})
+
+    def leaky(log, *, following, **columns):
+        batch = fill(log, following=following, **columns)
+        late = fill(log, following=np.minimum(following + 1, log.n_events - 1), **columns)
+        return batch._replace(request_context_BTC=late.request_context_BTC)
+
+    split = SplitConfig(kind="time", valid_from="1970-01-05", test_from="1970-01-06")
+    for function, value in ((fill, 0), (leaky, 1)):
+        monkeypatch.setattr("moerec.evaluate.fill_batch", function)
+        rows = {row.name: row for row in run_audit(dataset, split, AuditConfig()).rows}
+        assert (rows["future_canary_valid"].value > 0.5) == value
+
+
+def test_a_canary_is_seen_where_a_history_holds_what_is_tied_behind_its_target(monkeypatch):
+    people = [[(i, day // 2) for i, day in p] for p in clean()]
+    whole = splits.gather_histories
+
+    def leaky(dataset, targets, per_service, max_len=None):
+        last = dataset.log.offsets[dataset.log.person[targets] + 1] - 1
+        behind = np.minimum(targets + 1, last)
+        tied = dataset.log.time[behind] == dataset.log.time[targets]
+        offsets, rows = whole(dataset, targets, per_service, max_len)
+        rows[offsets[1:][tied] - 1] = behind[tied]
+        return offsets, rows
+
+    monkeypatch.setattr("moerec.evaluate.gather_histories", leaky)
+    split = SplitConfig(kind="time", valid_from="1970-01-03", test_from="1970-01-04")
+    assert audit(people, split)["future_canary_test", "all"].value > 0.1
 
 
 def test_an_event_from_the_future_is_found_in_a_history():

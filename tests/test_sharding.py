@@ -23,10 +23,10 @@ BATCHES = [make_batch(seed, [[5, 3], [8], [2, 2], [7], [1], [4, 4], [6], [3, 2]]
 MESHES = [(2, 1), (1, 2), (4, 2)]  # a mesh of one device is what every other test trains on
 
 
-def make_run_config(n_data: int, n_model: int) -> Config:
+def make_run_config(n_data: int, n_model: int, kind: str = "sampled_softmax", scope: str = "union") -> Config:
     return Config(
         model=make_config(event_time=False, request_time=False, request_context=False),
-        loss=LossConfig(kind="sampled_softmax", n_negatives=20, chunk=16),
+        loss=LossConfig(kind=kind, n_negatives=20, scope=scope, chunk=16),
         optim=OptimConfig(warmup_steps=2, ema_decay=0.5),
         train=TrainConfig(steps=10, batch_size=8, n_microbatches=2, mesh_data=n_data, mesh_model=n_model),
     )
@@ -39,9 +39,9 @@ def fresh_state(config: Config) -> TrainState:
 
 
 @functools.cache
-def train(n_data: int, n_model: int):
+def train(n_data: int, n_model: int, *loss: str):
     """The initial and the final state, the last loss, and how often the step was compiled; (0, 0) is without a mesh."""
-    config = make_run_config(max(n_data, 1), max(n_model, 1))
+    config = make_run_config(max(n_data, 1), max(n_model, 1), *loss)
     train_step = make_train_step(config, jnp.asarray(sampling_cdf(TABLE.count_I, 0.0)))
     state, batches, table = fresh_state(config), BATCHES, TABLE
     if n_data:
@@ -58,10 +58,13 @@ def train(n_data: int, n_model: int):
     return first, state, float(metrics["loss"]), train_step._cache_size()
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_sharded_training_is_unsharded_training(mesh):
-    _, state, loss, _ = train(*mesh)
-    alone_first, alone_state, alone_loss, _ = train(0, 0)
+@pytest.mark.parametrize(
+    ("mesh", "kind"),
+    [*((mesh, ("sampled_softmax", "union")) for mesh in MESHES), ((4, 2), ("one_negative", "service"))],
+)
+def test_sharded_training_is_unsharded_training(mesh, kind):
+    _, state, loss, _ = train(*mesh, *kind)
+    alone_first, alone_state, alone_loss, _ = train(0, 0, *kind)
     assert loss == pytest.approx(alone_loss, rel=1e-5)
     assert worst_gap(state.model, alone_state.model) < 1e-5
     assert worst_gap(state.average, alone_state.average) < 1e-5

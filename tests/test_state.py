@@ -20,11 +20,13 @@ BATCH = make_batch(3, [[8, 6], [1], [0], [4, 5]], 14)
 SMALL = {"n_layers": 1, "item_text": False, "event_time": False, "request_context": False, "n_heads": 2}
 
 
-def config_for(kind: str = "full_softmax", n_microbatches: int = 1, dropout: float = 0.0, ema: float = 0.0) -> Config:
+def config_for(
+    kind: str = "full_softmax", n_microbatches: int = 1, dropout: float = 0.0, ema: float = 0.0, scope="union"
+) -> Config:
     return Config(
         seed=5,
         model=make_config(dropout=dropout, **SMALL),
-        loss=LossConfig(kind=kind, n_negatives=9, sampling_power=0.5, chunk=4),
+        loss=LossConfig(kind=kind, n_negatives=9, sampling_power=0.5, scope=scope, chunk=4),
         optim=OptimConfig(learning_rate=0.02, warmup_steps=3, clip_norm=0.0, ema_decay=ema),
         train=TrainConfig(steps=20, batch_size=4, n_microbatches=n_microbatches),
     )
@@ -61,16 +63,35 @@ def first_moment(state: TrainState):
 
 
 @pytest.mark.parametrize(
-    ("kind", "n_microbatches"),
-    [("full_softmax", 2), ("full_softmax", 4), ("sampled_softmax", 4), ("one_negative", 2)],
+    ("kind", "scope", "n_microbatches"),
+    [
+        ("full_softmax", "union", 2),
+        ("full_softmax", "service", 4),
+        ("sampled_softmax", "union", 4),
+        ("sampled_softmax", "service", 2),
+        ("one_negative", "union", 2),
+        ("one_negative", "service", 4),
+    ],
 )
-def test_microbatches_give_the_step_of_the_whole_batch(kind, n_microbatches):
-    ((whole, metrics),) = run(1, kind)
-    ((parts, parts_metrics),) = run(1, kind, n_microbatches)
+def test_microbatches_give_the_step_of_the_whole_batch(kind, scope, n_microbatches):
+    ((whole, metrics),) = run(1, kind, 1, 0.0, 0.0, scope)
+    ((parts, parts_metrics),) = run(1, kind, n_microbatches, 0.0, 0.0, scope)
     assert parts_metrics == pytest.approx(metrics, rel=1e-5)
     assert worst_gap(first_moment(parts), first_moment(whole)) < 1e-6
     assert worst_gap(parts.model, whole.model) < 1e-5
     assert worst_gap(whole.model, start(config_for()).model) > 1e-3  # a step that does something
+
+
+@pytest.mark.parametrize("kind", ["full_softmax", "sampled_softmax", "one_negative"])
+def test_in_the_scope_of_the_service_only_its_items_move(kind):
+    """Item rows of a service without a target stay where they are: neither positives nor competitors."""
+    service = np.asarray(TABLE.service_I)
+    target = np.where(service[BATCH.target_BT] == 0, BATCH.target_BT, np.flatnonzero(service == 0)[0])
+    batch = BATCH._replace(target_BT=target.astype(np.int32))
+    for scope in ("service", "union"):
+        state, _ = make_step(kind, 1, 0.0, 0.0, scope)(start(config_for(kind)), batch, TABLE)
+        moved = np.asarray(first_moment(state).item_bias_I[...])[service != 0]
+        assert moved.any() == (scope == "union")
 
 
 def test_metrics_are_those_of_the_loss_by_hand():

@@ -66,7 +66,18 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path):
     assert not (killed / "metrics.json").exists()
     assert start_run(killed).wait() == 0
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (undisturbed, killed))
-    for key in ("test", "valid", "baselines", "ceiling", "best_step", "steps", "slices", "intervals"):
+    for key in (
+        "test",
+        "valid",
+        "baselines",
+        "ceiling",
+        "best_step",
+        "steps",
+        "slices",
+        "intervals",
+        "baseline_intervals",
+        "paired",
+    ):
         assert first[key] == second[key], key
     lines = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -224,15 +235,55 @@ def test_the_sharded_reader_trains_to_the_same_parameters(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_run_keeps_the_contract(tmp_path, data_dir):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with baselines of every kind: its config, its directory and its metrics."""
+    folder = tmp_path_factory.mktemp("run")
     config = make_config(steps=4)
     config.baselines = ("popularity", "item_knn", "sasrec_one_negative", "sasrec_sampled")
     config.loss.n_negatives = 16
-    metrics = run(config, tmp_path)
+    return config, folder, run(config, folder)
+
+
+def test_a_run_keeps_the_contract(finished, data_dir):
+    _, folder, _ = finished
     checker = data_dir.parent / "checks" / "contract.py"
-    result = subprocess.run([sys.executable, checker, tmp_path, "--city"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, checker, folder, "--city"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_every_row_of_the_table_is_of_the_same_targets(finished):
+    config, _, metrics = finished
     assert set(metrics["baselines"]) == set(config.baselines)
     n = metrics["test"]["union"]["all"]["n"]
     assert all(table["union"]["all"]["n"] == n for table in (*metrics["baselines"].values(), metrics["ceiling"]))
     assert metrics["ceiling"]["union"]["all"]["ndcg@10"] > metrics["baselines"]["popularity"]["union"]["all"]["ndcg@10"]
+
+
+def test_intervals_and_differences_are_those_of_their_own_row(finished):
+    _, _, metrics = finished
+    rows = {"": (metrics["test"], metrics["intervals"])}
+    rows |= {name: (table, metrics["baseline_intervals"][name]) for name, table in metrics["baselines"].items()}
+    for table, intervals in rows.values():
+        for part in ("in_service", "union"):
+            assert set(intervals[part]) == set(table[part])
+            for key, found in intervals[part].items():
+                for metric, (low, high) in found.items():
+                    assert low <= table[part][key][metric] <= high
+                    assert low < high or table[part][key][metric] == 0
+    for name, result in metrics["paired"].items():
+        for part, key, found in [("union", "all", result)] + [
+            ("in_service", key, value) for key, value in result["in_service"].items()
+        ]:
+            difference = metrics["test"][part][key]["ndcg@10"] - metrics["baselines"][name][part][key]["ndcg@10"]
+            assert found["difference"] == pytest.approx(difference)
+            assert 0 < found["p_value"] <= 1
+
+
+def test_a_directory_is_not_reused_for_other_data(finished, monkeypatch):
+    config, folder, _ = finished
+    other = load_data(dataclasses.replace(config.data, seed=1), folder)
+    assert other.digest != load_data(config.data, folder).digest
+    monkeypatch.setattr("moerec.run.load_data", lambda *_: other)
+    with pytest.raises(InputError, match=r"data\.json: this directory holds a run on other data"):
+        run(config, folder)

@@ -38,25 +38,26 @@ def _one_a_person(subject: Subject, targets: np.ndarray) -> np.ndarray:
 
 
 def plant_future(dataset: Dataset, targets: np.ndarray) -> Dataset:
-    """The data set with other items and actions from each target on, and with later times after it.
+    """The data set with other items and actions from each target on, and other contexts and later times after it.
 
-    The future of a target is its own row, what its person does at a later time, and the undated rows behind it.
+    The future of a target is its own row, the rows behind it, tied ones among them, and whatever has a later time.
     """
     log = dataset.log
     target = np.full(log.n_people, -1)
     target[log.person[targets]] = targets
     own = target[log.person]  # each event's target
     row, known = np.arange(log.n_events), log.time != UNKNOWN_TIME
-    dated = known & known[own]
-    after = (own >= 0) & np.where(dated, log.time > log.time[own], row > own)
+    after = (own >= 0) & ((row > own) | (known & known[own] & (log.time > log.time[own])))
     future = after | (row == own)
     start, size = dataset.catalogue.offsets[:-1], np.diff(dataset.catalogue.offsets)
     service = dataset.event_service
     other_item = start[service] + (log.item - start[service] + 1) % size[service]
+    n_codes = np.array([len(values) + 1 for values in dataset.context.values()], int)
     planted = dataclasses.replace(
         log,
         item=np.where(future, other_item, log.item).astype(log.item.dtype),
         action=np.where(future, (log.action + 1) % len(dataset.actions), log.action).astype(log.action.dtype),
+        context=np.where(after[:, None], (log.context + 1) % n_codes, log.context).astype(log.context.dtype),
         time=np.where(after & known, log.time + 86_400, log.time),
     )
     return dataclasses.replace(dataset, log=planted)
@@ -89,6 +90,8 @@ def _differs(batch: Batch, other: Batch, asked: Questions, other_asked: Question
         (batch.time_BT, other.time_BT),
         (batch.segment_BT, other.segment_BT),
         (batch.position_BT, other.position_BT),
+        (batch.request_time_BT, other.request_time_BT),
+        *zip(np.moveaxis(batch.request_context_BTC, 2, 0), np.moveaxis(other.request_context_BTC, 2, 0), strict=True),
     )
     slot_changed = np.any([np.asarray(a) != np.asarray(b) for a, b in pairs], axis=0).reshape(-1)
     segment = np.asarray(batch.segment_BT)

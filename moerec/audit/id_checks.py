@@ -14,18 +14,29 @@ _NO_GUESS = np.iinfo(np.int64).max
 
 
 def number_ids(catalogue: Catalogue) -> np.ndarray:
-    """`[I]` int64: the raw ids of a service as integers where all of them are, else their alphabetical order.
+    """`[I]` int64: the numbers in the raw ids of a service where all have one behind the same letters (or behind none),
+    else their alphabetical order.
 
     The catalogue's own numbering is no help: it is permuted when a data set is loaded.
     """
     numbers = np.zeros(catalogue.n_items, np.int64)
     for lo, hi in zip(catalogue.offsets[:-1], catalogue.offsets[1:], strict=True):
-        ids = catalogue.ids[lo:hi].astype(str)
+        ids = _drop_common_stem(catalogue.ids[lo:hi].astype(str))
         if len(ids) and np.all(np.char.isdecimal(ids)) and np.char.str_len(ids).max() < 19:
             numbers[lo:hi] = ids.astype(np.int64)
         else:
             numbers[lo:hi] = np.unique(ids, return_inverse=True)[1]
     return numbers
+
+
+def _drop_common_stem(ids: np.ndarray) -> np.ndarray:
+    """`i1, i2, i10` as `1, 2, 10`; ids that differ in what is before their last digits stay as they are."""
+    stems = np.unique(np.char.rstrip(ids, "0123456789"))
+    n_letters = ids.dtype.itemsize // 4  # of four bytes each
+    if len(stems) != 1 or not 0 < len(stems[0]) < n_letters:
+        return ids
+    rest = ids.view("U1").reshape(len(ids), n_letters)[:, len(stems[0]) :]
+    return np.ascontiguousarray(rest).view(f"U{rest.shape[1]}")[:, 0]
 
 
 def check_id_order(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:

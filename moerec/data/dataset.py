@@ -35,6 +35,8 @@ class Catalogue:
         n = len(self.ids)
         if len(self.offsets) != len(self.services) + 1 or self.offsets[0] != 0 or self.offsets[-1] != n:
             raise InputError("catalogue: offsets do not cover the items of all services")
+        if "all" in self.services:
+            raise InputError('catalogue: a service cannot be called "all", which is the sum of them in every table')
         if len(self.text) != n or len(self.attributes) != n:
             raise InputError("catalogue: text and attributes need one entry per item")
 

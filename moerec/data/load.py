@@ -1,6 +1,7 @@
 """From a config to the data of a run: generate, prepare or open it, permute the ids, assign the roles."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from moerec.data import city
 from moerec.data.dataset import Dataset, permute_items
 from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
 from moerec.data.prepare import is_current, prepare
-from moerec.data.shards import load_dataset, open_source, write_dataset
+from moerec.data.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.splits import TRAIN, assign_roles, shuffle_ties
 from moerec.data.tokenizer import TokenTable, tokenize
 from moerec.shapes import ItemTable
@@ -24,6 +25,7 @@ class Prepared:
       dataset: with permuted item numbers. roles: `[events]` int8. tokens: the items' texts.
       world: the city world behind it, or None.
       folder: the prepared folder that `dataset` was read from, or None.
+      quarantined: rows that were put aside when it was prepared, by file and reason.
     """
 
     dataset: Dataset
@@ -31,6 +33,18 @@ class Prepared:
     tokens: TokenTable
     world: city.World | None
     folder: Path | None
+    quarantined: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the events, their roles and the items: equal for equal data, wherever it was read from."""
+        log, catalogue = self.dataset.log, self.dataset.catalogue
+        found = hashlib.sha256()
+        for array in (*dataclasses.astuple(log), self.roles, catalogue.offsets, self.tokens.ids):
+            found.update(np.ascontiguousarray(array).tobytes())
+        for names in (catalogue.services, catalogue.ids.tolist()):
+            found.update("\0".join(names).encode())
+        return found.hexdigest()
 
     @property
     def item_table(self) -> ItemTable:
@@ -50,7 +64,9 @@ def load_data(config: DataConfig, workdir: Path) -> Prepared:
     if config.split.shuffle_ties:
         dataset = shuffle_ties(dataset, config.seed)
     roles = assign_roles(dataset, config.split, config.seed)
-    return Prepared(dataset, roles, tokenize(dataset.catalogue, config.max_tokens, config.vocab_size), world, folder)
+    tokens = tokenize(dataset.catalogue, config.max_tokens, config.vocab_size)
+    quarantined = {} if folder is None else Meta.load(folder).extra.get("quarantined", {})
+    return Prepared(dataset, roles, tokens, world, folder, quarantined)
 
 
 def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, Path | None]:

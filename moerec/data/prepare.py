@@ -134,9 +134,17 @@ def describe(report: PrepareReport) -> str:
     rows = [*report.services.items()]
     rows.append(("all", {"people": report.n_people, "items": report.n_items, "events": report.n_events}))
     lines += [f"{name:<16}{n['people']:>12,}{n['items']:>12,}{n['events']:>14,}" for name, n in rows]
-    for file, counts in report.quarantined.items():
-        lines += [f"quarantined from {file}: {n:,} rows, {reason}" for reason, n in sorted(counts.items())]
+    lines += describe_quarantine(report.quarantined)
     return "\n".join([*lines, f"{report.folder}: written in {report.wall_s:.1f} s"])
+
+
+def describe_quarantine(quarantined: dict[str, dict[str, int]]) -> list[str]:
+    """A line for each file and reason of the rows that were put aside."""
+    return [
+        f"quarantined from {file}: {n:,} rows, {reason}"
+        for file, counts in quarantined.items()
+        for reason, n in sorted(counts.items())
+    ]
 
 
 def prepare(config: DataConfig, out: Path) -> PrepareReport:

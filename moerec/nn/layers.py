@@ -66,11 +66,6 @@ class SwiGLU(nnx.Module):
         return (jax.nn.silu(gate) * up) @ self.down_FD[...].astype(dtype)
 
 
-def unit_length(x: jax.Array, eps: float) -> jax.Array:
-    """x over its Euclidean length; a vector of zeros stays one, with a finite gradient."""
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + eps * eps)
-
-
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; without a key the identity. The rate is kept to 1 / 65,536: sixteen random bits per element."""
     if key is None or rate == 0:

@@ -10,7 +10,7 @@ from moerec.config import ModelConfig
 from moerec.nn.attention import segment_mask
 from moerec.nn.block import run_blocks, stack_blocks
 from moerec.nn.events import ItemEncoder, SlotEncoder
-from moerec.nn.layers import RMSNorm, declare, dropout, unit_length
+from moerec.nn.layers import RMSNorm, declare, dropout
 from moerec.shapes import Batch, ItemTable
 
 
@@ -50,12 +50,10 @@ class SequenceModel(nnx.Module):
         x_BTD = dropout(self.input_norm(x_BTD), config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
         mask_BTS = segment_mask(batch.segment_BT)
         x_BTD = run_blocks(self.blocks, x_BTD, batch.position_BT, mask_BTS, k_blocks, config.remat, config.n_layers)
-        h_BTD = self.final_norm(x_BTD.astype(jnp.float32))
-        return unit_length(h_BTD, config.norm_eps) / config.temperature if config.temperature else h_BTD
+        return self.final_norm(x_BTD.astype(jnp.float32))
 
     def item_vectors(self, item_X: jax.Array, table: ItemTable) -> tuple[jax.Array, jax.Array]:
         """Vectors `[..., D]` and biases `[...]` of candidates; a state's score is its dot product plus the bias."""
         encoder = self.item_encoder if self.head_encoder is None else self.head_encoder
         bias = jnp.zeros(item_X.shape, jnp.float32) if self.item_bias_I is None else self.item_bias_I[...][item_X]
-        vector = encoder(item_X, table)
-        return unit_length(vector, self.config.norm_eps) if self.config.temperature else vector, bias
+        return encoder(item_X, table), bias

@@ -50,6 +50,7 @@ def write_report(workdir: Path | str) -> Path:
         curves=_draw_training(metrics, lines),
         best_step=(metrics.get("valid") or {}).get("step"),
         slices=_draw_slices(metrics.get("slices") or {}),
+        slice_ranking=_slice_ranking(metrics),
         full=_list_all_metrics(metrics),
         config=_list_config(config if isinstance(config, Mapping) else {}),
     )
@@ -110,6 +111,13 @@ def _points(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, fl
     """(step, value) of the finite values; a loss that was not finite leaves a gap in the file, not in the page."""
     found = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
     return [(step, value) for step, value in found if math.isfinite(value)]
+
+
+def _slice_ranking(metrics: Mapping[str, Any]) -> str:
+    """Among which items the slices rank: those by which the best step was selected."""
+    config = metrics.get("config")
+    selection = (config.get("eval") or {}).get("selection") if isinstance(config, Mapping) else None
+    return "among the items of the target's service" if selection == "in_service" else "over the union"
 
 
 def _draw_slices(slices: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,0 +1,55 @@
+"""The commands as a user calls them, on the tiny built-in world."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """from tests.tiny import make_config
+
+
+def get_config():
+    return make_config(steps=2, eval_every=2)
+"""
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Runs `python -m experiments.NAME` in a process of its own, on one device as a user's."""
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("XLA_FLAGS", None)
+
+    def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", f"experiments.{name}", f"--config={tmp_path / 'tiny.py'}", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_train_prints_the_table_and_the_report(call, tmp_path):
+    done = call("train", f"--workdir={tmp_path / 'run'}", "--json")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in done.stdout
+    assert "popularity" in done.stdout
+
+
+def test_audit_ends_with_one_where_a_limit_is_passed(call, tmp_path):
+    passed = call("audit", f"--workdir={tmp_path}", "--config.audit.max_id_order=1")
+    assert passed.returncode == 0, passed.stdout + passed.stderr
+    failed = call("audit", f"--workdir={tmp_path}", "--config.audit.max_repeats=0")
+    assert failed.returncode == 1, failed.stdout + failed.stderr
+    assert json.loads((tmp_path / "audit.json").read_text())["exit_code"] == 1
+
+
+def test_bench_measures_the_step_the_loader_and_the_evaluation(call):
+    done = call("bench", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert all(value > 0 for value in figures.values()), figures
