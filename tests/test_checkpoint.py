@@ -203,18 +203,26 @@ def test_what_was_best_by_the_last_checkpoint_is_kept(small, checkpoints):
     assert_same(reader.restore_best(small)[0], shift(small, 4))
 
 
-def test_only_the_newest_are_kept(small, checkpoints, tmp_path):
+def test_the_newest_and_the_best_that_they_name_are_kept(small, checkpoints, tmp_path):
     writer = checkpoints()
-    for step in (1, 2, 3):
-        writer.save_last(step, small, PROGRESS)
+    for step in range(1, 9):
+        writer.save_best(step, small, PROGRESS)
+        if step % 4 == 0:
+            writer.save_last(step, small, dataclasses.replace(PROGRESS, best_step=step))
+    for step in (9, 10, 11):  # not yet named by a last one: the run may be killed here, and go on from 8
         writer.save_best(step, small, PROGRESS)
     writer.wait()
     writer.close()
-    folders = {
-        name: sorted(path.name for path in (tmp_path / "checkpoints" / name).iterdir() if path.is_dir())
+    kept = {
+        name: {int(path.name) for path in (tmp_path / "checkpoints" / name).iterdir() if path.is_dir()}
         for name in ("last", "best")
     }
-    assert folders == {"last": ["2", "3"], "best": ["2", "3"]}
+    assert kept["last"] == {4, 8}
+    assert 8 in kept["best"]
+    assert not kept["best"] & {1, 2, 3}
+    reader = checkpoints()
+    reader.restore_last(small)
+    assert reader.best_step() == 8
 
 
 def test_half_written_ones_are_not_seen(small, checkpoints, tmp_path):
