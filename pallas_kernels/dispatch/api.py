@@ -1,0 +1,100 @@
+"""The plan of a dispatch: one sort, groups padded to whole tiles, and the inverse.
+
+Letters: T rows, A experts a row goes to, E experts, N tiles, P = N * tile places.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Plan(NamedTuple):
+    """Where the `T * A` assignments stand, expert after expert, each expert's group padded to whole tiles.
+
+    Attributes:
+      expert_N: int32, the expert of each tile; behind the last used tile, the last expert.
+      row_P: int32, the row that stands at each place; 0 in padding.
+      choice_P: int32, which of the row's A choices it is; 0 in padding.
+      used_P: bool, whether an assignment stands there.
+      place_TA: int32, the place of each assignment; 0 where it was dropped.
+      kept_TA: bool, whether the assignment has a place.
+      size_E: int32, kept assignments of each expert.
+      demand_E: int32, assignments of each expert before any is dropped.
+      n_tiles: int32 scalar, tiles in use.
+    """
+
+    expert_N: jax.Array
+    row_P: jax.Array
+    choice_P: jax.Array
+    used_P: jax.Array
+    place_TA: jax.Array
+    kept_TA: jax.Array
+    size_E: jax.Array
+    demand_E: jax.Array
+    n_tiles: jax.Array
+
+    @property
+    def tile(self) -> int:
+        """Places of a tile."""
+        return self.row_P.shape[0] // self.expert_N.shape[0]
+
+
+def count_tiles(n_assignments: int, n_experts: int, tile: int) -> int:
+    """Tiles that suffice whatever the load: each expert wastes less than one."""
+    return n_assignments // tile + min(n_experts, n_assignments)
+
+
+def make_plan(expert_TA: jax.Array, n_experts: int, tile: int, capacity: int | None = None) -> Plan:
+    """Orders the assignments by expert, rows in order within an expert, by one sort of a packed 32-bit key.
+
+    Args:
+      expert_TA: int32 `[T, A]`, the experts of each row, from 0 to E - 1.
+      n_experts: E.
+      tile: places of a tile.
+      capacity: most assignments of an expert, the first ones by row; None drops nothing.
+
+    Raises:
+      ValueError: there are too many assignments and experts for a 32-bit key, or nothing to plan.
+    """
+    n_rows, n_choices = expert_TA.shape
+    n = n_rows * n_choices
+    shift = max(n - 1, 1).bit_length()
+    if n == 0 or n_experts << shift > 1 << 32:
+        raise ValueError(f"dispatch: {n} assignments over {n_experts} experts do not fit a 32-bit key")
+    index = jnp.arange(n, dtype=jnp.uint32)
+    # Every key is unique, so an unstable sort keeps the rows in order. `jax.lax.sort` and not `argsort`: under
+    # `shard_map` the latter forgets that its result varies over devices, which makes gradients wrong in silence.
+    key = jax.lax.sort((expert_TA.reshape(-1).astype(jnp.uint32) << shift) | index, is_stable=False)
+    assignment = (key & ((1 << shift) - 1)).astype(jnp.int32)
+    expert = (key >> shift).astype(jnp.int32)
+    first_E = jnp.searchsorted(expert, jnp.arange(n_experts + 1, dtype=jnp.int32)).astype(jnp.int32)
+    demand_E = jnp.diff(first_E)
+    size_E = demand_E if capacity is None else jnp.minimum(demand_E, capacity)
+    end_E = jnp.cumsum((size_E + tile - 1) // tile)
+    start_E = jnp.pad(end_E[:-1], (1, 0)) * tile
+    rank = jnp.arange(n, dtype=jnp.int32) - first_E[expert]
+    kept = rank < size_E[expert]
+    n_tiles = count_tiles(n, n_experts, tile)
+    # What is dropped goes past the end, each to a place of its own, where a scatter leaves it out.
+    place = jnp.where(kept, start_E[expert] + rank, n_tiles * tile + jnp.arange(n, dtype=jnp.int32))
+
+    def scatter(size, at, values, fill):
+        return jnp.full(size, fill, values.dtype).at[at].set(values, unique_indices=True, mode="drop")
+
+    source_P = scatter(n_tiles * tile, place, assignment, -1)
+    place_N = scatter(n, assignment, jnp.where(kept, place, -1), 0)
+    used_P = source_P >= 0
+    source_P = jnp.maximum(source_P, 0)
+    tile_end = jnp.searchsorted(end_E, jnp.arange(n_tiles, dtype=jnp.int32), side="right")
+    return Plan(
+        expert_N=jnp.minimum(tile_end, n_experts - 1).astype(jnp.int32),
+        row_P=source_P // n_choices,
+        choice_P=source_P % n_choices,
+        used_P=used_P,
+        place_TA=jnp.maximum(place_N, 0).reshape(n_rows, n_choices),
+        kept_TA=(place_N >= 0).reshape(n_rows, n_choices),
+        size_E=size_E,
+        demand_E=demand_E,
+        n_tiles=end_E[-1].astype(jnp.int32),
+    )

@@ -1,0 +1,83 @@
+"""`grouped_ffn`: gather, gate and up matmuls, SwiGLU, down matmul, weights and combination over the tiles of a plan.
+
+Letters: T rows, A experts of a row, E experts, D model width, F expert width, P places of the plan, N its tiles.
+In JAX (`grouped_ffn_reference`): `sum_a weight_TA * down(silu(gate(x)) * up(x))`, each with the expert's matrices.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Plan
+from pallas_kernels.grouped_ffn import ragged, xla_tiles
+
+Matrices = tuple[jax.Array, jax.Array, jax.Array]
+
+# A backend is a pair: forward gives the rows of every place and what backward needs; backward gives, from the
+# cotangent of the combined rows, the gradients of each place's row, of its weight, and of the matrices.
+BACKENDS: dict[str, tuple[Callable, Callable]] = {
+    "xla_tiles": (xla_tiles.forward, xla_tiles.backward),
+    "ragged_dot": (ragged.forward, ragged.backward),
+}
+
+
+def grouped_ffn(
+    x_TD: jax.Array,
+    weight_TA: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    plan: Plan,
+    backend: str = "xla_tiles",
+) -> jax.Array:
+    """Each row's weighted sum of its experts' answers, `[T, D]`; dropped assignments add nothing.
+
+    Nothing is scattered, forward or backward: rows are gathered into tiles and answers gathered back and summed.
+
+    Args:
+      x_TD: rows. weight_TA: weights of the assignments. gate_EDF, up_EDF, down_EFD: the experts' matrices.
+      plan: of `make_plan`.
+      backend: a name in `BACKENDS`.
+
+    Raises:
+      ValueError: the backend is unknown, or shapes do not fit.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"grouped_ffn: {backend!r} is none of {', '.join(BACKENDS)}")
+    n_experts, d, f = gate_EDF.shape
+    if up_EDF.shape != (n_experts, d, f) or down_EFD.shape != (n_experts, f, d) or x_TD.shape[1] != d:
+        raise ValueError(f"grouped_ffn: {x_TD.shape}, {gate_EDF.shape}, {up_EDF.shape}, {down_EFD.shape} do not fit")
+    if weight_TA.shape != plan.place_TA.shape or weight_TA.shape[0] != x_TD.shape[0]:
+        raise ValueError(f"grouped_ffn: weights {weight_TA.shape} for the plan's {plan.place_TA.shape}")
+    return _grouped_ffn(backend, x_TD, weight_TA, (gate_EDF, up_EDF, down_EFD), plan)
+
+
+def _gather_sum(rows_PD: jax.Array, plan: Plan) -> jax.Array:
+    """Sum over a row's kept assignments of what stands at their places, `[T, D]`; no `[T, A, D]` in memory."""
+    total = jnp.zeros((plan.place_TA.shape[0], rows_PD.shape[1]), rows_PD.dtype)
+    for a in range(plan.place_TA.shape[1]):
+        total += jnp.where(plan.kept_TA[:, a, None], rows_PD[plan.place_TA[:, a]], 0)
+    return total
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_ffn(backend: str, x_TD: jax.Array, weight_TA: jax.Array, matrices: Matrices, plan: Plan) -> jax.Array:
+    return _forward(backend, x_TD, weight_TA, matrices, plan)[0]
+
+
+def _forward(backend: str, x_TD: jax.Array, weight_TA: jax.Array, matrices: Matrices, plan: Plan):
+    weight_P = jnp.where(plan.used_P, weight_TA[plan.row_P, plan.choice_P], 0)
+    y_PD, saved = BACKENDS[backend][0](x_TD, weight_P, matrices, plan)
+    return _gather_sum(y_PD, plan), (x_TD, weight_P, matrices, plan, saved)
+
+
+def _backward(backend: str, residuals, g_TD: jax.Array):
+    x_TD, weight_P, matrices, plan, saved = residuals
+    dx_PD, dweight_P, d_matrices = BACKENDS[backend][1](x_TD, weight_P, matrices, plan, saved, g_TD)
+    dweight_TA = jnp.where(plan.kept_TA, dweight_P[plan.place_TA], 0)
+    return _gather_sum(dx_PD, plan), dweight_TA, d_matrices, None
+
+
+_grouped_ffn.defvjp(_forward, _backward)

@@ -1,0 +1,123 @@
+"""A loop over tiles in plain XLA: the CPU's training path, where `lax.ragged_dot` lets every expert see every row.
+
+An expert's tiles are taken several at once as long as there are enough, and one at a time for the rest: wide matmuls
+where the load is, little padding where it is not.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Plan
+
+WIDE = 4  # tiles of a wide block
+
+
+class Blocks(NamedTuple):
+    """Blocks of one size: the first `n` of `expert` and `start` (a place) are in use. `size` places each."""
+
+    size: int
+    expert: jax.Array
+    start: jax.Array
+    n: jax.Array
+
+
+def make_blocks(plan: Plan) -> tuple[Blocks, Blocks]:
+    """The wide blocks and the narrow ones; together they cover each used tile once."""
+    tile, n_tiles = plan.tile, plan.expert_N.shape[0]
+    tiles_E = (plan.size_E + tile - 1) // tile
+    first_E = jnp.cumsum(tiles_E) - tiles_E
+    n_experts = tiles_E.shape[0]
+
+    def spread(count_E, n_most, skip_E, width):
+        end_E = jnp.cumsum(count_E)
+        block = jnp.arange(max(n_most, 1), dtype=jnp.int32)
+        expert = jnp.minimum(jnp.searchsorted(end_E, block, side="right"), n_experts - 1).astype(jnp.int32)
+        within = block - (end_E - count_E)[expert]
+        start = (first_E[expert] + skip_E[expert] + within * width) * tile
+        return Blocks(tile * width, expert, start.astype(jnp.int32), end_E[-1].astype(jnp.int32))
+
+    wide_E = tiles_E // WIDE
+    wide = spread(wide_E, n_tiles // WIDE, jnp.zeros_like(wide_E), WIDE)
+    narrow = spread(tiles_E - wide_E * WIDE, min(n_tiles, n_experts * (WIDE - 1)), wide_E * WIDE, 1)
+    return wide, narrow
+
+
+def _loop(plan: Plan, body: Callable, carry):
+    """`carry = body(carry, expert, start, size)` over all blocks."""
+    for blocks in make_blocks(plan):
+        if blocks.size > plan.row_P.shape[0]:
+            continue  # there cannot be one
+
+        def step(i, carry, blocks=blocks):
+            return body(carry, blocks.expert[i], blocks.start[i], blocks.size)
+
+        carry = jax.lax.fori_loop(0, blocks.n, step, carry)
+    return carry
+
+
+def _read(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _write(x: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, rows.astype(x.dtype), start, 0)
+
+
+def forward(x_TD, weight_P, matrices, plan: Plan):
+    """Returns the weighted answers at all places, and the gate's and up's products for the backward pass."""
+    gate_EDF, up_EDF, down_EFD = matrices
+    n_places, f = plan.row_P.shape[0], gate_EDF.shape[2]
+
+    def body(carry, expert, start, size):
+        y_PD, gate_PF, up_PF = carry
+        x = x_TD[_read(plan.row_P, start, size)]
+        gate, up = x @ gate_EDF[expert], x @ up_EDF[expert]
+        y = (jax.nn.silu(gate) * up) @ down_EFD[expert] * _read(weight_P, start, size)[:, None]
+        return _write(y_PD, start, y), _write(gate_PF, start, gate), _write(up_PF, start, up)
+
+    dtype = x_TD.dtype
+    empty = (
+        jnp.zeros((n_places, x_TD.shape[1]), dtype),
+        jnp.zeros((n_places, f), dtype),
+        jnp.zeros((n_places, f), dtype),
+    )
+    y_PD, gate_PF, up_PF = _loop(plan, body, empty)
+    return y_PD, (gate_PF, up_PF)
+
+
+def backward(x_TD, weight_P, matrices, plan: Plan, saved, g_TD):
+    """Gradients of each place's row and weight and of the matrices, over the same blocks."""
+    gate_EDF, up_EDF, down_EFD = matrices
+    gate_PF, up_PF = saved
+
+    def body(carry, expert, start, size):
+        dx_PD, dweight_P, d_gate, d_up, d_down = carry
+        rows, weight = _read(plan.row_P, start, size), _read(weight_P, start, size)[:, None]
+        x, g = x_TD[rows], g_TD[rows]
+        gate, up = _read(gate_PF, start, size), _read(up_PF, start, size)
+        sigmoid = jax.nn.sigmoid(gate)
+        silu = gate * sigmoid
+        hidden = silu * up
+        dh_unweighted = g @ down_EFD[expert].T
+        dh = dh_unweighted * weight
+        d_gate_rows = dh * up * (sigmoid * (1 + gate * (1 - sigmoid)))
+        d_up_rows = dh * silu
+        dx = d_gate_rows @ gate_EDF[expert].T + d_up_rows @ up_EDF[expert].T
+        return (
+            _write(dx_PD, start, dx),
+            _write(dweight_P, start, jnp.sum(hidden * dh_unweighted, axis=1)),
+            d_gate.at[expert].add(x.T @ d_gate_rows),
+            d_up.at[expert].add(x.T @ d_up_rows),
+            d_down.at[expert].add(hidden.T @ (g * weight)),
+        )
+
+    empty = (
+        jnp.zeros((plan.row_P.shape[0], x_TD.shape[1]), x_TD.dtype),
+        jnp.zeros_like(weight_P),
+        *map(jnp.zeros_like, matrices),
+    )
+    dx_PD, dweight_P, *d_matrices = _loop(plan, body, empty)
+    return dx_PD, dweight_P, tuple(d_matrices)

@@ -1,0 +1,64 @@
+"""Named arguments that the kernels' tests and benchmarks share."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LOADS = ("balanced", "zipf", "one_expert", "half_empty")
+
+
+class LayerSpec(NamedTuple):
+    """Shapes of one mixture layer: T rows, width D, E experts of width F, A of them a row."""
+
+    n_rows: int = 4096
+    d: int = 256
+    n_experts: int = 16
+    f: int = 512
+    n_choices: int = 2
+    load: str = "balanced"
+
+
+class LayerOperands(NamedTuple):
+    """What `grouped_ffn` takes beside its plan, and the experts that the plan is made from."""
+
+    x_TD: jax.Array
+    weight_TA: jax.Array
+    gate_EDF: jax.Array
+    up_EDF: jax.Array
+    down_EFD: jax.Array
+    expert_TA: jax.Array
+
+
+def draw_experts(load: str, n_rows: int, n_choices: int, n_experts: int, seed: int = 0) -> np.ndarray:
+    """int32 `[T, A]` distinct experts of each row, under a load of `LOADS`."""
+    rng = np.random.default_rng(seed)
+    if load == "balanced":
+        first = np.arange(n_rows)[:, None] + np.arange(n_choices) * max(n_experts // n_choices, 1)
+        return (first % n_experts).astype(np.int32)
+    score = {
+        "zipf": -np.log(np.arange(1, n_experts + 1)),
+        "one_expert": -100.0 * np.arange(n_experts),  # all rows to the same A experts
+        "half_empty": np.where(np.arange(n_experts) % 2, 0.0, -100.0),
+    }[load]
+    noise = rng.gumbel(size=(n_rows, n_experts))
+    return np.argsort(-(score + noise), axis=1)[:, :n_choices].astype(np.int32)
+
+
+def draw_operands(spec: LayerSpec, seed: int = 0) -> LayerOperands:
+    """Normal rows, matrices of variance 1 / fan-in, weights that add up to one."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, scale=1.0):
+        return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+
+    e, d, f = spec.n_experts, spec.d, spec.f
+    return LayerOperands(
+        normal(spec.n_rows, d),
+        jax.nn.softmax(normal(spec.n_rows, spec.n_choices)),
+        normal(e, d, f, scale=d**-0.5),
+        normal(e, d, f, scale=d**-0.5),
+        normal(e, f, d, scale=f**-0.5),
+        jnp.asarray(draw_experts(spec.load, spec.n_rows, spec.n_choices, e, seed)),
+    )

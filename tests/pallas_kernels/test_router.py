@@ -1,0 +1,126 @@
+"""The router's backends against float64 NumPy, row by row; its gradients against differences of that."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.router import route
+
+BACKENDS = ("xla", "pallas_interpret")
+
+
+def draw_operands(n_rows=21, d=6, n_experts=5, n_domains=3, seed=0):
+    """Rows, router, prior, lift, bias, domains (some of them -1)."""
+    rng = np.random.default_rng(seed)
+    x, router, lift, bias = (
+        rng.normal(size=s) for s in ((n_rows, d), (n_experts, d), (n_experts, n_domains), n_experts)
+    )
+    prior = np.log(rng.dirichlet(np.ones(n_domains), n_rows))
+    domain = rng.integers(-1, n_domains, n_rows).astype(np.int32)
+    return [x, router, prior, lift, bias, domain]
+
+
+def route_by_hand(x, router, prior, lift, bias, domain, n_choices):
+    n_experts, n_domains = lift.shape
+    experts, chosen_p, lse = [], [], []
+    p_sum, count = np.zeros((n_domains, n_experts)), np.zeros((n_domains, n_experts))
+    for t, row in enumerate(x):
+        logit = np.array([router[e] @ row + lift[e] @ prior[t] for e in range(n_experts)])
+        p = np.exp(logit - logit.max())
+        p /= p.sum()
+        order = sorted(range(n_experts), key=lambda e: (-(logit[e] + bias[e]), e))[:n_choices]
+        experts.append(order)
+        chosen_p.append(p[order])
+        lse.append(np.log(np.sum(np.exp(logit))))
+        if domain[t] >= 0:
+            p_sum[domain[t]] += p
+            count[domain[t], order] += 1
+    return np.array(experts), np.array(chosen_p), np.array(lse), p_sum, count
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def run(x, router, prior, lift, bias, domain, n_choices, backend):
+    return route(x, router, prior, lift, bias, domain, n_choices, backend)
+
+
+def float32(operands):
+    return [jnp.asarray(a, jnp.int32 if a.dtype == np.int32 else jnp.float32) for a in operands]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestBackends:
+    @settings(max_examples=10, deadline=None)
+    @given(
+        n_rows=st.integers(1, 40), n_experts=st.integers(1, 9), n_domains=st.integers(1, 4), seed=st.integers(0, 999)
+    )
+    def test_values_are_those_by_hand(self, backend, n_rows, n_experts, n_domains, seed):
+        operands = draw_operands(n_rows, 6, n_experts, n_domains, seed)
+        n_choices = min(2, n_experts)
+        routed = run(*float32(operands), n_choices, backend)
+        for got, expected in zip(routed, route_by_hand(*operands, n_choices), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(routed.weight_TA.sum(axis=1), 1, rtol=1e-6)
+
+    def test_values_over_several_blocks(self, backend):
+        operands = draw_operands(700, 8, 16, 3)
+        routed = run(*float32(operands), 3, backend)
+        for got, expected in zip(routed, route_by_hand(*operands, 3), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+    def test_gradients_are_the_slopes_of_the_values_by_hand(self, backend):
+        operands = draw_operands()
+        rng = np.random.default_rng(1)
+        cotangents = [rng.normal(size=a.shape) for a in route_by_hand(*operands, 2)[1:4]]
+
+        def pulled(routed):
+            return sum((a * b).sum() for a, b in zip(routed[1:4], cotangents, strict=True))
+
+        gradients = jax.grad(lambda *a: pulled(run(*a, *float32(operands[4:]), 2, backend)), argnums=(0, 1, 2, 3))(
+            *float32(operands[:4])
+        )
+        for k, gradient in enumerate(gradients):
+            for _ in range(6):
+                direction = rng.normal(size=operands[k].shape)
+                ahead, behind = (
+                    pulled(route_by_hand(*operands[:k], operands[k] + s * 1e-5 * direction, *operands[k + 1 :], 2))
+                    for s in (1, -1)
+                )
+                assert np.sum(gradient * direction) == pytest.approx((ahead - behind) / 2e-5, rel=2e-3, abs=2e-4)
+
+    def test_of_equals_the_lower_number_is_chosen(self, backend):
+        operands = draw_operands(300, 6, 8)
+        operands[1][:], operands[3][:], operands[4][:] = 0, 0, [0, 1, 0, 1, 1, 0, 0, 0]
+        routed = run(*float32(operands), 4, backend)
+        np.testing.assert_array_equal(routed.expert_TA, np.tile([1, 3, 4, 0], (300, 1)))
+        np.testing.assert_allclose(routed.probability_TA, 1 / 8, rtol=1e-6)
+
+    def test_the_bias_moves_the_choice_and_not_the_probabilities(self, backend):
+        operands = draw_operands(50)
+        plain = run(*float32(operands), 5, backend)
+        operands[4] = operands[4] + np.array([0, 9.0, 0, 0, 0])
+        pushed = run(*float32(operands), 5, backend)
+        assert np.all(np.asarray(pushed.expert_TA)[:, 0] == 1)
+        np.testing.assert_array_equal(pushed.lse_T, plain.lse_T)
+        np.testing.assert_array_equal(pushed.probability_ZE, plain.probability_ZE)
+        by_expert = [
+            np.take_along_axis(np.asarray(r.probability_TA), np.argsort(r.expert_TA, 1), 1) for r in (plain, pushed)
+        ]
+        np.testing.assert_array_equal(*by_expert)
+
+    def test_repeats_are_identical_to_the_bit(self, backend):
+        operands = float32(draw_operands(600, 8, 16))
+        for a, b in zip(run(*operands, 2, backend), run(*operands, 2, backend), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_wrong_shapes_and_unknown_backends_are_refused():
+    operands = float32(draw_operands())
+    with pytest.raises(ValueError, match="none of"):
+        route(*operands, 2, "fast")
+    with pytest.raises(ValueError, match="do not fit"):
+        route(*operands, 6)
