@@ -41,7 +41,7 @@ def make_table(seed: int = 0, sizes: Sizes = SIZES) -> ItemTable:
     token_IW[np.arange(4) >= rng.integers(1, 5, (sizes.n_items, 1))] = 0
     token_IW[-1] = 0
     return ItemTable(
-        (np.arange(sizes.n_items) % sizes.n_services).astype(np.int32),
+        np.sort(np.arange(sizes.n_items) % sizes.n_services).astype(np.int32),
         token_IW.astype(np.int32),
         rng.integers(0, 20, sizes.n_items).astype(np.float32),
     )
