@@ -49,6 +49,16 @@ def draw_candidates(key: jax.Array, cdf_I: jax.Array, n: int) -> Candidates:
     return Candidates(item_M, -jnp.log(n * q))
 
 
+def _multiply_high(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The upper 32 bits of the product of two uint32: a random word as a whole number below b.
+
+    (`jax.random.randint` takes a remainder, which is far from even where b is a large part of 2^32.)
+    """
+    (a1, a0), (b1, b0) = ((x >> 16, x & 0xFFFF) for x in (a, b))
+    middle = ((a1 * b0) & 0xFFFF) + ((a0 * b1) & 0xFFFF) + ((a0 * b0) >> 16)
+    return a1 * b1 + ((a1 * b0) >> 16) + ((a0 * b1) >> 16) + (middle >> 16)
+
+
 def draw_in_service(key: jax.Array, cdf_I: jax.Array, service_I: jax.Array, item_S: jax.Array) -> jax.Array:
     """One item `[S]` a slot from the service of the slot's item, with the probabilities of `cdf_I` within it."""
     service_S = service_I[item_S]  # `service_I` rises: a service's items stand together
@@ -56,10 +66,8 @@ def draw_in_service(key: jax.Array, cdf_I: jax.Array, service_I: jax.Array, item
     last_S = jnp.searchsorted(service_I, service_S, side="right") - 1
     low_S = jnp.where(first_S > 0, cdf_I[first_S - 1] + 1, jnp.uint32(0))
     width_S = cdf_I[last_S] - low_S + 1  # modulo 2^32, so that of a single service is 0: any word will do
-    k_any, k_within = jax.random.split(key)
-    any_S = jax.random.bits(k_any, item_S.shape, jnp.uint32)
-    within_S = jax.random.randint(k_within, item_S.shape, 0, jnp.maximum(width_S, 1), jnp.uint32)
-    within_S = jnp.where(width_S == 0, any_S, within_S)
+    word_S = jax.random.bits(key, item_S.shape, jnp.uint32)
+    within_S = jnp.where(width_S == 0, word_S, _multiply_high(word_S, width_S))
     return jnp.searchsorted(cdf_I, low_S + within_S, side="left").astype(jnp.int32)
 
 

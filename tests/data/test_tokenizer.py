@@ -22,7 +22,7 @@ def make_catalogue(text, attributes=None) -> Catalogue:
     n = len(text)
     attributes = [""] * n if attributes is None else attributes
     ids = np.array([str(k) for k in range(n)], np.str_)
-    return Catalogue(("all",), np.array([0, n]), ids, np.array(text, np.str_), np.array(attributes, np.str_))
+    return Catalogue(("shop",), np.array([0, n]), ids, np.array(text, np.str_), np.array(attributes, np.str_))
 
 
 def words_by_hand(text: str, attributes: str) -> list[str]:

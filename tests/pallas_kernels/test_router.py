@@ -102,7 +102,7 @@ class TestBackends:
     def test_the_bias_moves_the_choice_and_not_the_probabilities(self, backend):
         operands = draw_operands(50)
         plain = run(*float32(operands), 5, backend)
-        operands[4] = operands[4] + np.array([0, 9.0, 0, 0, 0])
+        operands[4] = operands[4] + np.array([0, 1000.0, 0, 0, 0])
         pushed = run(*float32(operands), 5, backend)
         assert np.all(np.asarray(pushed.expert_TA)[:, 0] == 1)
         np.testing.assert_array_equal(pushed.lse_T, plain.lse_T)
