@@ -60,9 +60,9 @@ def get_config() -> Config:
         ),
         loss=LossConfig(kind="sampled_softmax", n_negatives=4096, sampling_power=0.5, scope="service"),
         optim=OptimConfig(
-            learning_rate=4e-3, warmup_steps=200, ema_decay=0.998, weight_decay=0.5, decay_embeddings=True
+            learning_rate=4e-3, warmup_steps=200, ema_decay=0.998, weight_decay=1.0, decay_embeddings=True
         ),
-        train=TrainConfig(steps=2400, batch_size=24, log_every=100, eval_every=400, save_every=500, n_valid=15000),
+        train=TrainConfig(steps=3000, batch_size=24, log_every=100, eval_every=500, save_every=500, n_valid=15000),
         eval=EvalConfig(mask_seen=True, selection="in_service"),
         baselines=("popularity", "popularity_by_service", "popularity_recent", "markov", "item_knn"),
     )

@@ -141,6 +141,37 @@ class DataConfig:
 
 
 @dataclasses.dataclass
+class MoEConfig:
+    """Mixtures of domain experts: a group of experts for each service, and one across all of them.
+
+    Without `layers` the model is dense, and nothing else here counts.
+    """
+
+    layers: tuple[int, ...] = ()  # which layers are mixtures, from 0; the dense ones before them are the trunk
+    n_per_group: int = 2  # experts of a group; with `d_expert` the granularity
+    d_expert: int = 128  # width of an expert
+    n_active: int = 2  # experts that a slot goes to
+    d_shared: int = 0  # width of an expert that sees every slot; 0 is none
+    n_open_groups: int = 0  # most probable services whose groups a slot may use, beside the cross group; 0 is all
+    capacity_factor: float = 0.0  # most slots of an expert, as a multiple of its even share; 0 drops nothing
+    jitter_rate: float = 0.0  # noise on what the router sees in training: times 1 - rate to 1 + rate
+    home_share: float = 0.6  # of a domain's slots, the share that balance asks of its own group
+    cross_share: float = 0.25  # and of the cross group; the other services' groups share what is left
+    bias_rate: float = 0.001  # step of the bias that steers the choice to the asked load without a loss; 0 is none
+    tile: int = 64  # rows of a tile of the grouped matmuls
+
+    def __post_init__(self):
+        _require(len(set(self.layers)) == len(self.layers), "model.moe.layers", "a layer is named twice")
+        for name in ("n_per_group", "d_expert", "n_active", "tile"):
+            _require(getattr(self, name) >= 1, f"model.moe.{name}", "must be at least 1")
+        for name in ("d_shared", "n_open_groups", "capacity_factor", "bias_rate"):
+            _require(getattr(self, name) >= 0, f"model.moe.{name}", "must not be negative")
+        _require(0 <= self.jitter_rate < 1, "model.moe.jitter_rate", "must lie in [0, 1)")
+        shares = self.home_share > 0 and self.cross_share > 0 and self.home_share + self.cross_share <= 1
+        _require(shares, "model.moe.home_share", "it and cross_share must be positive and add up to at most 1")
+
+
+@dataclasses.dataclass
 class ModelConfig:
     """The Qwen2-shaped decoder over slots, and which parts of an event it reads (each a switch, for ablations)."""
 
@@ -165,6 +196,7 @@ class ModelConfig:
     item_bias: bool = True
     compute_dtype: str = "float32"  # or bfloat16; parameters stay float32
     remat: bool = False
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "d_text"):
@@ -176,6 +208,8 @@ class ModelConfig:
         _require(self.rope_theta > 1, "model.rope_theta", "must be above 1")
         _require(self.item_row or self.item_text, "model.item_row", "an event needs the item's row or its text")
         _one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
+        outside = [layer for layer in self.moe.layers if not 0 <= layer < self.n_layers]
+        _require(not outside, "model.moe.layers", f"{outside} of {self.n_layers} layers (from 0)")
 
 
 @dataclasses.dataclass
@@ -187,8 +221,14 @@ class LossConfig:
     sampling_power: float = 0.0  # negatives are drawn with q ~ (1 + training count)^power; 0 is uniform
     scope: str = "union"  # the competitors of a target: the items of all services, or those of its own
     chunk: int = 512  # slots whose logits are in memory at once
+    analyser_weight: float = 0.1  # mixtures only: the analyser's cross-entropy of the next event's service
+    balance_weight: float = 0.01  # load over the global batch against the load that its domains ask for
+    domain_balance_weight: float = 0.01  # the same within the slots of each domain
+    router_z_weight: float = 0.001  # mean square of the router's log-sum-exp
 
     def __post_init__(self):
+        for name in ("analyser_weight", "balance_weight", "domain_balance_weight", "router_z_weight"):
+            _require(getattr(self, name) >= 0, f"loss.{name}", "must not be negative")
         _one_of(self.kind, "loss.kind", ("full_softmax", "sampled_softmax", "one_negative"))
         _one_of(self.scope, "loss.scope", ("union", "service"))
         _require(self.n_negatives >= 1, "loss.n_negatives", "must be at least 1")

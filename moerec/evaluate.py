@@ -53,7 +53,7 @@ def catalogue_vectors(model: SequenceModel, table: ItemTable) -> tuple[jax.Array
 def score_items(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable, vectors) -> jax.Array:
     """Scores `[Q, I]` of all items; without a history only the biases speak."""
     vector_ID, bias_I = vectors
-    h_SD = model.encode(batch, table).reshape(-1, vector_ID.shape[1])
+    h_SD = model.encode(batch, table).state_BTD.reshape(-1, vector_ID.shape[1])
     h_QD = jnp.where(slot_Q[:, None] >= 0, h_SD[jnp.maximum(slot_Q, 0)], 0)
     return h_QD @ vector_ID.T + bias_I
 

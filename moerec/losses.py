@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moerec.config import LossConfig
+from moerec.balance import balance_losses, weigh_losses
+from moerec.config import LossConfig, MoEConfig
 from moerec.nn.model import SequenceModel
-from moerec.shapes import Batch, ItemTable
+from moerec.shapes import Batch, ItemTable, Routing
 
 
 class Candidates(NamedTuple):
@@ -142,17 +143,58 @@ def _contrast_backward(chunk, residuals, g):
 contrast.defvjp(_contrast_forward, _contrast_backward)
 
 
-def next_item_loss(
+class Sums(NamedTuple):
+    """Sums over the slots of a batch; those of microbatches and devices add up to the global batch's.
+
+    Attributes:
+      item: weighted next-item losses. weight: weights.
+      analyser: weighted cross-entropies of the next event's service, or None in a dense model.
+      routing: of the mixture layers, or None in a dense model.
+    """
+
+    item: jax.Array
+    weight: jax.Array
+    analyser: jax.Array | None
+    routing: Routing | None
+
+
+def sum_losses(
     model: SequenceModel,
     batch: Batch,
     table: ItemTable,
     candidates: Candidates,
     config: LossConfig,
     dropout_key: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Sum of the weighted losses over all slots of the batch, and the sum of the weights."""
-    h_SD = model.encode(batch, table, dropout_key).reshape(-1, model.config.d_model)
+) -> Sums:
+    """Everything that the training loss is made of, over all slots of the batch."""
+    output = model.encode(batch, table, dropout_key)
     target_S, weight_S = batch.target_BT.reshape(-1), batch.weight_BT.reshape(-1)
+    h_SD = output.state_BTD.reshape(weight_S.shape[0], -1)
+    analyser = None
+    if output.log_domain_BTZ is not None:
+        domain_BT = table.service_I[batch.target_BT]
+        log_p_BT = jnp.take_along_axis(output.log_domain_BTZ, domain_BT[..., None], axis=-1)[..., 0]
+        analyser = -jnp.sum(batch.weight_BT * log_p_BT)
+    item = _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, config)
+    return Sums(item, jnp.sum(weight_S), analyser, output.routing)
+
+
+def mean_loss(sums: Sums, config: LossConfig, moe: MoEConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What is minimised, from the sums of a global batch, and its parts by name (`loss` is the next item's)."""
+    weight = jnp.maximum(sums.weight, 1)
+    total = item = sums.item / weight
+    parts = {"loss": item, "slots": sums.weight}
+    if sums.analyser is not None:
+        parts["analyser"] = sums.analyser / weight
+        total += config.analyser_weight * parts["analyser"]
+    if sums.routing is not None:
+        losses = balance_losses(sums.routing, moe)
+        total += weigh_losses(losses, config)
+        parts |= losses | {"dropped": jnp.sum(sums.routing.dropped_L)}
+    return total, parts
+
+
+def _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, config):
     positive_SD, positive_bias_S = model.item_vectors(target_S, table)
     positive_S = jnp.sum(h_SD * positive_SD, axis=-1) + positive_bias_S
     vector_MD, bias_M = model.item_vectors(candidates.item_M, table)
@@ -161,7 +203,7 @@ def next_item_loss(
     by_service = config.scope == "service"
     scope_S = table.service_I[target_S] if by_service else jnp.zeros_like(target_S)
     scope_M = table.service_I[candidates.item_M] if by_service else jnp.zeros_like(candidates.item_M)
-    total = contrast(
+    return contrast(
         h_SD,
         positive_S,
         vector_MD,
@@ -172,7 +214,6 @@ def next_item_loss(
         (scope_M, weight_S),
         min(config.chunk, h_SD.shape[0]),
     )
-    return total, jnp.sum(weight_S)
 
 
 def _one_negative(h_SD, positive_S, target_S, weight_S, vector_SD, bias_S, item_S):
@@ -180,4 +221,4 @@ def _one_negative(h_SD, positive_S, target_S, weight_S, vector_SD, bias_S, item_
     negative_S = jnp.sum(h_SD * vector_SD, axis=-1) + bias_S
     hit_S = item_S == target_S
     loss_S = jax.nn.softplus(-positive_S) + jnp.where(hit_S, 0, jax.nn.softplus(negative_S))
-    return jnp.sum(weight_S * loss_S), jnp.sum(weight_S)
+    return jnp.sum(weight_S * loss_S)

@@ -11,7 +11,7 @@ import numpy as np
 from moerec.baselines import BASELINES as COUNT_BASELINES
 from moerec.baselines import rank_targets as rank_by_scores
 from moerec.baselines.ranking import Ranked, slice_histories
-from moerec.config import Config
+from moerec.config import Config, MoEConfig
 from moerec.data.load import Prepared
 from moerec.data.oracle import predict_targets
 from moerec.data.splits import TEST, TRAIN, select_targets
@@ -26,7 +26,9 @@ from moerec.metrics import (
     per_target_metrics,
     slice_table,
 )
+from moerec.nn.model import count_active_params
 from moerec.report.table import gap_closed
+from moerec.routing import describe_routing, macro_f1
 from moerec.significance import bootstrap_intervals, paired_test
 from moerec.train import Fitted, fit
 
@@ -51,6 +53,7 @@ def sasrec_config(config: Config, kind: str) -> Config:
         request_context=False,
         item_bias=False,
         tie_items=True,
+        moe=MoEConfig(),
     )
     return dataclasses.replace(
         config,
@@ -84,11 +87,19 @@ def make_test_set(config: Config, data: Prepared) -> TestSet:
     return TestSet(EvaluationSet(data.dataset, targets, config), data.dataset.log.person[targets])
 
 
-def rank_ceiling(test: TestSet, data: Prepared, mask_seen: bool) -> Ranked:
-    """The exact Bayes posterior predictive of the city world, ranked like any model."""
+class Ceiling(NamedTuple):
+    """The exact Bayes posterior predictive of the city world: ranked like any model, and its guess of the service."""
+
+    ranked: Ranked
+    service: np.ndarray
+
+
+def rank_ceiling(test: TestSet, data: Prepared, mask_seen: bool) -> Ceiling:
+    """The best that can be known of the test targets."""
     assert data.world is not None
     examples, n = test.examples, len(test.person)
-    counts = np.zeros((4, n), np.int64)
+    counts, guess = np.zeros((4, n), np.int64), np.zeros(n, np.int64)
+    starts = data.dataset.catalogue.offsets[:-1]
     for positions, scores in predict_targets(data.world, data.dataset, examples.targets):
         item, service = examples.target_item[positions], examples.target_service[positions]
         low, high = data.dataset.catalogue.offsets[service], data.dataset.catalogue.offsets[service + 1]
@@ -100,7 +111,8 @@ def rank_ceiling(test: TestSet, data: Prepared, mask_seen: bool) -> Ranked:
         own = count_ranks(scores, item, seen, (low, high))
         union = count_ranks(scores, item, seen)
         counts[:, positions] = own.greater, own.equal, union.greater, union.equal
-    return Ranked(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3]))
+        guess[positions] = np.add.reduceat(np.exp(scores), starts, axis=1).argmax(axis=1)
+    return Ceiling(Ranked(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3])), guess)
 
 
 def _rank_baseline(name: str, config: Config, data: Prepared, test: TestSet, workdir: Path) -> Ranked:
@@ -172,7 +184,6 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
     """Everything that `metrics.json` holds."""
     test = make_test_set(config, data)
     ranked = Ranked(*rank_targets(fitted.model, test.examples, fitted.table))
-    n_params = sum(leaf.size for leaf in jax.tree.leaves(fitted.model))
     metrics: dict[str, Any] = {
         "config": dataclasses.asdict(config),
         "seed": config.seed,
@@ -180,8 +191,8 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
         "best_step": fitted.step,
         "wall_s": fitted.wall_s,
         "tokens_per_s": fitted.slots_per_s,
-        "n_params": n_params,
-        "n_active_params": n_params,
+        "n_params": sum(leaf.size for leaf in jax.tree.leaves(fitted.model)),
+        "n_active_params": count_active_params(fitted.model),
         "dataset": {
             "n_people": data.dataset.log.n_people,
             "n_events": data.dataset.log.n_events,
@@ -193,6 +204,8 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
         "test": test.table(ranked),
         "slices": _slices(config, test, data, ranked),
     }
+    if config.model.moe.layers:
+        metrics["routing"] = describe_routing(fitted.model, fitted.examples, test.examples, fitted.table)
     baselines = {name: _rank_baseline(name, config, data, test, workdir) for name in config.baselines}
     metrics["baselines"] = {name: test.table(ranks) for name, ranks in baselines.items()}
     intervals = _intervals(config, test, {"": ranked, **baselines})
@@ -200,7 +213,12 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
     metrics["baseline_intervals"] = intervals
     metrics["paired"] = _paired(config, test, ranked, baselines)
     if data.world is not None:
-        metrics["ceiling"] = test.table(rank_ceiling(test, data, config.eval.mask_seen))
+        ceiling = rank_ceiling(test, data, config.eval.mask_seen)
+        metrics["ceiling"] = test.table(ceiling.ranked)
+        if "routing" in metrics:
+            n_services = len(data.dataset.catalogue.services)
+            best = macro_f1(ceiling.service, test.examples.target_service, n_services)
+            metrics["routing"]["analyser"]["best_macro_f1"] = best
         closed = gap_closed(metrics)
         if closed is not None:
             metrics["gap_closed"] = closed

@@ -2,7 +2,8 @@
 
 B sequences (packed rows), T slots, S slots of a whole step, D model width, N query heads, K key/value heads, H head
 width, F feed-forward width, L layers, V text vocabulary, W text tokens of an item, I items, Z services, C context
-features, Q predictions asked for. Arrays carry them as a suffix: `x_BTD`.
+features, Q predictions asked for, E experts, A experts of a slot, G groups of experts (Z and the cross group). Arrays
+carry them as a suffix: `x_BTD`.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -53,3 +54,35 @@ class ItemTable(NamedTuple):
     service_I: Array
     token_IW: Array
     count_I: Array
+
+
+class Routing(NamedTuple):
+    """Sums over the slots that have a domain, in each mixture layer: all that balance, bias and telemetry need.
+
+    Sums of microbatches and devices add up to those of the global batch.
+
+    Attributes:
+      probability_LZE: float32, the router's probabilities by domain of the slot.
+      count_LZE: float32, assignments; without gradient.
+      square_lse_L: float32, squares of the log-sum-exp of the router's logits.
+      dropped_L: float32, assignments that found no place, of all slots.
+    """
+
+    probability_LZE: Array
+    count_LZE: Array
+    square_lse_L: Array
+    dropped_L: Array
+
+
+class Output(NamedTuple):
+    """What the model makes of a batch.
+
+    Attributes:
+      state_BTD: float32, from which the next item is predicted.
+      log_domain_BTZ: float32 log-posterior over the services of what comes next; None in a dense model.
+      routing: of the mixture layers; None in a dense model.
+    """
+
+    state_BTD: Array
+    log_domain_BTZ: Array | None
+    routing: Routing | None

@@ -12,6 +12,7 @@ MESH_AXES = ("data", "model")
 # Wide axes are split over `model`; everything else is on every device. No weight may use one mesh axis twice.
 RULES: dict[str, str | None] = {
     "embed": None,
+    "experts": None,
     "mlp": "model",
     "heads": "model",
     "kv_heads": "model",

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moerec.config import Config, LossConfig
-from moerec.losses import Candidates, all_candidates, draw_candidates, draw_in_service, next_item_loss
+from moerec.balance import update_bias
+from moerec.config import Config, LossConfig, MoEConfig
+from moerec.losses import Candidates, all_candidates, draw_candidates, draw_in_service, mean_loss, sum_losses
 from moerec.nn.model import SequenceModel, Sizes
 from moerec.optim import make_optimizer, make_schedule
-from moerec.shapes import Batch, ItemTable
+from moerec.shapes import Batch, ItemTable, Routing
 
 
 class TrainState(NamedTuple):
@@ -67,58 +68,79 @@ def _microbatches(batch: Batch, candidates: Candidates, config: Config) -> tuple
     return jax.tree.map(split, batch), own
 
 
+def _add(a, b):
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _steer(model: SequenceModel, routing: Routing, config: MoEConfig) -> SequenceModel:
+    """Moves the biases of the routers, which have no gradient."""
+
+    def move(bias_LE, first):
+        layers = jax.tree.map(lambda x: x[first : first + bias_LE.shape[0]], routing)
+        return update_bias(bias_LE, layers, config)
+
+    return model.with_router_biases(move)
+
+
 def make_train_step(
     config: Config, cdf_I: jax.Array
 ) -> Callable[[TrainState, Batch, ItemTable], tuple[TrainState, dict[str, jax.Array]]]:
     """One optimiser step on the global batch.
 
-    The loss and its gradients are sums over slots divided once by the global weight, so microbatches of any number
-    give the gradient of the whole batch, however unevenly padding falls.
+    The loss is a function of sums over the slots of the global batch, so microbatches of any number give the gradient
+    of the whole batch, however unevenly padding falls.
     """
     optimizer = make_optimizer(config.optim, config.train.steps)
     schedule = make_schedule(config.optim, config.train.steps)
 
-    def sum_of_losses(model, batch, table, candidates, dropout_key):
-        return next_item_loss(model, batch, table, candidates, config.loss, dropout_key)
+    def gradients(model, batch, table, shared, dropout_key):
+        """Gradients of the mean loss of the global batch, its parts, and its sums."""
+        batches, own = _microbatches(batch, shared, config)
+        parts = (batches, own, jax.random.split(dropout_key, config.train.n_microbatches))
+
+        def sum_part(model, part):
+            microbatch, negatives, k = part
+            return sum_losses(model, microbatch, table, shared if negatives is None else negatives, config.loss, k)
+
+        def finish(sums):
+            return mean_loss(sums, config.loss, config.model.moe)
+
+        if config.train.n_microbatches == 1:
+            whole = jax.tree.map(lambda x: x[0], parts)
+            sums, pull = jax.vjp(lambda m: sum_part(m, whole), model)
+            d_sums, metrics = jax.grad(finish, has_aux=True)(sums)
+            return pull(d_sums)[0], metrics, sums
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sum_part, model, first))
+        sums = empty._replace(weight=jnp.sum(batch.weight_BT))
+        if empty.routing is not None:
+            # Balance is no sum over slots: how a microbatch pulls depends on the load of the global batch.
+            sums, _ = jax.lax.scan(lambda carry, part: (_add(carry, sum_part(model, part)), None), empty, parts)
+        d_sums, _ = jax.grad(finish, has_aux=True)(sums)
+
+        def accumulate(carry, part):
+            sums, pull = jax.vjp(lambda m: sum_part(m, part), model)
+            return _add(carry, (sums, pull(d_sums)[0])), None
+
+        (sums, grads), _ = jax.lax.scan(accumulate, (empty, jax.tree.map(jnp.zeros_like, model)), parts)
+        return grads, finish(sums)[1], sums
 
     def train_step(state: TrainState, batch: Batch, table: ItemTable):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         k_candidates, k_dropout = jax.random.split(key)
-        shared = _candidates(k_candidates, config.loss, cdf_I, batch, table)
-        batches, own = _microbatches(batch, shared, config)
-
-        def accumulate(carry, xs):
-            microbatch, negatives, k = xs
-            value_and_grad = jax.value_and_grad(sum_of_losses, has_aux=True)
-            negatives = shared if negatives is None else negatives
-            (loss, weight), grads = value_and_grad(state.model, microbatch, table, negatives, k)
-            return jax.tree.map(jnp.add, carry, (loss, weight, grads)), None
-
-        n = config.train.n_microbatches
-        keys = jax.random.split(k_dropout, n)
-        if n == 1:
-            first = jax.tree.map(lambda x: x[0], (batches, own, keys))
-            (loss, weight), grads = jax.value_and_grad(sum_of_losses, has_aux=True)(
-                state.model, first[0], table, shared if own is None else first[1], first[2]
-            )
-        else:
-            zero = jnp.zeros((), jnp.float32)
-            start = (zero, zero, jax.tree.map(jnp.zeros_like, state.model))
-            (loss, weight, grads), _ = jax.lax.scan(accumulate, start, (batches, own, keys))
-        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
+        candidates = _candidates(k_candidates, config.loss, cdf_I, batch, table)
+        grads, metrics, sums = gradients(state.model, batch, table, candidates, k_dropout)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
+        if sums.routing is not None and config.model.moe.bias_rate:
+            model = _steer(model, sums.routing, config.model.moe)
         average = state.average
         if average is not None:
             # The warm-up of the average forgets the initial parameters as fast as the plain mean would.
             rate = jnp.maximum(1 - config.optim.ema_decay, 1 / (state.step + 1.0))
             average = jax.tree.map(lambda a, p: a + rate * (p - a), average, model)
-        metrics = {
-            "loss": loss / jnp.maximum(weight, 1),
-            "slots": weight,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(state.step),
-        }
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, model, opt_state, average), metrics
 
     return train_step

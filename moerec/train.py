@@ -35,7 +35,7 @@ class Fitted(NamedTuple):
       model: the parameters that did best on validation. table: what they need of the catalogue.
       step: the step they are from. steps: steps done. wall_s: time of training and validation, set-up aside.
       slots_per_s: trained slots per second of training (the first step's compilation counts, validation does not).
-      valid: validation metrics at `step`.
+      valid: validation metrics at `step`. examples: the validation targets they are of.
     """
 
     model: SequenceModel
@@ -45,6 +45,7 @@ class Fitted(NamedTuple):
     wall_s: float
     slots_per_s: float
     valid: dict[str, float]
+    examples: EvaluationSet
 
 
 class Setup(NamedTuple):
@@ -203,7 +204,16 @@ def fit(config: Config, data: Prepared, workdir: Path) -> Fitted:
         raise WorkError(f"{workdir}: the best step is {progress.best_step}, but {at_best.best_step} was kept")
     model = evaluated_model(best)
     _, valid = validate(model, setup, config.eval.selection)
-    return Fitted(model, setup.table, at_best.best_step, int(state.step), progress.wall_s, progress.slots_per_s, valid)
+    return Fitted(
+        model,
+        setup.table,
+        at_best.best_step,
+        int(state.step),
+        progress.wall_s,
+        progress.slots_per_s,
+        valid,
+        setup.valid,
+    )
 
 
 def _run_steps(

@@ -75,7 +75,7 @@ def vectors(model, table):
     return [np.asarray(x, np.float64) for x in both]
 
 
-encode = jax.jit(lambda model, batch, table: model.encode(batch, table)[0, -1])
+encode = jax.jit(lambda model, batch, table: model.encode(batch, table).state_BTD[0, -1])
 
 
 def scores_by_hand(model, vectors, dataset, table, rows: list[int], target: int) -> np.ndarray:

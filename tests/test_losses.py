@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -17,10 +16,10 @@ from moerec.losses import (
     contrast,
     draw_candidates,
     draw_in_service,
-    next_item_loss,
     sampling_cdf,
+    sum_losses,
 )
-from moerec.shapes import Batch, ItemTable
+from moerec.shapes import Batch, ItemTable, Output
 
 N_SLOTS, N_ITEMS, D = 7, 11, 4
 RNG = np.random.default_rng(0)
@@ -39,14 +38,10 @@ class Stub(NamedTuple):
     bias_I: jax.Array
 
     def encode(self, batch, table, key):
-        return self.h_BTD
+        return Output(self.h_BTD, None, None)
 
     def item_vectors(self, item_X, table):
         return self.vector_ID[item_X], self.bias_I[item_X]
-
-    @property
-    def config(self):
-        return SimpleNamespace(d_model=D)
 
 
 STUB = Stub(*(jnp.asarray(x, jnp.float32) for x in (H[None], VECTOR, BIAS)))
@@ -58,7 +53,12 @@ TABLE = ItemTable(jnp.asarray(SERVICE), jnp.zeros((N_ITEMS, 1), int), jnp.asarra
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _loss_and_gradients(candidates, kind, scope, chunk):
     config = LossConfig(kind=kind, scope=scope, chunk=chunk)
-    return jax.value_and_grad(next_item_loss, has_aux=True)(STUB, BATCH, TABLE, candidates, config, None)
+
+    def total(stub):
+        sums = sum_losses(stub, BATCH, TABLE, candidates, config, None)
+        return sums.item, sums.weight
+
+    return jax.value_and_grad(total, has_aux=True)(STUB)
 
 
 def loss_and_gradients(candidates: Candidates, kind: str, scope: str = "union", chunk: int = 3):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.config import Config, LossConfig, OptimConfig, TrainConfig
+from moerec.balance import asked_share
+from moerec.config import Config, LossConfig, MoEConfig, OptimConfig, TrainConfig
 from moerec.losses import sampling_cdf
 from moerec.optim import make_optimizer, make_schedule
 from moerec.state import TrainState, evaluated_model, init_state, make_train_step
@@ -18,15 +19,22 @@ TABLE = make_table()
 # Rows of very different weight, one of them all padding: 14, 1, 0 and 9 slots.
 BATCH = make_batch(3, [[8, 6], [1], [0], [4, 5]], 14)
 SMALL = {"n_layers": 1, "item_text": False, "event_time": False, "request_context": False, "n_heads": 2}
+EXPERTS = MoEConfig(layers=(0,), n_per_group=2, d_expert=4, n_active=2, tile=4, bias_rate=0.01)
 
 
 def config_for(
-    kind: str = "full_softmax", n_microbatches: int = 1, dropout: float = 0.0, ema: float = 0.0, scope="union"
+    kind: str = "full_softmax",
+    n_microbatches: int = 1,
+    dropout: float = 0.0,
+    ema: float = 0.0,
+    scope: str = "union",
+    experts: bool = False,
 ) -> Config:
+    weights = {"analyser_weight": 0.7, "balance_weight": 0.5, "domain_balance_weight": 0.3, "router_z_weight": 0.1}
     return Config(
         seed=5,
-        model=make_config(dropout=dropout, **SMALL),
-        loss=LossConfig(kind=kind, n_negatives=9, sampling_power=0.5, scope=scope, chunk=4),
+        model=make_config(dropout=dropout, moe=EXPERTS if experts else MoEConfig(), **SMALL),
+        loss=LossConfig(kind=kind, n_negatives=9, sampling_power=0.5, scope=scope, chunk=4, **weights),
         optim=OptimConfig(learning_rate=0.02, warmup_steps=3, clip_norm=0.0, ema_decay=ema),
         train=TrainConfig(steps=20, batch_size=4, n_microbatches=n_microbatches),
     )
@@ -80,6 +88,57 @@ def test_microbatches_give_the_step_of_the_whole_batch(kind, scope, n_microbatch
     assert worst_gap(first_moment(parts), first_moment(whole)) < 1e-6
     assert worst_gap(parts.model, whole.model) < 1e-5
     assert worst_gap(whole.model, start(config_for()).model) > 1e-3  # a step that does something
+
+
+@pytest.mark.parametrize("n_microbatches", [2, 4])
+def test_microbatches_balance_over_the_global_batch(n_microbatches):
+    """Gradients, losses and biases of a mixture are those of the whole batch, though balance is no sum over slots."""
+    ((whole, metrics),) = run(1, "full_softmax", 1, 0.0, 0.0, "union", True)
+    ((parts, parts_metrics),) = run(1, "full_softmax", n_microbatches, 0.0, 0.0, "union", True)
+    assert parts_metrics == pytest.approx(metrics, rel=1e-5)
+    assert worst_gap(first_moment(parts), first_moment(whole)) < 1e-6
+    assert worst_gap(parts.model, whole.model) < 1e-5
+    moved = whole.model.upper[0].ffn.bias_E - start(config_for(experts=True)).model.upper[0].ffn.bias_E
+    np.testing.assert_allclose(np.abs(moved), 0.01, rtol=1e-3)
+
+
+def test_a_mixture_is_trained_on_the_weighted_sum_of_its_losses():
+    config = config_for(experts=True)
+    ((state, metrics),) = run(1, "full_softmax", 1, 0.0, 0.0, "union", True)
+    weights = oracle.read_weights(start(config).model)
+    frozen, arguments = dict(weights), (BATCH, TABLE, config.model, SIZES.context_sizes)
+    own = np.where(BATCH.weight_BT > 0, TABLE.service_I[BATCH.target_BT], -1)
+    asked = asked_share(EXPERTS, SIZES.n_services)
+
+    def total(weights):
+        states = oracle.encode(weights, *arguments, frozen=frozen)
+        scores = states @ weights["item_encoder.row_ID"].T + weights["item_bias_I"]
+        posterior = np.array(oracle.posterior(weights, *arguments))
+        log_p = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+        item, domain = (
+            -np.sum(BATCH.weight_BT * np.take_along_axis(p, answer[..., None], axis=-1)[..., 0]) / BATCH.weight_BT.sum()
+            for p, answer in ((log_p, BATCH.target_BT), (posterior, TABLE.service_I[BATCH.target_BT]))
+        )
+        p, count, square = oracle.route_sums(weights, *arguments, own, frozen)
+        n = p.sum(axis=1)
+        by_load = np.sum(count.sum(axis=0) * p.sum(axis=0) / (n @ asked)) * n.sum() / count.sum() / n.sum()
+        within = np.sum(count * p / asked, axis=1) / np.maximum(count.sum(axis=1), 1)
+        parts = {
+            "loss": item,
+            "analyser": domain,
+            "balance": by_load,
+            "domain_balance": within.sum() / n.sum(),
+            "router_z": square / n.sum(),
+        }
+        return parts["loss"] + 0.7 * domain + 0.5 * by_load + 0.3 * parts[
+            "domain_balance"
+        ] + 0.1 * square / n.sum(), parts
+
+    for name, value in total(weights)[1].items():
+        assert metrics[name] == pytest.approx(value, rel=2e-5), name
+    assert metrics["dropped"] == 0
+    gradients = {name: 10 * g for name, g in oracle.read_weights(first_moment(state)).items()}  # 1 - b1 is 0.1
+    oracle.assert_slopes(lambda w: total(w)[0], weights, gradients, 2e-4)
 
 
 @pytest.mark.parametrize("kind", ["full_softmax", "sampled_softmax", "one_negative"])

@@ -1,37 +1,68 @@
-"""The pre-norm decoder block, and the stack of them as one scanned pytree."""
+"""The pre-norm decoder block, dense or with domain experts, and stacks of them as one scanned pytree."""
+
+import itertools
 
 import jax
 from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.attention import Attention
+from moerec.nn.experts import DomainExperts, Request
 from moerec.nn.layers import RMSNorm, SwiGLU, dropout
+from moerec.shapes import Routing
 
 
 class Block(nnx.Module):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))`."""
+    """`x + attention(norm(x))`, then `x + ffn(norm(x))`; with `n_services` the second is a mixture of experts."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig):
+    def __init__(self, key: jax.Array, config: ModelConfig, n_services: int | None = None):
         k_attention, k_ffn = jax.random.split(key)
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(k_attention, config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.ffn = SwiGLU(k_ffn, config.d_model, config.d_ff)
+        self.ffn: SwiGLU | DomainExperts = (
+            SwiGLU(k_ffn, config.d_model, config.d_ff)
+            if n_services is None
+            else DomainExperts(k_ffn, config, n_services)
+        )
         self.dropout_rate = config.dropout
 
     def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, mask_BTS: jax.Array, key: jax.Array | None
-    ) -> jax.Array:
+        self,
+        x_BTD: jax.Array,
+        position_BT: jax.Array,
+        mask_BTS: jax.Array,
+        key: jax.Array | None,
+        request: Request | None = None,
+    ) -> tuple[jax.Array, Routing | None]:
+        """The new states, and the sums of the routing (None without experts)."""
         k_attention, k_ffn = (None, None) if key is None else jax.random.split(key)
         y = self.attention(self.attention_norm(x_BTD), position_BT, mask_BTS)
         x_BTD = x_BTD + dropout(y, self.dropout_rate, k_attention)
-        y = self.ffn(self.ffn_norm(x_BTD))
-        return x_BTD + dropout(y, self.dropout_rate, k_ffn)
+        y, routing = self.ffn_norm(x_BTD), None
+        if isinstance(self.ffn, DomainExperts):
+            assert request is not None
+            y, routing = self.ffn(y, request, None if k_ffn is None else jax.random.fold_in(k_ffn, 1))
+        else:
+            y = self.ffn(y)
+        return x_BTD + dropout(y, self.dropout_rate, k_ffn), routing
 
 
-def stack_blocks(key: jax.Array, config: ModelConfig) -> Block:
-    """A `Block` whose weights have a leading axis of L layers."""
-    return jax.vmap(lambda k: Block(k, config))(jax.random.split(key, config.n_layers))
+def split_layers(config: ModelConfig) -> list[tuple[bool, int, int]]:
+    """Runs of equal layers, `(with experts, first, one past the last)`; the first is the dense trunk, maybe empty."""
+    kinds = [layer in config.moe.layers for layer in range(config.n_layers)]
+    runs = [(False, 0, 0)] if kinds[0] else []
+    first = 0
+    for kind, members in itertools.groupby(kinds):
+        last = first + len(list(members))
+        runs.append((kind, first, last))
+        first = last
+    return runs
+
+
+def stack_blocks(keys: jax.Array, config: ModelConfig, n_services: int | None = None) -> Block:
+    """A `Block` whose weights have a leading axis of as many layers as there are keys."""
+    return jax.vmap(lambda k: Block(k, config, n_services))(keys)
 
 
 def run_blocks(
@@ -39,16 +70,19 @@ def run_blocks(
     x_BTD: jax.Array,
     position_BT: jax.Array,
     mask_BTS: jax.Array,
-    key: jax.Array | None,
+    keys: jax.Array | None,
     remat: bool,
-    n_layers: int,
-) -> jax.Array:
-    """Scans the stacked blocks, so that compile time does not grow with depth; `remat` recomputes each backward."""
+    request: Request | None = None,
+) -> tuple[jax.Array, Routing | None]:
+    """Scans the stacked blocks, so that compile time does not grow with depth; `remat` recomputes each backward.
+
+    Args:
+      keys: one a layer switch dropout on.
+    """
 
     def step(x, layer):
         block, layer_key = layer
-        return block(x, position_BT, mask_BTS, layer_key), None
+        return block(x, position_BT, mask_BTS, layer_key, request)
 
-    keys = None if key is None else jax.random.split(key, n_layers)
     body = jax.checkpoint(step, prevent_cse=False) if remat else step
-    return jax.lax.scan(body, x_BTD, (blocks, keys))[0]
+    return jax.lax.scan(body, x_BTD, (blocks, keys))

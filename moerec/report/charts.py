@@ -96,6 +96,29 @@ def draw_bars(bars: Mapping[str, tuple[float, int | None]], title: str) -> str:
         return _to_svg(figure, title)
 
 
+def draw_shares(rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str) -> str:
+    """A grid of shares, the darker the larger; equal neighbouring column labels are written once, in their middle."""
+    import matplotlib
+    from matplotlib.patches import Rectangle
+
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False, "axes.spines.bottom": False}):
+        figure, axes = _new_figure(4.6, 0.7 + 0.32 * len(rows))
+        most = max((share for shares in rows.values() for share in shares), default=0) or 1
+        for y, shares in enumerate(rows.values()):
+            for x, share in enumerate(shares):
+                axes.add_patch(Rectangle((x, y), 0.96, 0.92, color=_ACCENT, alpha=share / most, linewidth=0))
+                if len(columns) <= 16:
+                    axes.text(x + 0.48, y + 0.48, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+        axes.set_xlim(0, len(columns))
+        axes.set_ylim(len(rows), 0)
+        names = list(dict.fromkeys(columns))
+        places = [[x for x, column in enumerate(columns) if column == name] for name in names]
+        axes.set_xticks([(xs[0] + xs[-1] + 0.96) / 2 for xs in places], [_shorten(name) for name in names])
+        axes.set_yticks([y + 0.46 for y in range(len(rows))], [_shorten(label) for label in rows])
+        axes.tick_params(axis="both", labelcolor=_INK, length=0)
+        return _to_svg(figure, title)
+
+
 def _new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moerec.errors import InputError
-from moerec.report.charts import draw_bars, draw_curves
+from moerec.report.charts import draw_bars, draw_curves, draw_shares
 from moerec.report.table import build_table, config_name, format_value, gap_closed, metric_at, row_label, seen_rule
 from moerec.writer import format_count, format_duration, read_lines, write_text
 
@@ -15,6 +15,8 @@ _CURVES = (  # title, then the scalars of metrics.jsonl and their labels
     ("Training loss", {"loss": "loss"}),
     ("Validation, union", {"valid/union/ndcg@10": "NDCG@10", "valid/union/recall@10": "Recall@10"}),
     ("Learning rate", {"learning_rate": "learning rate"}),
+    ("Analyser's cross-entropy", {"analyser": "analyser"}),
+    ("Balance of the experts", {"balance": "all slots", "domain_balance": "by domain"}),
 )
 _SLICES = {
     "service": "By service of the target",
@@ -50,6 +52,7 @@ def write_report(workdir: Path | str) -> Path:
         curves=_draw_training(metrics, lines),
         best_step=(metrics.get("valid") or {}).get("step"),
         slices=_draw_slices(metrics.get("slices") or {}),
+        routing=_describe_routing(metrics),
         slice_ranking=_slice_ranking(metrics),
         full=_list_all_metrics(metrics),
         config=_list_config(config if isinstance(config, Mapping) else {}),
@@ -128,6 +131,31 @@ def _draw_slices(slices: Mapping[str, Any]) -> list[tuple[str, str]]:
             title = _SLICES.get(name, f"By {name}")
             drawn.append((title, draw_bars(bars, title)))
     return drawn
+
+
+def _describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The load as a picture, and the analyser's figures; None in a dense run."""
+    routing = metrics.get("routing")
+    if not routing:
+        return None
+    services = metrics["dataset"]["services"]
+    groups = [*services, "cross-domain"]
+    n_per_group = len(routing["load"][0]) // len(groups)
+    columns = [group for group in groups for _ in range(n_per_group)]
+    labels = (
+        ("macro-F1", "macro_f1"),
+        ("best possible macro-F1", "best_macro_f1"),
+        ("calibration error", "ece"),
+        ("temperature", "temperature"),
+    )
+    found = [(label, routing["analyser"].get(name)) for label, name in labels]
+    title = "Load by service and expert"
+    return {
+        "load": draw_shares(dict(zip(services, routing["load"], strict=True)), columns, title),
+        "analyser": [(label, format_value(value)) for label, value in found if value is not None],
+        "dropped": routing["dropped"],
+        "max_over_mean": format_value(routing["max_over_mean"]),
+    }
 
 
 def _list_all_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def make_plan(expert_TA: jax.Array, n_experts: int, tile: int, capacity: int | N
     """Orders the assignments by expert, rows in order within an expert, by one sort of a packed 32-bit key.
 
     Args:
-      expert_TA: int32 `[T, A]`, the experts of each row, from 0 to E - 1.
+      expert_TA: int32 `[T, A]`, the experts of each row, from 0 to E - 1; E sends an assignment nowhere.
       n_experts: E.
       tile: places of a tile.
       capacity: most assignments of an expert, the first ones by row; None drops nothing.
@@ -60,7 +60,7 @@ def make_plan(expert_TA: jax.Array, n_experts: int, tile: int, capacity: int | N
     n_rows, n_choices = expert_TA.shape
     n = n_rows * n_choices
     shift = max(n - 1, 1).bit_length()
-    if n == 0 or n_experts << shift > 1 << 32:
+    if n == 0 or (n_experts + 1) << shift > 1 << 32:
         raise ValueError(f"dispatch: {n} assignments over {n_experts} experts do not fit a 32-bit key")
     index = jnp.arange(n, dtype=jnp.uint32)
     # Every key is unique, so an unstable sort keeps the rows in order. `jax.lax.sort` and not `argsort`: under
@@ -74,10 +74,12 @@ def make_plan(expert_TA: jax.Array, n_experts: int, tile: int, capacity: int | N
     end_E = jnp.cumsum((size_E + tile - 1) // tile)
     start_E = jnp.pad(end_E[:-1], (1, 0)) * tile
     rank = jnp.arange(n, dtype=jnp.int32) - first_E[expert]
-    kept = rank < size_E[expert]
+    kept = rank < jnp.pad(size_E, (0, 1))[expert]
     n_tiles = count_tiles(n, n_experts, tile)
     # What is dropped goes past the end, each to a place of its own, where a scatter leaves it out.
-    place = jnp.where(kept, start_E[expert] + rank, n_tiles * tile + jnp.arange(n, dtype=jnp.int32))
+    place = jnp.where(
+        kept, start_E[jnp.minimum(expert, n_experts - 1)] + rank, n_tiles * tile + jnp.arange(n, dtype=jnp.int32)
+    )
 
     def scatter(size, at, values, fill):
         return jnp.full(size, fill, values.dtype).at[at].set(values, unique_indices=True, mode="drop")

@@ -66,10 +66,41 @@ def attention(w: Weights, x_TD, position_T, segment_T, theta):
     return out
 
 
-def block(w: Weights, x_TD, position_T, segment_T, config):
+def softmax(x):
+    exps = np.exp(x - x.max())
+    return exps / exps.sum()
+
+
+def mixture(w: Weights, x_TD, log_domain_TZ, segment_T, moe):
+    """Domain experts, slot by slot and expert by expert; padding gets nothing but the shared expert."""
+    out = np.zeros_like(x_TD)
+    n_services = log_domain_TZ.shape[1]
+    for t, x in enumerate(x_TD):
+        logits = w["router_ED"] @ x + w["lift_EZ"] @ log_domain_TZ[t]
+        allowed = list(range(len(logits)))
+        if moe.n_open_groups:
+            groups = {*np.argsort(-log_domain_TZ[t])[: moe.n_open_groups], n_services}
+            allowed = [e for e in allowed if e // moe.n_per_group in groups]
+        probability = dict(zip(allowed, softmax(logits[allowed]), strict=True))
+        chosen = sorted(allowed, key=lambda e: -(logits[e] + w["bias_E"][e]))[: moe.n_active]
+        total = sum(probability[e] for e in chosen)
+        for e in chosen if segment_T[t] else ():
+            hidden = silu(x @ w["gate_EDF"][e]) * (x @ w["up_EDF"][e])
+            out[t] += probability[e] / total * (hidden @ w["down_EFD"][e])
+    return out + (swiglu(part(w, "shared"), x_TD) if moe.d_shared else 0)
+
+
+def log_domain(w: Weights, x_TD, eps):
+    """The analyser's log-posterior."""
+    logits = rms_norm(x_TD, w["norm.scale"], eps) @ w["out_DZ"] + w["bias_Z"]
+    return np.log([softmax(row) for row in logits])
+
+
+def block(w: Weights, x_TD, position_T, segment_T, config, log_domain_TZ=None):
     y = rms_norm(x_TD, w["attention_norm.scale"], config.norm_eps)
     x_TD = x_TD + attention(part(w, "attention"), y, position_T, segment_T, config.rope_theta)
-    return x_TD + swiglu(part(w, "ffn"), rms_norm(x_TD, w["ffn_norm.scale"], config.norm_eps))
+    y, ffn = rms_norm(x_TD, w["ffn_norm.scale"], config.norm_eps), part(w, "ffn")
+    return x_TD + (mixture(ffn, y, log_domain_TZ, segment_T, config.moe) if "router_ED" in ffn else swiglu(ffn, y))
 
 
 def text_vector(w: Weights, tokens, eps):
@@ -123,23 +154,74 @@ def slot_vector(w: Weights, batch, table, b, t, context_sizes):
     return sum(parts)
 
 
-def encode(weights: Weights, batch, table, config, context_sizes):
-    """`SequenceModel.encode` without dropout."""
+def embed(weights: Weights, batch, table, config, context_sizes, b):
+    """The first layer's input in row b."""
     item, slot = part(weights, "item_encoder"), part(weights, "slot_encoder")
-    states = []
-    for b, items in enumerate(batch.item_BT):
-        x = np.stack(
-            [
-                item_vector(item, i, table, config.norm_eps) + slot_vector(slot, batch, table, b, t, context_sizes)
-                for t, i in enumerate(items)
-            ]
-        )
-        x = rms_norm(x, weights["input_norm.scale"], config.norm_eps)
-        for index in range(config.n_layers):
-            w = layer(part(weights, "blocks"), index)
-            x = block(w, x, batch.position_BT[b], batch.segment_BT[b], config)
+    x = [
+        item_vector(item, i, table, config.norm_eps) + slot_vector(slot, batch, table, b, t, context_sizes)
+        for t, i in enumerate(batch.item_BT[b])
+    ]
+    return rms_norm(np.stack(x), weights["input_norm.scale"], config.norm_eps)
+
+
+def all_layers(weights: Weights) -> list[Weights]:
+    """The trunk's layers, then those above it, whatever stacks they are in."""
+    stacks = [part(weights, "blocks")]
+    while upper := part(weights, f"upper[{len(stacks) - 1}]"):
+        stacks.append(upper)
+    return [layer(w, i) for w in stacks if w for i in range(len(w["ffn_norm.scale"]))]
+
+
+def encode(weights: Weights, batch, table, config, context_sizes, frozen=None):
+    """The states of `SequenceModel.encode` without dropout.
+
+    `frozen` are weights from which the posterior that the routers read is computed, where they are not those of the
+    call: no gradient passes there.
+    """
+    if frozen is None:
+        return _encode(weights, batch, table, config, context_sizes, None)[0]
+    posterior = _encode(frozen, batch, table, config, context_sizes, None)[1]
+    return _encode(weights, batch, table, config, context_sizes, posterior)[0]
+
+
+def posterior(weights: Weights, batch, table, config, context_sizes):
+    """The analyser's log-posterior `[B, T, Z]`."""
+    return _encode(weights, batch, table, config, context_sizes, None)[1]
+
+
+def _encode(weights: Weights, batch, table, config, context_sizes, given):
+    states, posteriors = [], []
+    for b in range(len(batch.item_BT)):
+        x = embed(weights, batch, table, config, context_sizes, b)
+        found = None
+        for index, w in enumerate(all_layers(weights)):
+            if index == min(config.moe.layers, default=-1):
+                found = log_domain(part(weights, "analyser"), x, config.norm_eps)
+                posteriors.append(found)
+                found = found if given is None else given[b]
+            x = block(w, x, batch.position_BT[b], batch.segment_BT[b], config, found)
         states.append(rms_norm(x, weights["final_norm.scale"], config.norm_eps))
-    return np.stack(states)
+    return np.stack(states), posteriors
+
+
+def route_sums(weights: Weights, batch, table, config, context_sizes, domain_BT, frozen):
+    """Of a model of one mixture layer: probabilities and assignments `[Z, E]` by domain, and the squares of the lse."""
+    w, n_active = layer(part(weights, "upper[0]"), 0), config.moe.n_active
+    n_services = len(w["ffn.lift_EZ"][0])
+    probability, count, square = *np.zeros((2, n_services, len(w["ffn.bias_E"]))), 0.0
+    given = posterior(frozen, batch, table, config, context_sizes)
+    for b in range(len(batch.item_BT)):
+        x = embed(weights, batch, table, config, context_sizes, b)
+        y = rms_norm(x, w["attention_norm.scale"], config.norm_eps)
+        x = x + attention(part(w, "attention"), y, batch.position_BT[b], batch.segment_BT[b], config.rope_theta)
+        y = rms_norm(x, w["ffn_norm.scale"], config.norm_eps)
+        for t, z in enumerate(domain_BT[b]):
+            if z >= 0:
+                logits = w["ffn.router_ED"] @ y[t] + w["ffn.lift_EZ"] @ given[b][t]
+                probability[z] += softmax(logits)
+                count[z, np.argsort(-(logits + w["ffn.bias_E"]))[:n_active]] += 1
+                square += np.log(np.sum(np.exp(logits))) ** 2
+    return probability, count, square
 
 
 def slope(function, weights: Weights, name: str, direction: np.ndarray, step: float = 1e-5) -> float:

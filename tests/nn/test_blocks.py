@@ -82,18 +82,19 @@ def test_dropout_without_key_or_rate_is_the_identity():
 def make_stack(rate: float = 0.0) -> Block:
     """Two layers with random weights."""
     config = make_config(dropout=rate)
-    return fill(jax.eval_shape(lambda: stack_blocks(jax.random.key(0), config)))
+    return fill(jax.eval_shape(lambda: stack_blocks(jax.random.split(jax.random.key(0), 2), config)))
 
 
 def run(blocks, x, key, remat: bool):
-    return run_blocks(blocks, x, POSITION, segment_mask(SEGMENT), key, remat, 2)
+    keys = None if key is None else jax.random.split(key, 2)
+    return run_blocks(blocks, x, POSITION, segment_mask(SEGMENT), keys, remat)[0]
 
 
 def loop(blocks, x, key, remat: bool):
     """The same blocks one after the other."""
     keys = [None, None] if key is None else jax.random.split(key, 2)
     for index in range(2):
-        x = jax.tree.map(lambda w, i=index: w[i], blocks)(x, POSITION, segment_mask(SEGMENT), keys[index])
+        x, _ = jax.tree.map(lambda w, i=index: w[i], blocks)(x, POSITION, segment_mask(SEGMENT), keys[index])
     return x
 
 
@@ -130,7 +131,7 @@ def test_block_equals_the_formula():
 
 
 def test_layers_start_different():
-    blocks = jax.jit(lambda: stack_blocks(jax.random.key(0), make_config()))()
+    blocks = jax.jit(lambda: stack_blocks(jax.random.split(jax.random.key(0), 2), make_config()))()
     for kernel in (blocks.attention.q_DNH, blocks.ffn.up_DF):
         assert kernel.shape[0] == 2
         assert np.abs(kernel[0] - kernel[1]).min() > 0

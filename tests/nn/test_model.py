@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moerec.config import LossConfig
-from moerec.losses import all_candidates, next_item_loss
+from moerec.losses import all_candidates, sum_losses
 from tests.nn import numpy_model as oracle
 from tests.small_model import SIZES, lay, make_batch, make_config, make_model, make_sequence, make_table, worst_gap
 
@@ -28,13 +28,14 @@ LENGTHS = [[5, 3, 2], [10, 1], [4, 4]]
 
 @jax.jit
 def encode(model, batch, table, key=None):
-    return model.encode(batch, table, key)
+    return model.encode(batch, table, key).state_BTD
 
 
 @jax.jit
 def loss_and_gradients(model, batch, table):
     def total(model):
-        return next_item_loss(model, batch, table, all_candidates(SIZES.n_items), LossConfig(chunk=5), None)
+        sums = sum_losses(model, batch, table, all_candidates(SIZES.n_items), LossConfig(chunk=5), None)
+        return sums.item, sums.weight
 
     return jax.value_and_grad(total, has_aux=True)(model)
 
@@ -59,7 +60,7 @@ def test_states_and_gradients_are_those_of_the_numpy_model(switches):
     cotangent = np.random.default_rng(5).standard_normal((1, 7, 8))
 
     def weighted(model):
-        out = model.encode(batch, TABLE)
+        out = model.encode(batch, TABLE).state_BTD
         return jnp.sum(out * cotangent), out
 
     gradients, states = jax.jit(jax.grad(weighted, has_aux=True))(model)

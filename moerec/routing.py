@@ -1,0 +1,97 @@
+"""What the routing of a trained mixture does on the test targets, and how good its analyser is."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.balance import describe_load
+from moerec.evaluate import EvaluationSet
+from moerec.nn.model import SequenceModel
+from moerec.shapes import Batch, ItemTable, Routing
+
+N_BINS = 15  # of the calibration error
+_LOG_TEMPERATURES = np.linspace(-2, 2, 161)
+
+
+class Observed(NamedTuple):
+    """Attributes:
+    log_domain_QZ: float32, the analyser's log-posterior at each target that has a history.
+    service_Q: int, its service.
+    routing: sums over all slots of the histories, each under the service of the event after it.
+    """
+
+    log_domain_QZ: np.ndarray
+    service_Q: np.ndarray
+    routing: Routing
+
+
+@jax.jit
+def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable):
+    counted = batch._replace(weight_BT=(batch.segment_BT > 0).astype(jnp.float32))
+    _, log_domain_BTZ, routing = model.encode(counted, table)
+    assert log_domain_BTZ is not None
+    log_domain_SZ = log_domain_BTZ.reshape(-1, log_domain_BTZ.shape[-1])
+    return log_domain_SZ[jnp.maximum(slot_Q, 0)], routing
+
+
+def observe(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> Observed:
+    """Runs a mixture over the targets' histories."""
+    posteriors, services, routings = [], [], []
+    for which, batch, asked in examples.batches():
+        log_domain_QZ, routing = _observe_batch(model, batch, asked.slot, table)
+        known = np.flatnonzero(asked.slot >= 0)
+        posteriors.append(np.asarray(log_domain_QZ)[known])
+        services.append(examples.target_service[which][known])
+        routings.append(jax.tree.map(lambda x: np.asarray(x, np.float64), routing))
+    total = Routing(*(np.sum(column, axis=0) for column in zip(*routings, strict=True)))
+    return Observed(np.concatenate(posteriors), np.concatenate(services), total)
+
+
+def macro_f1(guess: np.ndarray, truth: np.ndarray, n_classes: int) -> float:
+    """The mean over the classes that occur of `2 TP / (2 TP + FP + FN)`."""
+    confusion = np.bincount(truth * n_classes + guess, minlength=n_classes**2).reshape(n_classes, n_classes)
+    hits, wanted, named = np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    f1 = 2 * hits / np.maximum(wanted + named, 1)
+    return float(f1[wanted > 0].mean())
+
+
+def calibration_error(log_p_QZ: np.ndarray, truth: np.ndarray) -> float:
+    """Expected calibration error of the most probable class, over bins of equal width (Guo et al. 2017)."""
+    confidence = np.exp(log_p_QZ.max(axis=1))
+    hit = log_p_QZ.argmax(axis=1) == truth
+    bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
+    gap = np.bincount(bins, weights=hit - confidence, minlength=N_BINS)
+    return float(np.abs(gap).sum() / len(truth))
+
+
+def _scale(log_p_QZ: np.ndarray, temperature: float) -> np.ndarray:
+    scaled = log_p_QZ.astype(np.float64) / temperature
+    return scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
+
+
+def fit_temperature(log_p_QZ: np.ndarray, truth: np.ndarray) -> float:
+    """The temperature of least cross-entropy (Guo et al. 2017), to 2.5 %."""
+    rows = np.arange(len(truth))
+    losses = [-np.mean(_scale(log_p_QZ, np.exp(t))[rows, truth]) for t in _LOG_TEMPERATURES]
+    return float(np.exp(_LOG_TEMPERATURES[int(np.argmin(losses))]))
+
+
+def describe_routing(
+    model: SequenceModel, valid: EvaluationSet, test: EvaluationSet, table: ItemTable
+) -> dict[str, Any]:
+    """`metrics["routing"]`: the load on the test histories; the analyser's macro-F1 and calibration at the targets.
+
+    `ece` is that of the posterior under the temperature fitted on validation; `ece_raw` without it.
+    """
+    fitted, seen = observe(model, valid, table), observe(model, test, table)
+    temperature = fit_temperature(fitted.log_domain_QZ, fitted.service_Q)
+    log_p_QZ, truth = seen.log_domain_QZ, seen.service_Q
+    analyser = {
+        "macro_f1": macro_f1(log_p_QZ.argmax(axis=1), truth, log_p_QZ.shape[1]),
+        "ece": calibration_error(_scale(log_p_QZ, temperature), truth),
+        "ece_raw": calibration_error(log_p_QZ, truth),
+        "temperature": temperature,
+    }
+    return {**describe_load(seen.routing), "analyser": analyser}
