@@ -6,13 +6,13 @@ Prints a table, one line a check, and writes it to audit.json in the run directo
 its limit in `config.audit`.
 """
 
-import json
 from pathlib import Path
 
 from moerec import cli
 from moerec.audit import run_audit
 from moerec.data.load import load_data
 from moerec.data.prepare import describe_quarantine
+from moerec.writer import write_json
 
 
 def main(config, flags):
@@ -24,7 +24,7 @@ def main(config, flags):
         print(line)
     report = run_audit(data.dataset, config.data.split, config.audit, config.data.seed)
     print(report.to_text())
-    (workdir / "audit.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    write_json(workdir / "audit.json", report.to_dict())
     return report.to_dict()
 
 

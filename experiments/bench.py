@@ -3,7 +3,6 @@
 python -m experiments.bench --config=configs/demo.py [--json]
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,4 +21,4 @@ def main(config, flags):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, default_config="configs/demo.py", workdir=False))
+    cli.run(main, default_config="configs/demo.py", workdir=False)

@@ -5,7 +5,6 @@
 The same command again goes on where it was interrupted.
 """
 
-import sys
 from pathlib import Path
 
 from moerec import cli
@@ -23,4 +22,4 @@ def main(config, flags):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.run(main)

@@ -1,5 +1,6 @@
 """How fast the parts of a run are, measured one after the other in one process on an otherwise idle machine."""
 
+import dataclasses
 import resource
 import time
 from collections.abc import Callable
@@ -53,8 +54,8 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
     options = StreamOptions(config.train.batch_size, config.data.seq_len, config.data.history_len, config.seed)
     loader = iter(PackedStream(make_reader(config.data, data), options))
     loader_s = median_seconds(lambda: next(loader).item_BT, 5 * repeats)
-    config.eval.n_test = n_targets
-    examples = make_test_set(config, data).examples
+    some = dataclasses.replace(config, eval=dataclasses.replace(config.eval, n_test=n_targets))
+    examples = make_test_set(some, data).examples
     model = evaluated_model(state)
     eval_s = median_seconds(lambda: rank_targets(model, examples, setup.table)[0].greater, 3)
     n_rows = config.train.batch_size * config.data.seq_len

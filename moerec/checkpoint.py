@@ -66,7 +66,7 @@ class Checkpoints:
 
     def save_last(self, step: int, state, progress: Progress) -> None:
         # The progress saved here names the best step, which must be on disk first; and an older best may go only when
-        # no last state on disk names it.
+        # the last state on disk does not name it.
         self._best.wait_until_finished()
         self._last.wait_until_finished()
         for stale in [s for s in self._best.all_steps() if s < self._named_best]:

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -83,6 +84,11 @@ def execute(
         return _fail(130, "interrupted")
     except MemoryError:
         return _fail(1, "out of memory")
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (FileExistsError, NotADirectoryError) as error:
+        return _fail(2, f"{error.filename}: {error.strerror}; a directory is needed there")
     except OSError as error:  # the machine's answer (no space, no permission), not a defect of ours
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

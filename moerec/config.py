@@ -1,6 +1,6 @@
 """Typed configuration. Every class checks itself on construction; `checked` re-checks after command-line overrides.
 
-The classes are not frozen only because `ml_collections.config_flags` sets fields in place; nothing of ours does.
+The classes are not frozen only because `ml_collections.config_flags` sets fields in place; nothing of ours may.
 """
 
 import dataclasses
@@ -11,6 +11,11 @@ from moerec.errors import InputError
 def _require(condition: bool, field: str, rule: str):
     if not condition:
         raise InputError(f"config.{field}: {rule}")
+
+
+def _require_seed(value: int, field: str):
+    if isinstance(value, int):  # another type is named by who reads the config
+        _require(0 <= value < 2**32, field, "must lie in [0, 2^32)")
 
 
 def _one_of(value: str, field: str, allowed: tuple[str, ...]):
@@ -42,7 +47,7 @@ class CityConfig:
         for name in ("rho", "profile_missing_rate", "profile_noise_rate"):
             _require(0 <= getattr(self, name) <= 1, f"data.city.{name}", "must lie in [0, 1]")
         for name in ("kappa", "tau", "habit"):
-            _require(getattr(self, name) >= 0, f"data.city.{name}", "must not be negative")
+            _require(0 <= getattr(self, name) <= 10, f"data.city.{name}", "must lie in [0, 10]")
 
 
 @dataclasses.dataclass
@@ -135,6 +140,7 @@ class DataConfig:
             _require(bool(self.tables.folder), "data.tables.folder", "the folder of the tables is needed")
         if self.source == "prepared":
             _require(bool(self.prepared), "data.prepared", "the prepared folder is needed")
+        _require_seed(self.seed, "data.seed")
         _require(1 <= self.history_len <= self.seq_len, "data.history_len", "must lie in [1, data.seq_len]")
         for name in ("n_shards", "max_tokens", "vocab_size"):
             _require(getattr(self, name) >= 1, f"data.{name}", "must be at least 1")
@@ -367,6 +373,7 @@ class Config:
     baselines: tuple[str, ...] = BASELINES
 
     def __post_init__(self):
+        _require_seed(self.seed, "seed")
         for name in self.baselines:
             _one_of(name, "baselines", BASELINES)
 

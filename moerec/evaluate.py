@@ -12,7 +12,7 @@ from moerec.data.dataset import Dataset
 from moerec.data.packing import fill_batch, place_sequences
 from moerec.data.splits import gather_histories
 from moerec.errors import WorkError
-from moerec.metrics import RankCounts, place_miss
+from moerec.metrics import MISS, RankCounts
 from moerec.nn.model import SequenceModel
 from moerec.shapes import Array, Batch, ItemTable
 
@@ -76,8 +76,8 @@ def rank_batch(model: SequenceModel, batch: Batch, questions: Questions, table: 
         return kept - jnp.sum(relation(seen_score, level) & masked_candidates, axis=1)
 
     missed = jnp.any(seen == target, axis=1) & (questions.target >= 0)
-    greater_own = jnp.where(missed, place_miss(questions.high - questions.low), count(jnp.greater, own_QI, masked_own))
-    greater_all = jnp.where(missed, place_miss(score_QI.shape[1]), count(jnp.greater, True, masked))
+    greater_own = jnp.where(missed, MISS, count(jnp.greater, own_QI, masked_own))
+    greater_all = jnp.where(missed, MISS, count(jnp.greater, True, masked))
     return Ranks(
         greater_own,
         jnp.where(missed, 1, count(jnp.equal, own_QI, masked_own)),

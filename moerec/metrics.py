@@ -45,9 +45,7 @@ def concatenate_counts(parts: list[RankCounts]) -> RankCounts:
     )
 
 
-def place_miss(n_candidates):
-    """How many stand above a target that may not be recommended: all candidates, and at least every cutoff."""
-    return n_candidates + CUTOFFS[-1]
+MISS = 1 << 30  # what stands above a target that may not be recommended, so that it counts for nothing
 
 
 def count_ranks(
@@ -63,7 +61,7 @@ def count_ranks(
       scores: `[n, I]` float, finite.
       target: `[n]` the item to be found.
       seen: items that are no candidates: `(offsets [n + 1], items)` or `[n, I]` bool, repeats counting once. A target
-        that is itself seen is a miss (`place_miss`).
+        that is itself seen is a miss (`MISS`).
       ranges: `(first [n], last [n])`, when only the items `first <= i < last` are candidates.
       first_row: the number of row 0 in messages.
 
@@ -91,7 +89,7 @@ def count_ranks(
     score = scores[row_of, item]
     greater -= np.bincount(row_of[score > level[row_of]], minlength=n)
     equal -= np.bincount(row_of[score == level[row_of]], minlength=n)
-    return RankCounts(np.where(missed, place_miss(high - low), greater), np.where(missed, 1, equal))
+    return RankCounts(np.where(missed, MISS, greater), np.where(missed, 1, equal))
 
 
 def _refuse_non_finite(scores: np.ndarray, first_row: int):
@@ -123,6 +121,7 @@ def per_target_metrics(counts: RankCounts) -> dict[str, np.ndarray]:
     for k in CUTOFFS:
         gain = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])
         metrics[f"ndcg@{k}"] = (gain[np.minimum(last, k)] - gain[np.minimum(first, k)]) / counts.equal
+    first, last = (np.where(counts.greater < MISS, place, 0) for place in (first, last))
     reciprocal = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, last.max(initial=0) + 1))])
     metrics["mrr"] = (reciprocal[last] - reciprocal[first]) / counts.equal
     return metrics

@@ -162,22 +162,21 @@ def _paired(config: Config, test: TestSet, model: Ranked, baselines: dict[str, R
     services = test.examples.dataset.catalogue.services
     subsets = {name: test.examples.target_service == code for code, name in enumerate(services)}
 
-    def compare(first: RankCounts, second: RankCounts, rows: np.ndarray) -> dict[str, float]:
-        own, other = (per_target_metrics(counts)["ndcg@10"][rows] for counts in (first, second))
-        result = paired_test(own, other, config.seed, test.person[rows])
+    def ndcg(counts: RankCounts) -> np.ndarray:
+        return per_target_metrics(counts)["ndcg@10"]
+
+    def compare(own: np.ndarray, other: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        result = paired_test(own[rows], other[rows], config.seed, test.person[rows])
         return {"difference": result.difference, "p_value": result.p_value}
 
-    return {
-        name: {
-            **compare(model.union, ranked.union, np.ones(len(test.person), bool)),
-            "in_service": {
-                service: compare(model.in_service, ranked.in_service, rows)
-                for service, rows in subsets.items()
-                if rows.any()
-            },
-        }
-        for name, ranked in baselines.items()
-    }
+    own_union, own_service = ndcg(model.union), ndcg(model.in_service)
+    out: dict[str, Any] = {}
+    for name, ranked in baselines.items():
+        other = ndcg(ranked.in_service)
+        in_service = {z: compare(own_service, other, rows) for z, rows in subsets.items() if rows.any()}
+        everything = np.ones(len(test.person), bool)
+        out[name] = {**compare(own_union, ndcg(ranked.union), everything), "in_service": in_service}
+    return out
 
 
 def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) -> dict[str, Any]:

@@ -23,11 +23,15 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
       InputError: bad data, or a `workdir` that holds a run of another config.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    _keep_config(config, workdir / "config.json")
-    data = load_data(config.data, workdir)
+    resolved = to_plain(dataclasses.asdict(config))
+    _compare_config(resolved, workdir / "config.json")
+    known = workdir / "data.json"
+    data = load_data(config.data, workdir, json.loads(known.read_text())["sha256"] if known.exists() else None)
     for line in describe_quarantine(data.quarantined):
         print(line, file=sys.stderr)
-    _keep_digest(data.digest, workdir / "data.json")
+    # Only now that the data could be read: a first call that failed must not bind the directory to its mistakes.
+    write_json(workdir / "config.json", resolved)
+    write_json(known, {"sha256": data.digest})
     fitted = fit(config, data, workdir)
     metrics = make_results(config, data, fitted, workdir)
     write_json(workdir / "metrics.json", metrics)
@@ -35,23 +39,12 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
     return metrics
 
 
-def _keep_config(config: Config, path: Path) -> None:
-    """Saves the resolved config; a directory is never reused for another one, whose numbers would be mixed in."""
-    resolved = to_plain(dataclasses.asdict(config))
+def _compare_config(resolved: Any, path: Path) -> None:
+    """A directory is never reused for another config, whose numbers would be mixed in."""
     if path.exists():
         differences = list(_differences(json.loads(path.read_text()), resolved, "config"))
         if differences:
             raise InputError(f"{path}: this directory holds another run: {'; '.join(differences[:3])}")
-    write_json(path, resolved)
-
-
-def _keep_digest(digest: str, path: Path) -> None:
-    """Saves what data the run is of; on other data its checkpoints would have been trained on what is now held out."""
-    if path.exists() and json.loads(path.read_text())["sha256"] != digest:
-        raise InputError(
-            f"{path}: this directory holds a run on other data; the tables or their preparation have changed"
-        )
-    write_json(path, {"sha256": digest})
 
 
 def _differences(old: Any, new: Any, place: str):

@@ -163,8 +163,8 @@ def test_a_canary_in_the_future_is_seen_only_where_the_log_is_out_of_order():
 def test_a_canary_is_seen_where_a_history_reaches_past_its_target(monkeypatch):
     whole = splits.gather_histories
 
-    def leaky(dataset, targets, per_service, max_len=None):
-        offsets, rows = whole(dataset, targets, per_service, max_len)
+    def leaky(dataset, targets, per_service):
+        offsets, rows = whole(dataset, targets, per_service)
         return offsets, rows + 1  # the last of each is the target itself
 
     monkeypatch.setattr("moerec.evaluate.gather_histories", leaky)
@@ -195,11 +195,11 @@ def test_a_canary_is_seen_where_a_history_holds_what_is_tied_behind_its_target(m
     people = [[(i, day // 2) for i, day in p] for p in clean()]
     whole = splits.gather_histories
 
-    def leaky(dataset, targets, per_service, max_len=None):
+    def leaky(dataset, targets, per_service):
         last = dataset.log.offsets[dataset.log.person[targets] + 1] - 1
         behind = np.minimum(targets + 1, last)
         tied = dataset.log.time[behind] == dataset.log.time[targets]
-        offsets, rows = whole(dataset, targets, per_service, max_len)
+        offsets, rows = whole(dataset, targets, per_service)
         rows[offsets[1:][tied] - 1] = behind[tied]
         return offsets, rows
 

@@ -108,7 +108,7 @@ def scores_by_hand(model, vectors, dataset, table, rows: list[int], target: int)
 def rank_by_hand(scores, target: int, candidates: list[int]) -> tuple[int, int]:
     """Lowest and highest place of the target in the sorted candidates that rounding allows, or past every cutoff."""
     if target not in candidates:
-        return len(candidates) + 20, SIZES.n_items + 20
+        return SIZES.n_items + 20, 1 << 31
     order = sorted(candidates, key=lambda item: -scores[item])
     places = [place for place, item in enumerate(order) if abs(scores[item] - scores[target]) < 1e-4]
     return min(places), max(places)

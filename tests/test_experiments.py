@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,9 @@ def call(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)
 
-    def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", f"experiments.{name}", f"--config={tmp_path / 'tiny.py'}", *arguments]
+    def run(name: str, *arguments: str, config: bool = True) -> subprocess.CompletedProcess:
+        own = [f"--config={tmp_path / 'tiny.py'}"] if config else []
+        command = [sys.executable, "-m", f"experiments.{name}", *own, *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     return run
@@ -46,6 +48,39 @@ def test_audit_ends_with_one_where_a_limit_is_passed(call, tmp_path):
     failed = call("audit", f"--workdir={tmp_path}", "--config.audit.max_repeats=0")
     assert failed.returncode == 1, failed.stdout + failed.stderr
     assert json.loads((tmp_path / "audit.json").read_text())["exit_code"] == 1
+
+
+def test_bench_prepare_measures_every_format(call):
+    done = call("bench_prepare", "--events=1000", "--json", config=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["file"] for row in rows] == ["events.tsv", "events.tsv.gz", "events.parquet"]
+    assert all(row["events"] == 1000 and row["wall_s"] > 0 and row["peak_gib"] > 0 for row in rows)
+
+
+def test_prepare_wants_tables(call, tmp_path):
+    done = call("prepare", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2
+    assert "config.data.source" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_way_is_named(call, tmp_path):
+    (tmp_path / "file").write_text("here")
+    for place in ("file", "file/below"):
+        done = call("audit", f"--workdir={tmp_path / place}")
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert str(tmp_path / "file") in done.stderr
+
+
+def test_a_reader_who_has_enough_sees_no_traceback(tmp_path):
+    program = "import sys; from moerec import cli\ncli.run(lambda c, f: [print(i) for i in range(100_000)] and None, "
+    program += "config_type=None, workdir=False)"
+    command = f"{sys.executable} -c {shlex.quote(program)} | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "0\n"
+    assert done.stderr == ""
 
 
 def test_bench_measures_the_step_the_loader_and_the_evaluation(call):

@@ -15,10 +15,7 @@ from moerec.errors import WorkError
 def brute_force(scores, target, excluded, low, high):
     """Mean over all orders of the candidates that keep higher scores first: a dict of metrics."""
     if target in excluded:
-        rank = high - low + 20 + 1
-        result = {f"recall@{k}": float(rank <= k) for k in metrics.CUTOFFS}
-        result |= {f"ndcg@{k}": 1 / math.log2(rank + 1) if rank <= k else 0.0 for k in metrics.CUTOFFS}
-        return {**result, "mrr": 1 / rank}
+        return {f"{name}@{k}": 0.0 for name in ("recall", "ndcg") for k in metrics.CUTOFFS} | {"mrr": 0.0}
     candidates = [i for i in range(low, high) if i not in excluded]
     above = [i for i in candidates if scores[i] > scores[target]]
     level = [i for i in candidates if scores[i] == scores[target]]
@@ -93,7 +90,7 @@ def test_boolean_and_sparse_masks_agree_and_a_seen_target_is_a_miss():
     masked = np.where(mask, -np.inf, scores)
     level = scores[np.arange(20), target][:, None]
     for counts in (dense, sparse):
-        np.testing.assert_array_equal(counts.greater, np.where(missed, 9 + 20, (masked > level).sum(axis=1)))
+        np.testing.assert_array_equal(counts.greater, np.where(missed, metrics.MISS, (masked > level).sum(axis=1)))
         np.testing.assert_array_equal(counts.equal, np.where(missed, 1, (masked == level).sum(axis=1)))
 
 

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 from moerec.checkpoint import Checkpoints, Progress
+from moerec.data.dataset import permute_items
 from moerec.data.load import load_data
 from moerec.data.splits import TEST
 from moerec.errors import InputError, WorkError
 from moerec.run import run
 from moerec.state import evaluated_model
 from moerec.train import fit, set_up, validate
+from moerec.writer import MetricWriter
 from tests.tiny import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +58,7 @@ def wait_for_line(path: Path, step: int, process: subprocess.Popen, limit_s: flo
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert start_run(undisturbed).wait() == 0
-    steps = np.sort(np.random.default_rng(time.time_ns()).choice(np.arange(4, 28), 2, replace=False))
+    steps = np.sort(np.random.default_rng(time.time_ns()).choice(np.arange(9, 28), 2, replace=False))
     print("killed at", steps)
     for step in steps:
         process = start_run(killed)
@@ -64,6 +66,8 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (killed / "metrics.json").exists()
+    saved = [path.name for path in (killed / "checkpoints" / "last").iterdir() if path.name.isdigit()]
+    assert saved  # from there the last start goes on: it does not begin anew
     assert start_run(killed).wait() == 0
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (undisturbed, killed))
     for key in (
@@ -225,6 +229,40 @@ def test_a_directory_of_another_config_is_refused(tmp_path):
     assert (tmp_path / "metrics.json").read_text() == before
 
 
+def test_a_first_start_that_failed_leaves_the_directory_free(tmp_path):
+    config = make_config(steps=2, eval_every=0)
+    missing = dataclasses.replace(config.data, source="prepared", prepared=str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="nothing"):
+        run(dataclasses.replace(config, data=missing), tmp_path / "run")
+    assert run(config, tmp_path / "run")["steps"] == 2
+
+
+def test_metrics_are_read_when_the_next_step_is_under_way(tmp_path, tiny_data, monkeypatch):
+    """And the state that a step was given is gone: its memory is the next one's."""
+    events, setup = [], set_up(make_config(steps=4, log_every=1, eval_every=0, save_every=99), tiny_data)
+
+    def step(state, batch, table):
+        after, metrics = setup.train_step(state, batch, table)
+        jax.block_until_ready(after)
+        events.append(("step", int(after.step), jax.tree.leaves(state.model)[0].is_deleted()))
+        return after, metrics
+
+    write = MetricWriter.write
+
+    def note(self, step, scalars):
+        if "loss" in scalars:
+            events.append(("read", step, None))
+        write(self, step, scalars)
+
+    monkeypatch.setattr("moerec.train.set_up", lambda *_: setup._replace(train_step=step))
+    monkeypatch.setattr(MetricWriter, "write", note)
+    fit(make_config(steps=4, log_every=1, eval_every=0, save_every=99), tiny_data, tmp_path)
+    order = [(kind, n) for kind, n, _ in events]
+    late = [("step", 2), ("read", 1), ("step", 3), ("read", 2), ("step", 4), ("read", 3)]
+    assert order == [("step", 1), *late, ("read", 4)]
+    assert all(deleted for kind, _, deleted in events if kind == "step")
+
+
 def test_the_sharded_reader_trains_to_the_same_parameters(tmp_path):
     def train(reader: str):
         config = make_config(steps=6)
@@ -284,6 +322,8 @@ def test_a_directory_is_not_reused_for_other_data(finished, monkeypatch):
     config, folder, _ = finished
     other = load_data(dataclasses.replace(config.data, seed=1), folder)
     assert other.digest != load_data(config.data, folder).digest
-    monkeypatch.setattr("moerec.run.load_data", lambda *_: other)
-    with pytest.raises(InputError, match=r"data\.json: this directory holds a run on other data"):
+    before = (folder / "metrics.json").read_bytes()
+    monkeypatch.setattr("moerec.data.load.permute_items", lambda dataset, seed: permute_items(dataset, seed + 1))
+    with pytest.raises(InputError, match="this directory holds a run on other data"):
         run(config, folder)
+    assert (folder / "metrics.json").read_bytes() == before

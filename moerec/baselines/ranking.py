@@ -37,7 +37,6 @@ def rank_targets(
     histories: Histories,
     mask_seen: bool,
     chunk: int = 512,
-    seen: Histories | None = None,
 ) -> Ranked:
     """Ranks each target in its service's catalogue and in the union of all.
 
@@ -48,7 +47,6 @@ def rank_targets(
       histories: what the model may see.
       mask_seen: whether items of the person's history are no candidates; a target among them is a miss.
       chunk: targets scored at once.
-      seen: the histories that `mask_seen` masks, where `histories` is truncated; `histories` by default.
 
     Raises:
       WorkError: a score is not finite, or the scores have another shape than `[targets, items]`.
@@ -63,7 +61,7 @@ def rank_targets(
             raise WorkError(f"scores of shape {scores.shape} for {stop - start} targets and {catalogue.n_items} items")
         masked = None
         if mask_seen:
-            offsets, rows = slice_histories(histories if seen is None else seen, start, stop)
+            offsets, rows = slice_histories(histories, start, stop)
             masked = (offsets, item[rows])
         service = np.searchsorted(catalogue.offsets, answer, side="right") - 1
         ranges = (catalogue.offsets[service], catalogue.offsets[service + 1])

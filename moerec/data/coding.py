@@ -117,7 +117,14 @@ def item_service(schema: SchemaConfig) -> str:
 
 def read_columns(table: Table, batch: Batch, columns: list[str], separator: str = ",") -> dict[str, pa.Array]:
     """The columns of a batch as bytes; lists become text with the separator of their column."""
-    return {c: as_binary(batch.columns[c], table.separators.get(c, separator)) for c in dict.fromkeys(columns)}
+    values = {}
+    for c in dict.fromkeys(columns):
+        try:
+            values[c] = as_binary(batch.columns[c], table.separators.get(c, separator))
+        except pa.ArrowException as error:
+            kind = batch.columns[c].type
+            raise InputError(f"{table.label}, column {c}: values of type {kind} cannot be read") from error
+    return values
 
 
 def read_items(table: Table, schema: SchemaConfig, log: DefectLog) -> tuple[ItemCodes, pa.Table]:

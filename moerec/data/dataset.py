@@ -10,6 +10,7 @@ import numpy as np
 
 from moerec.errors import InputError
 
+TOTAL = "all"  # the row of all services in every table
 UNKNOWN_TIME = np.int64(np.iinfo(np.int64).min)
 
 
@@ -21,8 +22,8 @@ class Catalogue:
       services: names, in the order of the service codes.
       offsets: `[Z + 1]` int64, the ranges of the services.
       ids: `[I]` unicode, the item's id in the source (unique within a service).
-      text: `[I]` unicode, title or description; empty where there is none.
-      attributes: `[I]` unicode, attribute tokens separated by a space (`brand=acme category=tea`); may be empty.
+      text: `[I]` strings, title or description; empty where there is none.
+      attributes: `[I]` strings, attribute tokens separated by a space (`brand=acme category=tea`); may be empty.
     """
 
     services: tuple[str, ...]
@@ -35,8 +36,8 @@ class Catalogue:
         n = len(self.ids)
         if len(self.offsets) != len(self.services) + 1 or self.offsets[0] != 0 or self.offsets[-1] != n:
             raise InputError("catalogue: offsets do not cover the items of all services")
-        if "all" in self.services:
-            raise InputError('catalogue: a service cannot be called "all", which is the sum of them in every table')
+        if TOTAL in self.services:
+            raise InputError(f'catalogue: a service cannot be called "{TOTAL}", their sum in every table')
         if len(self.text) != n or len(self.attributes) != n:
             raise InputError("catalogue: text and attributes need one entry per item")
 

@@ -17,6 +17,7 @@ from moerec.data.tables import Batch, Table, as_binary, read_batches
 from moerec.errors import InputError
 
 RAGGED = "wrong number of fields"
+NUL = "NUL character"
 BAD_UTF8 = "bad UTF-8"
 BAD_TIME = "unparsable time"
 NO_TIME = "empty time"
@@ -140,9 +141,11 @@ class RowCheck:
         self.refuse(bad, BAD_UTF8, column, lambda k: f"bad UTF-8 in {printed(values[k].as_py())}")
 
     def filled(self, column: str, values: pa.Array, what: str):
-        """Refuses empty values of a user, item, service or action."""
+        """Refuses values of a user, item, service or action that are empty or hold a NUL (unicode arrays drop it)."""
         bad = pc.equal(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
         self.refuse(bad, EMPTY[what], column, lambda k: f"the {what} is empty")
+        bad = pc.match_substring(values, b"\0").to_numpy(zero_copy_only=False)
+        self.refuse(bad, NUL, column, lambda k: f"the {what} {printed(values[k].as_py())} holds a NUL character")
 
     def first(self, repeated: np.ndarray, reason: str, column: str, ids: pa.Array):
         """Refuses the rows of a keyed table whose id had a row before."""
@@ -150,7 +153,10 @@ class RowCheck:
 
     def times(self, column: str, values: pa.Array, unit: str, keep_unknown: bool) -> np.ndarray:
         """`[n]` int64 microseconds since 1970 UTC, UNKNOWN_TIME where empty; refuses what cannot be read."""
-        micros, bad = parse_times(values, unit)
+        try:
+            micros, bad = parse_times(values, unit)
+        except pa.ArrowException as error:
+            raise InputError(f"{self.table.label}, column {column}: {values.type} is no type of a time") from error
         name = _UNITS[unit][0] if unit in _UNITS else "an ISO date or time"
         self.refuse(bad, BAD_TIME, column, lambda k: f"cannot read {printed(as_binary(values)[k].as_py())} as {name}")
         if not keep_unknown:

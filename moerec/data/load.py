@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from moerec.data.prepare import is_current, prepare
 from moerec.data.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.splits import TRAIN, assign_roles, shuffle_ties
 from moerec.data.tokenizer import TokenTable, tokenize
+from moerec.errors import InputError
 from moerec.shapes import ItemTable
 
 
@@ -53,13 +55,35 @@ class Prepared:
         return ItemTable(catalogue.service, self.tokens.ids, count.astype(np.float32))
 
 
-def load_data(config: DataConfig, workdir: Path) -> Prepared:
-    """Loads or makes the data of a run; tables are prepared once, into `workdir/data`.
+def load_data(config: DataConfig, workdir: Path, digest: str | None = None) -> Prepared:
+    """Loads or makes the data of a run; tables are prepared into `workdir/data`, and anew when they change.
+
+    Args:
+      digest: what the data must be, where `workdir` holds a run already; else nothing in it is touched.
 
     Raises:
-      InputError: whatever is wrong with the input, with its file, row and column.
+      InputError: whatever is wrong with the input, with its file, row and column; or the data are others.
     """
-    dataset, world, folder = _open(config, workdir / "data")
+    cache = workdir / "data"
+    if digest is not None and config.source == "tables" and not is_current(config, cache):
+        with tempfile.TemporaryDirectory(prefix="data.", dir=workdir) as fresh:
+            prepare(config, Path(fresh) / "data")
+            _require_digest(_assemble(config, Path(fresh) / "data"), digest, workdir)
+    data = _assemble(config, cache)
+    _require_digest(data, digest, workdir)
+    return data
+
+
+def _require_digest(data: Prepared, digest: str | None, workdir: Path) -> None:
+    """Checkpoints of a run on other data would have been trained on what is now held out."""
+    if digest is not None and data.digest != digest:
+        raise InputError(
+            f"{workdir}: this directory holds a run on other data; the tables or their preparation have changed"
+        )
+
+
+def _assemble(config: DataConfig, cache: Path) -> Prepared:
+    dataset, world, folder = _open(config, cache)
     dataset = permute_items(dataset, config.seed)
     if config.split.shuffle_ties:
         dataset = shuffle_ties(dataset, config.seed)

@@ -16,15 +16,12 @@ class Placement(NamedTuple):
     segment: np.ndarray
 
 
-def place_sequences(lengths: np.ndarray, n_rows: int, row_len: int, max_sequences: int | None = None) -> Placement:
+def place_sequences(lengths: np.ndarray, n_rows: int, row_len: int) -> Placement:
     """Next-fit in the given order: rows are filled until the next sequence does not fit.
 
     Args:
       lengths: `[U]`, each between 0 and `row_len` (a sequence of no slots takes none).
-      max_sequences: most sequences to place.
     """
-    if max_sequences is not None:
-        lengths = lengths[:max_sequences]
     ends = np.cumsum(lengths)
     first_of_row = [0]
     for _ in range(n_rows):  # over packed rows; each step is one binary search

@@ -7,7 +7,6 @@ table, the profiles, and one block of `spill.PEOPLE_PER_BLOCK` people's events w
 
 import dataclasses
 import json
-import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pyarrow as pa
 from moerec.config import DataConfig
 from moerec.data import defects, shards, spill
 from moerec.data.coding import MAX_CODE, Codes, ItemCodes, open_tables, read_columns, read_items, read_profiles
-from moerec.data.dataset import UNKNOWN_TIME, Dataset
+from moerec.data.dataset import TOTAL, UNKNOWN_TIME
 from moerec.data.defects import DefectLog, RowCheck
 from moerec.data.tables import Batch, Table, read_batches
 from moerec.errors import InputError
@@ -150,6 +149,8 @@ def describe_quarantine(quarantined: dict[str, dict[str, int]]) -> list[str]:
 def prepare(config: DataConfig, out: Path) -> PrepareReport:
     """Writes the tables of `config` as a prepared folder. Raises InputError at bad input, as `config.tables` says."""
     start = time.monotonic()
+    if config.source != "tables":
+        raise InputError(f'config.data.source: is "{config.source}", but only "tables" can be prepared')
     tables = open_tables(config)
     log = DefectLog(config.tables.on_bad_rows == "quarantine")
     with shards.replace_folder(out) as folder:
@@ -158,6 +159,9 @@ def prepare(config: DataConfig, out: Path) -> PrepareReport:
         events = spill.Spill(folder / "spill", len(config.schema.context))
         for batch in read_batches(tables.interactions, coder.columns):
             events.append(coder.encode(batch))
+        if TOTAL in coder.items.services.names():
+            column = config.schema.service or "config.data.schema.service_name"
+            raise InputError(f'{tables.interactions.label}, column {column}: no service can be called "{TOTAL}"')
         if not coder.people:
             log.check(tables.interactions)
             raise InputError(f"{tables.interactions.label}: no good row is left")
@@ -199,13 +203,6 @@ def describe_source(config: DataConfig) -> dict:
 def is_current(config: DataConfig, folder: Path) -> bool:
     """Whether the folder was prepared whole, from these files, with this config."""
     return (folder / "meta.json").exists() and shards.Meta.load(folder).extra.get("source") == describe_source(config)
-
-
-def read_tables(config: DataConfig) -> Dataset:
-    """The tables of `config` in memory, by way of a temporary prepared folder."""
-    with tempfile.TemporaryDirectory(prefix="moerec-") as folder:
-        prepare(config, Path(folder) / "prepared")
-        return shards.load_dataset(Path(folder) / "prepared")
 
 
 def _write_events(

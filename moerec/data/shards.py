@@ -180,7 +180,7 @@ def write_meta(folder: Path, meta: Meta):
     (folder / META).write_text(meta.to_json(), encoding="utf-8")
 
 
-def write_dataset(dataset: Dataset, folder: Path, n_shards: int, extra_meta: dict | None = None):
+def write_dataset(dataset: Dataset, folder: Path, n_shards: int):
     """Writes a data set that is in memory as a prepared folder."""
     log, catalogue = dataset.log, dataset.catalogue
     events = np.empty(log.n_events, record_dtype(log.context.shape[1]))
@@ -204,7 +204,7 @@ def write_dataset(dataset: Dataset, folder: Path, n_shards: int, extra_meta: dic
             n_events=log.n_events,
             n_items=catalogue.n_items,
             shards=writer.shards,
-            extra=extra_meta or {},
+            extra={},
         )
         write_meta(partial, meta)
 
@@ -237,8 +237,8 @@ def load_dataset(folder: Path) -> Dataset:
             services=meta.services,
             offsets=np.concatenate([[0], np.cumsum(n_items)]).astype(np.int64),
             ids=_unicode(items["id"]),
-            text=_unicode(items["text"]),
-            attributes=_unicode(items["attributes"]),
+            text=_objects(items["text"]),
+            attributes=_objects(items["attributes"]),
         ),
         log=EventLog(offsets, *(events[name].copy() for name in ("item", "action", "time", "context"))),
         people=_unicode(people["id"]),
@@ -301,6 +301,11 @@ def _strings(values: np.ndarray) -> pa.Array:
 
 def _unicode(column: pa.ChunkedArray) -> np.ndarray:
     return np.array(column.to_pylist(), dtype=np.str_)
+
+
+def _objects(column: pa.ChunkedArray) -> np.ndarray:
+    """Texts each of its own length: in a unicode array all take the room of the longest."""
+    return np.array(column.to_pylist(), dtype=object)
 
 
 def _clear_stale(out: Path):

@@ -102,25 +102,20 @@ def select_targets(dataset: Dataset, roles: np.ndarray, role: int) -> np.ndarray
     return np.flatnonzero(roles == role)
 
 
-def gather_histories(
-    dataset: Dataset, targets: np.ndarray, per_service: bool, max_len: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def gather_histories(dataset: Dataset, targets: np.ndarray, per_service: bool) -> tuple[np.ndarray, np.ndarray]:
     """What a prediction of each target may see: `(offsets [n + 1], rows of the log)`, int64, oldest first.
 
     That is every earlier row of the same person. With `per_service`, rows of other services count only when their
-    time is known and strictly before the target's: inside a tie the order of two services means nothing. The last
-    `max_len` rows are kept.
+    time is known and strictly before the target's: inside a tie the order of two services means nothing.
     """
     log = dataset.log
     first = log.offsets[np.searchsorted(log.offsets, targets, side="right") - 1]
-    if max_len is not None and not per_service:
-        first = np.maximum(first, targets - max_len)
     if not per_service:
         return expand_ranges(first, targets)
     service = dataset.event_service
     lengths, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for chunk in _bounded_chunks(targets - first):
-        n_kept, kept = _visible_rows(log.time, service, first[chunk], targets[chunk], max_len)
+        n_kept, kept = _visible_rows(log.time, service, first[chunk], targets[chunk])
         lengths.append(n_kept)
         rows.append(kept)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
@@ -141,16 +136,10 @@ def _bounded_chunks(sizes: np.ndarray) -> list[slice]:
 
 
 def _visible_rows(
-    time: np.ndarray, service: np.ndarray, first: np.ndarray, targets: np.ndarray, max_len: int | None
+    time: np.ndarray, service: np.ndarray, first: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     _, row = expand_ranges(first, targets)
     owner = np.repeat(np.arange(len(targets)), targets - first)
     target = targets[owner]
     visible = (service[row] == service[target]) | ((time[row] < time[target]) & (time[row] != UNKNOWN_TIME))
-    row, owner = row[visible], owner[visible]
-    n_kept = np.bincount(owner, minlength=len(targets))
-    if max_len is not None:
-        from_end = np.cumsum(n_kept)[owner] - np.arange(len(row))
-        row = row[from_end <= max_len]
-        n_kept = np.minimum(n_kept, max_len)
-    return n_kept, row
+    return np.bincount(owner[visible], minlength=len(targets)), row[visible]

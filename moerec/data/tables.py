@@ -78,7 +78,7 @@ def open_table(folder: Path, name: str, format: str = "auto") -> Table:
         return Table(path, name, kind, columns, columns, {})
     raw = _read_header(path, name, kind)
     try:
-        fields = [field.removeprefix(_BOM).encode("latin-1").decode("utf-8") for field in raw]
+        fields = [field.encode("latin-1").decode("utf-8") for field in _strip_bom(raw, kind)]
     except UnicodeDecodeError as error:
         raise InputError(f"{name}, header: bad UTF-8 ({error.reason})") from error
     if kind != "atomic":
@@ -102,7 +102,8 @@ def as_binary(array: pa.Array, separator: str = ",") -> pa.Array:
     """Values as bytes: null becomes empty, the elements of a list are joined by `separator`, others are printed."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if any(is_list(array.type) for is_list in lists):
         # null elements are dropped by the join of a list without nulls
         array = pc.binary_join(array.cast(pa.list_(pa.string())), separator)
     kind = array.type
@@ -140,6 +141,14 @@ def _read_header(path: Path, label: str, kind: str) -> list[str]:
     if not any(fields):
         raise InputError(f"{label}: the file is empty or its first line is; a header is needed")
     return fields
+
+
+def _strip_bom(raw: list[str], kind: str) -> list[str]:
+    """The fields without a byte order mark, behind which a quoted first field was not seen to be quoted."""
+    first = raw[0].removeprefix(_BOM)
+    if kind == "csv" and first != raw[0]:
+        first = next(csv.reader([first]), [""])[0]
+    return [first, *raw[1:]]
 
 
 def _read_text(table: Table, columns: list[str]) -> Iterator[Batch]:

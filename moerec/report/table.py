@@ -36,7 +36,7 @@ class Column(NamedTuple):
 
 class Cell(NamedTuple):
     value: float | None
-    low: float | None = None  # 95 % bootstrap interval, of the model's row only
+    low: float | None = None  # 95 % bootstrap interval, where the metric has one
     high: float | None = None
     best: bool = False  # of all rows but the ceiling's
 

@@ -8,6 +8,7 @@ import pytest
 
 from moerec.config import CityConfig
 from moerec.data.city import generate, make_world, names, timeline
+from moerec.data.oracle import predict_targets
 from moerec.errors import InputError
 
 
@@ -121,6 +122,17 @@ def test_clock_agrees_with_the_calendar():
 def test_more_needs_than_the_city_knows_are_refused():
     with pytest.raises(InputError, match="n_needs"):
         make_world(small(n_needs=99), 0)
+
+
+@pytest.mark.parametrize("knob", ["kappa", "tau", "habit"])
+def test_the_strongest_effects_leave_every_probability_finite(knob):
+    dataset, world = generate(small(**{knob: 10.0}), 0)
+    targets = np.arange(dataset.log.n_events)[-200:]
+    for _, scores in predict_targets(world, dataset, targets):
+        assert np.isfinite(scores).all()
+        np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1, rtol=1e-3)
+    with pytest.raises(InputError, match=f"data.city.{knob}"):
+        small(**{knob: 10.1})
 
 
 @pytest.mark.parametrize("fields", [{"n_needs": 1}, {"n_types": 1}, {"items_per_service": 2}, {"n_people": 1}])

@@ -45,6 +45,7 @@ DEFECTS = [  # a bad row of the interactions, the message after "row 3, ", and t
     (b"anna\t\t1\tbuy\t5", "column service: the service is empty", "empty service"),
     (b"\tfood\t1\tbuy\t5", "column user: the user is empty", "empty user"),
     (b"anna\tfood\t\tbuy\t5", "column item: the item is empty", "empty item"),
+    (b"anna\tfood\t1\0\tbuy\t5", "column item: the item '1\\x00' holds a NUL character", "NUL character"),
     (b"anna\tfood\t1\t\t5", "column action: the action is empty", "empty action"),
     (b"an\xffna\tfood\t1\tbuy\t5", "column user: bad UTF-8 in 'an\\\\xffna'", "bad UTF-8"),
     (b"anna\tfood\t1\tbuy", "4 fields, the header has 5", "wrong number of fields"),

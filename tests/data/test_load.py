@@ -1,6 +1,7 @@
 """Data of a run: the same events under new item numbers, from wherever they come, and prepared once."""
 
 import dataclasses
+import os
 from collections import Counter
 
 import numpy as np
@@ -178,6 +179,20 @@ def test_a_folder_made_from_other_tables_is_made_anew(tmp_path):
     (tmp_path / "tables" / "interactions.tsv").write_text("".join(lines[:-1]))
     second = load_data(config, tmp_path / "run")
     assert second.dataset.log.n_events == first.dataset.log.n_events - 1
+
+
+def test_where_a_run_is_other_tables_are_refused_and_nothing_is_touched(tmp_path):
+    write_tables(tmp_path / "tables")
+    config, run = table_config(tmp_path / "tables"), tmp_path / "run"
+    first = load_data(config, run)
+    interactions = tmp_path / "tables" / "interactions.tsv"
+    os.utime(interactions, (1, 1))  # the same rows, from another file
+    assert_same_data(load_data(config, run, first.digest), first)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    interactions.write_text("".join(INTERACTIONS.splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match="holds a run on other data"):
+        load_data(config, run, first.digest)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def test_a_folder_that_is_not_prepared_is_refused(tmp_path):

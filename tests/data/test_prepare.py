@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data import spill, tables
 from moerec.data.dataset import UNKNOWN_TIME
-from moerec.data.prepare import describe, prepare, read_tables
+from moerec.data.prepare import describe, prepare
 from moerec.data.shards import load_dataset
 from moerec.errors import InputError
 
@@ -32,6 +34,13 @@ ROWS = st.lists(ROW, min_size=1, max_size=40)
 
 def schema(**more):
     return SchemaConfig(service="service", action="action", time="time", context=("weather", "city"), **more)
+
+
+def read_tables(config):
+    """The data set of the tables, by way of a prepared folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(config, Path(folder) / "prepared")
+        return load_dataset(Path(folder) / "prepared")
 
 
 def config(folder, interactions, columns=None, **files):
@@ -273,6 +282,37 @@ def test_the_command_prints_counts_and_tells_bad_input(tmp_path, capsys):
     assert "quarantined from events.tsv: 1 rows, unparsable time" in printed.out
     assert json.loads(printed.out.splitlines()[-1])["quarantined"] == {"events.tsv": {"unparsable time": 1}}
     assert run()[0] == 2
+
+
+def test_parquet_of_types_that_are_no_text_is_named(tmp_path):
+    def write(**columns):
+        plain = {"user": ["u"], "item": ["a"], "service": ["s"], "action": ["buy"], "time": [1], "weather": [""]}
+        pq.write_table(pa.table({**plain, "city": [""], **columns}), tmp_path / "events.parquet")
+
+    write(item=pa.array([["a", "b"]], pa.list_(pa.string(), 2)))
+    assert read_tables(config(tmp_path, "events.parquet")).catalogue.ids.tolist() == ["a,b"]
+    write(item=pa.array([{"x": 1}]))
+    with pytest.raises(InputError, match=r"events\.parquet, column item: values of type struct"):
+        read_tables(config(tmp_path, "events.parquet"))
+    write(time=pa.array([{"x": 1}]))
+    with pytest.raises(InputError, match=r"events\.parquet.*column time"):
+        read_tables(config(tmp_path, "events.parquet"))
+
+
+def test_no_service_is_called_as_the_sum_of_all(tmp_path):
+    write_tsv(tmp_path / "events.tsv", [("u", "all", "1", "buy", "5", "", "")])
+    with pytest.raises(InputError, match=r'events\.tsv, column service: no service can be called "all"'):
+        prepare(config(tmp_path, "events.tsv"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_long_text_takes_its_own_room_alone(tmp_path):
+    write_tsv(tmp_path / "events.tsv", [("u", "food", "1", "buy", "5", "", "")])
+    write_tsv(tmp_path / "items.tsv", [("food", "1", "x" * 100_000), ("food", "2", "y")], ("shop", "code", "title"))
+    columns = schema(item_service="shop", item_id="code", text=("title",))
+    text = read_tables(config(tmp_path, "events.tsv", columns, items="items.tsv")).catalogue.text
+    assert list(map(len, text)) == [100_000, 1]
+    assert text.nbytes < 1000  # references, not two strings of the longest's length
 
 
 REAL = {

