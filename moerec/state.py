@@ -9,7 +9,7 @@ import optax
 
 from moerec.balance import update_bias
 from moerec.config import Config, LossConfig, MoEConfig
-from moerec.losses import Candidates, all_candidates, draw_candidates, draw_in_service, mean_loss, sum_losses
+from moerec.losses import Candidates, Sums, all_candidates, draw_candidates, draw_in_service, mean_loss, sum_losses
 from moerec.nn.model import SequenceModel, Sizes
 from moerec.optim import make_optimizer, make_schedule
 from moerec.shapes import Batch, ItemTable, Routing
@@ -82,6 +82,42 @@ def _steer(model: SequenceModel, routing: Routing, config: MoEConfig) -> Sequenc
     return model.with_router_biases(move)
 
 
+def _differentiate(
+    config: Config, model: SequenceModel, batch: Batch, table: ItemTable, shared: Candidates, dropout_key: jax.Array
+) -> tuple[SequenceModel, dict[str, jax.Array], Sums]:
+    """Gradients of the mean loss of the global batch, the parts of the loss, and its sums."""
+    batches, own = _microbatches(batch, shared, config)
+    parts = (batches, own, jax.random.split(dropout_key, config.train.n_microbatches))
+
+    def sum_part(model, part):
+        microbatch, negatives, k = part
+        return sum_losses(model, microbatch, table, shared if negatives is None else negatives, config.loss, k)
+
+    def finish(sums):
+        return mean_loss(sums, config.loss, config.model.moe)
+
+    if config.train.n_microbatches == 1:
+        whole = jax.tree.map(lambda x: x[0], parts)
+        sums, pull = jax.vjp(lambda m: sum_part(m, whole), model)
+        d_sums, metrics = jax.grad(finish, has_aux=True)(sums)
+        return pull(d_sums)[0], metrics, sums
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sum_part, model, first))
+    sums = empty._replace(weight=jnp.sum(batch.weight_BT))
+    if empty.routing is not None:
+        # Balance is no sum over slots: how a microbatch pulls depends on the load of the global batch.
+        sums, _ = jax.lax.scan(lambda carry, part: (_add(carry, sum_part(model, part)), None), empty, parts)
+    d_sums, _ = jax.grad(finish, has_aux=True)(sums)
+
+    def accumulate(carry, part):
+        sums, pull = jax.vjp(lambda m: sum_part(m, part), model)
+        return _add(carry, (sums, pull(d_sums)[0])), None
+
+    (sums, grads), _ = jax.lax.scan(accumulate, (empty, jax.tree.map(jnp.zeros_like, model)), parts)
+    return grads, finish(sums)[1], sums
+
+
 def make_train_step(
     config: Config, cdf_I: jax.Array
 ) -> Callable[[TrainState, Batch, ItemTable], tuple[TrainState, dict[str, jax.Array]]]:
@@ -93,44 +129,11 @@ def make_train_step(
     optimizer = make_optimizer(config.optim, config.train.steps)
     schedule = make_schedule(config.optim, config.train.steps)
 
-    def gradients(model, batch, table, shared, dropout_key):
-        """Gradients of the mean loss of the global batch, its parts, and its sums."""
-        batches, own = _microbatches(batch, shared, config)
-        parts = (batches, own, jax.random.split(dropout_key, config.train.n_microbatches))
-
-        def sum_part(model, part):
-            microbatch, negatives, k = part
-            return sum_losses(model, microbatch, table, shared if negatives is None else negatives, config.loss, k)
-
-        def finish(sums):
-            return mean_loss(sums, config.loss, config.model.moe)
-
-        if config.train.n_microbatches == 1:
-            whole = jax.tree.map(lambda x: x[0], parts)
-            sums, pull = jax.vjp(lambda m: sum_part(m, whole), model)
-            d_sums, metrics = jax.grad(finish, has_aux=True)(sums)
-            return pull(d_sums)[0], metrics, sums
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sum_part, model, first))
-        sums = empty._replace(weight=jnp.sum(batch.weight_BT))
-        if empty.routing is not None:
-            # Balance is no sum over slots: how a microbatch pulls depends on the load of the global batch.
-            sums, _ = jax.lax.scan(lambda carry, part: (_add(carry, sum_part(model, part)), None), empty, parts)
-        d_sums, _ = jax.grad(finish, has_aux=True)(sums)
-
-        def accumulate(carry, part):
-            sums, pull = jax.vjp(lambda m: sum_part(m, part), model)
-            return _add(carry, (sums, pull(d_sums)[0])), None
-
-        (sums, grads), _ = jax.lax.scan(accumulate, (empty, jax.tree.map(jnp.zeros_like, model)), parts)
-        return grads, finish(sums)[1], sums
-
     def train_step(state: TrainState, batch: Batch, table: ItemTable):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         k_candidates, k_dropout = jax.random.split(key)
         candidates = _candidates(k_candidates, config.loss, cdf_I, batch, table)
-        grads, metrics, sums = gradients(state.model, batch, table, candidates, k_dropout)
+        grads, metrics, sums = _differentiate(config, state.model, batch, table, candidates, k_dropout)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         if sums.routing is not None and config.model.moe.bias_rate:

@@ -13,7 +13,7 @@ LAYERS = (
     ("moerec", "moerec.errors", "pallas_kernels"),
     ("moerec.config", "moerec.shapes"),
     ("moerec.data", "moerec.memory", "moerec.sharding", "moerec.writer", "configs"),
-    ("moerec.nn", "moerec.metrics", "moerec.optim", "moerec.significance"),
+    ("moerec.nn", "moerec.balance", "moerec.metrics", "moerec.optim", "moerec.significance"),
     ("moerec.baselines", "moerec.losses"),
     ("moerec.state", "moerec.hf"),
     ("moerec.checkpoint", "moerec.upcycle"),
@@ -26,9 +26,9 @@ LAYERS = (
         "moerec.recommend",
         "moerec.report",
     ),
-    ("moerec.audit", "moerec.train"),
+    ("moerec.audit", "moerec.routing", "moerec.train"),
     ("moerec.results",),
-    ("moerec.bench", "moerec.run"),
+    ("moerec.bench", "moerec.bench_prepare", "moerec.run"),
     ("experiments",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

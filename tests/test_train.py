@@ -283,6 +283,21 @@ def finished(tmp_path_factory):
     return config, folder, run(config, folder)
 
 
+def test_a_run_directory_holds_what_is_promised(finished):
+    _, folder, _ = finished
+    for name in ("config.json", "metrics.jsonl", "metrics.json", "report.html", "checkpoints", "tensorboard"):
+        assert (folder / name).exists(), name
+    metrics = json.loads((folder / "metrics.json").read_text())
+    told = {"config", "seed", "steps", "wall_s", "tokens_per_s", "n_params", "n_active_params", "test", "baselines"}
+    assert told <= metrics.keys()
+    for table in (metrics["test"], metrics["ceiling"], *metrics["baselines"].values()):
+        assert set(table["union"]) == {*table["in_service"], "all"}
+        for row in (*table["in_service"].values(), *table["union"].values()):
+            assert {"recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr", "n"} <= row.keys()
+            assert 0 <= row["ndcg@5"] <= row["ndcg@10"] <= row["recall@10"] <= 1
+            assert row["recall@5"] <= row["recall@10"]
+
+
 def test_a_run_keeps_the_contract(finished, data_dir):
     _, folder, _ = finished
     checker = data_dir.parent / "checks" / "contract.py"
