@@ -72,10 +72,12 @@ def _whole(*shape):
     return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
 
 
-def _cost(n_rows, d, n_experts, dtype):
+def _cost(operands, results):
+    """Every operand is read once and every result written once."""
+    (n_rows, d), n_experts = operands[0].shape, operands[1].shape[0]
     return pl.CostEstimate(
         flops=2 * n_rows * d * n_experts,
-        bytes_accessed=(n_rows + n_experts) * d * jnp.dtype(dtype).itemsize,
+        bytes_accessed=sum(x.size * jnp.dtype(x.dtype).itemsize for x in (*operands, *results)),
         transcendentals=n_rows * n_experts,
     )
 
@@ -86,28 +88,33 @@ def _forward_call(x_TD, router_ED, prior_ZT, lift_EZ, bias_E, domain_T, n_choice
     x_spec, (prior, domain, choice, probability, lse) = _block_specs((z, 1, n_choices, n_choices, 1), d)
     sums = pl.BlockSpec((1, z, e), lambda i: (i, 0, 0))
     shape = jax.ShapeDtypeStruct
+    operands = (x_TD, router_ED, prior_ZT, lift_EZ, bias_E[:, None], domain_T[None])
+    results = [
+        shape((n_choices, n_rows), jnp.int32),
+        shape((n_choices, n_rows), jnp.float32),
+        shape((1, n_rows), jnp.float32),
+        shape((n_blocks, z, e), jnp.float32),
+        shape((n_blocks, z, e), jnp.float32),
+    ]
     return pl.pallas_call(
         _forward_kernel,
         grid=(n_blocks,),
         in_specs=[x_spec, _whole(e, d), prior, _whole(e, z), _whole(e, 1), domain],
         out_specs=[choice, probability, lse, sums, sums],
-        out_shape=[
-            shape((n_choices, n_rows), jnp.int32),
-            shape((n_choices, n_rows), jnp.float32),
-            shape((1, n_rows), jnp.float32),
-            shape((n_blocks, z, e), jnp.float32),
-            shape((n_blocks, z, e), jnp.float32),
-        ],
-        cost_estimate=_cost(n_rows, d, e, x_TD.dtype),
+        out_shape=results,
+        cost_estimate=_cost(operands, results),
         interpret=interpret,
         name="router_forward",
-    )(x_TD, router_ED, prior_ZT, lift_EZ, bias_E[:, None], domain_T[None])
+    )(*operands)
 
 
 def _backward_call(saved, expert_AT, lse_T, d_probability_AT, d_lse_T, d_sum_ZE, interpret):
     x_TD, router_ED, prior_ZT, lift_EZ, domain_T = saved
     (n_rows, d), (e, z), a = x_TD.shape, lift_EZ.shape, expert_AT.shape[0]
     x_spec, (prior, domain, choice, lse, d_probability, d_lse, out) = _block_specs((z, 1, a, 1, a, 1, e), d)
+    rows = (domain_T[None], expert_AT, lse_T[None], d_probability_AT, d_lse_T[None])
+    operands = (x_TD, router_ED, prior_ZT, lift_EZ, *rows, d_sum_ZE.T)
+    result = jax.ShapeDtypeStruct((e, n_rows), jnp.float32)
     return pl.pallas_call(
         _backward_kernel,
         grid=(n_rows // BLOCK,),
@@ -124,22 +131,11 @@ def _backward_call(saved, expert_AT, lse_T, d_probability_AT, d_lse_T, d_sum_ZE,
             _whole(e, z),
         ],
         out_specs=out,
-        out_shape=jax.ShapeDtypeStruct((e, n_rows), jnp.float32),
-        cost_estimate=_cost(n_rows, d, e, x_TD.dtype),
+        out_shape=result,
+        cost_estimate=_cost(operands, [result]),
         interpret=interpret,
         name="router_backward",
-    )(
-        x_TD,
-        router_ED,
-        prior_ZT,
-        lift_EZ,
-        domain_T[None],
-        expert_AT,
-        lse_T[None],
-        d_probability_AT,
-        d_lse_T[None],
-        d_sum_ZE.T,
-    )
+    )(*operands)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
