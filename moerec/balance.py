@@ -29,7 +29,7 @@ def asked_share(config: MoEConfig, n_services: int) -> np.ndarray:
 def _divergence(count: jax.Array, probability: jax.Array, asked: jax.Array) -> jax.Array:
     """`sum of f p / q` over the experts (last axis), 1 where load and probability are as asked (Fedus et al. 2022).
 
-    An expert of which nothing is asked has no say.
+    Zero where nothing is asked at all, for want of slots.
     """
     f = count / jnp.maximum(jnp.sum(count, axis=-1, keepdims=True), 1)
     p = probability / jnp.maximum(jnp.sum(probability, axis=-1, keepdims=True), 1e-9)
@@ -85,8 +85,10 @@ def describe_load(routing: Routing) -> dict[str, object]:
     expert's load over all services, in the worst layer. `dropped`: assignments that found no place.
     """
     count_LZE = np.asarray(routing.count_LZE, np.float64)
-    share_LZE = count_LZE / np.maximum(count_LZE.sum(axis=-1, keepdims=True), 1)
     load_LE = count_LZE.sum(axis=1)
+    # A service without a slot has no load of its own: it is shown that of all.
+    shown_LZE = np.where(count_LZE.sum(axis=-1, keepdims=True) > 0, count_LZE, load_LE[:, None])
+    share_LZE = shown_LZE / np.maximum(shown_LZE.sum(axis=-1, keepdims=True), 1)
     return {
         "load": share_LZE.mean(axis=0).tolist(),
         "max_over_mean": float(np.max(load_LE.max(axis=-1) / np.maximum(load_LE.mean(axis=-1), 1e-9))),

@@ -84,9 +84,8 @@ def execute(
         return _fail(130, "interrupted")
     except MemoryError:
         return _fail(1, "out of memory")
-    except BrokenPipeError:  # whoever read the output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError as error:
+        return 1 if _reader_left() else _fail(1, f"a process of ours went away: {error.strerror}")
     except (FileExistsError, NotADirectoryError) as error:
         return _fail(2, f"{error.filename}: {error.strerror}; a directory is needed there")
     except OSError as error:  # the machine's answer (no space, no permission), not a defect of ours
@@ -96,8 +95,18 @@ def execute(
         return _fail(1, f"{place}{error.strerror}")
 
 
+def _reader_left() -> bool:
+    """Whether whoever read the output has enough of it; what is left to print then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def _fail(code: int, reason: object) -> int:
-    sys.stdout.flush()
+    _reader_left()
     print("error:", " ".join(str(reason).split("\n")).strip(), file=sys.stderr, flush=True)
     return code
 

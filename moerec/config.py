@@ -75,6 +75,7 @@ class SchemaConfig:
         _require(bool(self.item), "data.schema.item", "a column is needed")
         _one_of(self.time_unit, "data.schema.time_unit", ("s", "ms", "day", "iso"))
         _require(bool(self.service) or bool(self.service_name), "data.schema.service_name", "must not be empty")
+        _require(self.service_name != "all", "data.schema.service_name", '"all" is the sum of the services')
 
 
 @dataclasses.dataclass
@@ -159,7 +160,7 @@ class MoEConfig:
     n_active: int = 2  # experts that a slot goes to
     d_shared: int = 0  # width of an expert that sees every slot; 0 is none
     n_open_groups: int = 0  # most probable services whose groups a slot may use, beside the cross group; 0 is all
-    capacity_factor: float = 0.0  # most slots of an expert, as a multiple of its even share; 0 drops nothing
+    capacity_factor: float = 0.0  # in training, most slots of an expert, a multiple of its even share; 0: no limit
     jitter_rate: float = 0.0  # noise on what the router sees in training: times 1 - rate to 1 + rate
     home_share: float = 0.6  # of a domain's slots, the share that balance asks of its own group
     cross_share: float = 0.25  # and of the cross group; the other services' groups share what is left
@@ -173,8 +174,9 @@ class MoEConfig:
         for name in ("d_shared", "n_open_groups", "capacity_factor", "bias_rate"):
             _require(getattr(self, name) >= 0, f"model.moe.{name}", "must not be negative")
         _require(0 <= self.jitter_rate < 1, "model.moe.jitter_rate", "must lie in [0, 1)")
-        shares = self.home_share > 0 and self.cross_share > 0 and self.home_share + self.cross_share <= 1
-        _require(shares, "model.moe.home_share", "it and cross_share must be positive and add up to at most 1")
+        # What is asked of the other groups is divided by: next to nothing would make their slots cost without bound.
+        shares = self.home_share > 0 and self.cross_share > 0 and self.home_share + self.cross_share <= 0.99
+        _require(shares, "model.moe.home_share", "it and cross_share must be positive and add up to at most .99")
 
 
 @dataclasses.dataclass

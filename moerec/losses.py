@@ -179,17 +179,20 @@ def sum_losses(
     return Sums(item, jnp.sum(weight_S), analyser, output.routing)
 
 
-def mean_loss(sums: Sums, config: LossConfig, moe: MoEConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What is minimised, from the sums of a global batch, and its parts by name (`loss` is the next item's)."""
+def join_losses(sums: Sums, config: LossConfig, moe: MoEConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What is minimised, from the sums of a global batch, and its parts by name (`loss` is the next item's mean).
+
+    The first is the sum over the slots, not the mean: gradients are divided once, when all of them are added up.
+    """
     weight = jnp.maximum(sums.weight, 1)
-    total = item = sums.item / weight
-    parts = {"loss": item, "slots": sums.weight}
+    total = sums.item
+    parts = {"loss": sums.item / weight, "slots": sums.weight}
     if sums.analyser is not None:
+        total += config.analyser_weight * sums.analyser
         parts["analyser"] = sums.analyser / weight
-        total += config.analyser_weight * parts["analyser"]
     if sums.routing is not None:
         losses = balance_losses(sums.routing, moe)
-        total += weigh_losses(losses, config)
+        total += jax.lax.stop_gradient(weight) * weigh_losses(losses, config)
         parts |= losses | {"dropped": jnp.sum(sums.routing.dropped_L)}
     return total, parts
 

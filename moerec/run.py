@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moerec.config import Config
-from moerec.data.load import load_data
+from moerec.data.load import keep_digest, load_data
 from moerec.data.prepare import describe_quarantine
 from moerec.errors import InputError
 from moerec.report import write_report
@@ -25,13 +25,12 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     resolved = to_plain(dataclasses.asdict(config))
     _compare_config(resolved, workdir / "config.json")
-    known = workdir / "data.json"
-    data = load_data(config.data, workdir, json.loads(known.read_text())["sha256"] if known.exists() else None)
+    data = load_data(config.data, workdir)
     for line in describe_quarantine(data.quarantined):
         print(line, file=sys.stderr)
     # Only now that the data could be read: a first call that failed must not bind the directory to its mistakes.
     write_json(workdir / "config.json", resolved)
-    write_json(known, {"sha256": data.digest})
+    keep_digest(data, workdir)
     fitted = fit(config, data, workdir)
     metrics = make_results(config, data, fitted, workdir)
     write_json(workdir / "metrics.json", metrics)

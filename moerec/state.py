@@ -9,7 +9,7 @@ import optax
 
 from moerec.balance import update_bias
 from moerec.config import Config, LossConfig, MoEConfig
-from moerec.losses import Candidates, Sums, all_candidates, draw_candidates, draw_in_service, mean_loss, sum_losses
+from moerec.losses import Candidates, Sums, all_candidates, draw_candidates, draw_in_service, join_losses, sum_losses
 from moerec.nn.model import SequenceModel, Sizes
 from moerec.optim import make_optimizer, make_schedule
 from moerec.shapes import Batch, ItemTable, Routing
@@ -72,6 +72,10 @@ def _add(a, b):
     return jax.tree.map(jnp.add, a, b)
 
 
+def _divide(grads: SequenceModel, weight: jax.Array) -> SequenceModel:
+    return jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
+
+
 def _steer(model: SequenceModel, routing: Routing, config: MoEConfig) -> SequenceModel:
     """Moves the biases of the routers, which have no gradient."""
 
@@ -94,7 +98,7 @@ def _differentiate(
         return sum_losses(model, microbatch, table, shared if negatives is None else negatives, config.loss, k)
 
     def finish(sums):
-        return mean_loss(sums, config.loss, config.model.moe)
+        return join_losses(sums, config.loss, config.model.moe)
 
     if config.train.n_microbatches == 1:
         whole = jax.tree.map(lambda x: x[0], parts)
@@ -115,7 +119,7 @@ def _differentiate(
         return _add(carry, (sums, pull(d_sums)[0])), None
 
     (sums, grads), _ = jax.lax.scan(accumulate, (empty, jax.tree.map(jnp.zeros_like, model)), parts)
-    return grads, finish(sums)[1], sums
+    return _divide(grads, sums.weight), finish(sums)[1], sums
 
 
 def make_train_step(
@@ -124,7 +128,7 @@ def make_train_step(
     """One optimiser step on the global batch.
 
     The loss is a function of sums over the slots of the global batch, so microbatches of any number give the gradient
-    of the whole batch, however unevenly padding falls.
+    of the whole batch, however unevenly padding falls (with a capacity, each drops on its own).
     """
     optimizer = make_optimizer(config.optim, config.train.steps)
     schedule = make_schedule(config.optim, config.train.steps)

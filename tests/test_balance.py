@@ -57,9 +57,13 @@ def as_asked(n: np.ndarray) -> Routing:
 @pytest.mark.parametrize("slots", [(40, 0, 0), (10, 20, 30)], ids=str)
 def test_load_as_asked_costs_one_and_leaves_the_bias(slots):
     """A batch of one domain alone is to load its group: that is balance, not its absence."""
-    losses = balance_losses(as_asked(np.array(slots, np.float32)), MOE)
+    routing = as_asked(np.array(slots, np.float32))
+    losses = balance_losses(routing, MOE)
     assert float(losses["balance"]) == pytest.approx(1, rel=1e-5)
     assert float(losses["domain_balance"]) == pytest.approx(1, rel=1e-5)
+    even = MoEConfig(layers=(0,), n_per_group=2, n_active=2, home_share=0.5, cross_share=0.25, bias_rate=0.1)
+    count = routing.count_LZE[:, :, :1] * 0 + 8 * jnp.asarray(asked_share(even, 3))  # powers of two: nothing is rounded
+    np.testing.assert_array_equal(update_bias(jnp.ones((1, 8)), routing._replace(count_LZE=count), even), 1)
 
 
 def test_even_load_of_a_batch_of_one_domain_costs_more():
@@ -69,8 +73,8 @@ def test_even_load_of_a_batch_of_one_domain_costs_more():
     assert float(losses["domain_balance"]) > 2
 
 
-def test_sums_of_microbatches_give_the_losses_of_the_whole():
-    """No function of a part's own sums does: the mean over parts is another number."""
+def test_balance_of_parts_is_not_that_of_the_whole():
+    """Which is why sums are added up over microbatches and devices, and losses are not."""
     parts = [draw_routing(slots=slots, seed=seed) for seed, slots in enumerate([(30, 0, 0), (0, 10, 0), (1, 1, 8)])]
     whole = Routing(*(sum(column) for column in zip(*parts, strict=True)))
     joint = float(balance_losses(whole, MOE)["balance"])

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from moerec.config import Config, LossConfig, OptimConfig, TrainConfig
+from moerec.config import Config, LossConfig, MoEConfig, OptimConfig, TrainConfig
 from moerec.errors import InputError
 from moerec.losses import contrast, sampling_cdf
 from moerec.nn.model import SequenceModel
@@ -23,9 +23,12 @@ BATCHES = [make_batch(seed, [[5, 3], [8], [2, 2], [7], [1], [4, 4], [6], [3, 2]]
 MESHES = [(2, 1), (1, 2), (4, 2)]  # a mesh of one device is what every other test trains on
 
 
-def make_run_config(n_data: int, n_model: int, kind: str = "sampled_softmax", scope: str = "union") -> Config:
+def make_run_config(
+    n_data: int, n_model: int, kind: str = "sampled_softmax", scope: str = "union", layers: str = "dense"
+) -> Config:
+    moe = MoEConfig(layers=(1,), n_per_group=2, d_expert=4, tile=4) if layers == "experts" else MoEConfig()
     return Config(
-        model=make_config(event_time=False, request_time=False, request_context=False),
+        model=make_config(event_time=False, request_time=False, request_context=False, moe=moe),
         loss=LossConfig(kind=kind, n_negatives=20, scope=scope, chunk=16),
         optim=OptimConfig(warmup_steps=2, ema_decay=0.5),
         train=TrainConfig(steps=10, batch_size=8, n_microbatches=2, mesh_data=n_data, mesh_model=n_model),
@@ -60,7 +63,12 @@ def train(n_data: int, n_model: int, *loss: str):
 
 @pytest.mark.parametrize(
     ("mesh", "kind"),
-    [*((mesh, ("sampled_softmax", "union")) for mesh in MESHES), ((4, 2), ("one_negative", "service"))],
+    [
+        *((mesh, ("sampled_softmax", "union")) for mesh in MESHES),
+        ((4, 2), ("one_negative", "service")),
+        ((2, 1), ("full_softmax", "union", "experts")),
+        ((2, 2), ("full_softmax", "union", "experts")),
+    ],
 )
 def test_sharded_training_is_unsharded_training(mesh, kind):
     _, state, loss, _ = train(*mesh, *kind)

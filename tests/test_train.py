@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from moerec.checkpoint import Checkpoints, Progress
+from moerec.config import MoEConfig
 from moerec.data.dataset import permute_items
 from moerec.data.load import load_data
 from moerec.data.splits import TEST
@@ -98,9 +99,14 @@ def tiny_data(tmp_path_factory):
     return load_data(make_config().data, tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("interrupted_at", [3, 7])
-def test_stopping_and_going_on_gives_the_same_parameters(tmp_path, tiny_data, interrupted_at, monkeypatch):
-    whole = fit(make_config(save_every=1), tiny_data, tmp_path / "whole")
+@pytest.mark.parametrize(("interrupted_at", "layers"), [(3, ()), (7, ()), (5, (0,))])
+def test_stopping_and_going_on_gives_the_same_parameters(tmp_path, tiny_data, interrupted_at, layers, monkeypatch):
+    def make_own():
+        config = make_config(save_every=1)
+        moe = MoEConfig(layers=layers, n_per_group=1, d_expert=8, tile=8)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+
+    whole = fit(make_own(), tiny_data, tmp_path / "whole")
     saved = []
     save_last = Checkpoints.save_last
 
@@ -113,9 +119,9 @@ def test_stopping_and_going_on_gives_the_same_parameters(tmp_path, tiny_data, in
 
     monkeypatch.setattr(Checkpoints, "save_last", save_and_fail)
     with pytest.raises(KeyboardInterrupt):
-        fit(make_config(save_every=1), tiny_data, tmp_path / "parts")
+        fit(make_own(), tiny_data, tmp_path / "parts")
     monkeypatch.setattr(Checkpoints, "save_last", save_last)
-    resumed = fit(make_config(save_every=1), tiny_data, tmp_path / "parts")
+    resumed = fit(make_own(), tiny_data, tmp_path / "parts")
     assert saved[-1] == interrupted_at
     assert resumed.step == whole.step
     assert resumed.steps == whole.steps

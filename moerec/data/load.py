@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import tempfile
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,9 @@ from moerec.data.splits import TRAIN, assign_roles, shuffle_ties
 from moerec.data.tokenizer import TokenTable, tokenize
 from moerec.errors import InputError
 from moerec.shapes import ItemTable
+from moerec.writer import write_json
+
+DIGEST = "data.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,35 +58,37 @@ class Prepared:
         return ItemTable(catalogue.service, self.tokens.ids, count.astype(np.float32))
 
 
-def load_data(config: DataConfig, workdir: Path, digest: str | None = None) -> Prepared:
+def load_data(config: DataConfig, workdir: Path) -> Prepared:
     """Loads or makes the data of a run; tables are prepared into `workdir/data`, and anew when they change.
 
-    Args:
-      digest: what the data must be, where `workdir` holds a run already; else nothing in it is touched.
-
     Raises:
-      InputError: whatever is wrong with the input, with its file, row and column; or the data are others.
+      InputError: whatever is wrong with the input, with its file, row and column; or `workdir` holds a run on other
+        data (`keep_digest`), which is left as it is: its checkpoints were trained on what would now be held out.
     """
-    cache = workdir / "data"
-    if digest is not None and config.source == "tables" and not is_current(config, cache):
-        with tempfile.TemporaryDirectory(prefix="data.", dir=workdir) as fresh:
-            prepare(config, Path(fresh) / "data")
-            _require_digest(_assemble(config, Path(fresh) / "data"), digest, workdir)
-    data = _assemble(config, cache)
-    _require_digest(data, digest, workdir)
+    cache, known = workdir / "data", workdir / DIGEST
+
+    def accept(folder: Path) -> None:
+        require(_assemble(config, load_dataset(folder), None, folder))
+
+    def require(data: Prepared) -> None:
+        if known.exists() and json.loads(known.read_text())["sha256"] != data.digest:
+            raise InputError(
+                f"{workdir}: this directory holds a run on other data; the tables or their preparation have changed"
+            )
+
+    if config.source == "tables" and not is_current(config, cache):
+        prepare(config, cache, accept if known.exists() else None)
+    data = _assemble(config, *_open(config, cache))
+    require(data)
     return data
 
 
-def _require_digest(data: Prepared, digest: str | None, workdir: Path) -> None:
-    """Checkpoints of a run on other data would have been trained on what is now held out."""
-    if digest is not None and data.digest != digest:
-        raise InputError(
-            f"{workdir}: this directory holds a run on other data; the tables or their preparation have changed"
-        )
+def keep_digest(data: Prepared, workdir: Path) -> None:
+    """Binds the directory to these data."""
+    write_json(workdir / DIGEST, {"sha256": data.digest})
 
 
-def _assemble(config: DataConfig, cache: Path) -> Prepared:
-    dataset, world, folder = _open(config, cache)
+def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, folder: Path | None) -> Prepared:
     dataset = permute_items(dataset, config.seed)
     if config.split.shuffle_ties:
         dataset = shuffle_ties(dataset, config.seed)
@@ -100,11 +105,7 @@ def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, 
             return dataset, world, None
         write_dataset(dataset, cache, config.n_shards)
         return dataset, world, cache
-    folder = Path(config.prepared)
-    if config.source == "tables":
-        folder = cache
-        if not is_current(config, folder):
-            prepare(config, folder)
+    folder = cache if config.source == "tables" else Path(config.prepared)
     return load_dataset(folder), None, folder
 
 

@@ -8,6 +8,7 @@ table, the profiles, and one block of `spill.PEOPLE_PER_BLOCK` people's events w
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,16 @@ import pyarrow as pa
 
 from moerec.config import DataConfig
 from moerec.data import defects, shards, spill
-from moerec.data.coding import MAX_CODE, Codes, ItemCodes, open_tables, read_columns, read_items, read_profiles
+from moerec.data.coding import (
+    MAX_CODE,
+    Codes,
+    ItemCodes,
+    item_service,
+    open_tables,
+    read_columns,
+    read_items,
+    read_profiles,
+)
 from moerec.data.dataset import TOTAL, UNKNOWN_TIME
 from moerec.data.defects import DefectLog, RowCheck
 from moerec.data.tables import Batch, Table, read_batches
@@ -146,8 +156,11 @@ def describe_quarantine(quarantined: dict[str, dict[str, int]]) -> list[str]:
     ]
 
 
-def prepare(config: DataConfig, out: Path) -> PrepareReport:
-    """Writes the tables of `config` as a prepared folder. Raises InputError at bad input, as `config.tables` says."""
+def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None = None) -> PrepareReport:
+    """Writes the tables of `config` as a prepared folder. Raises InputError at bad input, as `config.tables` says.
+
+    `accept` sees the new folder before it takes the place of an old one, and refuses it by an exception.
+    """
     start = time.monotonic()
     if config.source != "tables":
         raise InputError(f'config.data.source: is "{config.source}", but only "tables" can be prepared')
@@ -160,8 +173,10 @@ def prepare(config: DataConfig, out: Path) -> PrepareReport:
         for batch in read_batches(tables.interactions, coder.columns):
             events.append(coder.encode(batch))
         if TOTAL in coder.items.services.names():
-            column = config.schema.service or "config.data.schema.service_name"
-            raise InputError(f'{tables.interactions.label}, column {column}: no service can be called "{TOTAL}"')
+            table, column = tables.interactions, config.schema.service
+            if tables.items:
+                table, column = tables.items, item_service(config.schema)
+            raise InputError(f'{table.label}, column {column}: no service can be called "{TOTAL}"')
         if not coder.people:
             log.check(tables.interactions)
             raise InputError(f"{tables.interactions.label}: no good row is left")
@@ -174,6 +189,8 @@ def prepare(config: DataConfig, out: Path) -> PrepareReport:
         _write_tables(folder, coder, catalogue, lengths, profile)
         meta = _describe(config, coder, int(lengths.sum()), writer.shards, log, tuple(profile))
         shards.write_meta(folder, meta)
+        if accept is not None:
+            accept(folder)
     sizes = np.diff(coder.items.offsets).tolist()
     return PrepareReport(
         folder=str(out),

@@ -23,7 +23,7 @@ from moerec.errors import InputError
 
 BLOCK_BYTES = 8 << 20  # of text; also the longest row that can be read
 PARQUET_ROWS = 1 << 17
-_BOM = "\ufeff".encode().decode("latin-1")
+_BOM = "\ufeff".encode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Table:
     label: str
     format: str
     columns: tuple[str, ...]
-    raw_columns: tuple[str, ...]  # as the parser sees them: a text file's header as latin-1, with types and BOM
+    raw_columns: tuple[str, ...]  # as the parser sees them: a text file's header as latin-1, with types
     separators: dict[str, str]
+    bom: bool = False  # whether the text begins with a byte order mark, which no parser is shown
 
     def require(self, column: str, field: str):
         """Raises InputError if the column, which config field `field` names, is absent or ambiguous."""
@@ -76,15 +77,15 @@ def open_table(folder: Path, name: str, format: str = "auto") -> Table:
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{name}: cannot be read as Parquet: {_first_line(error)}") from error
         return Table(path, name, kind, columns, columns, {})
-    raw = _read_header(path, name, kind)
+    raw, bom = _read_header(path, name, kind)
     try:
-        fields = [field.encode("latin-1").decode("utf-8") for field in _strip_bom(raw, kind)]
+        fields = [field.encode("latin-1").decode("utf-8") for field in raw]
     except UnicodeDecodeError as error:
         raise InputError(f"{name}, header: bad UTF-8 ({error.reason})") from error
     if kind != "atomic":
-        return Table(path, name, kind, tuple(fields), tuple(raw), {})
+        return Table(path, name, kind, tuple(fields), tuple(raw), {}, bom)
     types = atomic.parse_header(fields, name)
-    return Table(path, name, kind, tuple(types), tuple(raw), atomic.sequence_separators(types))
+    return Table(path, name, kind, tuple(types), tuple(raw), atomic.sequence_separators(types), bom)
 
 
 def read_batches(table: Table, columns: list[str]) -> Iterator[Batch]:
@@ -127,11 +128,14 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _read_header(path: Path, label: str, kind: str) -> list[str]:
-    """The fields of the header as latin-1, which any bytes are."""
+def _read_header(path: Path, label: str, kind: str) -> tuple[list[str], bool]:
+    """The fields of the header as latin-1, which any bytes are, and whether a byte order mark stands before them."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="latin-1", newline="") as lines:  # type: ignore[arg-type]
+            bom = raw.read(len(_BOM)) == _BOM
+            if not bom:
+                raw.seek(0)
             if kind == "csv":
                 fields = next(csv.reader(lines), [])
             else:
@@ -140,15 +144,7 @@ def _read_header(path: Path, label: str, kind: str) -> list[str]:
         raise InputError(f"{label}, header: cannot be read: {_first_line(error)}") from error
     if not any(fields):
         raise InputError(f"{label}: the file is empty or its first line is; a header is needed")
-    return fields
-
-
-def _strip_bom(raw: list[str], kind: str) -> list[str]:
-    """The fields without a byte order mark, behind which a quoted first field was not seen to be quoted."""
-    first = raw[0].removeprefix(_BOM)
-    if kind == "csv" and first != raw[0]:
-        first = next(csv.reader([first]), [""])[0]
-    return [first, *raw[1:]]
+    return fields, bom
 
 
 def _read_text(table: Table, columns: list[str]) -> Iterator[Batch]:
@@ -162,6 +158,8 @@ def _read_text(table: Table, columns: list[str]) -> Iterator[Batch]:
     quoting = table.format == "csv"
     raw = [table.raw_columns[table.columns.index(column)] for column in columns]
     with pa.input_stream(str(table.path), "gzip" if table.path.suffix == ".gz" else None) as stream:
+        if table.bom:
+            stream.read(len(_BOM))
         reader = _open_csv(
             stream,
             # row numbers need a single thread; latin-1 lets rows through that are not UTF-8

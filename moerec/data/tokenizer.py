@@ -53,7 +53,9 @@ def tokenize(catalogue: Catalogue, max_tokens: int, vocab_size: int) -> TokenTab
     names = np.array(encoded.dictionary.to_pylist(), dtype=object)
     count = np.bincount(code, minlength=len(names))
     # Ties in frequency are broken by the word, so that the vocabulary does not depend on the order of the items.
-    ranked = np.lexsort((names.astype(str), -count))[:vocab_size] if len(names) else np.zeros(0, np.int64)
+    by_use = [("count", "descending"), ("word", "ascending")]
+    order = pc.sort_indices(pa.table({"count": count, "word": encoded.dictionary}), sort_keys=by_use)
+    ranked = order.to_numpy()[:vocab_size].astype(np.int64)
     ranked = ranked[count[ranked] >= 2]
     token_of = np.full(len(names), UNKNOWN, np.int32)
     token_of[ranked] = N_SPECIAL + np.arange(len(ranked), dtype=np.int32)

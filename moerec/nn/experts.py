@@ -77,14 +77,18 @@ class DomainExperts(nnx.Module):
         """The experts' weighted sum `[B, T, D]` (plus the shared expert's), and the sums of the routing of this layer.
 
         Args:
-          x_BTD: normalised states. key: switches jitter on.
+          x_BTD: normalised states. key: of a training step; switches jitter on, and the capacity, if there is one.
         """
         shape, n_experts = x_BTD.shape, self.router_ED.shape[0]
         x_SD = x_BTD.reshape(-1, shape[-1])
         domain_S, real_S = request.domain_BT.reshape(-1), request.real_BT.reshape(-1)
         routed = self._route(x_SD, request.log_domain_BTZ.reshape(x_SD.shape[0], -1), domain_S, key)
         expert_SA = jnp.where(real_S[:, None], routed.expert_TA, n_experts)
-        plan = make_plan(expert_SA, n_experts, self.moe.tile, self._capacity(expert_SA.size))
+        capacity = None
+        if key is not None and self.moe.capacity_factor:
+            even = jnp.sum(real_S) * self.moe.n_active / n_experts  # padding is nobody's share
+            capacity = jnp.maximum(jnp.round(even * self.moe.capacity_factor), 1).astype(jnp.int32)
+        plan = make_plan(expert_SA, n_experts, self.moe.tile, capacity)
         gate, up, down = (m[...].astype(x_SD.dtype) for m in (self.gate_EDF, self.up_EDF, self.down_EFD))
         y_SD = grouped_ffn(x_SD, routed.weight_TA.astype(x_SD.dtype), gate, up, down, plan)
         if self.shared is not None:
@@ -111,10 +115,6 @@ class DomainExperts(nnx.Module):
             prior = jnp.concatenate([prior, open_groups(log_domain_SZ, moe.n_open_groups)], axis=1)
             lift = jnp.concatenate([lift, jax.nn.one_hot(group_E, log_domain_SZ.shape[1] + 1)], axis=1)
         return route(x_SD, self.router_ED[...], prior, lift, self.bias_E[...], domain_S, moe.n_active)
-
-    def _capacity(self, n_assignments: int) -> int | None:
-        even = n_assignments / self.router_ED.shape[0]
-        return max(round(even * self.moe.capacity_factor), 1) if self.moe.capacity_factor else None
 
 
 def _transposed_fan_in(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

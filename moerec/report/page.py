@@ -144,7 +144,7 @@ def _describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     columns = [group for group in groups for _ in range(n_per_group)]
     labels = (
         ("macro-F1", "macro_f1"),
-        ("best possible macro-F1", "best_macro_f1"),
+        ("macro-F1 of the exact posterior", "exact_macro_f1"),
         ("calibration error", "ece"),
         ("temperature", "temperature"),
     )

@@ -45,7 +45,7 @@ def count_tiles(n_assignments: int, n_experts: int, tile: int) -> int:
     return n_assignments // tile + min(n_experts, n_assignments)
 
 
-def make_plan(expert_TA: jax.Array, n_experts: int, tile: int, capacity: int | None = None) -> Plan:
+def make_plan(expert_TA: jax.Array, n_experts: int, tile: int, capacity: int | jax.Array | None = None) -> Plan:
     """Orders the assignments by expert, rows in order within an expert, by one sort of a packed 32-bit key.
 
     Args:

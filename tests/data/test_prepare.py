@@ -310,9 +310,9 @@ def test_one_long_text_takes_its_own_room_alone(tmp_path):
     write_tsv(tmp_path / "events.tsv", [("u", "food", "1", "buy", "5", "", "")])
     write_tsv(tmp_path / "items.tsv", [("food", "1", "x" * 100_000), ("food", "2", "y")], ("shop", "code", "title"))
     columns = schema(item_service="shop", item_id="code", text=("title",))
-    text = read_tables(config(tmp_path, "events.tsv", columns, items="items.tsv")).catalogue.text
-    assert list(map(len, text)) == [100_000, 1]
-    assert text.nbytes < 1000  # references, not two strings of the longest's length
+    catalogue = read_tables(config(tmp_path, "events.tsv", columns, items="items.tsv")).catalogue
+    assert list(map(len, catalogue.text)) == [100_000, 1]
+    assert catalogue.text.nbytes < 1000  # references, not two strings of the longest's length
 
 
 REAL = {

@@ -77,8 +77,8 @@ def test_csv_takes_quotes_and_tsv_does_not(tmp_path):
 def test_line_ends_byte_order_mark_and_a_header_alone(tmp_path):
     write(tmp_path / "a.tsv", "\ufeffцена\tb\r\n1\t2\r\n3\t4".encode())
     assert read_all(tmp_path, "a.tsv", ["цена", "b"]) == ({1: (b"1", b"2"), 2: (b"3", b"4")}, [])
-    write(tmp_path / "a.csv", '\ufeff"user id","b"\r\n"1","2"\r\n'.encode())  # as spreadsheets write it
-    assert read_all(tmp_path, "a.csv", ["user id", "b"]) == ({1: (b"1", b"2")}, [])
+    write(tmp_path / "a.csv", '\ufeff"user, id","b"\r\n"1","2"\r\n'.encode())  # as spreadsheets write it
+    assert read_all(tmp_path, "a.csv", ["user, id", "b"]) == ({1: (b"1", b"2")}, [])
     for ending in (b"", b"\n"):
         write(tmp_path / "b.tsv", b"a\tb" + ending)
         assert read_all(tmp_path, "b.tsv", ["a"]) == ({}, [])

@@ -125,11 +125,12 @@ def test_what_exceeds_the_capacity_is_dropped_and_counted():
     moe = MoEConfig(layers=(0,), n_active=2, capacity_factor=1.0, **SMALL)
     layer, x, request = draw_layer(moe, n_slots=34)
     layer.bias_E[...] = jnp.where(jnp.arange(8) < 2, 100.0, 0.0)  # all to the first two
-    y, sums = apply(layer, x, request)
-    capacity = round(34 * 2 / 8)
+    y, sums = jax.jit(lambda key: layer(x, request, key))(jax.random.key(0))
+    capacity = round(32 * 2 / 8)  # two of the slots are padding
     assert int(sums.dropped_L) == 2 * (32 - capacity)
     norms = np.linalg.norm(y[0], axis=-1)
     np.testing.assert_array_equal(norms > 0, np.arange(34) < capacity)
+    assert int(apply(layer, x, request)[1].dropped_L) == 0  # answers do not depend on who else asks
 
 
 def test_jitter_is_a_function_of_its_key_and_off_without_one():
