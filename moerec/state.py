@@ -104,7 +104,7 @@ def _differentiate(
         whole = jax.tree.map(lambda x: x[0], parts)
         sums, pull = jax.vjp(lambda m: sum_part(m, whole), model)
         d_sums, metrics = jax.grad(finish, has_aux=True)(sums)
-        return pull(d_sums)[0], metrics, sums
+        return _divide(pull(d_sums)[0], sums.weight), metrics, sums
 
     first = jax.tree.map(lambda x: x[0], parts)
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sum_part, model, first))
