@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import select
 import sys
 import traceback
 import types
@@ -99,10 +100,16 @@ def _reader_left() -> bool:
     """Whether whoever read the output has enough of it; what is left to print then goes nowhere."""
     try:
         sys.stdout.flush()
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        left = any(event & select.POLLERR for _, event in output.poll(0))
     except BrokenPipeError:
+        left = True
+    except (OSError, ValueError):  # standard output is no file, as in tests
+        return False
+    if left:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return left
 
 
 def _fail(code: int, reason: object) -> int:

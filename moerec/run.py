@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moerec.config import Config
-from moerec.data.load import keep_digest, load_data
+from moerec.data.load import DIGEST, load_data
 from moerec.data.prepare import describe_quarantine
 from moerec.errors import InputError
 from moerec.report import write_report
@@ -30,7 +30,7 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
         print(line, file=sys.stderr)
     # Only now that the data could be read: a first call that failed must not bind the directory to its mistakes.
     write_json(workdir / "config.json", resolved)
-    keep_digest(data, workdir)
+    write_json(workdir / DIGEST, {"sha256": data.digest})
     fitted = fit(config, data, workdir)
     metrics = make_results(config, data, fitted, workdir)
     write_json(workdir / "metrics.json", metrics)

@@ -341,8 +341,6 @@ def test_intervals_and_differences_are_those_of_their_own_row(finished):
 
 def test_a_directory_is_not_reused_for_other_data(finished, monkeypatch):
     config, folder, _ = finished
-    other = load_data(dataclasses.replace(config.data, seed=1), folder)
-    assert other.digest != load_data(config.data, folder).digest
     before = (folder / "metrics.json").read_bytes()
     monkeypatch.setattr("moerec.data.load.permute_items", lambda dataset, seed: permute_items(dataset, seed + 1))
     with pytest.raises(InputError, match="this directory holds a run on other data"):

@@ -17,9 +17,8 @@ from moerec.data.splits import TRAIN, assign_roles, shuffle_ties
 from moerec.data.tokenizer import TokenTable, tokenize
 from moerec.errors import InputError
 from moerec.shapes import ItemTable
-from moerec.writer import write_json
 
-DIGEST = "data.json"
+DIGEST = "data.json"  # in the directory of a run: {"sha256": the digest of its data}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ def load_data(config: DataConfig, workdir: Path) -> Prepared:
 
     Raises:
       InputError: whatever is wrong with the input, with its file, row and column; or `workdir` holds a run on other
-        data (`keep_digest`), which is left as it is: its checkpoints were trained on what would now be held out.
+        data (its `DIGEST` says so), which is left as it is: its checkpoints were trained on what would now be held out.
     """
     cache, known = workdir / "data", workdir / DIGEST
 
@@ -81,11 +80,6 @@ def load_data(config: DataConfig, workdir: Path) -> Prepared:
     data = _assemble(config, *_open(config, cache))
     require(data)
     return data
-
-
-def keep_digest(data: Prepared, workdir: Path) -> None:
-    """Binds the directory to these data."""
-    write_json(workdir / DIGEST, {"sha256": data.digest})
 
 
 def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, folder: Path | None) -> Prepared:
