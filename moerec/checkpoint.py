@@ -56,6 +56,8 @@ class Checkpoints:
         self._last, self._best = (
             ocp.CheckpointManager(
                 folder / name,
+                # Named, or reading the shapes of a folder warns about items that no handler is known for.
+                item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
                 ),

@@ -5,6 +5,7 @@ A command is `python -m experiments.NAME --config=configs/X.py [--config.field=v
 a defect of ours.
 """
 
+import _thread
 import dataclasses
 import difflib
 import errno
@@ -31,6 +32,7 @@ from moerec.errors import InputError, WorkError
 from moerec.writer import to_plain
 
 Main = Callable[[Any, flags.FlagValues], Mapping[str, Any] | None]
+INTERRUPTED = 130
 ExtraFlags = Mapping[str, tuple[Any, str]]  # name: (default, help); the default gives the type
 
 
@@ -51,7 +53,22 @@ def run(
     workdir: whether `--workdir` must be given.
     `main` may return a dict, which `--json` prints (not finite numbers as null); its `exit_code` is then used.
     """
-    sys.exit(execute(main, sys.argv, default_config, extra_flags, config_type=config_type, workdir=workdir))
+    sys.unraisablehook = _interrupt_again
+    code = execute(main, sys.argv, default_config, extra_flags, config_type=config_type, workdir=workdir)
+    if code == INTERRUPTED:
+        # Loader and checkpoint threads may be in the middle of something: what they hold is not needed, and a
+        # half-written checkpoint is never read, but taking them down in order can take long, or crash.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """An interruption that hits a callback of the garbage collector is ignored by Python: it is raised once more."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        _thread.interrupt_main()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def execute(
@@ -82,7 +99,7 @@ def execute(
     except WorkError as error:
         return _fail(1, error)
     except KeyboardInterrupt:
-        return _fail(130, "interrupted")
+        return _fail(INTERRUPTED, "interrupted")
     except MemoryError:
         return _fail(1, "out of memory")
     except BrokenPipeError as error:
@@ -180,6 +197,8 @@ def _parse(values: flags.FlagValues, argv: list[str], default_config: str | None
         raise
     except (flags.Error, ValueError, TypeError) as error:
         reason = re.sub(r"\('Non-boolean argument.*", "is neither true nor false", str(error))
+        reason = re.sub(r"invalid literal for int\(\) with base 10: '.*'", "is no whole number", reason)
+        reason = re.sub(r"could not convert string to float: '.*'", "is no number", reason)
         raise InputError(reason.removeprefix("flag ").removeprefix("ERROR:: ")) from None
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is no flag; flags are written --name=value")
@@ -239,11 +258,33 @@ def _config_error(path: str, file: Path, error: Exception) -> str:
         return f"{path}{line}: {error}"
     if isinstance(error, AttributeError) and error.name == "get_config":
         return f"{path}: defines no get_config()"
+    wrong = _wrong_type(error)
+    if wrong:
+        return f"{path}{line}: {wrong}"
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if isinstance(error, TypeError) and unknown:
         fields = [path.rsplit(".", 1)[-1] for path, _ in _leaves(Config())]
         return f"{path}{line}: {unknown[1]} has no field {unknown[2]!r}{_did_you_mean(unknown[2], fields)}"
     return f"{path}{line}: {type(error).__name__}: {error}"
+
+
+def _wrong_type(error: Exception) -> str | None:
+    """The first field of a wrong type, where the checks of one of our dataclasses stumbled over it."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        group = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__post_init__" and dataclasses.is_dataclass(group):
+            hints = typing.get_type_hints(type(group))
+            for field in dataclasses.fields(group):
+                if not _fits(getattr(group, field.name), hints[field.name]):
+                    return _misfit(
+                        f"{type(group).__name__}.{field.name}", getattr(group, field.name), hints[field.name]
+                    )
+    return None
+
+
+def _misfit(place: str, value: Any, hint: Any) -> str:
+    name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return f"{place}: {value!r} is not of type {name}"
 
 
 def _groups(config: Any, place: str = "config") -> Iterator[tuple[Any, str]]:
@@ -293,8 +334,12 @@ def _refuse_unknown_fields(args: list[str], config: Any) -> None:
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
     tail = [name for name in known if "." in word and name.endswith("." + word.rsplit(".", 1)[-1])]
-    nearest = difflib.get_close_matches(word, tail or known, n=1, cutoff=0.3 if tail else 0.6)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+    # What all names begin with says nothing about how near they are.
+    heads = {name.rpartition("config.")[1] for name in (word, *known)}
+    start = "config." if heads == {"config."} else ""
+    names = {name.removeprefix(start): name for name in tail or known}
+    nearest = difflib.get_close_matches(word.removeprefix(start), names, n=1, cutoff=0.3 if tail else 0.6)
+    return f"; did you mean {names[nearest[0]]}?" if nearest else ""
 
 
 def _refuse_wrong_types(config: Any) -> None:
@@ -303,8 +348,7 @@ def _refuse_wrong_types(config: Any) -> None:
         for field in dataclasses.fields(group):
             value, hint = getattr(group, field.name), hints[field.name]
             if not _fits(value, hint):
-                name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-                raise InputError(f"{place}.{field.name}: {value!r} is not of type {name}")
+                raise InputError(_misfit(f"{place}.{field.name}", value, hint))
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{place}.{field.name}: {value} is no finite number")
 

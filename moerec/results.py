@@ -198,6 +198,7 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
             "n_items": data.dataset.catalogue.n_items,
             "services": list(data.dataset.catalogue.services),
             "quarantined": data.quarantined,
+            "repeated_targets": test.examples.repeated,
         },
         "valid": {"step": fitted.step, **fitted.valid},
         "test": test.table(ranked),

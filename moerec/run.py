@@ -19,10 +19,22 @@ from moerec.writer import to_plain, write_json
 def run(config: Config, workdir: Path) -> dict[str, Any]:
     """Loads the data, trains (or goes on), evaluates, and writes `metrics.json` and `report.html` into `workdir`.
 
+    A finished run is not evaluated anew: its `metrics.json` is the result.
+
     Raises:
       InputError: bad data, or a `workdir` that holds a run of another config.
     """
+    is_new = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        return _run(config, workdir)
+    except InputError:
+        if is_new and not any(workdir.iterdir()):
+            workdir.rmdir()  # a refused call leaves nothing behind
+        raise
+
+
+def _run(config: Config, workdir: Path) -> dict[str, Any]:
     resolved = to_plain(dataclasses.asdict(config))
     _compare_config(resolved, workdir / "config.json")
     data = load_data(config.data, workdir)
@@ -31,6 +43,10 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
     # Only now that the data could be read: a first call that failed must not bind the directory to its mistakes.
     write_json(workdir / "config.json", resolved)
     write_json(workdir / DIGEST, {"sha256": data.digest})
+    finished = workdir / "metrics.json"
+    if finished.exists():
+        print(f"{workdir}: this run is finished; without its metrics.json it is evaluated anew", file=sys.stderr)
+        return json.loads(finished.read_text())
     fitted = fit(config, data, workdir)
     metrics = make_results(config, data, fitted, workdir)
     write_json(workdir / "metrics.json", metrics)

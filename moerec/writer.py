@@ -116,10 +116,10 @@ class MetricWriter:
     """Writes the scalars of a run to `metrics.jsonl` and TensorBoard, and a progress line to standard error.
 
     `resume_step` is the step that the run goes on from (0: it starts over): what an earlier run wrote after it is
-    dropped, so that the files of a resumed run read as those of an undisturbed one.
+    dropped, so that the files of a resumed run read as those of an undisturbed one. `name` begins each progress line.
     """
 
-    def __init__(self, workdir: Path | str, total_steps: int, resume_step: int = 0):
+    def __init__(self, workdir: Path | str, total_steps: int, resume_step: int = 0, name: str = ""):
         from tensorboardX import SummaryWriter  # slow to import, and only runs need it
 
         workdir = Path(workdir)
@@ -136,6 +136,7 @@ class MetricWriter:
         self._total_steps, self._first_step = total_steps, resume_step
         self._started, self._last_line, self._width = time.monotonic(), -math.inf, 0
         self._tty = sys.stderr.isatty()
+        self._label = f"{name}  " if name else ""
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Adds one line, flushed. A scalar that is not finite is written as null, and not at all to TensorBoard."""
@@ -153,7 +154,7 @@ class MetricWriter:
         if now - self._last_line < (_TTY_EVERY_S if self._tty else _PLAIN_EVERY_S) and not last:
             return
         self._last_line = now
-        parts = [f"step {step}/{self._total_steps}"]
+        parts = [f"{self._label}step {step}/{self._total_steps}"]
         parts += [_format_scalar(name, float(value)) for name, value in scalars.items()]
         if step > self._first_step:
             per_step = (now - self._started) / (step - self._first_step)

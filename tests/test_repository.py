@@ -225,3 +225,11 @@ def test_continuous_integration_is_the_one_command():
     lines = [line for line in read(".ci/run").splitlines() if line and not line.startswith("#")]
     assert lines[-1] == "make test"
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_the_config_of_the_readme_is_one():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)  # noqa: S102 (our own text)
+    schema = names["get_config"]().data.schema
+    assert (schema.user, schema.time, schema.text) == ("person", "when", ("title",))

@@ -25,9 +25,9 @@ class AuditRow:
 
 
 def make_row(name: str, service: str, value: float, limit: float, explanation: str, margin: float = 0.0) -> AuditRow:
-    """A row judged by its limit; a limit of 1 only reports. A value within `margin` of its limit, by chance, passes."""
-    threshold = limit if limit < 1 else None
-    exceeded = threshold is not None and bool(value - margin > threshold)
+    """A row judged by its limit; a limit of 1 only reports. `margin` is what chance may add to the limit."""
+    threshold = float(limit + margin) if limit < 1 else None
+    exceeded = threshold is not None and bool(value > threshold)
     return AuditRow(name, service, float(value), threshold, exceeded, explanation)
 
 

@@ -36,7 +36,10 @@ QUARANTINE = "quarantine.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class PrepareReport:
-    """Counts of what was written; `quarantined` maps file and reason to a number of rows."""
+    """Counts of what was written, and whether it replaced another prepared folder.
+
+    `quarantined` maps file and reason to a number of rows.
+    """
 
     folder: str
     n_people: int
@@ -45,6 +48,7 @@ class PrepareReport:
     services: dict[str, dict[str, int]]  # name -> people, items, events
     quarantined: dict[str, dict[str, int]]
     wall_s: float
+    replaced: bool
 
 
 class InteractionCoder:
@@ -144,7 +148,8 @@ def describe(report: PrepareReport) -> str:
     rows.append(("all", {"people": report.n_people, "items": report.n_items, "events": report.n_events}))
     lines += [f"{name:<16}{n['people']:>12,}{n['items']:>12,}{n['events']:>14,}" for name, n in rows]
     lines += describe_quarantine(report.quarantined)
-    return "\n".join([*lines, f"{report.folder}: written in {report.wall_s:.1f} s"])
+    done = "replaced what was prepared there," if report.replaced else "written"
+    return "\n".join([*lines, f"{report.folder}: {done} in {report.wall_s:.1f} s"])
 
 
 def describe_quarantine(quarantined: dict[str, dict[str, int]]) -> list[str]:
@@ -166,6 +171,7 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
         raise InputError(f'config.data.source: is "{config.source}", but only "tables" can be prepared')
     tables = open_tables(config)
     log = DefectLog(config.tables.on_bad_rows == "quarantine")
+    replaced = (Path(out) / shards.META).is_file()
     with shards.replace_folder(out) as folder:
         items, catalogue = read_items(tables.items, config.schema, log) if tables.items else (None, None)
         coder = InteractionCoder(tables.interactions, config, items, log)
@@ -203,6 +209,7 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
         },
         quarantined=log.counts,
         wall_s=round(time.monotonic() - start, 2),
+        replaced=replaced,
     )
 
 

@@ -65,7 +65,9 @@ def seen_rule(metrics: Mapping[str, Any]) -> str:
     masked = (config.get("eval") or {}).get("mask_seen") if isinstance(config, Mapping) else None
     if masked is None:
         return ""
-    return "seen items are no candidates" if masked else "seen items stay candidates"
+    repeated = (metrics.get("dataset") or {}).get("repeated_targets") or 0
+    missed = f" ({100 * repeated:.2g} % of the targets repeat one and count as misses)" if repeated else ""
+    return f"seen items are no candidates{missed}" if masked else "seen items stay candidates"
 
 
 def row_label(baseline: str) -> str:
