@@ -82,15 +82,18 @@ def describe_load(routing: Routing) -> dict[str, object]:
     """What `metrics.json` says of the routing.
 
     `load` `[Z, E]`: each service's share of assignments by expert, averaged over layers. `max_over_mean`: the fullest
-    expert's load over all services, in the worst layer. `dropped`: assignments that found no place.
+    expert's load over all services, in the worst layer. `dropped`: assignments that found no place; `dropped_by`: for
+    want of what.
     """
     count_LZE = np.asarray(routing.count_LZE, np.float64)
     load_LE = count_LZE.sum(axis=1)
     # A service without a slot has no load of its own: it is shown that of all.
     shown_LZE = np.where(count_LZE.sum(axis=-1, keepdims=True) > 0, count_LZE, load_LE[:, None])
+    dropped = np.asarray(routing.dropped_L3, np.int64).sum(axis=0).tolist()
     share_LZE = shown_LZE / np.maximum(shown_LZE.sum(axis=-1, keepdims=True), 1)
     return {
         "load": share_LZE.mean(axis=0).tolist(),
         "max_over_mean": float(np.max(load_LE.max(axis=-1) / np.maximum(load_LE.mean(axis=-1), 1e-9))),
-        "dropped": int(np.asarray(routing.dropped_L).sum()),
+        "dropped": sum(dropped),
+        "dropped_by": dict(zip(("capacity", "sender", "receiver"), dropped, strict=True)),
     }

@@ -15,6 +15,7 @@ from moerec.data.load import load_data, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
 from moerec.evaluate import rank_batch, rank_targets
 from moerec.results import make_test_set
+from moerec.sharding import mesh_of
 from moerec.state import evaluated_model
 from moerec.train import set_up
 
@@ -47,7 +48,8 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
 
     def step():
         nonlocal state
-        state, metrics = setup.train_step(state, batch, setup.table)
+        with mesh_of(state):
+            state, metrics = setup.train_step(state, batch, setup.table)
         return metrics["loss"]
 
     step_s = median_seconds(step, repeats)

@@ -166,13 +166,18 @@ class MoEConfig:
     cross_share: float = 0.25  # and of the cross group; the other services' groups share what is left
     bias_rate: float = 0.001  # step of the bias that steers the choice to the asked load without a loss; 0 is none
     tile: int = 64  # rows of a tile of the grouped matmuls
+    backend: str = "xla_tiles"  # of the grouped matmuls
+    strategy: str = "ring"  # over several devices: ring, all_to_all, or ragged_all_to_all (not on a CPU)
+    send_factor: float = 0.0  # most rows from one device to another, a multiple of the even share; 0: no limit
+    receive_factor: float = 0.0  # most rows that a device takes, a multiple of the even share; 0: no limit
 
     def __post_init__(self):
         _require(len(set(self.layers)) == len(self.layers), "model.moe.layers", "a layer is named twice")
         for name in ("n_per_group", "d_expert", "n_active", "tile"):
             _require(getattr(self, name) >= 1, f"model.moe.{name}", "must be at least 1")
-        for name in ("d_shared", "n_open_groups", "capacity_factor", "bias_rate"):
+        for name in ("d_shared", "n_open_groups", "capacity_factor", "bias_rate", "send_factor", "receive_factor"):
             _require(getattr(self, name) >= 0, f"model.moe.{name}", "must not be negative")
+        _one_of(self.strategy, "model.moe.strategy", ("ring", "all_to_all", "ragged_all_to_all"))
         _require(0 <= self.jitter_rate < 1, "model.moe.jitter_rate", "must lie in [0, 1)")
         # What is asked of the other groups is divided by: next to nothing would make their slots cost without bound.
         shares = self.home_share > 0 and self.cross_share > 0 and self.home_share + self.cross_share <= 0.99
@@ -279,6 +284,7 @@ class TrainConfig:
     patience: int = 0  # evaluations without a better validation score before stopping; 0 never stops early
     n_valid: int = 5000  # most validation targets used during training (a fixed sample)
     mesh_data: int = 1  # devices over which the batch is split
+    mesh_expert: int = 1  # devices over which the batch and the experts are split
     mesh_model: int = 1  # devices over which the feed-forward width and the heads are split
 
     def __post_init__(self):
@@ -290,15 +296,15 @@ class TrainConfig:
             "save_every",
             "n_valid",
             "mesh_data",
+            "mesh_expert",
             "mesh_model",
         ):
             _require(getattr(self, name) >= 1, f"train.{name}", "must be at least 1")
         for name in ("eval_every", "patience"):
             _require(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
-        parts = self.n_microbatches * self.mesh_data
-        _require(
-            self.batch_size % parts == 0, "train.batch_size", "must be a multiple of n_microbatches times mesh_data"
-        )
+        parts = self.n_microbatches * self.mesh_data * self.mesh_expert
+        wanted = "must be a multiple of n_microbatches times mesh_data times mesh_expert"
+        _require(self.batch_size % parts == 0, "train.batch_size", wanted)
 
 
 @dataclasses.dataclass

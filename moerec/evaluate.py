@@ -15,6 +15,7 @@ from moerec.errors import WorkError
 from moerec.metrics import MISS, RankCounts
 from moerec.nn.model import SequenceModel
 from moerec.shapes import Array, Batch, ItemTable
+from moerec.sharding import mesh_of
 
 
 class Questions(NamedTuple):
@@ -123,6 +124,15 @@ class EvaluationSet:
         """`[n]`, events before each target that its prediction may see (not cut to the model's window)."""
         return np.diff(self.offsets)
 
+    @property
+    def repeated(self) -> float:
+        """The share of the targets that stand in their own history; where seen items are masked, each is a miss."""
+        if not len(self.targets):
+            return 0.0
+        owner = np.repeat(np.arange(len(self.targets)), np.diff(self.offsets))
+        hits = self.dataset.log.item[self.rows] == self.target_item[owner]
+        return len(np.unique(owner[hits])) / len(self.targets)
+
     def batches(self) -> Iterator[tuple[slice, Batch, Questions]]:
         """Consecutive targets: which, their packed histories, and the questions."""
         done = 0
@@ -193,11 +203,12 @@ def rank_targets(model: SequenceModel, examples: EvaluationSet, table: ItemTable
             raise WorkError(f"evaluation: target {row} got a score that is not finite")
         ranked.append(np.stack(counts[:-1]).astype(np.int64))
 
-    for which, batch, questions in examples.batches():
-        ranks = rank_batch(model, batch, questions, table, vectors)
-        if parts:  # the batch before has been computed while this one was packed
-            collect()
-        parts.append((which, ranks))
+    with mesh_of(model):
+        for which, batch, questions in examples.batches():
+            ranks = rank_batch(model, batch, questions, table, vectors)
+            if parts:  # the batch before has been computed while this one was packed
+                collect()
+            parts.append((which, ranks))
     if parts:
         collect()
     joined = np.concatenate(ranked, axis=1) if ranked else np.zeros((4, 0), np.int64)

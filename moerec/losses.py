@@ -193,7 +193,7 @@ def join_losses(sums: Sums, config: LossConfig, moe: MoEConfig) -> tuple[jax.Arr
     if sums.routing is not None:
         losses = balance_losses(sums.routing, moe)
         total += jax.lax.stop_gradient(weight) * weigh_losses(losses, config)
-        parts |= losses | {"dropped": jnp.sum(sums.routing.dropped_L)}
+        parts |= losses | {"dropped": jnp.sum(sums.routing.dropped_L3)}
     return total, parts
 
 

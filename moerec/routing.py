@@ -10,6 +10,7 @@ from moerec.balance import describe_load
 from moerec.evaluate import EvaluationSet
 from moerec.nn.model import SequenceModel
 from moerec.shapes import Batch, ItemTable, Routing
+from moerec.sharding import mesh_of
 
 N_BINS = 15  # of the calibration error
 _LOG_TEMPERATURES = np.array(sorted(np.linspace(-2, 2, 161), key=abs))  # of equals the nearest to none
@@ -40,7 +41,8 @@ def observe(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> 
     """Runs a mixture over the targets' histories."""
     posteriors, services, routings = [], [], []
     for which, batch, asked in examples.batches():
-        log_domain_QZ, routing = _observe_batch(model, batch, asked.slot, table)
+        with mesh_of(model):
+            log_domain_QZ, routing = _observe_batch(model, batch, asked.slot, table)
         known = np.flatnonzero(asked.slot >= 0)
         posteriors.append(np.asarray(log_domain_QZ)[known])
         services.append(examples.target_service[which][known])

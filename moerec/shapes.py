@@ -65,13 +65,14 @@ class Routing(NamedTuple):
       probability_LZE: float32, the router's probabilities by domain of the slot.
       count_LZE: float32, assignments; without gradient.
       square_lse_L: float32, squares of the log-sum-exp of the router's logits.
-      dropped_L: float32, assignments that found no place, of all slots.
+      dropped_L3: float32, assignments of all slots that found no place: for want of an expert's capacity, of room
+        in the sender's buffer, and in the receiver's.
     """
 
     probability_LZE: Array
     count_LZE: Array
     square_lse_L: Array
-    dropped_L: Array
+    dropped_L3: Array
 
 
 class Output(NamedTuple):

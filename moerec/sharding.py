@@ -1,18 +1,23 @@
 """Logical axes of the weights to axes of the mesh, in one place."""
 
+import contextlib
+from typing import Any
+
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moerec.errors import InputError
 
-MESH_AXES = ("data", "model")
+MESH_AXES = ("data", "expert", "model")
+ROW_AXES = ("data", "expert")  # over which rows of a batch are split: all but experts are as parallel over `expert`
 
-# Wide axes are split over `model`; everything else is on every device. No weight may use one mesh axis twice.
+# Wide axes are split over `model`, experts over `expert`, and the model width, which nearly every weight has, over
+# `data` (FSDP: the parts come together where they are used). No weight may use one mesh axis twice.
 RULES: dict[str, str | None] = {
-    "embed": None,
-    "experts": None,
+    "embed": "data",
+    "experts": "expert",
     "mlp": "model",
     "heads": "model",
     "kv_heads": "model",
@@ -21,16 +26,25 @@ RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(n_data: int, n_model: int) -> Mesh:
-    """A mesh of the first `n_data * n_model` devices."""
-    devices = jax.devices()
-    if n_data * n_model > len(devices):
-        raise InputError(f"config.train.mesh_data: {n_data} x {n_model} devices asked for, {len(devices)} are there")
-    grid = np.asarray(devices[: n_data * n_model]).reshape(n_data, n_model)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+def make_mesh(n_data: int, n_expert: int, n_model: int) -> Mesh:
+    """A mesh of the first `n_data * n_expert * n_model` devices."""
+    devices, shape = jax.devices(), (n_data, n_expert, n_model)
+    n = n_data * n_expert * n_model
+    if n > len(devices):
+        asked = " x ".join(map(str, shape))
+        raise InputError(f"config.train.mesh_data: {asked} devices asked for, {len(devices)} are there")
+    return Mesh(np.asarray(devices[:n]).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def param_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def mesh_of(tree: Any) -> contextlib.AbstractContextManager:
+    """`jax.set_mesh` of the mesh that the tree's arrays lie on, for the layers of experts; nothing on one device."""
+    sharding = jax.tree.leaves(tree)[0].sharding
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
+        return jax.set_mesh(sharding.mesh)
+    return contextlib.nullcontext()
+
+
+def param_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Where a weight goes. An axis that its mesh axis does not divide stays whole; leading stacked axes, too."""
     stacked = len(shape) - len(axes)
     names: list[str | None] = [None] * stacked
@@ -58,8 +72,8 @@ def param_shardings(tree, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The batch's rows are split over `data`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The batch's rows are split over `ROW_AXES`."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,7 +23,7 @@ from moerec.memory import keep_freed_memory
 from moerec.metrics import per_target_metrics
 from moerec.nn.model import SequenceModel, Sizes
 from moerec.shapes import Batch, ItemTable
-from moerec.sharding import batch_sharding, make_mesh, param_shardings, replicated
+from moerec.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
 from moerec.state import TrainState, evaluated_model, init_state, make_train_step
 from moerec.writer import MetricWriter
 
@@ -75,7 +75,7 @@ def set_up(config: Config, data: Prepared) -> Setup:
     if jax.process_count() > 1:
         raise InputError("training runs in one process so far (config.train.mesh_data splits it over its devices)")
     keep_freed_memory()
-    mesh = make_mesh(config.train.mesh_data, config.train.mesh_model)
+    mesh = make_mesh(config.train.mesh_data, config.train.mesh_expert, config.train.mesh_model)
     sizes = make_sizes(data)
 
     def init() -> TrainState:
@@ -196,7 +196,7 @@ def fit(config: Config, data: Prepared, workdir: Path) -> Fitted:
         contextlib.closing(iter(setup.stream)) as stream,
     ):
         state, progress = _resume(checkpoints, setup.state, stream)
-        with MetricWriter(workdir, config.train.steps, int(state.step)) as writer:
+        with MetricWriter(workdir, config.train.steps, int(state.step), config.name) as writer, mesh_of(state):
             state = _run_steps(config, setup, state, progress, stream, checkpoints, writer)
         checkpoints.wait()
         best, at_best = checkpoints.restore_best(state)

@@ -101,15 +101,15 @@ def test_round_trip_is_exact_and_leaves_only_whole_checkpoints(state, checkpoint
 
 def test_restores_onto_other_meshes(state, checkpoints):
     writer = checkpoints()
-    writer.save_last(1, place(state.model, make_mesh(2, 2)), PROGRESS)
+    writer.save_last(1, place(state.model, make_mesh(2, 1, 2)), PROGRESS)
     writer.wait()
-    for shape in ((2, 4), (1, 1)):
+    for shape in ((2, 1, 4), (4, 1, 1), (1, 1, 1)):
         like = place(shift(state.model), make_mesh(*shape))
         restored, _ = writer.restore_last(like)
         assert_same(restored, state.model)
         for (path, x), y in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(like), strict=True):
             assert x.sharding.is_equivalent_to(y.sharding, x.ndim), jax.tree_util.keystr(path)
-        assert any(not x.is_fully_replicated for x in jax.tree.leaves(restored)) == (shape != (1, 1))
+        assert any(not x.is_fully_replicated for x in jax.tree.leaves(restored)) == (shape != (1, 1, 1))
 
 
 def test_restores_into_shapes_alone(state, checkpoints):

@@ -14,24 +14,27 @@ from moerec.errors import InputError
 from moerec.losses import contrast, sampling_cdf
 from moerec.nn.model import SequenceModel
 from moerec.optim import make_optimizer
-from moerec.sharding import batch_sharding, make_mesh, param_shardings, param_spec, replicated
+from moerec.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, param_spec, replicated
 from moerec.state import TrainState, make_train_step
 from tests.small_model import SIZES, make_batch, make_config, make_model, make_table, worst_gap
 
 TABLE = make_table()
 BATCHES = [make_batch(seed, [[5, 3], [8], [2, 2], [7], [1], [4, 4], [6], [3, 2]], 8) for seed in (1, 2)]
-MESHES = [(2, 1), (1, 2), (4, 2)]  # a mesh of one device is what every other test trains on
+MESHES = [(2, 1, 1), (1, 1, 2), (2, 2, 2)]  # a mesh of one device is what every other test trains on
 
 
 def make_run_config(
-    n_data: int, n_model: int, kind: str = "sampled_softmax", scope: str = "union", layers: str = "dense"
+    n_data: int, n_expert: int, n_model: int, kind: str = "sampled_softmax", scope: str = "union", strategy: str = ""
 ) -> Config:
-    moe = MoEConfig(layers=(1,), n_per_group=2, d_expert=4, tile=4) if layers == "experts" else MoEConfig()
+    """Dense, or with experts under a strategy."""
+    moe = MoEConfig(layers=(1,), n_per_group=2, d_expert=4, tile=4, strategy=strategy) if strategy else MoEConfig()
     return Config(
         model=make_config(event_time=False, request_time=False, request_context=False, moe=moe),
         loss=LossConfig(kind=kind, n_negatives=20, scope=scope, chunk=16),
         optim=OptimConfig(warmup_steps=2, ema_decay=0.5),
-        train=TrainConfig(steps=10, batch_size=8, n_microbatches=2, mesh_data=n_data, mesh_model=n_model),
+        train=TrainConfig(
+            steps=10, batch_size=8, n_microbatches=2, mesh_data=n_data, mesh_expert=n_expert, mesh_model=n_model
+        ),
     )
 
 
@@ -42,13 +45,13 @@ def fresh_state(config: Config) -> TrainState:
 
 
 @functools.cache
-def train(n_data: int, n_model: int, *loss: str):
-    """The initial and the final state, the last loss, and how often the step was compiled; (0, 0) is without a mesh."""
-    config = make_run_config(max(n_data, 1), max(n_model, 1), *loss)
+def train(n_data: int, n_expert: int, n_model: int, *kind: str):
+    """The initial and the final state, the last loss, and how often the step was compiled; zeros are without a mesh."""
+    config = make_run_config(max(n_data, 1), max(n_expert, 1), max(n_model, 1), *kind)
     train_step = make_train_step(config, jnp.asarray(sampling_cdf(TABLE.count_I, 0.0)))
     state, batches, table = fresh_state(config), BATCHES, TABLE
     if n_data:
-        mesh = make_mesh(n_data, n_model)
+        mesh = make_mesh(n_data, n_expert, n_model)
         placed = param_shardings(state, mesh)
         state, table = jax.device_put(state, placed), jax.device_put(TABLE, replicated(mesh))
         batches = [jax.device_put(batch, batch_sharding(mesh)) for batch in BATCHES]
@@ -56,8 +59,9 @@ def train(n_data: int, n_model: int, *loss: str):
     else:
         train_step = jax.jit(train_step)
     first = state
-    for batch in batches:
-        state, metrics = train_step(state, batch, table)
+    with mesh_of(state):
+        for batch in batches:
+            state, metrics = train_step(state, batch, table)
     return first, state, float(metrics["loss"]), train_step._cache_size()
 
 
@@ -65,14 +69,16 @@ def train(n_data: int, n_model: int, *loss: str):
     ("mesh", "kind"),
     [
         *((mesh, ("sampled_softmax", "union")) for mesh in MESHES),
-        ((4, 2), ("one_negative", "service")),
-        ((2, 1), ("full_softmax", "union", "experts")),
-        ((2, 2), ("full_softmax", "union", "experts")),
+        ((4, 1, 2), ("one_negative", "service")),
+        ((2, 1, 1), ("full_softmax", "union", "ring")),
+        ((1, 4, 1), ("full_softmax", "union", "all_to_all")),
+        ((2, 2, 2), ("full_softmax", "union", "ring")),
+        ((2, 2, 2), ("full_softmax", "union", "all_to_all")),
     ],
 )
 def test_sharded_training_is_unsharded_training(mesh, kind):
     _, state, loss, _ = train(*mesh, *kind)
-    alone_first, alone_state, alone_loss, _ = train(0, 0, *kind)
+    alone_first, alone_state, alone_loss, _ = train(0, 0, 0, *kind)
     assert loss == pytest.approx(alone_loss, rel=1e-5)
     assert worst_gap(state.model, alone_state.model) < 1e-5
     assert worst_gap(state.average, alone_state.average) < 1e-5
@@ -88,47 +94,59 @@ def local_shape(param) -> tuple[int, ...]:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_weights_their_moments_and_averages_are_in_shards_where_the_axis_divides(mesh, when):
     first, after, *_ = train(*mesh)
-    n = mesh[1]
+    n_data, _, n = mesh
+    d = 8 // n_data  # the model width is split over `data`
     state = first if when == "at the start" else after
     (adam,) = (part for part in state.opt_state if hasattr(part, "mu"))
     for model in (state.model, state.average, adam.mu, adam.nu):
         attention, ffn = model.blocks.attention, model.blocks.ffn
-        assert local_shape(attention.q_DNH) == (2, 8, 4 // n, 4)
-        assert local_shape(attention.k_DKH) == (2, 8, 2 // n, 4)
-        assert local_shape(attention.o_NHD) == (2, 4 // n, 4, 8)
+        assert local_shape(attention.q_DNH) == (2, d, 4 // n, 4)
+        assert local_shape(attention.k_DKH) == (2, d, 2 // n, 4)
+        assert local_shape(attention.o_NHD) == (2, 4 // n, 4, d)
         assert local_shape(attention.v_bias_KH) == (2, 2 // n, 4)
-        assert local_shape(ffn.gate_DF) == (2, 8, 16 // n)
-        assert local_shape(ffn.down_FD) == (2, 16 // n, 8)
+        assert local_shape(ffn.gate_DF) == (2, d, 16 // n)
+        assert local_shape(ffn.down_FD) == (2, 16 // n, d)
         assert local_shape(model.item_encoder.text.table_VD) == (12 // n, 6)
-        assert local_shape(model.item_encoder.row_ID) == (13, 8)  # 13 items: whole everywhere
+        assert local_shape(model.item_encoder.row_ID) == (13, d)  # 13 items are not to be halved
         assert local_shape(model.blocks.attention_norm.scale) == (2, 8)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_to_all"])
+def test_experts_and_their_moments_are_in_shards(strategy):
+    _, state, *_ = train(2, 2, 2, "full_softmax", "union", strategy)
+    (adam,) = (part for part in state.opt_state if hasattr(part, "mu"))
+    for model in (state.model, state.average, adam.mu, adam.nu):
+        ffn = model.upper[0].ffn
+        assert local_shape(ffn.gate_EDF) == (1, 4, 4, 2)  # of 8 experts, width 8 and 4
+        assert local_shape(ffn.down_EFD) == (1, 4, 2, 4)
+        assert local_shape(ffn.bias_E) == (1, 4)
 
 
 def test_weights_made_in_their_shards_are_the_weights_made_whole():
     def init():
-        return SequenceModel(jax.random.key(3), make_run_config(1, 1).model, SIZES)
+        return SequenceModel(jax.random.key(3), make_run_config(1, 1, 1).model, SIZES)
 
-    placed = param_shardings(jax.eval_shape(init), make_mesh(2, 2))
+    placed = param_shardings(jax.eval_shape(init), make_mesh(2, 1, 2))
     model = jax.jit(init, out_shardings=placed)()
-    assert local_shape(model.blocks.ffn.up_DF) == (2, 8, 8)
+    assert local_shape(model.blocks.ffn.up_DF) == (2, 4, 8)
     assert worst_gap(model, jax.jit(init)()) < 1e-6
 
 
 def test_batches_are_split_over_data():
-    rows = jax.device_put(BATCHES[0].item_BT, batch_sharding(make_mesh(4, 2)))
+    rows = jax.device_put(BATCHES[0].item_BT, batch_sharding(make_mesh(4, 1, 2)))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 8)}
 
 
 def test_param_spec_by_hand():
-    mesh = make_mesh(2, 2)
-    assert param_spec(("embed", "mlp"), (8, 16), mesh) == PartitionSpec(None, "model")
-    assert param_spec(("embed", "mlp"), (3, 8, 16), mesh) == PartitionSpec(None, None, "model")  # stacked layers
-    assert param_spec(("items", "embed"), (13, 8), mesh) == PartitionSpec(None, None)
+    mesh = make_mesh(2, 1, 2)
+    assert param_spec(("embed", "mlp"), (8, 16), mesh) == PartitionSpec("data", "model")
+    assert param_spec(("embed", "mlp"), (3, 8, 16), mesh) == PartitionSpec(None, "data", "model")  # stacked layers
+    assert param_spec(("items", "embed"), (13, 8), mesh) == PartitionSpec(None, "data")
     assert param_spec((None,), (8,), mesh) == PartitionSpec(None)
 
 
 def test_two_axes_of_a_weight_on_one_mesh_axis_are_refused():
-    mesh = make_mesh(1, 2)
+    mesh = make_mesh(1, 1, 2)
     with pytest.raises(InputError, match="twice onto one mesh axis"):
         param_spec(("heads", "mlp"), (4, 16), mesh)
     with pytest.raises(InputError, match="twice"):
@@ -137,9 +155,9 @@ def test_two_axes_of_a_weight_on_one_mesh_axis_are_refused():
 
 def test_more_devices_than_there_are_are_refused():
     n = len(jax.devices())
-    with pytest.raises(InputError, match=rf"{n + 1} x 1 devices asked for, {n} are there"):
-        make_mesh(n + 1, 1)
-    assert make_mesh(n, 1).shape == {"data": n, "model": 1}
+    with pytest.raises(InputError, match=rf"{n + 1} x 1 x 1 devices asked for, {n} are there"):
+        make_mesh(n + 1, 1, 1)
+    assert make_mesh(n, 1, 1).shape == {"data": n, "expert": 1, "model": 1}
 
 
 def test_the_second_step_compiles_nothing_anew():
@@ -148,7 +166,7 @@ def test_the_second_step_compiles_nothing_anew():
 
 def test_every_device_scores_its_own_rows():
     """The largest product of a step, states against candidates, is split over `data` and not done by every device."""
-    mesh = make_mesh(4, 1)
+    mesh = make_mesh(4, 1, 1)
     n_slots, chunk, n_candidates, d = 32, 8, 20, 3
     shapes = [(n_slots, d), (n_slots,), (n_candidates, d), (n_candidates,)]
 

@@ -1,20 +1,23 @@
 """The feed-forward layer as a mixture of domain experts: a group for each service, and one across all of them."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from moerec.config import ModelConfig, MoEConfig
 from moerec.errors import InputError
+from moerec.nn.expert_parallel import Chosen, answer_alone, answer_on_mesh
 from moerec.nn.layers import SwiGLU, declare, fan_in
-from moerec.shapes import Routing
-from pallas_kernels.dispatch import make_plan
-from pallas_kernels.grouped_ffn import grouped_ffn
+from moerec.shapes import Array, Routing
+from moerec.sharding import ROW_AXES, param_spec
 from pallas_kernels.router import Routed, route
 
 CLOSED = -1e9  # logit of a group that a slot may not use; its probability is exactly zero
+MATRICES = ("gate_EDF", "up_EDF", "down_EFD")
 
 
 class Request(NamedTuple):
@@ -76,45 +79,129 @@ class DomainExperts(nnx.Module):
     def __call__(self, x_BTD: jax.Array, request: Request, key: jax.Array | None) -> tuple[jax.Array, Routing]:
         """The experts' weighted sum `[B, T, D]` (plus the shared expert's), and the sums of the routing of this layer.
 
+        Under `jax.set_mesh` rows are split over `ROW_AXES` and experts over `expert`; otherwise all is on one device.
+
         Args:
           x_BTD: normalised states. key: of a training step; switches jitter on, and the capacity, if there is one.
         """
-        shape, n_experts = x_BTD.shape, self.router_ED.shape[0]
-        x_SD = x_BTD.reshape(-1, shape[-1])
-        domain_S, real_S = request.domain_BT.reshape(-1), request.real_BT.reshape(-1)
-        routed = self._route(x_SD, request.log_domain_BTZ.reshape(x_SD.shape[0], -1), domain_S, key)
-        expert_SA = jnp.where(real_S[:, None], routed.expert_TA, n_experts)
-        capacity = None
-        if key is not None and self.moe.capacity_factor:
-            even = jnp.sum(real_S) * self.moe.n_active / n_experts  # padding is nobody's share
-            capacity = jnp.maximum(jnp.round(even * self.moe.capacity_factor), 1).astype(jnp.int32)
-        plan = make_plan(expert_SA, n_experts, self.moe.tile, capacity)
-        gate, up, down = (m[...].astype(x_SD.dtype) for m in (self.gate_EDF, self.up_EDF, self.down_EFD))
-        y_SD = grouped_ffn(x_SD, routed.weight_TA.astype(x_SD.dtype), gate, up, down, plan)
-        if self.shared is not None:
-            y_SD = y_SD + self.shared(x_SD)
-        counted_S = (domain_S >= 0).astype(jnp.float32)
-        z = request.log_domain_BTZ.shape[-1]
-        routing = Routing(
-            routed.probability_ZE[:z],
-            routed.count_ZE[:z],
-            jnp.sum(counted_S * jnp.square(routed.lse_T)),
-            jnp.sum(plan.demand_E - plan.size_E).astype(jnp.float32),
-        )
-        return y_SD.reshape(shape), routing
-
-    def _route(self, x_SD: jax.Array, log_domain_SZ: jax.Array, domain_S: jax.Array, key: jax.Array | None) -> Routed:
         moe = self.moe
+        seen_BTD = x_BTD
         if key is not None and moe.jitter_rate:
-            noise = jax.random.uniform(key, x_SD.shape, x_SD.dtype, 1 - moe.jitter_rate, 1 + moe.jitter_rate)
-            x_SD = x_SD * noise
-        prior, lift = log_domain_SZ, self.lift_EZ[...]
-        if moe.n_open_groups:
-            # Closing a group is one more term of the logits that is linear in what is known of the slot.
-            group_E = jnp.arange(lift.shape[0]) // moe.n_per_group
-            prior = jnp.concatenate([prior, open_groups(log_domain_SZ, moe.n_open_groups)], axis=1)
-            lift = jnp.concatenate([lift, jax.nn.one_hot(group_E, log_domain_SZ.shape[1] + 1)], axis=1)
-        return route(x_SD, self.router_ED[...], prior, lift, self.bias_E[...], domain_S, moe.n_active)
+            seen_BTD = x_BTD * jax.random.uniform(
+                key, x_BTD.shape, x_BTD.dtype, 1 - moe.jitter_rate, 1 + moe.jitter_rate
+            )
+        rows = Rows(x_BTD, seen_BTD, *request)
+        weights = Weights(*(getattr(self, name)[...] for name in Weights._fields))
+        bounded = key is not None and bool(moe.capacity_factor)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            y_BTD, routing = _answer(rows, weights, moe, bounded, None)
+        else:
+            axes = {name: getattr(self, name).get_metadata()["axes"] for name in Weights._fields}
+            y_BTD, routing = _answer_on_mesh(rows, weights, moe, bounded, mesh, axes)
+        if self.shared is not None:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        return y_BTD, routing
+
+
+class Rows(NamedTuple):
+    """What a layer is given of each slot: states, the states that the router sees, and the fields of `Request`."""
+
+    x_BTD: jax.Array
+    seen_BTD: jax.Array
+    log_domain_BTZ: jax.Array
+    domain_BT: jax.Array
+    real_BT: jax.Array
+
+
+class Weights(NamedTuple):
+    """The arrays of `DomainExperts` that are routed, or where each is."""
+
+    router_ED: Array
+    lift_EZ: Array
+    bias_E: Array
+    gate_EDF: Array
+    up_EDF: Array
+    down_EFD: Array
+
+
+def _answer_on_mesh(
+    rows: Rows, weights: Weights, moe: MoEConfig, bounded: bool, mesh: AbstractMesh, axes: dict[str, tuple]
+) -> tuple[jax.Array, Routing]:
+    """One `shard_map` over the mesh; the batch is filled up with padding where the devices do not divide it."""
+    (n_experts, _, f), n_batch = weights.gate_EDF.shape, rows.x_BTD.shape[0]
+    if n_experts % mesh.shape["expert"]:
+        raise InputError(f"config.train.mesh_expert: {mesh.shape['expert']} devices for {n_experts} experts")
+    if f % mesh.shape["model"]:
+        raise InputError(f"config.train.mesh_model: {mesh.shape['model']} devices for experts of width {f}")
+    spare = -n_batch % math.prod(mesh.shape[name] for name in ROW_AXES)
+    rows = jax.tree.map(lambda a: jnp.pad(a, ((0, spare), *((0, 0),) * (a.ndim - 1))), rows)
+    rows = rows._replace(domain_BT=rows.domain_BT.at[n_batch:].set(-1))
+    spec, everywhere = PartitionSpec(ROW_AXES), PartitionSpec()
+    matrices = {name: param_spec(axes[name], getattr(weights, name).shape, mesh) for name in axes if name in MATRICES}
+
+    def answer(rows: Rows, weights: Weights) -> tuple[jax.Array, Routing]:
+        # FSDP: the parts of the matrices come together only here; the transpose is a psum-scatter of the gradients.
+        whole = {
+            name: jax.lax.all_gather(getattr(weights, name), "data", axis=spec.index("data"), tiled=True)
+            for name, spec in matrices.items()
+            if "data" in spec
+        }
+        return _answer(rows, weights._replace(**whole), moe, bounded, mesh)
+
+    y_BTD, routing = jax.shard_map(
+        answer,
+        mesh=mesh,
+        in_specs=(spec, weights._replace(**{name: matrices.get(name, everywhere) for name in Weights._fields})),
+        out_specs=(spec, everywhere),
+    )(rows, weights)
+    return y_BTD[:n_batch], routing
+
+
+def _answer(
+    rows: Rows, weights: Weights, moe: MoEConfig, bounded: bool, mesh: AbstractMesh | None
+) -> tuple[jax.Array, Routing]:
+    """Routes the rows of a device and has them answered; the sums are those of all devices."""
+    shape, n_experts = rows.x_BTD.shape, weights.router_ED.shape[0]
+    x_SD, seen_SD = rows.x_BTD.reshape(-1, shape[-1]), rows.seen_BTD.reshape(-1, shape[-1])
+    domain_S, real_S = rows.domain_BT.reshape(-1), rows.real_BT.reshape(-1)
+    n_services = rows.log_domain_BTZ.shape[-1]
+    routed = _route(seen_SD, rows.log_domain_BTZ.reshape(-1, n_services), domain_S, weights, moe)
+    expert_SA = jnp.where(real_S[:, None], routed.expert_TA, n_experts)
+    capacity = None
+    if bounded:
+        n_real = jnp.sum(real_S)  # padding is nobody's share
+        if mesh is not None:
+            n_real = jax.lax.psum(n_real, "expert")  # the slots that these experts serve
+        even = n_real * moe.n_active / n_experts
+        capacity = jnp.maximum(jnp.round(even * moe.capacity_factor), 1).astype(jnp.int32)
+    chosen = Chosen(expert_SA, routed.weight_TA.astype(x_SD.dtype), capacity)
+    dtype = x_SD.dtype
+    matrices = (weights.gate_EDF.astype(dtype), weights.up_EDF.astype(dtype), weights.down_EFD.astype(dtype))
+    counted_S = (domain_S >= 0).astype(jnp.float32)
+    sums = (routed.probability_ZE, routed.count_ZE, jnp.sum(counted_S * jnp.square(routed.lse_T)))
+    if mesh is None:
+        answer = answer_alone(x_SD, chosen, matrices, moe)
+    else:
+        answer = answer_on_mesh(x_SD, chosen, matrices, moe)
+        sums = jax.lax.psum(sums, ROW_AXES)
+    probability_ZE, count_ZE, square_lse = sums
+    routing = Routing(
+        probability_ZE[:n_services], count_ZE[:n_services], square_lse, answer.dropped.astype(jnp.float32)
+    )
+    return answer.y_SD.reshape(shape), routing
+
+
+def _route(
+    seen_SD: jax.Array, log_domain_SZ: jax.Array, domain_S: jax.Array, weights: Weights, moe: MoEConfig
+) -> Routed:
+    prior, lift = log_domain_SZ, weights.lift_EZ
+    if moe.n_open_groups:
+        # Closing a group is one more term of the logits that is linear in what is known of the slot.
+        group_E = jnp.arange(lift.shape[0]) // moe.n_per_group
+        prior = jnp.concatenate([prior, open_groups(log_domain_SZ, moe.n_open_groups)], axis=1)
+        lift = jnp.concatenate([lift, jax.nn.one_hot(group_E, log_domain_SZ.shape[1] + 1)], axis=1)
+    return route(seen_SD, weights.router_ED, prior, lift, weights.bias_E, domain_S, moe.n_active)
 
 
 def _transposed_fan_in(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

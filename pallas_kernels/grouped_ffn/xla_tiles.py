@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Plan
+from pallas_kernels.varying import zeros_like_all
 
 WIDE = 4  # tiles of a wide block
 
@@ -78,12 +79,8 @@ def forward(x_TD, weight_P, matrices, plan: Plan):
         y = (jax.nn.silu(gate) * up) @ down_EFD[expert] * _read(weight_P, start, size)[:, None]
         return _write(y_PD, start, y), _write(gate_PF, start, gate), _write(up_PF, start, up)
 
-    dtype = x_TD.dtype
-    empty = (
-        jnp.zeros((n_places, x_TD.shape[1]), dtype),
-        jnp.zeros((n_places, f), dtype),
-        jnp.zeros((n_places, f), dtype),
-    )
+    dtype, operands = x_TD.dtype, (x_TD, weight_P, *matrices)
+    empty = tuple(zeros_like_all((n_places, width), dtype, *operands) for width in (x_TD.shape[1], f, f))
     y_PD, gate_PF, up_PF = _loop(plan, body, empty)
     return y_PD, (gate_PF, up_PF)
 
@@ -114,10 +111,8 @@ def backward(x_TD, weight_P, matrices, plan: Plan, saved, g_TD):
             d_down.at[expert].add(hidden.T @ (g * weight)),
         )
 
-    empty = (
-        jnp.zeros((plan.row_P.shape[0], x_TD.shape[1]), x_TD.dtype),
-        jnp.zeros_like(weight_P),
-        *map(jnp.zeros_like, matrices),
-    )
+    operands = (x_TD, weight_P, g_TD, *matrices)
+    shapes = ((plan.row_P.shape[0], x_TD.shape[1]), weight_P.shape, *(m.shape for m in matrices))
+    empty = tuple(zeros_like_all(shape, x_TD.dtype, *operands) for shape in shapes)
     dx_PD, dweight_P, *d_matrices = _loop(plan, body, empty)
     return dx_PD, dweight_P, tuple(d_matrices)

@@ -80,7 +80,7 @@ def test_the_sums_are_those_of_the_slots_that_have_a_domain():
     np.testing.assert_allclose(routing.probability_LZE, probability, atol=1e-5)
     np.testing.assert_array_equal(routing.count_LZE, count)
     assert float(routing.square_lse_L) == pytest.approx(square, rel=1e-5)
-    assert float(routing.dropped_L) == 0
+    assert float(routing.dropped_L3.sum()) == 0
 
 
 def permute(layer: DomainExperts, order: np.ndarray) -> DomainExperts:
@@ -127,10 +127,10 @@ def test_what_exceeds_the_capacity_is_dropped_and_counted():
     layer.bias_E[...] = jnp.where(jnp.arange(8) < 2, 100.0, 0.0)  # all to the first two
     y, sums = jax.jit(lambda key: layer(x, request, key))(jax.random.key(0))
     capacity = round(32 * 2 / 8)  # two of the slots are padding
-    assert int(sums.dropped_L) == 2 * (32 - capacity)
+    assert int(sums.dropped_L3.sum()) == 2 * (32 - capacity)
     norms = np.linalg.norm(y[0], axis=-1)
     np.testing.assert_array_equal(norms > 0, np.arange(34) < capacity)
-    assert int(apply(layer, x, request)[1].dropped_L) == 0  # answers do not depend on who else asks
+    assert int(apply(layer, x, request)[1].dropped_L3.sum()) == 0  # answers do not depend on who else asks
 
 
 def test_jitter_is_a_function_of_its_key_and_off_without_one():

@@ -1,0 +1,128 @@
+"""Rows to the devices that hold their experts, and answers back: an all-to-all over one mesh axis, inside `shard_map`.
+
+Letters: n devices of the axis, P places of the sender's plan (ordered by device), R places on the receiver, D width.
+
+Both ways are linear and each is the other's transpose, so that is how they are differentiated. What a sender may send
+to one device and what a receiver takes are bounded; both bounds are applied to one matrix of sizes that all devices
+know, so that both agree on what is dropped. A dropped row arrives nowhere and its answer is zero.
+"""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Plan
+from pallas_kernels.varying import zeros_like_all
+
+
+class Traffic(NamedTuple):
+    """Who sends how much to whom; one device's view.
+
+    Attributes:
+      sent_n, received_n: int32 rows to and from each device.
+      from_n: int32 first place of the rows for each device, in the sender's plan.
+      there_n: int32 place on each device where they go. here_n: int32 place on this one of what each device sends.
+      origin_n: int32 place in each sender's plan from which this device's rows come.
+      sender_drops, receiver_drops: int32 rows of this device that a bound keeps from being sent, or being taken.
+    """
+
+    sent_n: jax.Array
+    received_n: jax.Array
+    from_n: jax.Array
+    there_n: jax.Array
+    here_n: jax.Array
+    origin_n: jax.Array
+    sender_drops: jax.Array
+    receiver_drops: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """An all-to-all over mesh axis `axis` of `n` devices.
+
+    Attributes:
+      n_send: most rows from one device to one other. n_receive: R, most rows that a device takes.
+      n_places: P. ragged: by `lax.ragged_all_to_all`, which a CPU does not have; else by a dense all-to-all of
+        `n * n_send` rows, equal in values and gradients.
+    """
+
+    axis: str
+    n: int
+    n_send: int
+    n_receive: int
+    n_places: int
+    ragged: bool
+
+    def plan(self, plan: Plan) -> Traffic:
+        """The traffic of a plan whose experts are the devices, with tiles of one place."""
+        demand_n = plan.demand_E
+        capped_n = jnp.minimum(demand_n, self.n_send)
+        from_n = jnp.cumsum(plan.size_E) - plan.size_E
+        # One small all-gather: [sender, receiver] for sizes and for where the senders hold the rows.
+        capped, origin = jax.lax.all_gather(jnp.stack([capped_n, from_n]), self.axis, axis=1)
+        start = jnp.cumsum(capped, axis=0) - capped
+        taken = jnp.clip(self.n_receive - start, 0, capped)
+        start = jnp.minimum(start, self.n_receive)
+        me = jax.lax.axis_index(self.axis)
+        return Traffic(
+            sent_n=taken[me],
+            received_n=taken[:, me],
+            from_n=from_n,
+            there_n=start[me],
+            here_n=start[:, me],
+            origin_n=origin[:, me],
+            sender_drops=jnp.sum(demand_n - capped_n),
+            receiver_drops=jnp.sum(capped_n - taken[me]),
+        )
+
+    def there(self, rows_P: jax.Array, traffic: Traffic) -> jax.Array:
+        """`[P, …]` to `[R, …]`, zero where nothing came; rows in order of sender, then of the sender's plan."""
+        return _move(self, True, rows_P, traffic) if _is_float(rows_P) else _send(self, True, rows_P, traffic)
+
+    def back(self, rows_R: jax.Array, traffic: Traffic) -> jax.Array:
+        """`[R, …]` to `[P, …]`, zero where nothing had been sent."""
+        return _move(self, False, rows_R, traffic)
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _send(exchange: Exchange, there: bool, rows: jax.Array, traffic: Traffic) -> jax.Array:
+    out_size = exchange.n_receive if there else exchange.n_places
+    sides = (
+        (traffic.from_n, traffic.sent_n, traffic.there_n),
+        (traffic.here_n, traffic.received_n, traffic.origin_n),
+    )
+    (start_n, size_n, target_n), (out_start_n, out_size_n, _) = sides if there else sides[::-1]
+    if exchange.ragged:
+        out = zeros_like_all((out_size, *rows.shape[1:]), rows.dtype, rows)
+        return jax.lax.ragged_all_to_all(rows, out, start_n, size_n, target_n, out_size_n, axis_name=exchange.axis)
+    step_C = jnp.arange(exchange.n_send, dtype=jnp.int32)
+    blocks = _take(rows, start_n[:, None] + step_C, step_C < size_n[:, None])
+    blocks = jax.lax.all_to_all(blocks, exchange.axis, 0, 0, tiled=True)
+    place = jnp.arange(out_size, dtype=jnp.int32)
+    # The last device whose rows start at or before the place; devices of no rows share a start with the next.
+    source = jnp.maximum(jnp.searchsorted(out_start_n, place, side="right") - 1, 0)
+    step = place - out_start_n[source]
+    flat = blocks.reshape(-1, *rows.shape[1:])
+    return _take(flat, source * exchange.n_send + step, step < out_size_n[source])
+
+
+def _take(rows: jax.Array, index: jax.Array, there: jax.Array) -> jax.Array:
+    found = rows[jnp.where(there, index, 0)]
+    return jnp.where(there.reshape(*there.shape, *(1,) * (rows.ndim - 1)), found, 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _move(exchange: Exchange, there: bool, rows: jax.Array, traffic: Traffic) -> jax.Array:
+    return _send(exchange, there, rows, traffic)
+
+
+_move.defvjp(
+    lambda exchange, there, rows, traffic: (_send(exchange, there, rows, traffic), traffic),
+    lambda exchange, there, traffic, g: (_send(exchange, not there, g, traffic), None),
+)
