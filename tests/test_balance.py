@@ -20,7 +20,7 @@ def draw_routing(n_layers: int = 2, slots=(30, 10, 0), seed: int = 0) -> Routing
             p = rng.dirichlet(np.ones(8), n)
             probability[layer, z] = p.sum(axis=0)
             count[layer, z] = np.bincount(np.argsort(-p, axis=1)[:, :2].reshape(-1), minlength=8)
-    columns = (probability, count, rng.uniform(1, 9, n_layers), np.arange(n_layers) * 2.0)
+    columns = (probability, count, rng.uniform(1, 9, n_layers), np.arange(3 * n_layers).reshape(n_layers, 3))
     return Routing(*(jnp.asarray(c, jnp.float32) for c in columns))
 
 
@@ -51,7 +51,7 @@ def test_losses_by_hand():
 
 def as_asked(n: np.ndarray) -> Routing:
     load = (n[:, None] * asked_share(MOE, 3))[None]
-    return Routing(jnp.asarray(load), jnp.asarray(2 * load), jnp.zeros(1), jnp.zeros(1))
+    return Routing(jnp.asarray(load), jnp.asarray(2 * load), jnp.zeros(1), jnp.zeros((1, 3)))
 
 
 @pytest.mark.parametrize("slots", [(40, 0, 0), (10, 20, 30)], ids=str)
@@ -68,7 +68,7 @@ def test_load_as_asked_costs_one_and_leaves_the_bias(slots):
 
 def test_even_load_of_a_batch_of_one_domain_costs_more():
     even = jnp.full((1, 3, 8), 5.0) * jnp.array([1.0, 0, 0])[:, None]
-    losses = balance_losses(Routing(even, 2 * even, jnp.zeros(1), jnp.zeros(1)), MOE)
+    losses = balance_losses(Routing(even, 2 * even, jnp.zeros(1), jnp.zeros((1, 3))), MOE)
     assert float(losses["balance"]) > 2
     assert float(losses["domain_balance"]) > 2
 
@@ -100,6 +100,6 @@ def test_load_is_a_share_for_each_service():
     told = describe_load(draw_routing())
     load = np.array(told["load"])
     np.testing.assert_allclose(load[:2].sum(axis=1), 1, rtol=1e-6)
-    assert told["dropped"] == 2
+    assert (told["dropped"], told["dropped_by"]) == (15, {"capacity": 3, "sender": 5, "receiver": 7})
     count = np.asarray(draw_routing().count_LZE).sum(axis=1)
     assert told["max_over_mean"] == pytest.approx(np.max(count.max(axis=1) / count.mean(axis=1)))
