@@ -1,6 +1,6 @@
 """A loop over tiles in plain XLA: the CPU's training path, where `lax.ragged_dot` lets every expert see every row.
 
-An expert's tiles are taken several at once as long as there are enough, and one at a time for the rest: wide matmuls
+An expert's tiles are taken several at once as long as there are enough, then fewer at a time for the rest: wide matmuls
 where the load is, little padding where it is not.
 """
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import Plan
 from pallas_kernels.varying import zeros_like_all
 
-WIDE = 4  # tiles of a wide block
+WIDTHS = (8, 2, 1)  # tiles of a block
 
 
 class Blocks(NamedTuple):
@@ -25,32 +25,30 @@ class Blocks(NamedTuple):
     n: jax.Array
 
 
-def make_blocks(plan: Plan) -> tuple[Blocks, Blocks]:
-    """The wide blocks and the narrow ones; together they cover each used tile once."""
+def make_blocks(plan: Plan) -> list[Blocks]:
+    """Blocks of each width; together they cover each used tile once."""
     tile, n_tiles = plan.tile, plan.expert_N.shape[0]
-    tiles_E = (plan.size_E + tile - 1) // tile
-    first_E = jnp.cumsum(tiles_E) - tiles_E
-    n_experts = tiles_E.shape[0]
-
-    def spread(count_E, n_most, skip_E, width):
+    left_E = (plan.size_E + tile - 1) // tile
+    at_E = jnp.cumsum(left_E) - left_E
+    n_experts, blocks = left_E.shape[0], []
+    for width, wider in zip(WIDTHS, (None, *WIDTHS), strict=False):
+        if width > n_tiles:
+            continue
+        # Of all widths but the widest an expert has few blocks, since the wider ones took the rest.
+        n_most = min(n_tiles // width, n_experts * (wider // width)) if wider else n_tiles // width
+        count_E = left_E // width
         end_E = jnp.cumsum(count_E)
-        block = jnp.arange(max(n_most, 1), dtype=jnp.int32)
+        block = jnp.arange(n_most, dtype=jnp.int32)
         expert = jnp.minimum(jnp.searchsorted(end_E, block, side="right"), n_experts - 1).astype(jnp.int32)
-        within = block - (end_E - count_E)[expert]
-        start = (first_E[expert] + skip_E[expert] + within * width) * tile
-        return Blocks(tile * width, expert, start.astype(jnp.int32), end_E[-1].astype(jnp.int32))
-
-    wide_E = tiles_E // WIDE
-    wide = spread(wide_E, n_tiles // WIDE, jnp.zeros_like(wide_E), WIDE)
-    narrow = spread(tiles_E - wide_E * WIDE, min(n_tiles, n_experts * (WIDE - 1)), wide_E * WIDE, 1)
-    return wide, narrow
+        start = (at_E[expert] + (block - (end_E - count_E)[expert]) * width) * tile
+        blocks.append(Blocks(tile * width, expert, start.astype(jnp.int32), end_E[-1].astype(jnp.int32)))
+        at_E, left_E = at_E + count_E * width, left_E - count_E * width
+    return blocks
 
 
 def _loop(plan: Plan, body: Callable, carry):
     """`carry = body(carry, expert, start, size)` over all blocks."""
     for blocks in make_blocks(plan):
-        if blocks.size > plan.row_P.shape[0]:
-            continue  # there cannot be one
 
         def step(i, carry, blocks=blocks):
             return body(carry, blocks.expert[i], blocks.start[i], blocks.size)
