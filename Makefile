@@ -32,8 +32,9 @@ lint: $(VENV)/.installed-dev-$(VERSION)  ## ruff and mypy
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
-bench: $(VENV)/.installed-$(VERSION)  ## slots a second of the step, the loader and the evaluation
+bench: $(VENV)/.installed-$(VERSION)  ## slots a second of the step, the loader and the evaluation; then the kernels
 	$(RUN) experiments.bench $(ARGS)
+	$(RUN) pallas_kernels.bench
 
 lock: $(VENV)/.created-$(VERSION)  ## write requirements.lock anew from pyproject.toml, with the newest versions
 	$(RUN) pip install --quiet --disable-pip-version-check uv

@@ -1,8 +1,8 @@
 """Domain experts on three Amazon domains, at the active parameters and the training budget of configs/amazon3.py.
 
 Command: python -m experiments.train --config=configs/amazon3_moe.py --workdir=runs/amazon3_moe
-Hardware: two CPU cores.
-Result: not measured yet.
+Hardware: one CPU core.
+Result: recall@10 / NDCG@10 of beauty .108 / .063, sports .065 / .038, toys .117 / .071; 43 minutes.
 """
 
 import dataclasses

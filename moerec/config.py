@@ -166,7 +166,7 @@ class MoEConfig:
     cross_share: float = 0.25  # and of the cross group; the other services' groups share what is left
     bias_rate: float = 0.001  # step of the bias that steers the choice to the asked load without a loss; 0 is none
     tile: int = 64  # rows of a tile of the grouped matmuls
-    backend: str = "xla_tiles"  # of the grouped matmuls
+    backend: str = "auto"  # of router and experts: by the platform compiled for, or one by name
     strategy: str = "ring"  # over several devices: ring, all_to_all, or ragged_all_to_all (not on a CPU)
     send_factor: float = 0.0  # most rows from one device to another, a multiple of the even share; 0: no limit
     receive_factor: float = 0.0  # most rows that a device takes, a multiple of the even share; 0: no limit
@@ -177,6 +177,7 @@ class MoEConfig:
             _require(getattr(self, name) >= 1, f"model.moe.{name}", "must be at least 1")
         for name in ("d_shared", "n_open_groups", "capacity_factor", "bias_rate", "send_factor", "receive_factor"):
             _require(getattr(self, name) >= 0, f"model.moe.{name}", "must not be negative")
+        _one_of(self.backend, "model.moe.backend", ("auto", "xla_tiles", "ragged_dot", "pallas_tpu"))
         _one_of(self.strategy, "model.moe.strategy", ("ring", "all_to_all", "ragged_all_to_all"))
         _require(0 <= self.jitter_rate < 1, "model.moe.jitter_rate", "must lie in [0, 1)")
         # What is asked of the other groups is divided by: next to nothing would make their slots cost without bound.

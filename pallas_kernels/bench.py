@@ -1,10 +1,11 @@
 """Times of the kernels, as ratios to a reference of the same run, on an otherwise idle machine.
 
-    python -m pallas_kernels.bench [--json] [--rounds=9]
+    python -m pallas_kernels.bench [--json] [--rounds=9] [--tpu=v5e:2x2]
 
-Each figure is the median over rounds in which all variants take turns, so that a slow moment of the machine hits all of
+Each time is the median over rounds in which all variants take turns, so that a slow moment of the machine hits all of
 them. A layer is `grouped_ffn` with its plan, forward and backward; its reference a dense gated network whose width is
-that of the experts of one row together, so that both do the same useful multiplications.
+that of the experts of one row together, so that both do the same useful multiplications. `--tpu` compiles for a TPU
+instead, on any machine with libtpu: bytes and temporaries by the compiler, beside what must move at least.
 """
 
 import argparse
@@ -17,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.combine import combine_rows, gather_rows
+from pallas_kernels.cost import count_bytes
 from pallas_kernels.dispatch import make_plan
 from pallas_kernels.grouped_ffn import grouped_ffn
+from pallas_kernels.router import route
 from pallas_kernels.specs import LOADS, LayerOperands, LayerSpec, draw_operands
 
 TILE = 64
@@ -70,23 +74,114 @@ def make_plan_only(spec: LayerSpec) -> Callable[[], Any]:
     return lambda: plan(operands.expert_TA)
 
 
+def make_rows_only(spec: LayerSpec) -> Callable[[], Any]:
+    """Rows to their places and back, forward and backward, without the experts between: dispatch and combine."""
+    operands = draw_operands(spec)
+    plan = jax.jit(make_plan, static_argnums=(1, 2))(operands.expert_TA, spec.n_experts, TILE)
+    step = _with_gradients(lambda x, weight: combine_rows(gather_rows(x, plan), weight, plan), 2)
+    return lambda: step(operands.x_TD, operands.weight_TA)
+
+
+def make_router(spec: LayerSpec, backend: str) -> Callable[[], Any]:
+    """The router over the spec's rows with three domains, forward and backward."""
+    rng = np.random.default_rng(0)
+    x = draw_operands(spec).x_TD
+    router, prior, lift = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((spec.n_experts, spec.d), (spec.n_rows, 3), (spec.n_experts, 3))
+    )
+    domain = jnp.asarray(rng.integers(0, 3, spec.n_rows), jnp.int32)
+
+    def routed(x, router, prior, lift):
+        r = route(x, router, prior, lift, jnp.zeros(spec.n_experts), domain, spec.n_choices, backend)
+        return jnp.concatenate([r.weight_TA.reshape(-1), r.lse_T, r.probability_ZE.reshape(-1)])
+
+    step = _with_gradients(routed, 4)
+    return lambda: step(x, router, prior, lift)
+
+
 def measure(rounds: int) -> list[dict[str, Any]]:
     """Rows of `{name, ms, ratio, to}`: against the dense network by load and by number of experts, and `ragged_dot`."""
     rows = []
     dense = make_dense(LayerSpec())
     for load in LOADS:
         spec = LayerSpec(load=load)
-        variants = {"dense": dense, "layer": make_layer(spec, "xla_tiles"), "plan": make_plan_only(spec)}
+        variants = {
+            "dense": dense,
+            "layer": make_layer(spec, "xla_tiles"),
+            "plan": make_plan_only(spec),
+            "dispatch and combine": make_rows_only(spec),
+        }
         times = time_in_turns(variants, rounds)
         rows.append(_row(f"layer, {load}", times["layer"], times["dense"], "dense"))
-        rows.append(_row(f"plan, {load}", times["plan"], times["layer"], "layer"))
+        for part in ("plan", "dispatch and combine"):
+            rows.append(_row(f"{part}, {load}", times[part], times["layer"], "layer"))
     pair = {name: make_layer(LayerSpec(), name) for name in ("ragged_dot", "xla_tiles")}
     times = time_in_turns(pair, max(rounds // 3, 1))
     rows.append(_row("layer over ragged_dot", times["ragged_dot"], times["xla_tiles"], "layer"))
     sizes = {e: make_layer(LayerSpec(n_experts=e), "xla_tiles") for e in (8, 16, 32, 64)}
     times = time_in_turns({str(e): call for e, call in sizes.items()}, rounds)
     rows += [_row(f"layer, {e} experts", times[str(e)], times["8"], "8 experts") for e in sizes]
+    routers = {name: make_router(LayerSpec(n_experts=64), name) for name in ("xla", "auto")}
+    times = time_in_turns(routers, rounds)
+    rows.append(_row("router, own gradients", times["auto"], times["xla"], "JAX's gradients"))
     return rows
+
+
+TPU_LAYER = LayerSpec(n_rows=8192, d=1536, n_experts=16, f=1024, n_choices=2)
+TPU_ROUTER = LayerSpec(n_rows=8192, d=1536, n_experts=64, n_choices=2)
+
+
+def measure_tpu(topology: str) -> list[dict[str, Any]]:
+    """Rows of `{name, bytes, least_bytes, temporary_bytes}` by the compiler for one chip, in bfloat16."""
+    from jax.experimental import topologies
+
+    (device, *_) = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def compile_row(name: str, function: Callable, arguments: list[tuple[tuple[int, ...], Any]]) -> dict[str, Any]:
+        shapes = [jax.ShapeDtypeStruct(s, t, sharding=sharding) for s, t in arguments]
+        results = jax.tree.leaves(jax.eval_shape(function, *shapes))
+        compiled = jax.jit(function).lower(*shapes).compile()
+        cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+        assert cost is not None
+        assert memory is not None
+        return {
+            "name": name,
+            "bytes": int(cost["bytes accessed"]),
+            "least_bytes": count_bytes([*shapes, *results]),
+            "temporary_bytes": memory.temp_size_in_bytes,
+        }
+
+    t, d, e, _, a, _ = TPU_ROUTER
+    operands: list[tuple[tuple[int, ...], Any]] = [
+        ((t, d), jnp.bfloat16),
+        ((e, d), jnp.float32),
+        ((t, 4), jnp.float32),
+        ((e, 4), jnp.float32),
+        ((e,), jnp.float32),
+        ((t,), jnp.int32),
+    ]
+
+    def router(backend: str) -> Callable:
+        return lambda x, r, prior, lift, bias, domain: tuple(route(x, r, prior, lift, bias, domain, a, backend))
+
+    rows = [compile_row(f"router, {name}", router(name), operands) for name in ("xla", "pallas_tpu")]
+    t, d, e, f, choices, _ = TPU_LAYER
+    matrices = [((e, d, f), jnp.bfloat16), ((e, d, f), jnp.bfloat16), ((e, f, d), jnp.bfloat16)]
+    operands = [((t, d), jnp.bfloat16), ((t, choices), jnp.bfloat16), *matrices, ((t, choices), jnp.int32)]
+
+    def layer(backend: str) -> Callable:
+        def total(x, weight, gate, up, down, expert):
+            y = grouped_ffn(x, weight, gate, up, down, make_plan(expert, e, 128), backend)
+            return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2, 3, 4))
+
+    return rows + [
+        compile_row(f"layer, forward and backward, {name}", layer(name), operands)
+        for name in ("ragged_dot", "pallas_tpu")
+    ]
 
 
 def _row(name: str, ms: float, reference_ms: float, to: str) -> dict[str, Any]:
@@ -98,12 +193,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tpu", default="", help="compile for this topology instead, such as v5e:2x2")
     arguments = parser.parse_args()
-    rows = measure(arguments.rounds)
-    for row in rows:
-        print(f"{row['name']:28s} {row['ms']:10.2f} ms  {row['ratio']:7.3f} of {row['to']}")
+    if arguments.tpu:
+        rows = measure_tpu(arguments.tpu)
+        for row in rows:
+            ratio = row["bytes"] / row["least_bytes"]
+            sizes = (
+                f"{row['bytes'] / 1e6:9.1f} MB  {ratio:6.2f} of the least  {row['temporary_bytes'] / 1e6:8.1f} MB kept"
+            )
+            print(f"{row['name']:42s} {sizes}")
+    else:
+        rows = measure(arguments.rounds)
+        for row in rows:
+            print(f"{row['name']:36s} {row['ms']:10.2f} ms  {row['ratio']:7.3f} of {row['to']}")
     if arguments.json:
-        print(json.dumps({"platform": jax.default_backend(), "jax": jax.__version__, "rows": rows}))
+        platform = arguments.tpu or jax.default_backend()
+        print(json.dumps({"platform": platform, "jax": jax.__version__, "rows": rows}))
 
 
 if __name__ == "__main__":

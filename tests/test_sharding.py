@@ -27,7 +27,8 @@ def make_run_config(
     n_data: int, n_expert: int, n_model: int, kind: str = "sampled_softmax", scope: str = "union", strategy: str = ""
 ) -> Config:
     """Dense, or with experts under a strategy."""
-    moe = MoEConfig(layers=(1,), n_per_group=2, d_expert=4, tile=4, strategy=strategy) if strategy else MoEConfig()
+    small = {"n_per_group": 2, "d_expert": 4, "tile": 4, "backend": "xla_tiles"}
+    moe = MoEConfig(layers=(1,), strategy=strategy, **small) if strategy else MoEConfig()
     return Config(
         model=make_config(event_time=False, request_time=False, request_context=False, moe=moe),
         loss=LossConfig(kind=kind, n_negatives=20, scope=scope, chunk=16),

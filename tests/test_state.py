@@ -19,7 +19,7 @@ TABLE = make_table()
 # Rows of very different weight, one of them all padding: 14, 1, 0 and 9 slots.
 BATCH = make_batch(3, [[8, 6], [1], [0], [4, 5]], 14)
 SMALL = {"n_layers": 1, "item_text": False, "event_time": False, "request_context": False, "n_heads": 2}
-EXPERTS = MoEConfig(layers=(0,), n_per_group=2, d_expert=4, n_active=2, tile=4, bias_rate=0.01)
+EXPERTS = MoEConfig(layers=(0,), n_per_group=2, d_expert=4, n_active=2, tile=4, bias_rate=0.01, backend="xla_tiles")
 
 
 def config_for(

@@ -195,13 +195,14 @@ def _answer(
 def _route(
     seen_SD: jax.Array, log_domain_SZ: jax.Array, domain_S: jax.Array, weights: Weights, moe: MoEConfig
 ) -> Routed:
+    backend = {"auto": "auto", "pallas_tpu": "pallas_tpu"}.get(moe.backend, "xla")
     prior, lift = log_domain_SZ, weights.lift_EZ
     if moe.n_open_groups:
         # Closing a group is one more term of the logits that is linear in what is known of the slot.
         group_E = jnp.arange(lift.shape[0]) // moe.n_per_group
         prior = jnp.concatenate([prior, open_groups(log_domain_SZ, moe.n_open_groups)], axis=1)
         lift = jnp.concatenate([lift, jax.nn.one_hot(group_E, log_domain_SZ.shape[1] + 1)], axis=1)
-    return route(seen_SD, weights.router_ED, prior, lift, weights.bias_E, domain_S, moe.n_active)
+    return route(seen_SD, weights.router_ED, prior, lift, weights.bias_E, domain_S, moe.n_active, backend)
 
 
 def _transposed_fan_in(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

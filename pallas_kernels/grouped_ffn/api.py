@@ -11,15 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Plan
-from pallas_kernels.grouped_ffn import ragged, xla_tiles
+from pallas_kernels.grouped_ffn import ragged, tpu, xla_tiles
+from pallas_kernels.varying import vary, varying_axes
 
 Matrices = tuple[jax.Array, jax.Array, jax.Array]
 
-# A backend is a pair: forward gives the rows of every place and what backward needs; backward gives, from the
-# cotangent of the combined rows, the gradients of each place's row, of its weight, and of the matrices.
+# A backend is a pair: forward gives the weighted answers of every place, and the gate's and up's products `[P, F]` for
+# backward; that gives, from the cotangent of the combined rows, the gradients of each place's row, of its weight, and
+# of the matrices. All save the same, so that one may do the one and another the other; places that are not kept may
+# hold anything, NaN too.
 BACKENDS: dict[str, tuple[Callable, Callable]] = {
     "xla_tiles": (xla_tiles.forward, xla_tiles.backward),
     "ragged_dot": (ragged.forward, ragged.backward),
+    "pallas_tpu": (tpu.forward, tpu.backward),
+    "pallas_interpret": (partial(tpu.forward, interpret=True), partial(tpu.backward, interpret=True)),
 }
 
 
@@ -39,19 +44,24 @@ def grouped_ffn(
     Args:
       x_TD: rows. weight_TA: weights of the assignments. gate_EDF, up_EDF, down_EFD: the experts' matrices.
       plan: of `make_plan`.
-      backend: a name in `BACKENDS`.
+      backend: a name in `BACKENDS`, or `auto`: by the platform that the program is lowered for, the kernels on TPUs (or
+        `ragged_dot`, where types or tiles do not suit them), `ragged_dot` on GPUs, the loop over tiles elsewhere.
 
     Raises:
       ValueError: the backend is unknown, or shapes do not fit.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"grouped_ffn: {backend!r} is none of {', '.join(BACKENDS)}")
+    if backend not in BACKENDS and backend != "auto":
+        raise ValueError(f"grouped_ffn: {backend!r} is none of {', '.join(BACKENDS)}, auto")
     n_experts, d, f = gate_EDF.shape
     if up_EDF.shape != (n_experts, d, f) or down_EFD.shape != (n_experts, f, d) or x_TD.shape[1] != d:
         raise ValueError(f"grouped_ffn: {x_TD.shape}, {gate_EDF.shape}, {up_EDF.shape}, {down_EFD.shape} do not fit")
     if weight_TA.shape != plan.place_TA.shape or weight_TA.shape[0] != x_TD.shape[0]:
         raise ValueError(f"grouped_ffn: weights {weight_TA.shape} for the plan's {plan.place_TA.shape}")
-    return _grouped_ffn(backend, x_TD, weight_TA, (gate_EDF, up_EDF, down_EFD), plan)
+    operands = (x_TD, weight_TA, (gate_EDF, up_EDF, down_EFD), plan)
+    # Inside `shard_map`, what is equal on all devices is typed as different here: JAX then sums its gradient over them,
+    # which our own backward pass does not.
+    axes = varying_axes(*jax.tree.leaves(operands))
+    return _grouped_ffn(backend, *jax.tree.map(lambda a: vary(a, axes), operands))
 
 
 def _gather_sum(rows_PD: jax.Array, plan: Plan) -> jax.Array:
@@ -62,6 +72,18 @@ def _gather_sum(rows_PD: jax.Array, plan: Plan) -> jax.Array:
     return total
 
 
+def _run(backend: str, step: int, *operands):
+    """Forward (step 0) or backward (1) of a backend."""
+    if backend != "auto":
+        return BACKENDS[backend][step](*operands)
+    # Every branch is traced, whatever the platform is: one that would refuse the operands must not be among them.
+    x_TD, _, matrices, plan, *_ = operands
+    on_tpu = "ragged_dot" if tpu.find_misfit(x_TD, matrices, plan) else "pallas_tpu"
+    platforms = {"tpu": on_tpu, "cuda": "ragged_dot", "rocm": "ragged_dot"}
+    steps = {platform: BACKENDS[name][step] for platform, name in platforms.items()}
+    return jax.lax.platform_dependent(*operands, default=BACKENDS["xla_tiles"][step], **steps)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_ffn(backend: str, x_TD: jax.Array, weight_TA: jax.Array, matrices: Matrices, plan: Plan) -> jax.Array:
     return _forward(backend, x_TD, weight_TA, matrices, plan)[0]
@@ -69,13 +91,13 @@ def _grouped_ffn(backend: str, x_TD: jax.Array, weight_TA: jax.Array, matrices: 
 
 def _forward(backend: str, x_TD: jax.Array, weight_TA: jax.Array, matrices: Matrices, plan: Plan):
     weight_P = jnp.where(plan.used_P, weight_TA[plan.row_P, plan.choice_P], 0)
-    y_PD, saved = BACKENDS[backend][0](x_TD, weight_P, matrices, plan)
+    y_PD, saved = _run(backend, 0, x_TD, weight_P, matrices, plan)
     return _gather_sum(y_PD, plan), (x_TD, weight_P, matrices, plan, saved)
 
 
 def _backward(backend: str, residuals, g_TD: jax.Array):
     x_TD, weight_P, matrices, plan, saved = residuals
-    dx_PD, dweight_P, d_matrices = BACKENDS[backend][1](x_TD, weight_P, matrices, plan, saved, g_TD)
+    dx_PD, dweight_P, d_matrices = _run(backend, 1, x_TD, weight_P, matrices, plan, saved, g_TD)
     dweight_TA = jnp.where(plan.kept_TA, dweight_P[plan.place_TA], 0)
     return _gather_sum(dx_PD, plan), dweight_TA, d_matrices, None
 

@@ -3,12 +3,15 @@
 Letters: T rows, D model width, E experts, A experts of a row, Z domains.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.router import reference, tpu
+from pallas_kernels.router import reference, tpu, triton
+from pallas_kernels.varying import vary, varying_axes
 
 
 class Routed(NamedTuple):
@@ -32,7 +35,26 @@ class Routed(NamedTuple):
         return self.probability_TA / jnp.sum(self.probability_TA, axis=1, keepdims=True)
 
 
-BACKENDS = ("xla", "pallas_tpu", "pallas_interpret")
+def _by_platform(name: str) -> Callable:
+    """The function of that name of the platform that the program is lowered for; no other one is lowered."""
+
+    def call(*operands, **static):
+        kernels = {"tpu": tpu} | ({"cuda": triton} if triton.is_installed() else {})
+        branches = {platform: partial(getattr(module, name), **static) for platform, module in kernels.items()}
+        return jax.lax.platform_dependent(*operands, default=partial(getattr(reference, name), **static), **branches)
+
+    return call
+
+
+# A kernel is a pair: forward gives the fields of `Routed`; backward gives the gradient of the logits.
+_KERNELS: dict[str, tuple[Callable, Callable]] = {
+    "auto": (_by_platform("forward"), _by_platform("backward")),
+    "pallas_tpu": (tpu.forward, tpu.backward),
+    "pallas_interpret": (partial(tpu.forward, interpret=True), partial(tpu.backward, interpret=True)),
+    "pallas_triton": (triton.forward, triton.backward),
+    "pallas_triton_interpret": (partial(triton.forward, interpret=True), partial(triton.backward, interpret=True)),
+}
+BACKENDS = ("xla", *_KERNELS)
 
 
 def route(
@@ -51,12 +73,15 @@ def route(
 
     Args:
       x_TD: rows, float32 or bfloat16; logits are float32.
-      router_ED: the router's rows, one an expert.
+      router_ED: the router's rows, one an expert. All backends but `xla` round them to the type of the rows.
       prior_TZ: float32 log-posterior of the row's domain. lift_EZ: its map onto the logits.
       bias_E: float32.
       domain_T: int32 domain under which the row's statistics are kept; negative rows (padding) count nowhere.
       n_choices: A.
-      backend: `xla` runs everywhere; `pallas_tpu` reads the rows once; `pallas_interpret` is that kernel, interpreted.
+      backend: `xla` runs everywhere and is differentiated by JAX; `pallas_tpu` and `pallas_triton` read the rows once;
+        `auto` is the one of them that the program is lowered for, and else their arithmetic in plain JAX. The other two
+        are the kernels interpreted. On a mesh all but `xla` belong inside `jax.shard_map`, the statistics then being
+        those of the device's rows; the interpreted ones only with `check_vma=False`.
 
     Raises:
       ValueError: the backend is unknown, or shapes do not fit.
@@ -67,7 +92,43 @@ def route(
     fits = router_ED.shape == (n_experts, d) and prior_TZ.shape == (n_rows, n_domains) and bias_E.shape == (n_experts,)
     if not fits or domain_T.shape != (n_rows,) or not 1 <= n_choices <= n_experts:
         raise ValueError(f"route: rows {x_TD.shape}, router {router_ED.shape}, prior {prior_TZ.shape} do not fit")
+    operands = (x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T)
     if backend == "xla":
-        return Routed(*reference.route(x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T, n_choices))
-    interpret = backend == "pallas_interpret"
-    return Routed(*tpu.route(x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T, n_choices, interpret))
+        return Routed(*reference.forward(*operands, n_choices))
+    # A kernel's results vary wherever one of its operands does. With the operands made alike before, the results of
+    # all platforms have one type, and so has each gradient and what it belongs to; `vary` sums it where that is due.
+    axes = varying_axes(*operands)
+    return Routed(*_route(backend, n_choices, *(vary(a, axes) for a in operands)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _route(backend, n_choices, x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T):
+    return _forward(backend, n_choices, x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T)[0]
+
+
+def _forward(backend, n_choices, x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T):
+    narrow_ED = router_ED.astype(x_TD.dtype)
+    routed = _KERNELS[backend][0](x_TD, narrow_ED, prior_TZ, lift_EZ, bias_E, domain_T, n_choices=n_choices)
+    expert_TA, _, lse_T, *_ = routed
+    return routed, (x_TD, router_ED, prior_TZ, lift_EZ, domain_T, expert_TA, lse_T)
+
+
+def _backward(backend, n_choices, residuals, cotangents):
+    x_TD, router_ED, prior_TZ, lift_EZ, *chosen = residuals
+    _, d_probability_TA, d_lse_T, d_probability_ZE, _ = cotangents
+    narrow_ED = router_ED.astype(x_TD.dtype)
+    d_logit_TE = _KERNELS[backend][1](
+        x_TD, narrow_ED, prior_TZ, lift_EZ, *chosen, d_probability_TA, d_lse_T, d_probability_ZE
+    )
+    narrow_TE = d_logit_TE.astype(x_TD.dtype)
+    return (
+        jnp.einsum("TE,ED->TD", narrow_TE, narrow_ED, preferred_element_type=jnp.float32).astype(x_TD.dtype),
+        jnp.einsum("TE,TD->ED", narrow_TE, x_TD, preferred_element_type=jnp.float32).astype(router_ED.dtype),
+        jnp.einsum("TE,EZ->TZ", d_logit_TE, lift_EZ),
+        jnp.einsum("TE,TZ->EZ", d_logit_TE, prior_TZ),
+        None,
+        None,
+    )
+
+
+_route.defvjp(_forward, _backward)

@@ -1,15 +1,21 @@
 """The router as one Pallas pass over the rows, and its backward pass. Rows lie on the lanes, experts on the sublanes.
 
-A block of rows is read once; what leaves is `[few, T]`, or sums of a block, which XLA adds up in a fixed order.
+A block of rows is read once; what leaves is `[few, T]`, or sums of a block, which XLA adds up in a fixed order. Rows
+behind the last are never copied in: the last block sticks out, and what stands there counts nowhere.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.cost import count_moved_bytes
+from pallas_kernels.varying import varying_axes
+
 BLOCK = 256  # rows of a block
+_shape = jax.ShapeDtypeStruct
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
 
@@ -20,14 +26,11 @@ def _logits(x_ref, router_ref, prior_ref, lift_ref):
     return logit_ET
 
 
-def _own_domain(domain_ref, n_domains):
-    row = jax.lax.broadcasted_iota(jnp.int32, (n_domains, domain_ref.shape[1]), 0)
-    return (row == domain_ref[...]).astype(jnp.float32)
-
-
-def _forward_kernel(x_ref, router_ref, prior_ref, lift_ref, bias_ref, domain_ref, *out_refs):
+def _forward_kernel(n_rows, x_ref, router_ref, prior_ref, lift_ref, bias_ref, domain_ref, *out_refs):
     expert_ref, probability_ref, lse_ref, probability_sum_ref, count_ref = out_refs
-    logit = _logits(x_ref, router_ref, prior_ref, lift_ref)
+    is_row = pl.program_id(0) * BLOCK + jax.lax.broadcasted_iota(jnp.int32, domain_ref.shape, 1) < n_rows
+    # Behind the last row stands anything, also NaN, which a sum would spread: not a number times zero is none either.
+    logit = jnp.where(is_row, _logits(x_ref, router_ref, prior_ref, lift_ref), 0.0)
     top = jnp.max(logit, axis=0, keepdims=True)
     exps = jnp.exp(logit - top)
     total = jnp.sum(exps, axis=0, keepdims=True)
@@ -43,7 +46,8 @@ def _forward_kernel(x_ref, router_ref, prior_ref, lift_ref, bias_ref, domain_ref
         probability_ref[a : a + 1, :] = jnp.sum(jnp.where(hit, probability, 0.0), axis=0, keepdims=True)
         chosen = jnp.where(hit, 1.0, chosen)
         left = jnp.where(hit, -jnp.inf, left)
-    own = _own_domain(domain_ref, count_ref.shape[1])
+    domain = jax.lax.broadcasted_iota(jnp.int32, (count_ref.shape[1], BLOCK), 0)
+    own = (is_row & (domain == domain_ref[...])).astype(jnp.float32)
     sums = partial(jax.lax.dot_general, own, dimension_numbers=_CONTRACT_LAST, precision=jax.lax.Precision.HIGHEST)
     probability_sum_ref[...] = sums(probability, preferred_element_type=jnp.float32)[None]
     count_ref[...] = sums(chosen, preferred_element_type=jnp.float32)[None]
@@ -63,122 +67,98 @@ def _backward_kernel(x_ref, router_ref, prior_ref, lift_ref, domain_ref, expert_
     d_logit_ref[...] = probability * (d_probability - inner + d_lse_ref[...])
 
 
-def _block_specs(n_rows_each, d):
-    """Specs of the rows, and of arrays `[n, T]`."""
-    return pl.BlockSpec((BLOCK, d), lambda i: (i, 0)), [pl.BlockSpec((n, BLOCK), lambda i: (0, i)) for n in n_rows_each]
+def _over_rows(n):
+    """Spec of an array `[n, T]`."""
+    return pl.BlockSpec((n, BLOCK), lambda i: (0, i))
 
 
 def _whole(*shape):
     return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
 
 
-def _cost(operands, results):
-    """Every operand is read once and every result written once."""
+def _call(kernel: Callable, name: str, inputs: Sequence, outputs: Sequence, interpret):
+    """`inputs` are pairs of an operand and its spec, the rows and the router first; `outputs` of a result and its."""
+    operands, in_specs = zip(*inputs, strict=True)
+    results, out_specs = zip(*outputs, strict=True)
+    varies = jax.sharding.ManualAxisType(varying=varying_axes(*operands))
     (n_rows, d), n_experts = operands[0].shape, operands[1].shape[0]
-    return pl.CostEstimate(
+    grid = (pl.cdiv(n_rows, BLOCK),)
+    cost = pl.CostEstimate(
         flops=2 * n_rows * d * n_experts,
-        bytes_accessed=sum(x.size * jnp.dtype(x.dtype).itemsize for x in (*operands, *results)),
+        bytes_accessed=count_moved_bytes(grid, in_specs + out_specs, operands + results),
         transcendentals=n_rows * n_experts,
     )
-
-
-def _forward_call(x_TD, router_ED, prior_ZT, lift_EZ, bias_E, domain_T, n_choices, interpret):
-    (n_rows, d), (e, z) = x_TD.shape, lift_EZ.shape
-    n_blocks = n_rows // BLOCK
-    x_spec, (prior, domain, choice, probability, lse) = _block_specs((z, 1, n_choices, n_choices, 1), d)
-    sums = pl.BlockSpec((1, z, e), lambda i: (i, 0, 0))
-    shape = jax.ShapeDtypeStruct
-    operands = (x_TD, router_ED, prior_ZT, lift_EZ, bias_E[:, None], domain_T[None])
-    results = [
-        shape((n_choices, n_rows), jnp.int32),
-        shape((n_choices, n_rows), jnp.float32),
-        shape((1, n_rows), jnp.float32),
-        shape((n_blocks, z, e), jnp.float32),
-        shape((n_blocks, z, e), jnp.float32),
-    ]
     return pl.pallas_call(
-        _forward_kernel,
-        grid=(n_blocks,),
-        in_specs=[x_spec, _whole(e, d), prior, _whole(e, z), _whole(e, 1), domain],
-        out_specs=[choice, probability, lse, sums, sums],
-        out_shape=results,
-        cost_estimate=_cost(operands, results),
+        kernel,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=[jax.ShapeDtypeStruct(r.shape, r.dtype, manual_axis_type=varies) for r in results],
+        cost_estimate=cost,
         interpret=interpret,
-        name="router_forward",
+        name=name,
     )(*operands)
 
 
-def _backward_call(saved, expert_AT, lse_T, d_probability_AT, d_lse_T, d_sum_ZE, interpret):
-    x_TD, router_ED, prior_ZT, lift_EZ, domain_T = saved
-    (n_rows, d), (e, z), a = x_TD.shape, lift_EZ.shape, expert_AT.shape[0]
-    x_spec, (prior, domain, choice, lse, d_probability, d_lse, out) = _block_specs((z, 1, a, 1, a, 1, e), d)
-    rows = (domain_T[None], expert_AT, lse_T[None], d_probability_AT, d_lse_T[None])
-    operands = (x_TD, router_ED, prior_ZT, lift_EZ, *rows, d_sum_ZE.T)
-    result = jax.ShapeDtypeStruct((e, n_rows), jnp.float32)
-    return pl.pallas_call(
-        _backward_kernel,
-        grid=(n_rows // BLOCK,),
-        in_specs=[
-            x_spec,
-            _whole(e, d),
-            prior,
-            _whole(e, z),
-            domain,
-            choice,
-            lse,
-            d_probability,
-            d_lse,
-            _whole(e, z),
+def _shared_inputs(x_TD, router_ED, prior_TZ, lift_EZ):
+    d, (e, z) = x_TD.shape[1], lift_EZ.shape
+    rows = pl.BlockSpec((BLOCK, d), lambda i: (i, 0))
+    return [(x_TD, rows), (router_ED, _whole(e, d)), (prior_TZ.T, _over_rows(z)), (lift_EZ, _whole(e, z))]
+
+
+def forward(x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T, n_choices, interpret=False):
+    """As `reference.forward`; `router_ED` in the type of the rows."""
+    n_rows, (e, z) = x_TD.shape[0], lift_EZ.shape
+    shape = (pl.cdiv(n_rows, BLOCK), z, e)
+    sums = _shape(shape, jnp.float32), pl.BlockSpec((1, z, e), lambda i: (i, 0, 0))
+    expert_AT, probability_AT, lse, probability_sum, count = _call(
+        partial(_forward_kernel, n_rows),
+        "router_forward",
+        [
+            *_shared_inputs(x_TD, router_ED, prior_TZ, lift_EZ),
+            (bias_E[:, None], _whole(e, 1)),
+            (domain_T[None], _over_rows(1)),
         ],
-        out_specs=out,
-        out_shape=result,
-        cost_estimate=_cost(operands, [result]),
-        interpret=interpret,
-        name="router_backward",
-    )(*operands)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _route(x_TD, router_ED, prior_ZT, lift_EZ, bias_E, domain_T, n_choices, interpret):
-    return _forward(x_TD, router_ED, prior_ZT, lift_EZ, bias_E, domain_T, n_choices, interpret)[0]
-
-
-def _forward(x_TD, router_ED, prior_ZT, lift_EZ, bias_E, domain_T, n_choices, interpret):
-    expert_AT, probability_AT, lse, probability_sum, count = _forward_call(
-        x_TD, router_ED, prior_ZT, lift_EZ, bias_E, domain_T, n_choices, interpret
+        [
+            (_shape((n_choices, n_rows), jnp.int32), _over_rows(n_choices)),
+            (_shape((n_choices, n_rows), jnp.float32), _over_rows(n_choices)),
+            (_shape((1, n_rows), jnp.float32), _over_rows(1)),
+            sums,
+            sums,
+        ],
+        interpret,
     )
-    routed = (expert_AT, probability_AT, lse[0], jnp.sum(probability_sum, axis=0), jnp.sum(count, axis=0))
-    return routed, (x_TD, router_ED, prior_ZT, lift_EZ, domain_T, expert_AT, lse[0])
+    return expert_AT.T, probability_AT.T, lse[0], jnp.sum(probability_sum, axis=0), jnp.sum(count, axis=0)
 
 
-def _backward(n_choices, interpret, residuals, cotangents):
-    *saved, expert_AT, lse_T = residuals
-    x_TD, router_ED, prior_ZT, lift_EZ, _ = saved
-    _, d_probability_AT, d_lse_T, d_sum_ZE, _ = cotangents
-    d_logit_ET = _backward_call(saved, expert_AT, lse_T, d_probability_AT, d_lse_T, d_sum_ZE, interpret)
-    narrow_ET = d_logit_ET.astype(x_TD.dtype)
-    return (
-        jnp.einsum("ET,ED->TD", narrow_ET, router_ED, preferred_element_type=jnp.float32).astype(x_TD.dtype),
-        jnp.einsum("ET,TD->ED", narrow_ET, x_TD, preferred_element_type=jnp.float32).astype(router_ED.dtype),
-        jnp.einsum("ET,EZ->ZT", d_logit_ET, lift_EZ),
-        jnp.einsum("ET,ZT->EZ", d_logit_ET, prior_ZT),
-        jnp.zeros(router_ED.shape[0], jnp.float32),
-        None,
+def backward(
+    x_TD,
+    router_ED,
+    prior_TZ,
+    lift_EZ,
+    domain_T,
+    expert_TA,
+    lse_T,
+    d_probability_TA,
+    d_lse_T,
+    d_probability_ZE,
+    interpret=False,
+):
+    """As `reference.backward`; `router_ED` in the type of the rows."""
+    n_rows, (e, z), a = x_TD.shape[0], lift_EZ.shape, expert_TA.shape[1]
+    (d_logit_ET,) = _call(
+        _backward_kernel,
+        "router_backward",
+        [
+            *_shared_inputs(x_TD, router_ED, prior_TZ, lift_EZ),
+            (domain_T[None], _over_rows(1)),
+            (expert_TA.T, _over_rows(a)),
+            (lse_T[None], _over_rows(1)),
+            (d_probability_TA.T, _over_rows(a)),
+            (d_lse_T[None], _over_rows(1)),
+            (d_probability_ZE.T, _whole(e, z)),
+        ],
+        [(_shape((e, n_rows), jnp.float32), _over_rows(e))],
+        interpret,
     )
-
-
-_route.defvjp(_forward, _backward)
-
-
-def route(x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T, n_choices, interpret):
-    """The fields of `Routed`, in order; arguments as in `pallas_kernels.router.route`, rows padded to whole blocks."""
-    n_rows = x_TD.shape[0]
-    spare = -n_rows % BLOCK
-    if spare:
-        x_TD, prior_TZ = (jnp.pad(a, ((0, spare), (0, 0))) for a in (x_TD, prior_TZ))
-        domain_T = jnp.pad(domain_T, (0, spare), constant_values=-1)
-    router_ED = router_ED.astype(x_TD.dtype)
-    expert, probability, lse, *sums = _route(
-        x_TD, router_ED, prior_TZ.T, lift_EZ, bias_E, domain_T, n_choices, interpret
-    )
-    return (expert.T[:n_rows], probability.T[:n_rows], lse[:n_rows], *sums)
+    return d_logit_ET.T

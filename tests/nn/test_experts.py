@@ -16,7 +16,7 @@ from tests.small_model import SIZES, fill, make_batch, make_config, make_model, 
 N_SERVICES, D = 3, 8
 TABLE = make_table()
 BATCH = make_batch(4, [[4, 2]], 7)
-SMALL = {"n_per_group": 2, "d_expert": 4, "tile": 4}
+SMALL = {"n_per_group": 2, "d_expert": 4, "tile": 4, "backend": "xla_tiles"}
 CASES = {
     "plain": MoEConfig(layers=(0,), n_active=2, **SMALL),
     "shared": MoEConfig(layers=(0,), n_active=1, d_shared=5, **SMALL),

@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.router import route
+from pallas_kernels.router import Routed, route, tpu, triton
 
-BACKENDS = ("xla", "pallas_interpret")
+TRITON = pytest.param(
+    "pallas_triton_interpret",
+    marks=pytest.mark.skipif(not triton.is_installed(), reason="this JAX has no Pallas-Triton any more"),
+)
+BACKENDS = ("xla", "auto", "pallas_interpret", TRITON)
 
 
 def draw_operands(n_rows=21, d=6, n_experts=5, n_domains=3, seed=0):
@@ -54,7 +60,7 @@ def float32(operands):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestBackends:
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=3, deadline=None)
     @given(
         n_rows=st.integers(1, 40), n_experts=st.integers(1, 9), n_domains=st.integers(1, 4), seed=st.integers(0, 999)
     )
@@ -116,6 +122,84 @@ class TestBackends:
         operands = float32(draw_operands(600, 8, 16))
         for a, b in zip(run(*operands, 2, backend), run(*operands, 2, backend), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def pull(operands, backend, n_choices=3, mesh=None, check_vma=True):
+    """What `route` returns, and the gradients of a weighted sum of it; on a mesh with the rows spread over it."""
+    rng = np.random.default_rng(2)
+
+    def routed(*operands):
+        routed = route(*operands, n_choices, backend)
+        sums = {name: getattr(routed, name) for name in ("probability_ZE", "count_ZE")}
+        return routed._replace(**jax.lax.psum(sums, "rows")) if mesh else routed
+
+    if mesh:
+        rows, all_of_it = P("rows"), P()
+        in_specs = (rows, all_of_it, rows, all_of_it, all_of_it, rows)
+        out_specs = Routed(rows, rows, rows, all_of_it, all_of_it)
+        routed = jax.shard_map(routed, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+    shapes = jax.eval_shape(lambda *a: route(*a, n_choices), *operands)
+    cotangents = [rng.normal(size=a.shape).astype(np.float32) for a in shapes[1:4]]
+
+    def total(floats):
+        got = routed(*floats, operands[5])
+        return sum(jnp.sum(a * b) for a, b in zip(got[1:4], cotangents, strict=True)), got
+
+    gradients, got = jax.jit(jax.grad(total, has_aux=True))(tuple(operands[:5]))
+    return got, gradients
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    operands = float32(draw_operands(80, 8, 16))
+    return operands, pull(operands, "xla")
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16():
+    operands = float32(draw_operands(300, 40, 16))
+    operands[0] = operands[0].astype(jnp.bfloat16)
+    return operands, pull(operands, "auto")
+
+
+def assert_close(got, expected, rtol, atol):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("backend", "check_vma"),
+    [
+        ("xla", True),
+        ("auto", True),
+        ("pallas_interpret", False),
+        pytest.param(*TRITON.values, False, marks=TRITON.marks),
+    ],
+)
+def test_rows_spread_over_a_mesh_give_what_they_give_on_one_device(on_one_device, backend, check_vma):
+    operands, expected = on_one_device
+    mesh = jax.sharding.Mesh(jax.devices()[:4], ("rows",))
+    assert_close(pull(operands, backend, 3, mesh, check_vma), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["pallas_interpret", TRITON])
+def test_bfloat16_rows_give_what_plain_jax_makes_of_them(in_bfloat16, backend):
+    operands, (expected, expected_gradients) = in_bfloat16
+    got, gradients = pull(operands, backend)
+    assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert_close(gradients, expected_gradients, rtol=0.02, atol=0.02)
+    assert gradients[0].dtype == jnp.bfloat16
+    assert gradients[1].dtype == jnp.float32
+
+
+def test_what_stands_behind_the_last_row_counts_nowhere():
+    x, router, prior, lift, _, domain = operands = float32(draw_operands(300, 8, 16))
+    interpret = pltpu.InterpretParams(uninitialized_memory="nan")  # and so what a block reads beyond its array
+    got = jax.jit(lambda *a: tpu.forward(*a, 3, interpret))(*operands)
+    assert_close(got, tuple(run(*operands, 3, "xla")), rtol=1e-4, atol=1e-4)
+    residuals = (x, router, prior, lift, domain, got[0], got[2], got[1], jnp.ones(300), jnp.ones_like(got[3]))
+    expected = jax.jit(tpu.backward, static_argnums=10)(*residuals, True)
+    assert_close(jax.jit(lambda *a: tpu.backward(*a, interpret))(*residuals), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_shapes_and_unknown_backends_are_refused():

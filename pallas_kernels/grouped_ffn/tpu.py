@@ -1,0 +1,568 @@
+"""The experts as Pallas kernels for TPUs (Mosaic): rows come from HBM by DMA, so nobody writes `[P, D]` of them first.
+
+Forward, over tiles and blocks of the experts' width: a tile's rows, both products, SwiGLU, the product down, weights.
+Backward, three kernels in an order that keeps no more than the products and one `[P, D]` in memory:
+
+- the gradient of the matrices down, from the products and the rows' cotangents;
+- the gradients of the tiles' rows and weights, and of the products, which are written in place of those;
+- the gradients of the matrices gate and up, from those and the rows.
+
+Gradients of matrices add up in VMEM while tiles of the same expert follow each other. All sums are in float32.
+
+Letters: T rows, P places, N tiles, E experts, D model width, F expert width, V visits (tiles, and one for each expert
+that has none).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.dispatch import Plan
+from pallas_kernels.varying import vary, varying_axes
+
+LANES = 128  # widths are whole multiples
+VMEM_LIMIT = 56 << 20  # bytes; a core of v5p and v7x has 64 MiB, of v5e and v6e 128
+VMEM_BUDGET = 42 << 20  # of them what we count ourselves; the compiler's own temporaries take the rest
+SPLIT = 2  # parts of the tiles, one for each of the two cores that v5p joins to one device
+_PLAIN = (((1,), (0,)), ((), ()))  # x y
+_ROWS = (((0,), (0,)), ((), ()))  # contracts the rows of both: x^T y
+_LAST = (((1,), (1,)), ((), ()))  # contracts the columns of both: x y^T
+_dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+
+# ---- Rows by DMA
+
+
+def _start_rows(row_ref, source_ref, buffer_ref, semaphore):
+    """Starts a copy for each row of a tile. `row_ref` `[1, 1, tile]` in SMEM names the rows of `source_ref`."""
+
+    def start(j, _):
+        row = row_ref[0, 0, j]
+        if source_ref.dtype.itemsize == 2:  # a DMA cannot take one of two rows that share their 32-bit words
+            row, words_ref = jax.lax.shift_right_logical(row, 1), source_ref.bitcast(jnp.int32)
+        else:
+            words_ref = source_ref
+        pltpu.make_async_copy(words_ref.at[pl.ds(row, 1)], buffer_ref.at[pl.ds(j, 1)], semaphore).start()
+        return _
+
+    jax.lax.fori_loop(0, buffer_ref.shape[0], start, None)
+
+
+def _fetch(i, n_tiles, first_row_ref, next_row_ref, source_ref, words_ref, semaphore_ref):
+    """The rows of tile `i` into slot `i % 2` of two; those of the next one start for the other, and go on meanwhile."""
+    slot = jax.lax.rem(i, 2)
+
+    @pl.when(i == 0)
+    def _():
+        _start_rows(first_row_ref, source_ref, words_ref.at[0], semaphore_ref.at[0])
+
+    @pl.when(i + 1 < n_tiles)
+    def _():
+        _start_rows(next_row_ref, source_ref, words_ref.at[1 - slot], semaphore_ref.at[1 - slot])
+
+    # One wait for as many bytes as the whole slot has, which is what its rows' copies signal together.
+    buffer_ref = words_ref.at[slot]
+    pltpu.make_async_copy(buffer_ref, buffer_ref, semaphore_ref.at[slot]).wait()
+
+
+def _read_rows(buffer_ref, column_ref, dtype):
+    """The rows in a buffer `[tile, D]`: of a pair of bfloat16 rows in 32-bit words, the one that was asked for."""
+    words = buffer_ref[...]
+    if words.dtype == dtype:
+        return words
+    # The odd row has the upper halves; a bfloat16 in the upper half of a float32 is that number.
+    words = jnp.where(_to_column(column_ref[0, 1:2]) > 0, words & -65536, words << 16)
+    return jax.lax.bitcast_convert_type(words, jnp.float32).astype(dtype)
+
+
+def _diagonal(n):
+    shape = (n, n)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def _to_column(row):
+    """`[1, n]` to `[n, 1]`, exactly: one term of each sum is not zero."""
+    return jnp.sum(jnp.where(_diagonal(row.shape[1]), row, 0.0), axis=1, keepdims=True)
+
+
+def _to_row(column):
+    return jnp.sum(jnp.where(_diagonal(column.shape[0]), column, 0.0), axis=0, keepdims=True)
+
+
+def _swiglu(gate, up):
+    """`hidden`, and the slopes of it by gate and by up."""
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return silu * up, up * (sigmoid * (1 + gate * (1 - sigmoid))), silu
+
+
+# ---- Which tile a step of the grid is about
+
+
+def _share(part, n_parts, n_tiles):
+    """First tile of a part, and how many it has: parts are equal but for the last."""
+    most = jnp.maximum(jax.lax.div(n_tiles + n_parts - 1, n_parts), 1)
+    return part * most, jnp.clip(n_tiles - part * most, 0, most)
+
+
+def _tile_of(part, i, n_parts, n_tiles):
+    """Step `i` of a part; behind its last one that again, so that nothing is fetched and nothing written twice.
+
+    A part without tiles stays on an unused one: no two parts may write to the same place.
+    """
+    first, n = _share(part, n_parts, n_tiles)
+    return first + jnp.clip(i, 0, jnp.maximum(n - 1, 0))
+
+
+def _block_of(part, i, f, n_parts, n_tiles, n_blocks):
+    """Block `f` of the width while there is work, then the last one again."""
+    return jnp.where(i < _share(part, n_parts, n_tiles)[1], f, n_blocks - 1)
+
+
+# ---- Kernels
+
+
+def _forward_kernel(
+    expert_ref, n_ref, first_row_ref, next_row_ref, column_ref, x_ref, gate_ref, up_ref, down_ref, *refs, n_parts
+):
+    del expert_ref  # the index maps have used it
+    y_ref, gate_out_ref, up_out_ref, words_ref, rows_ref, total_ref, semaphore_ref = refs
+    i, f, n_blocks = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
+    n_tiles = _share(pl.program_id(0), n_parts, n_ref[0])[1]
+    dtype = gate_ref.dtype
+
+    @pl.when((i < n_tiles) & (f == 0))
+    def begin():
+        _fetch(i, n_tiles, first_row_ref, next_row_ref, x_ref, words_ref, semaphore_ref)
+        rows_ref[...] = _read_rows(words_ref.at[jax.lax.rem(i, 2)], column_ref, dtype)
+        total_ref[...] = jnp.zeros_like(total_ref)
+
+    @pl.when(i < n_tiles)
+    def multiply():
+        x = rows_ref[...]
+        gate, up = _dot(x, gate_ref[0], _PLAIN), _dot(x, up_ref[0], _PLAIN)
+        gate_out_ref[...] = gate.astype(dtype)
+        up_out_ref[...] = up.astype(dtype)
+        hidden = _swiglu(gate, up)[0].astype(dtype)
+        total_ref[...] += _dot(hidden, down_ref[0], _PLAIN)
+
+    @pl.when((i < n_tiles) & (f == n_blocks - 1))
+    def finish():
+        y_ref[...] = (total_ref[...] * _to_column(column_ref[0, 0:1])).astype(y_ref.dtype)
+
+
+def _rows_kernel(
+    expert_ref, n_ref, first_row_ref, next_row_ref, column_ref, g_ref, matrices, products, d_products, *refs, n_parts
+):
+    del expert_ref
+    dx_ref, dweight_ref, words_ref, rows_ref, total_ref, semaphore_ref = refs
+    i, f, n_blocks = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
+    n_tiles = _share(pl.program_id(0), n_parts, n_ref[0])[1]
+    dtype = rows_ref.dtype
+
+    @pl.when((i < n_tiles) & (f == 0))
+    def begin():
+        _fetch(i, n_tiles, first_row_ref, next_row_ref, g_ref, words_ref, semaphore_ref)
+        rows_ref[...] = _read_rows(words_ref.at[jax.lax.rem(i, 2)], column_ref, dtype)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        dweight_ref[...] = jnp.zeros_like(dweight_ref)
+
+    @pl.when(i < n_tiles)
+    def multiply():
+        gate_ref, up_ref, down_ref = matrices
+        hidden, by_gate, by_up = _swiglu(*(ref[...].astype(jnp.float32) for ref in products))
+        dh = _dot(rows_ref[...], down_ref[0], _LAST)
+        dweight_ref[0] += _to_row(jnp.sum(hidden * dh, axis=1, keepdims=True))
+        dh *= _to_column(column_ref[0, 0:1])
+        d_gate, d_up = (dh * by_gate).astype(dtype), (dh * by_up).astype(dtype)
+        d_products[0][...], d_products[1][...] = d_gate, d_up
+        total_ref[...] += _dot(d_gate, gate_ref[0], _LAST) + _dot(d_up, up_ref[0], _LAST)
+
+    @pl.when((i < n_tiles) & (f == n_blocks - 1))
+    def finish():
+        dx_ref[...] = total_ref[...].astype(dx_ref.dtype)
+
+
+def _matrices_kernel(
+    expert_ref,
+    tile_ref,
+    live_ref,
+    n_ref,
+    first_row_ref,
+    next_row_ref,
+    column_ref,
+    source_ref,
+    a_ref,
+    b_ref,
+    *refs,
+    down,
+):
+    *outs, words_ref, semaphore_ref = refs
+    outs, totals = outs[: len(outs) // 2], outs[len(outs) // 2 :]
+    v, n_visits = pl.program_id(1), pl.num_programs(1)
+    tile, dtype = tile_ref[v], a_ref.dtype
+
+    @pl.when((v == 0) | (expert_ref[v] != expert_ref[jnp.maximum(v - 1, 0)]))
+    def clear():
+        for total_ref in totals:
+            total_ref[...] = jnp.zeros_like(total_ref)
+
+    @pl.when(live_ref[v] > 0)
+    def multiply():
+        _fetch(tile, n_ref[0], first_row_ref, next_row_ref, source_ref, words_ref, semaphore_ref)
+        rows = _read_rows(words_ref.at[jax.lax.rem(tile, 2)], column_ref, dtype)
+        if down:
+            hidden = _swiglu(a_ref[...].astype(jnp.float32), b_ref[...].astype(jnp.float32))[0]
+            pairs = [((hidden * _to_column(column_ref[0, 0:1])).astype(dtype), rows)]
+        else:
+            pairs = [(rows, a_ref[...]), (rows, b_ref[...])]
+        for total_ref, (a, b) in zip(totals, pairs, strict=True):
+            total_ref[...] += _dot(a, b, _ROWS)
+
+    @pl.when((v == n_visits - 1) | (expert_ref[v] != expert_ref[jnp.minimum(v + 1, n_visits - 1)]))
+    def finish():
+        for out_ref, total_ref in zip(outs, totals, strict=True):
+            out_ref[0] = total_ref[...].astype(out_ref.dtype)
+
+
+# ---- Calls
+
+
+class _Sizes(NamedTuple):
+    """Padded widths, the tile, bytes of a number, and the number of tiles."""
+
+    d: int
+    f: int
+    tile: int
+    width: int
+    n_tiles: int
+
+    @property
+    def n_parts(self) -> int:
+        return min(SPLIT, self.n_tiles)
+
+    def forward_bytes(self, block: int) -> int:
+        """VMEM of the forward kernel: matrices, rows and answers twice, sums and products."""
+        rows = self.tile * self.d * (2 * 4 + 3 * self.width + 3 * 4)
+        return 6 * self.d * block * self.width + rows + self.tile * block * (4 * self.width + 4 * 4)
+
+    def rows_bytes(self, block: int) -> int:
+        """VMEM of the kernel of the rows' gradients: the same, products and their gradients."""
+        return self.forward_bytes(block) + self.tile * block * (4 * self.width + 4 * 4)
+
+    def down_bytes(self, block: int) -> int:
+        """VMEM of the kernel of the gradient of the matrices down: sums, one product, answers, rows and products."""
+        rows = self.tile * (self.d * (2 * 4 + self.width + 2 * 4) + block * (4 * self.width + 6 * 4))
+        return self.d * block * (2 * 4 + 2 * self.width) + rows
+
+    def sides_bytes(self, block: int) -> int:
+        """VMEM of the kernel of the gradients of the matrices gate and up."""
+        return self.down_bytes(block) + self.d * block * (4 + 2 * self.width)
+
+
+def choose_block(count_bytes: Callable[[int], int], f: int) -> int:
+    """The largest divisor of `f` in whole lanes whose kernel fits, 0 if none does."""
+    n = f // LANES
+    blocks = (b * LANES for b in range(n, 0, -1) if n % b == 0)
+    return next((block for block in blocks if count_bytes(block) <= VMEM_BUDGET), 0)
+
+
+def find_misfit(x_TD: jax.Array, matrices, plan: Plan, interpret: Any = False) -> str:
+    """Why the kernels cannot take these operands, or nothing."""
+    if x_TD.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"rows of {x_TD.dtype}; the TPU's kernels take float32 and bfloat16"
+    s = _count_sizes(x_TD, matrices, plan)
+    if not interpret and plan.tile % (32 // s.width):
+        return f"tiles of {plan.tile}; with {x_TD.dtype} a TPU wants multiples of {32 // s.width}"
+    if not all(choose_block(count, s.f) for count in (s.forward_bytes, s.down_bytes, s.rows_bytes, s.sides_bytes)):
+        return f"tiles of {plan.tile} rows of {s.d} do not fit a TPU's VMEM; take smaller ones"
+    return ""
+
+
+def _count_sizes(x_TD: jax.Array, matrices, plan: Plan) -> _Sizes:
+    d, f = (pl.cdiv(n, LANES) * LANES for n in matrices[0].shape[1:])
+    return _Sizes(d, f, plan.tile, x_TD.dtype.itemsize, plan.expert_N.shape[0])
+
+
+def _pad_to_lanes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    pads = [(0, -n % LANES if axis in axes else 0) for axis, n in enumerate(x.shape)]
+    return jnp.pad(x, pads) if any(spare for _, spare in pads) else x
+
+
+def _prepare(x_TD: jax.Array, matrices, plan: Plan, interpret) -> tuple[_Sizes, tuple[jax.Array, ...]]:
+    """Sizes, and the matrices in the rows' type, padded to whole lanes."""
+    misfit = find_misfit(x_TD, matrices, plan, interpret)
+    if misfit:
+        raise ValueError(f"grouped_ffn: {misfit}")
+    padded = tuple(_pad_to_lanes(m.astype(x_TD.dtype), (1, 2)) for m in matrices)
+    return _count_sizes(x_TD, matrices, plan), padded
+
+
+def _pad_rows(rows_TD: jax.Array) -> jax.Array:
+    """Whole lanes, and an even number of rows: bfloat16 ones are read in pairs."""
+    rows_TD = _pad_to_lanes(rows_TD, (1,))
+    return jnp.pad(rows_TD, ((0, 1), (0, 0))) if rows_TD.shape[0] % 2 and rows_TD.dtype.itemsize == 2 else rows_TD
+
+
+def _describe_places(weight_P: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """int32 `[N, 1, tile]` rows, and float32 `[N, 2, tile]`: weights, and whether the row's number is odd."""
+    n, tile = plan.expert_N.shape[0], plan.tile
+    columns = jnp.stack([weight_P.astype(jnp.float32), (plan.row_P % 2).astype(jnp.float32)])
+    return plan.row_P.reshape(n, 1, tile), columns.reshape(2, n, tile).swapaxes(0, 1)
+
+
+def _visit(plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Expert, tile and whether there is one, of `N + E` visits: an expert's tiles, or one visit without, for its zeros.
+
+    A visit without a tile names the last one before, so that nothing is fetched for it; those behind the last one
+    count to the last expert.
+    """
+    n_experts = plan.size_E.shape[0]
+    tiles_E = (plan.size_E + plan.tile - 1) // plan.tile
+    visits_E = jnp.maximum(tiles_E, 1)
+    end_E = jnp.cumsum(visits_E)
+    visit = jnp.arange(plan.expert_N.shape[0] + n_experts, dtype=jnp.int32)
+    expert_V = jnp.minimum(jnp.searchsorted(end_E, visit, side="right"), n_experts - 1).astype(jnp.int32)
+    within_V = visit - (end_E - visits_E)[expert_V]
+    n_V = tiles_E[expert_V]
+    tile_V = (jnp.cumsum(tiles_E) - tiles_E)[expert_V] + jnp.minimum(within_V, n_V - 1)
+    return expert_V, jnp.maximum(tile_V, 0).astype(jnp.int32), (within_V < n_V).astype(jnp.int32)
+
+
+def _call(kernel, name, grid, scalars, in_specs, results, scratch, operands, cost, interpret, aliases=None):
+    """A `pallas_call` that says over which axes of a mesh its results vary.
+
+    Args:
+      scalars: what is prefetched for the index maps.
+      results: pairs of shape and spec.
+      cost: multiplications and additions, transcendentals, bytes.
+      aliases: number of the operand (scalars counted) -> of the result that is written in its place.
+    """
+    axes = varying_axes(*scalars, *operands)
+    varies = jax.sharding.ManualAxisType(varying=axes)
+    flops, transcendentals, n_bytes = cost
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=[spec for _, spec in results],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=varies) for s, _ in results],
+        input_output_aliases=aliases or {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=[pltpu.PARALLEL, *[pltpu.ARBITRARY] * (len(grid) - 1)], vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=transcendentals, bytes_accessed=n_bytes),
+        interpret=interpret,
+        name=name,
+    )(*(vary(x, axes) for x in (*scalars, *operands)))
+
+
+def _rows_spec(tile, index):
+    return pl.BlockSpec((1, 1, tile), index, memory_space=pltpu.SMEM)
+
+
+_HBM = pl.BlockSpec(memory_space=pl.ANY)
+
+
+class _TileSpecs(NamedTuple):
+    """The grid over parts, their tiles and blocks of the width; and specs of what a step sees. See `_tile_of`."""
+
+    grid: tuple[int, int, int]
+    inputs: list[pl.BlockSpec]  # rows of the first tile and of the next, columns, where rows are, the three matrices
+    place: pl.BlockSpec  # of `[P, D]`
+    product: pl.BlockSpec  # of `[P, F]`
+    weight: pl.BlockSpec  # of `[N, 1, tile]`
+    scratch: list[Any]  # two slots of rows as they come, the rows, sums, semaphores
+
+
+def _make_tile_specs(s: _Sizes, block: int, dtype) -> _TileSpecs:
+    grid = (s.n_parts, pl.cdiv(s.n_tiles, s.n_parts), s.f // block)
+
+    def tile_of(p, i, n):
+        return _tile_of(p, i, s.n_parts, n[0])
+
+    def block_of(p, i, f, n):
+        return _block_of(p, i, f, s.n_parts, n[0], grid[2])
+
+    def wide(p, i, f, expert, n):
+        return expert[tile_of(p, i, n)], 0, block_of(p, i, f, n)
+
+    def high(p, i, f, expert, n):
+        return expert[tile_of(p, i, n)], block_of(p, i, f, n), 0
+
+    return _TileSpecs(
+        grid,
+        [
+            _rows_spec(s.tile, lambda p, i, f, expert, n: (tile_of(p, 0, n), 0, 0)),
+            _rows_spec(s.tile, lambda p, i, f, expert, n: (tile_of(p, i + 1, n), 0, 0)),
+            pl.BlockSpec((1, 2, s.tile), lambda p, i, f, expert, n: (tile_of(p, i, n), 0, 0)),
+            _HBM,
+            pl.BlockSpec((1, s.d, block), wide),
+            pl.BlockSpec((1, s.d, block), wide),
+            pl.BlockSpec((1, block, s.d), high),
+        ],
+        pl.BlockSpec((s.tile, s.d), lambda p, i, f, expert, n: (tile_of(p, i, n), 0)),
+        pl.BlockSpec((s.tile, block), lambda p, i, f, expert, n: (tile_of(p, i, n), block_of(p, i, f, n))),
+        pl.BlockSpec((1, 1, s.tile), lambda p, i, f, expert, n: (tile_of(p, i, n), 0, 0)),
+        [
+            _make_slots(s, dtype),
+            pltpu.VMEM((s.tile, s.d), dtype),
+            pltpu.VMEM((s.tile, s.d), jnp.float32),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+    )
+
+
+def _make_slots(s: _Sizes, dtype):
+    return pltpu.VMEM((2, s.tile, s.d), jnp.int32 if s.width == 2 else dtype)
+
+
+def _count_cost(s: _Sizes, n_experts: int, n_blocks: int, n_products: int) -> tuple[int, int, int]:
+    """Multiplications, transcendentals and bytes of a kernel over tiles with three matrices."""
+    n_places = s.n_tiles * s.tile
+    # A block that is all of an expert stays for the expert's next tile.
+    n_read = s.n_tiles if n_blocks > 1 else n_experts
+    n_bytes = n_places * (s.d * (4 + s.width) + n_products * s.f * s.width) + n_read * 3 * s.d * s.f * s.width
+    return 6 * n_places * s.d * s.f, n_places * s.f, n_bytes
+
+
+def forward(x_TD: jax.Array, weight_P: jax.Array, matrices, plan: Plan, interpret: Any = False):
+    """Weighted answers at all places `[P, D]`, and the gate's and up's products `[P, F]`.
+
+    Behind the last used tile they are whatever the memory held: nothing may be computed from those places.
+
+    Args:
+      x_TD: float32 or bfloat16 rows; matrices are cast to that.
+      interpret: as in `pl.pallas_call`.
+
+    Raises:
+      ValueError: rows of another type, tiles that a TPU cannot cut, or too large for its VMEM.
+    """
+    d, f = matrices[0].shape[1:]
+    s, padded = _prepare(x_TD, matrices, plan, interpret)
+    block, n_places = choose_block(s.forward_bytes, s.f), plan.row_P.shape[0]
+    specs = _make_tile_specs(s, block, x_TD.dtype)
+    row_N, column_N = _describe_places(weight_P, plan)
+    product = jax.ShapeDtypeStruct((n_places, s.f), x_TD.dtype)
+    y_PD, gate_PF, up_PF = _call(
+        partial(_forward_kernel, n_parts=s.n_parts),
+        "grouped_ffn_forward",
+        specs.grid,
+        [plan.expert_N, plan.n_tiles[None]],
+        specs.inputs,
+        [
+            (jax.ShapeDtypeStruct((n_places, s.d), x_TD.dtype), specs.place),
+            (product, specs.product),
+            (product, specs.product),
+        ],
+        specs.scratch,
+        [row_N, row_N, column_N, _pad_rows(x_TD), *padded],
+        _count_cost(s, padded[0].shape[0], specs.grid[2], 2),
+        interpret,
+    )
+    return y_PD[:, :d], (gate_PF[:, :f], up_PF[:, :f])
+
+
+def backward(
+    x_TD: jax.Array, weight_P: jax.Array, matrices, plan: Plan, saved, g_TD: jax.Array, interpret: Any = False
+):
+    """Gradients of each place's row `[P, D]` and weight `[P]` and of the matrices, from the cotangent `g_TD`.
+
+    Behind the last used tile the first two are whatever the memory held. Raises as `forward`.
+    """
+    d, f = matrices[0].shape[1:]
+    s, padded = _prepare(x_TD, matrices, plan, interpret)
+    x_TD, g_TD = _pad_rows(x_TD), _pad_rows(g_TD.astype(x_TD.dtype))
+    products = [_pad_to_lanes(m, (1,)) for m in saved]
+    row_N, column_N = _describe_places(weight_P, plan)
+    pull_matrices = partial(_pull_matrices, s, plan, row_N, column_N, interpret)
+    (d_down,) = pull_matrices(g_TD, products, True)
+    # The next kernel writes over the products, which only an order makes safe without a copy.
+    *products, d_down = jax.lax.optimization_barrier((*products, d_down))
+    dx_PD, dweight_P, *products = _pull_rows(s, plan, row_N, column_N, interpret, g_TD, padded, products)
+    d_gate, d_up = pull_matrices(x_TD, products, False)
+    d_gate, d_up, d_down = (g.astype(m.dtype) for g, m in zip((d_gate, d_up, d_down), matrices, strict=True))
+    return (
+        dx_PD[:, :d],
+        dweight_P.astype(weight_P.dtype),
+        (d_gate[:, :d, :f], d_up[:, :d, :f], d_down[:, :f, :d]),
+    )
+
+
+def _pull_rows(s: _Sizes, plan: Plan, row_N, column_N, interpret, g_TD, matrices, products):
+    """Gradients of the rows `[P, D]`, the weights `[P]`, and of both products, which take the place of those."""
+    block, n_places = choose_block(s.rows_bytes, s.f), plan.row_P.shape[0]
+    specs = _make_tile_specs(s, block, g_TD.dtype)
+    product = jax.ShapeDtypeStruct((n_places, s.f), g_TD.dtype)
+    if not interpret:  # what is written in place must not lie in VMEM, from where the compiler would copy it back
+        products = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in products]
+
+    def kernel(*refs):
+        head, matrix_refs, product_refs, d_refs, tail = refs[:6], refs[6:9], refs[9:11], refs[11:13], refs[13:]
+        _rows_kernel(*head, matrix_refs, product_refs, d_refs, *tail, n_parts=s.n_parts)
+
+    d_gate_PF, d_up_PF, dx_PD, dweight_N = _call(
+        kernel,
+        "grouped_ffn_rows",
+        specs.grid,
+        [plan.expert_N, plan.n_tiles[None]],
+        [*specs.inputs, specs.product, specs.product],
+        [
+            (product, specs.product),
+            (product, specs.product),
+            (jax.ShapeDtypeStruct((n_places, s.d), g_TD.dtype), specs.place),
+            (jax.ShapeDtypeStruct((s.n_tiles, 1, s.tile), jnp.float32), specs.weight),
+        ],
+        specs.scratch,
+        [row_N, row_N, column_N, g_TD, *matrices, *products],
+        _count_cost(s, matrices[0].shape[0], specs.grid[2], 4),
+        interpret,
+        aliases={9: 0, 10: 1},
+    )
+    return dx_PD, dweight_N.reshape(-1), d_gate_PF, d_up_PF
+
+
+def _pull_matrices(s: _Sizes, plan: Plan, row_N, column_N, interpret, source_TD, products, down: bool):
+    """Gradients of the matrices down from cotangents and products, or else of gate and up from rows and gradients."""
+    block = choose_block(s.down_bytes if down else s.sides_bytes, s.f)
+    visits = _visit(plan)
+    n_experts, n_blocks, n_visits, n_matrices = plan.size_E.shape[0], s.f // block, visits[0].shape[0], 2 - down
+
+    def next_tile(f, v, expert, tile, live, n):
+        return jnp.minimum(tile[v] + 1, s.n_tiles - 1), 0, 0
+
+    product = pl.BlockSpec((s.tile, block), lambda f, v, expert, tile, live, n: (tile[v], f))
+    if down:
+        shape, cut, spec = (s.f, s.d), (block, s.d), lambda f, v, expert, tile, live, n: (expert[v], f, 0)
+    else:
+        shape, cut, spec = (s.d, s.f), (s.d, block), lambda f, v, expert, tile, live, n: (expert[v], 0, f)
+    n_places, dtype = plan.row_P.shape[0], source_TD.dtype
+    n_bytes = n_places * (4 * s.d * n_blocks + 2 * s.f * s.width) + n_matrices * n_experts * s.d * s.f * s.width
+    return _call(
+        partial(_matrices_kernel, down=down),
+        "grouped_ffn_down" if down else "grouped_ffn_sides",
+        (n_blocks, n_visits),
+        [*visits, plan.n_tiles[None]],
+        [
+            _rows_spec(s.tile, lambda f, v, expert, tile, live, n: (0, 0, 0)),
+            _rows_spec(s.tile, next_tile),
+            pl.BlockSpec((1, 2, s.tile), lambda f, v, expert, tile, live, n: (tile[v], 0, 0)),
+            _HBM,
+            product,
+            product,
+        ],
+        [(jax.ShapeDtypeStruct((n_experts, *shape), dtype), pl.BlockSpec((1, *cut), spec))] * n_matrices,
+        [pltpu.VMEM(cut, jnp.float32)] * n_matrices + [_make_slots(s, dtype), pltpu.SemaphoreType.DMA((2,))],
+        [row_N, row_N, column_N, source_TD, *products],
+        (2 * n_matrices * n_places * s.d * s.f, down * n_places * s.f, n_bytes),
+        interpret,
+    )
