@@ -25,7 +25,7 @@ demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, pri
 	$(RUN) experiments.train --config=configs/demo.py --workdir=runs/demo $(ARGS)
 
 test: $(VENV)/.installed-dev-$(VERSION)  ## set up and run all tests; ARGS='-k name' for some; PYTHON=python3.12 for another Python
-	$(RUN) pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	$(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev-$(VERSION)  ## ruff and mypy
 	$(RUN) ruff check .

@@ -29,6 +29,15 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+# The longest files, longest first: two processes take a file at a time, and neither should be left with one at the end.
+LONG = """test_train test_tpu_step test_sharding test_experiments test_expert_parallel test_grouped_ffn test_configs
+test_routing test_state test_tpu_compile_grouped_ffn test_experts test_dispatch""".split()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_unconfigure():
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

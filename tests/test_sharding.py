@@ -71,7 +71,6 @@ def train(n_data: int, n_expert: int, n_model: int, *kind: str):
     [
         *((mesh, ("sampled_softmax", "union")) for mesh in MESHES),
         ((4, 1, 2), ("one_negative", "service")),
-        ((2, 1, 1), ("full_softmax", "union", "ring")),
         ((1, 4, 1), ("full_softmax", "union", "all_to_all")),
         ((2, 2, 2), ("full_softmax", "union", "ring")),
         ((2, 2, 2), ("full_softmax", "union", "all_to_all")),

@@ -12,6 +12,8 @@ from moerec.shapes import Batch, ItemTable
 from moerec.sharding import MESH_AXES, batch_sharding, param_shardings, replicated
 from moerec.state import init_state, make_train_step
 
+# A TPU's program in the compilation cache cannot be loaded here; it is compiled anew.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 pytest.importorskip("libtpu", reason="the TPU compiler is not here: pip install -c requirements.lock -e '.[tpu]'")
 N_ITEMS, N_SERVICES, ROWS, T = 4096, 3, 32, 256
 SIZES = Sizes(n_items=N_ITEMS, n_tokens=1024, n_services=N_SERVICES, n_actions=4, context_sizes=(8,))
@@ -59,8 +61,8 @@ def compile_step(devices, shape: tuple[int, int, int], config: Config):
         return compiled.lower(*arguments).compile()
 
 
-@pytest.mark.parametrize("strategy", ["ring", "ragged_all_to_all"])
-@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4"])
+# The other two pairs compile, too; each takes a minute.
+@pytest.mark.parametrize(("topology", "strategy"), [("v5e:4x4", "ring"), ("v5p:2x2x4", "ragged_all_to_all")])
 def test_a_training_step_compiles_for_sixteen_chips(topology, strategy):
     from jax.experimental import topologies
 
@@ -70,5 +72,4 @@ def test_a_training_step_compiles_for_sixteen_chips(topology, strategy):
     text = compiled.as_text()
     assert ("ragged-all-to-all" in text) == (strategy == "ragged_all_to_all")
     memory = compiled.memory_analysis()
-    print(topology, strategy, memory.argument_size_in_bytes / 1e6, memory.temp_size_in_bytes / 1e6)
     assert memory.temp_size_in_bytes < 2e9

@@ -13,7 +13,7 @@ from tests.pallas_kernels.routes import routes
 planned = jax.jit(make_plan, static_argnums=(1, 2, 3))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(routes(), st.sampled_from((None, 1, 3)))
 def test_plan_is_that_of_a_loop_over_experts(route, capacity):
     got, expected = planned(*route, capacity), make_plan_reference(*route, capacity)
@@ -21,7 +21,7 @@ def test_plan_is_that_of_a_loop_over_experts(route, capacity):
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(routes(), st.sampled_from((None, 2)))
 def test_every_kept_assignment_stands_once_in_a_tile_of_its_expert(route, capacity):
     expert_TA, n_experts, tile = route

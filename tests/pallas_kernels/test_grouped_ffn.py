@@ -45,7 +45,7 @@ def assert_equal_to_reference(backend, operands, expert_TA, n_experts, tile, cap
 
 @pytest.mark.parametrize("backend", ["xla_tiles", "ragged_dot"])  # the kernels have tests of their own
 class TestBackends:
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(route=routes())
     def test_values_and_gradients_for_any_load(self, backend, route):
         expert_TA, n_experts, tile = route

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.router import route
 
+# A TPU's program in the compilation cache cannot be loaded here; it is compiled anew.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 pytest.importorskip("libtpu", reason="the TPU compiler is not here: pip install -c requirements.lock -e '.[tpu]'")
 T, D, E, Z, A = 8192, 1536, 64, 4, 2
 ROWS = T * D * 2  # bytes of the rows, which one pass must read
@@ -39,6 +41,7 @@ def find_mesh(chip, n_devices=1):
 
 
 def compile_for(mesh, function, operands, specs=None):
+    """Each program once a session: JAX warns when it finds a TPU's in the compilation cache and cannot load it here."""
     operands = [
         jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
         for a, spec in zip(operands, specs or [P()] * len(operands), strict=True)
@@ -98,10 +101,10 @@ def test_the_rows_are_read_once(chip):
 def test_xla_alone_moves_several_times_more():
     """By XLA's count, which holds what stays in VMEM too, and a gather as many readings of its table.
 
-    Only a little of it crosses HBM: 1.08 times the least with these 8,192 rows, which fit into VMEM, and 1.28 times
-    with 131,072 (summed by hand over the program's operands and results outside VMEM); the kernel 1.00 times.
+    Only a little of it crosses HBM: on a v5e 1.08 times the least with 8,192 rows, which fit into VMEM, 1.28 times with
+    131,072 (operands and results outside VMEM, summed over the program); with the kernel 1.00 times.
     """
-    mesh, operands = find_mesh("v5e:2x2"), declare_operands()
+    mesh, operands = find_mesh("v5e:2x2"), declare_operands(2048)  # more rows take XLA longer to compile
     by_xla, by_kernel = (count_bytes(compile_for(mesh, route_by(name), operands)) for name in ("xla", "auto"))
     print(f"v5e: XLA alone {by_xla:.0f}, with the kernel {by_kernel:.0f} bytes")
     assert by_xla > 3 * by_kernel
@@ -121,9 +124,8 @@ def test_the_gradients_keep_no_logits(chip):
     assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * ROWS
 
 
-@pytest.mark.parametrize("n_rows", [21, 1000])
-def test_rows_that_fill_no_whole_block_compile(n_rows):
-    compiled = compile_for(find_mesh("v5e:2x2"), make_gradient("auto"), declare_operands(n_rows))
+def test_rows_that_fill_no_whole_block_compile():
+    compiled = compile_for(find_mesh("v5e:2x2"), make_gradient("auto"), declare_operands(1000))
     assert "router_backward" in compiled.as_text()
 
 
