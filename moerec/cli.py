@@ -5,7 +5,6 @@ A command is `python -m experiments.NAME --config=configs/X.py [--config.field=v
 a defect of ours.
 """
 
-import _thread
 import dataclasses
 import difflib
 import errno
@@ -16,7 +15,9 @@ import math
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import traceback
 import types
 import typing
@@ -64,9 +65,14 @@ def run(
 
 
 def _interrupt_again(unraisable: Any) -> None:
-    """An interruption that hits a callback of the garbage collector is ignored by Python: it is raised once more."""
+    """An interruption that hits a callback of the garbage collector is ignored by Python: it is sent once more.
+
+    A little later and from another thread: sent from here it would be raised in this hook, and ignored again.
+    """
     if unraisable.exc_type is KeyboardInterrupt:
-        _thread.interrupt_main()
+        again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        again.daemon = True
+        again.start()
     else:
         sys.__unraisablehook__(unraisable)
 

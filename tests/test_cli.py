@@ -272,3 +272,30 @@ def test_as_a_process(tmp_path):
     refused = start("--config.model.n_layer=5")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "error: --config.model.n_layer: no such field; did you mean config.model.n_layers?\n"
+
+
+def test_an_interruption_ends_a_process_at_once(tmp_path):
+    """Even one that hits a callback of the garbage collector, which ignores it, and beside an endless thread."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import gc, os, signal, threading, time, weakref\n"
+        "from moerec import cli\n"
+        "class Thing: pass\n"
+        "def main(config, flags):\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        "    thing = Thing()\n"
+        "    kept = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT))\n"
+        "    del thing\n"
+        "    time.sleep(60)\n"
+        "cli.run(main, config_type=None, workdir=False)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=40)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_an_interruption_while_importing_is_one_line():
+    code = "import experiments, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=40)
+    assert (done.returncode != 0, done.stderr) == (True, "error: interrupted\n")
