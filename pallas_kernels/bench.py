@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.bench_attention import measure_attention
 from pallas_kernels.combine import combine_rows, gather_rows
 from pallas_kernels.cost import count_bytes
 from pallas_kernels.dispatch import make_plan
@@ -101,7 +102,10 @@ def make_router(spec: LayerSpec, backend: str) -> Callable[[], Any]:
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """Rows of `{name, ms, ratio, to}`: against the dense network by load and by number of experts, and `ragged_dot`."""
+    """Rows of `{name, ms, ratio, to}`: against the dense network by load and by number of experts, and `ragged_dot`.
+
+    Those of attention have `temporary_bytes` too.
+    """
     rows = []
     dense = make_dense(LayerSpec())
     for load in LOADS:
@@ -125,7 +129,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     routers = {name: make_router(LayerSpec(n_experts=64), name) for name in ("xla", "auto")}
     times = time_in_turns(routers, rounds)
     rows.append(_row("router, own gradients", times["auto"], times["xla"], "JAX's gradients"))
-    return rows
+    return rows + measure_attention(time_in_turns, rounds)
 
 
 TPU_LAYER = LayerSpec(n_rows=8192, d=1536, n_experts=16, f=1024, n_choices=2)
@@ -206,7 +210,8 @@ def main() -> None:
     else:
         rows = measure(arguments.rounds)
         for row in rows:
-            print(f"{row['name']:36s} {row['ms']:10.2f} ms  {row['ratio']:7.3f} of {row['to']}")
+            kept = f"  {row['temporary_bytes'] / 1e6:8.1f} MB kept" if "temporary_bytes" in row else ""
+            print(f"{row['name']:36s} {row['ms']:10.2f} ms  {row['ratio']:7.3f} of {row['to']}{kept}")
     if arguments.json:
         platform = arguments.tpu or jax.default_backend()
         print(json.dumps({"platform": platform, "jax": jax.__version__, "rows": rows}))

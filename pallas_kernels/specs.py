@@ -31,6 +31,57 @@ class LayerOperands(NamedTuple):
     expert_TA: jax.Array
 
 
+class AttentionSpec(NamedTuple):
+    """Shapes of `attend`: B sequences of T slots, N query heads over K key heads of width H, R buckets, Z kinds.
+
+    `segments` are as many equal ones in each sequence.
+    """
+
+    t: int = 1024
+    b: int = 1
+    n: int = 4
+    k: int = 2
+    h: int = 32
+    r: int = 24
+    z: int = 3
+    segments: int = 1
+
+
+class AttentionOperands(NamedTuple):
+    """What `attend` takes, by the names of its arguments."""
+
+    q_BTNH: jax.Array
+    k_BTKH: jax.Array
+    v_BTKH: jax.Array
+    segment_BT: jax.Array
+    time_BT: jax.Array
+    time_bias_NR: jax.Array
+    kind_BT: jax.Array
+    kind_bias_BTNZ: jax.Array
+
+
+def draw_attention(spec: AttentionSpec, seed: int = 0) -> AttentionOperands:
+    """Normal queries, keys, values and biases; hours between one slot and the next, some times not known."""
+    rng = np.random.default_rng(seed)
+    t, b, n, k, h, r, z, segments = spec
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    time = 7 * 10**8 + np.cumsum(rng.exponential(1e4, (b, t)), axis=1).astype(np.int32)
+    time[rng.random((b, t)) < 0.05] = np.iinfo(np.int32).min
+    return AttentionOperands(
+        normal(b, t, n, h),
+        normal(b, t, k, h),
+        normal(b, t, k, h),
+        jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32) * segments // t + 1, (b, t)),
+        jnp.asarray(time, jnp.int32),
+        normal(n, r),
+        jnp.asarray(rng.integers(0, z, (b, t)), jnp.int32),
+        normal(b, t, n, z),
+    )
+
+
 def draw_experts(load: str, n_rows: int, n_choices: int, n_experts: int, seed: int = 0) -> np.ndarray:
     """int32 `[T, A]` distinct experts of each row, under a load of `LOADS`."""
     rng = np.random.default_rng(seed)

@@ -1,0 +1,6 @@
+"""Causal attention within packed segments, with biases by time and by kind that are computed inside."""
+
+from pallas_kernels.attention.api import BACKENDS, attend
+from pallas_kernels.attention.prefix import attend_prefix, merge
+
+__all__ = ["BACKENDS", "attend", "attend_prefix", "merge"]

@@ -1,0 +1,57 @@
+"""Attention of every slot to a few keys of its own, and the exact combination of attentions over several sets of keys.
+
+Letters: B sequences, T slots, N query heads, K key/value heads, G query heads of one key head, H head width, M keys.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def attend_prefix(q_BTNH: jax.Array, k_BTMKH: jax.Array, v_BTMKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each slot's attention to its own M keys; plain JAX, and differentiated by it.
+
+    Args:
+      q_BTNH: queries; head n uses key head `n // (N // K)`.
+      k_BTMKH, v_BTMKH: keys and values, in the queries' type.
+
+    Returns:
+      Output `[B, T, N, H]` in the queries' type, and float32 log-sum-exp `[B, T, N]` of the logits `q·k / sqrt(H)`.
+
+    Raises:
+      ValueError: shapes do not fit.
+    """
+    b, t, n, h = q_BTNH.shape
+    heads = k_BTMKH.shape[3] if k_BTMKH.ndim == 5 else 0
+    fits = heads and n % heads == 0 and k_BTMKH.shape == v_BTMKH.shape == (b, t, k_BTMKH.shape[2], heads, h)
+    if not fits or not k_BTMKH.shape[2]:
+        raise ValueError(f"attend_prefix: {q_BTNH.shape}, {k_BTMKH.shape}, {v_BTMKH.shape} do not fit")
+    q_BTKGH = q_BTNH.reshape(b, t, heads, n // heads, h)
+    logit_BTKGM = jnp.einsum("BTKGH,BTMKH->BTKGM", q_BTKGH, k_BTMKH, preferred_element_type=jnp.float32) * h**-0.5
+    lse_BTKG = jax.nn.logsumexp(logit_BTKGM, axis=-1)
+    weight_BTKGM = jnp.exp(logit_BTKGM - lse_BTKG[..., None]).astype(v_BTMKH.dtype)
+    out = jnp.einsum("BTKGM,BTMKH->BTKGH", weight_BTKGM, v_BTMKH, preferred_element_type=jnp.float32)
+    return out.reshape(b, t, n, h).astype(q_BTNH.dtype), lse_BTKG.reshape(b, t, n)
+
+
+def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """Attention over the union of disjoint sets of keys, from the attention over each (Rabe and Staats 2021).
+
+    Args:
+      parts: pairs of output `[B, T, N, H]` and log-sum-exp `[B, T, N]`. A set without keys has the log-sum-exp -inf,
+        and any finite output; not all sets of one row may be such.
+
+    Returns:
+      Output in the type of the first one, and float32 log-sum-exp; both differentiable.
+
+    Raises:
+      ValueError: there are no parts, or shapes do not fit.
+    """
+    if not parts or any(o.shape != parts[0][0].shape or a.shape != o.shape[:-1] for o, a in parts):
+        raise ValueError(f"merge: {[(o.shape, a.shape) for o, a in parts]} do not fit")
+    lse_PBTN = jnp.stack([a.astype(jnp.float32) for _, a in parts])
+    lse_BTN = jax.nn.logsumexp(lse_PBTN, axis=0)
+    weight_PBTN = jnp.exp(lse_PBTN - lse_BTN)
+    total = sum(o.astype(jnp.float32) * w[..., None] for (o, _), w in zip(parts, weight_PBTN, strict=True))
+    return total.astype(parts[0][0].dtype), lse_BTN
