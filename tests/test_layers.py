@@ -16,7 +16,7 @@ LAYERS = (
     ("moerec.nn", "moerec.balance", "moerec.metrics", "moerec.optim", "moerec.significance"),
     ("moerec.baselines", "moerec.losses"),
     ("moerec.state", "moerec.hf"),
-    ("moerec.checkpoint", "moerec.upcycle"),
+    ("moerec.checkpoint", "moerec.profile_store", "moerec.upcycle"),
     (
         "moerec.cli",
         "moerec.evaluate",

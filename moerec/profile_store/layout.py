@@ -1,0 +1,186 @@
+"""What a state is: its leaves by name, shape and type, as the folder's JSON file tells; and the checks against it."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moerec.errors import InputError
+
+FORMAT_VERSION = 1
+META = "profile_store.json"
+_CHUNK_BYTES = 1 << 12
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+DTYPES = ("bool", *_INTEGERS, "bfloat16", "float16", "float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of a person's state."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What profile_store.json holds. A person's state on disk is the bytes of the leaves, one after another.
+
+    Attributes:
+      people_per_shard: of one file; people_per_chunk of them, which divides it, are read together.
+    """
+
+    leaves: tuple[Leaf, ...]
+    people_per_shard: int
+    people_per_chunk: int
+
+    @classmethod
+    def of(cls, template: Any, people_per_shard: int) -> "Layout":
+        """Chunks get as near to 4 KiB as they can. Raises InputError for what cannot be stored."""
+        if people_per_shard < 1:
+            raise InputError(f"people_per_shard is {people_per_shard}; at least 1 is needed")
+        leaves = describe(template)
+        wanted = max(_CHUNK_BYTES // sum(leaf.n_bytes for leaf in leaves), 1)
+        return cls(leaves, people_per_shard, math.gcd(people_per_shard, 1 << (wanted.bit_length() - 1)))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of a person's state."""
+        return sum(leaf.n_bytes for leaf in self.leaves)
+
+    def pack(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Leaves [P, ...] in the store's order to uint8 [P, n_bytes]."""
+        flat = [np.ascontiguousarray(value).reshape(-1).view(np.uint8) for value in values]
+        parts = [part.reshape(-1, leaf.n_bytes) for part, leaf in zip(flat, self.leaves, strict=True)]
+        return np.concatenate(parts, axis=1)
+
+    def unpack(self, states: np.ndarray) -> list[np.ndarray]:
+        """The reverse of `pack`."""
+        values, lo = [], 0
+        for leaf in self.leaves:
+            part = np.ascontiguousarray(states[:, lo : lo + leaf.n_bytes])
+            values.append(part.view(np.dtype(leaf.dtype)).reshape(len(states), *leaf.shape))
+            lo += leaf.n_bytes
+        return values
+
+    def to_json(self) -> str:
+        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> "Layout":
+        """Raises InputError where the folder is not a profile store of this version."""
+        path = folder / META
+        if not path.is_file():
+            raise InputError(f"{folder}: not a profile store: it has no {META}")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            version = fields["format_version"]
+            if version != FORMAT_VERSION:
+                raise InputError(f"{path}: format version {version!r} is unknown; this program knows {FORMAT_VERSION}")
+            leaves = tuple(Leaf(**leaf | {"shape": tuple(leaf["shape"])}) for leaf in fields["leaves"])
+            layout = cls(leaves, fields["people_per_shard"], fields["people_per_chunk"])
+            if not layout._is_sound():
+                raise ValueError("a leaf, or the number of people in a shard or chunk, makes no sense")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: not a description of a profile store ({error!r})") from error
+        return layout
+
+    def _is_sound(self) -> bool:
+        sizes = [self.people_per_shard, self.people_per_chunk]
+        sizes += [size for leaf in self.leaves for size in leaf.shape]
+        return (
+            len(self.leaves) > 0
+            and all(isinstance(size, int) and size > 0 for size in sizes)
+            and all(isinstance(leaf.name, str) and leaf.dtype in DTYPES for leaf in self.leaves)
+            and self.people_per_shard % self.people_per_chunk == 0
+        )
+
+    def check_template(self, template: Any, place: str) -> None:
+        """Raises InputError, which names `place` and the leaf, where `template` is not a state of this store."""
+        own, other = ({leaf.name: leaf for leaf in leaves} for leaves in (self.leaves, describe(template)))
+        for name in {**own, **other}:
+            if name not in other:
+                raise InputError(f"{place}: leaf {name} of the store is not in the template")
+            if name not in own:
+                raise InputError(f"{place}: leaf {name} of the template is not in the store")
+            if str(own[name]) != str(other[name]):
+                raise InputError(f"{place}: leaf {name} is {own[name]} in the store, {other[name]} in the template")
+
+    def check_states(self, ids: Sequence[str], states: Any) -> list[np.ndarray]:
+        """The leaves [P, ...] of `states` in the store's order.
+
+        Raises InputError, which names the leaf, where they do not fit the store, or the person, where they are not
+        finite.
+        """
+        given = flatten(states)
+        unknown = given.keys() - {leaf.name for leaf in self.leaves}
+        if unknown:
+            raise InputError(f"leaf {min(unknown)} of the states is not in the store")
+        found = []
+        for leaf in self.leaves:
+            if leaf.name not in given:
+                raise InputError(f"leaf {leaf.name} of the store is not in the states")
+            value = np.asarray(given[leaf.name])
+            if value.dtype != np.dtype(leaf.dtype) or value.shape != (len(ids), *leaf.shape):
+                wanted = f"{leaf.dtype}{[len(ids), *leaf.shape]} for {len(ids)} people"
+                raise InputError(f"leaf {leaf.name} is {value.dtype}{list(value.shape)}, not {wanted}")
+            _refuse_nonfinite(value, leaf.name, ids)
+            found.append(value)
+        return found
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """`{name: leaf}`; a name is the path with slashes, or `state` where the tree is one leaf.
+
+    Raises InputError where two leaves have one name.
+    """
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "state"
+        if name in leaves:
+            raise InputError(f"two leaves of the state are called {name}")
+        leaves[name] = leaf
+    return leaves
+
+
+def describe(template: Any) -> tuple[Leaf, ...]:
+    """The leaves of one person's state: a tree of arrays, or of anything else with a shape and a dtype.
+
+    Raises InputError, which names the leaf, where one is no array of numbers or has no elements.
+    """
+    leaves = []
+    for name, value in flatten(template).items():
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            raise InputError(f"leaf {name} of the template is {type(value).__name__}, not an array")
+        leaf = Leaf(name, tuple(map(int, value.shape)), np.dtype(value.dtype).name)
+        if leaf.dtype not in DTYPES:
+            raise InputError(f"leaf {name} of the template is {leaf.dtype}, which is none of {', '.join(DTYPES)}")
+        if leaf.n_bytes == 0:
+            raise InputError(f"leaf {name} of the template is {leaf}: it has no elements")
+        leaves.append(leaf)
+    if not leaves:
+        raise InputError("the template has no leaves")
+    return tuple(leaves)
+
+
+def _refuse_nonfinite(value: np.ndarray, name: str, ids: Sequence[str]) -> None:
+    if value.dtype.kind in "biu":
+        return
+    wrong = ~np.isfinite(value).all(axis=tuple(range(1, value.ndim)))
+    if wrong.any():
+        raise InputError(f"person {ids[int(np.argmax(wrong))]!r}: leaf {name} of the state is not finite")
