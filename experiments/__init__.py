@@ -6,6 +6,8 @@ Python without our packages.
 
 import sys
 
+import moerec  # noqa: F401 - before jax: what it sets is read when that is imported
+
 
 def _tell(kind, error, trace) -> None:
     if issubclass(kind, KeyboardInterrupt):

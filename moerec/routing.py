@@ -31,7 +31,8 @@ class Observed(NamedTuple):
 @jax.jit
 def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable):
     counted = batch._replace(weight_BT=(batch.segment_BT > 0).astype(jnp.float32))
-    _, log_domain_BTZ, routing = model.encode(counted, table)
+    output = model.encode(counted, table)
+    log_domain_BTZ, routing = output.log_domain_BTZ, output.routing
     assert log_domain_BTZ is not None
     log_domain_SZ = log_domain_BTZ.reshape(-1, log_domain_BTZ.shape[-1])
     return log_domain_SZ[jnp.maximum(slot_Q, 0)], routing

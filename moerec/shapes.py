@@ -2,8 +2,8 @@
 
 B sequences (packed rows), T slots, S slots of a whole step, D model width, N query heads, K key/value heads, H head
 width, F feed-forward width, L layers, V text vocabulary, W text tokens of an item, I items, Z services, C context
-features, Q predictions asked for, E experts, A experts of a slot, G groups of experts (Z and the cross group). Arrays
-carry them as a suffix: `x_BTD`.
+features, Y static profile fields, M memory slots of a profile, Q predictions asked for, E experts, A experts of a slot,
+G groups of experts (Z and the cross group). Arrays carry them as a suffix: `x_BTD`.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -27,6 +27,7 @@ class Batch(NamedTuple):
       segment_BT: int32 from 1 in each row; 0 is padding.
       request_time_BT: int32 seconds since 2000, or `NO_TIME`.
       request_context_BTC: int32 codes, 0 missing.
+      field_BTY: int32 codes of the person's static profile fields, 0 missing.
       target_BT: int32 index of the next item (0 where the weight is 0).
       weight_BT: float32 weight of the slot's loss; 0 for padding and for slots without a target.
     """
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     segment_BT: Array
     request_time_BT: Array
     request_context_BTC: Array
+    field_BTY: Array
     target_BT: Array
     weight_BT: Array
 
@@ -82,8 +84,11 @@ class Output(NamedTuple):
       state_BTD: float32, from which the next item is predicted.
       log_domain_BTZ: float32 log-posterior over the services of what comes next; None in a dense model.
       routing: of the mixture layers; None in a dense model.
+      relevance_BTM: float32, how much each memory slot of the person's profile matters to the request; adds up to one.
+        None in a model that is not personal.
     """
 
     state_BTD: Array
     log_domain_BTZ: Array | None
     routing: Routing | None
+    relevance_BTM: Array | None = None

@@ -10,7 +10,7 @@ from moerec.config import ModelConfig
 from moerec.nn.model import SequenceModel, Sizes
 from moerec.shapes import NO_TIME, Batch, ItemTable
 
-SIZES = Sizes(n_items=13, n_tokens=12, n_services=3, n_actions=3, context_sizes=(3, 4))
+SIZES = Sizes(n_items=13, n_tokens=12, n_services=3, n_actions=3, context_sizes=(3, 4), field_sizes=(3, 2))
 EPOCH = datetime.datetime(2000, 1, 1)
 
 
@@ -66,6 +66,7 @@ def make_sequence(rng: np.random.Generator, n: int, sizes: Sizes = SIZES) -> dic
         "position_BT": np.arange(n),
         "request_time_BT": np.where(known[1], request_time, NO_TIME),
         "request_context_BTC": rng.integers(0, sizes.context_sizes, (n, len(sizes.context_sizes))),
+        "field_BTY": np.broadcast_to(rng.integers(0, sizes.field_sizes), (n, len(sizes.field_sizes))),
         "target_BT": rng.integers(0, sizes.n_items, n),
         "weight_BT": rng.choice([0.0, 1.0, 1.0, 2.0], n),
     }
@@ -79,6 +80,7 @@ def lay(rows: list[list[dict[str, np.ndarray]]], n_slots: int) -> Batch:
     columns["weight_BT"] = np.zeros(shape, np.float32)
     n_features = rows[0][0]["request_context_BTC"].shape[1]
     columns["request_context_BTC"] = np.zeros((*shape, n_features), np.int32)
+    columns["field_BTY"] = np.zeros((*shape, rows[0][0]["field_BTY"].shape[1]), np.int32)
     for r, row in enumerate(rows):
         start = 0
         for segment, sequence in enumerate(row, 1):

@@ -23,7 +23,7 @@ def call(tmp_path):
     """Runs `python -m experiments.NAME` in a process of its own, on one device as a user's."""
     (tmp_path / "tiny.py").write_text(CONFIG)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("XLA_FLAGS", None)
+    environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
 
     def run(name: str, *arguments: str, config: bool = True) -> subprocess.CompletedProcess:
         own = [f"--config={tmp_path / 'tiny.py'}"] if config else []

@@ -15,17 +15,17 @@ from moerec.state import init_state, make_train_step
 # A TPU's program in the compilation cache cannot be loaded here; it is compiled anew.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 pytest.importorskip("libtpu", reason="the TPU compiler is not here: pip install -c requirements.lock -e '.[tpu]'")
-N_ITEMS, N_SERVICES, ROWS, T = 4096, 3, 32, 256
+N_ITEMS, N_SERVICES, ROWS, T = 1024, 3, 32, 128
 SIZES = Sizes(n_items=N_ITEMS, n_tokens=1024, n_services=N_SERVICES, n_actions=4, context_sizes=(8,))
 
 
 def make_config(strategy: str) -> Config:
     """A dense layer and one with 16 experts, in bfloat16."""
-    moe = MoEConfig(layers=(1,), n_per_group=4, d_expert=512, n_active=2, tile=128, strategy=strategy, backend="auto")
-    shape = {"n_layers": 2, "d_model": 1024, "n_heads": 8, "n_kv_heads": 4, "d_head": 128, "d_ff": 2048}
+    moe = MoEConfig(layers=(1,), n_per_group=4, d_expert=256, n_active=2, tile=128, strategy=strategy, backend="auto")
+    shape = {"n_layers": 2, "d_model": 256, "n_heads": 2, "n_kv_heads": 1, "d_head": 128, "d_ff": 512}
     return Config(
         model=ModelConfig(**shape, moe=moe, compute_dtype="bfloat16", remat=True),
-        loss=LossConfig(kind="sampled_softmax", n_negatives=1024),
+        loss=LossConfig(kind="sampled_softmax", n_negatives=256),
         optim=OptimConfig(warmup_steps=10),
         train=TrainConfig(steps=100, batch_size=ROWS),
     )
@@ -42,7 +42,8 @@ def compile_step(devices, shape: tuple[int, int, int], config: Config):
     placed = param_shardings(state, mesh)
     ids, real = jax.ShapeDtypeStruct((ROWS, T), jnp.int32), jax.ShapeDtypeStruct((ROWS, T), jnp.float32)
     context = jax.ShapeDtypeStruct((ROWS, T, 1), jnp.int32)
-    batch = Batch(**dict.fromkeys(Batch._fields, ids))._replace(weight_BT=real, request_context_BTC=context)
+    batch = Batch(**dict.fromkeys(Batch._fields, ids))
+    batch = batch._replace(weight_BT=real, request_context_BTC=context, field_BTY=context)
     table = ItemTable(
         jax.ShapeDtypeStruct((N_ITEMS,), jnp.int32),
         jax.ShapeDtypeStruct((N_ITEMS, 8), jnp.int32),
@@ -72,4 +73,4 @@ def test_a_training_step_compiles_for_sixteen_chips(topology, strategy):
     text = compiled.as_text()
     assert ("ragged-all-to-all" in text) == (strategy == "ragged_all_to_all")
     memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < 2e9
+    assert memory.temp_size_in_bytes < 2e8

@@ -28,12 +28,13 @@ from tests.tiny import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
-RUN = """
+LONG_RUN = {"steps": 30, "save_every": 4, "eval_every": 5}
+RUN = f"""
 import sys
 from pathlib import Path
 from tests.tiny import make_config
 from moerec.run import run
-run(make_config(steps=30, save_every=4, eval_every=5), Path(sys.argv[1]))
+run(make_config(**{LONG_RUN}), Path(sys.argv[1]))
 """
 
 
@@ -58,14 +59,13 @@ def wait_for_line(path: Path, step: int, process: subprocess.Popen, limit_s: flo
 
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert start_run(undisturbed).wait() == 0
-    steps = np.sort(np.random.default_rng(time.time_ns()).choice(np.arange(9, 28), 2, replace=False))
-    print("killed at", steps)
-    for step in steps:
-        process = start_run(killed)
-        wait_for_line(killed / "metrics.jsonl", int(step), process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    run(make_config(**LONG_RUN), undisturbed)
+    step = int(np.random.default_rng(time.time_ns()).integers(9, 28))
+    print("killed at", step)
+    process = start_run(killed)
+    wait_for_line(killed / "metrics.jsonl", step, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert not (killed / "metrics.json").exists()
     saved = [path.name for path in (killed / "checkpoints" / "last").iterdir() if path.name.isdigit()]
     assert saved  # from there the last start goes on: it does not begin anew
@@ -99,7 +99,7 @@ def tiny_data(tmp_path_factory):
     return load_data(make_config().data, tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize(("interrupted_at", "layers"), [(3, ()), (7, ()), (5, (0,))])
+@pytest.mark.parametrize(("interrupted_at", "layers"), [(7, ()), (5, (0,))])
 def test_stopping_and_going_on_gives_the_same_parameters(tmp_path, tiny_data, interrupted_at, layers, monkeypatch):
     def make_own():
         config = make_config(save_every=1)
@@ -180,10 +180,10 @@ def test_no_best_step_is_named_before_it_is_on_disk(tmp_path, tiny_data, monkeyp
 
 
 def test_slots_are_counted_exactly(tmp_path, tiny_data):
-    config = make_config(steps=5, log_every=2, eval_every=0, save_every=4)
+    config = make_config(log_every=5, eval_every=0, save_every=7)
     fitted = fit(config, tiny_data, tmp_path)
     with contextlib.closing(iter(set_up(config, tiny_data).stream)) as stream:
-        n_slots = sum(float(next(stream).weight_BT.sum()) for _ in range(5))
+        n_slots = sum(float(next(stream).weight_BT.sum()) for _ in range(12))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with contextlib.closing(checkpoints):
         _, progress = checkpoints.restore_last(set_up(config, tiny_data).state)
@@ -197,7 +197,7 @@ def test_validation_never_sees_a_test_event(tiny_data):
 
 
 def test_training_lowers_the_loss_and_beats_chance(tmp_path, tiny_data):
-    fitted = fit(make_config(steps=60, eval_every=20), tiny_data, tmp_path)
+    fitted = fit(make_config(**LONG_RUN), tiny_data, tmp_path)
     losses = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in losses if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
@@ -219,15 +219,25 @@ def test_the_best_step_is_kept_and_patience_stops(tmp_path, tiny_data):
     assert fitted.valid["valid/union/ndcg@10"] == scores[fitted.step]
 
 
-def test_a_loss_that_is_not_finite_fails_with_its_step(tmp_path, tiny_data):
-    config = make_config(steps=40, eval_every=0)
-    config.optim.learning_rate, config.optim.clip_norm, config.optim.schedule = 1e30, 0.0, "constant"
-    with pytest.raises(WorkError, match=r"step \d+: the loss is|not finite"):
+def test_a_loss_that_is_not_finite_fails_with_its_step(tmp_path, tiny_data, monkeypatch):
+    config = make_config()
+    setup = set_up(config, tiny_data)
+    steps_done = 0
+
+    def step(state, batch, table):
+        nonlocal steps_done
+        steps_done += 1
+        if steps_done == 7:
+            state = state._replace(model=jax.tree.map(lambda leaf: leaf * np.float32(np.nan), state.model))
+        return setup.train_step(state, batch, table)
+
+    monkeypatch.setattr("moerec.train.set_up", lambda *_: setup._replace(train_step=step))
+    with pytest.raises(WorkError, match="step 8: the loss is nan"):  # logs are of every second step
         fit(config, tiny_data, tmp_path)
 
 
 def test_a_directory_of_another_config_is_refused(tmp_path):
-    config = make_config(steps=2, eval_every=0)
+    config = make_config()
     run(config, tmp_path)
     before = (tmp_path / "metrics.json").read_text()
     with pytest.raises(InputError, match=r"config.model.n_layers was 2 and is 1"):
@@ -236,16 +246,17 @@ def test_a_directory_of_another_config_is_refused(tmp_path):
 
 
 def test_a_first_start_that_failed_leaves_the_directory_free(tmp_path):
-    config = make_config(steps=2, eval_every=0)
+    config = make_config()
     missing = dataclasses.replace(config.data, source="prepared", prepared=str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="nothing"):
         run(dataclasses.replace(config, data=missing), tmp_path / "run")
-    assert run(config, tmp_path / "run")["steps"] == 2
+    assert run(config, tmp_path / "run")["steps"] == 12
 
 
 def test_metrics_are_read_when_the_next_step_is_under_way(tmp_path, tiny_data, monkeypatch):
     """And the state that a step was given is gone: its memory is the next one's."""
-    events, setup = [], set_up(make_config(steps=4, log_every=1, eval_every=0, save_every=99), tiny_data)
+    config = make_config(log_every=1, eval_every=0, save_every=99)
+    events, setup = [], set_up(config, tiny_data)
 
     def step(state, batch, table):
         after, metrics = setup.train_step(state, batch, table)
@@ -262,16 +273,16 @@ def test_metrics_are_read_when_the_next_step_is_under_way(tmp_path, tiny_data, m
 
     monkeypatch.setattr("moerec.train.set_up", lambda *_: setup._replace(train_step=step))
     monkeypatch.setattr(MetricWriter, "write", note)
-    fit(make_config(steps=4, log_every=1, eval_every=0, save_every=99), tiny_data, tmp_path)
+    fit(config, tiny_data, tmp_path)
     order = [(kind, n) for kind, n, _ in events]
-    late = [("step", 2), ("read", 1), ("step", 3), ("read", 2), ("step", 4), ("read", 3)]
-    assert order == [("step", 1), *late, ("read", 4)]
+    late = [event for n in range(1, 12) for event in (("step", n + 1), ("read", n))]
+    assert order == [("step", 1), *late, ("read", 12)]
     assert all(deleted for kind, _, deleted in events if kind == "step")
 
 
 def test_the_sharded_reader_trains_to_the_same_parameters(tmp_path):
     def train(reader: str):
-        config = make_config(steps=6)
+        config = make_config()
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, reader=reader))
         return fit(config, load_data(config.data, tmp_path / reader), tmp_path / reader)
 
@@ -283,7 +294,7 @@ def test_the_sharded_reader_trains_to_the_same_parameters(tmp_path):
 def finished(tmp_path_factory):
     """A run with baselines of every kind: its config, its directory and its metrics."""
     folder = tmp_path_factory.mktemp("run")
-    config = make_config(steps=4)
+    config = make_config()
     config.baselines = ("popularity", "item_knn", "sasrec_one_negative", "sasrec_sampled")
     config.loss.n_negatives = 16
     return config, folder, run(config, folder)

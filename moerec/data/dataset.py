@@ -112,6 +112,17 @@ class Dataset:
     context: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     profile: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    def profile_codes(self) -> tuple[np.ndarray, tuple[int, ...]]:
+        """`[people, Y]` int32 codes of the profile fields, in their order, 0 missing; and how many each field has."""
+        columns, sizes = [], []
+        for values in self.profile.values():
+            known, code = np.unique(values, return_inverse=True)
+            has_missing = len(known) > 0 and known[0] == ""
+            columns.append(code if has_missing else code + 1)
+            sizes.append(len(known) + (not has_missing))
+        n = self.log.n_people
+        return np.stack(columns, axis=1).astype(np.int32) if columns else np.zeros((n, 0), np.int32), tuple(sizes)
+
     @property
     def event_service(self) -> np.ndarray:
         """`[events]` int32, the service of each event's item."""

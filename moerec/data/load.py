@@ -41,10 +41,11 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the events, their roles and the items: equal for equal data, wherever it was read from."""
+        """SHA-256 of the events, their roles, the items and the people's fields: equal for equal data."""
         log, catalogue = self.dataset.log, self.dataset.catalogue
         found = hashlib.sha256()
-        for array in (*dataclasses.astuple(log), self.roles, catalogue.offsets, self.tokens.ids):
+        fields, _ = self.dataset.profile_codes()
+        for array in (*dataclasses.astuple(log), self.roles, catalogue.offsets, self.tokens.ids, fields):
             found.update(np.ascontiguousarray(array).tobytes())
         for names in (catalogue.services, catalogue.ids.tolist()):
             found.update("\0".join(names).encode())
@@ -105,11 +106,11 @@ def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, 
 
 def make_reader(config: DataConfig, data: Prepared) -> EventReader:
     """The training events, from memory or from the shards; both give the same stream."""
-    keep = data.roles == TRAIN
+    keep, (fields, _) = data.roles == TRAIN, data.dataset.profile_codes()
     if config.reader == "memory" or data.folder is None:
-        return MemoryReader(data.dataset.log, keep)
+        return MemoryReader(data.dataset.log, keep, fields)
     source = open_source(data.folder)
-    return ShardReader(source, data.dataset.log.offsets, keep, _item_numbers(data))
+    return ShardReader(source, data.dataset.log.offsets, keep, _item_numbers(data), fields)
 
 
 def _item_numbers(data: Prepared) -> np.ndarray:

@@ -54,6 +54,7 @@ def fill_batch(
     segment: np.ndarray,
     weight: np.ndarray,
     shape: tuple[int, int],
+    fields: np.ndarray | None = None,
 ) -> Batch:
     """Gathers events into packed rows.
 
@@ -63,6 +64,7 @@ def fill_batch(
         item is the target and whose time and context are the request's.
       position, segment, weight: `[n]`, as in `Batch`.
       shape: rows and slots of a row.
+      fields: `[n, Y]` codes of the static profile fields of each event's person; None where there are none.
     """
 
     def lay(values: np.ndarray, dtype, empty=0) -> np.ndarray:
@@ -78,6 +80,7 @@ def fill_batch(
         segment_BT=lay(segment, np.int32),
         request_time_BT=lay(device_time(log.time[following]), np.int32, NO_TIME),
         request_context_BTC=lay(log.context[following], np.int32),
+        field_BTY=lay(np.zeros((len(slot), 0)) if fields is None else fields, np.int32),
         target_BT=lay(log.item[following], np.int32),
         weight_BT=lay(weight, np.float32),
     )

@@ -21,6 +21,7 @@ class EventReader(Protocol):
     """Random access to the training events of people."""
 
     lengths: np.ndarray  # [people], number of training events
+    fields: np.ndarray  # [people, Y], codes of their static profile fields
 
     def fetch(self, people: np.ndarray) -> tuple[EventLog, np.ndarray]:
         """A log, and `[n]` the row in it at which each asked person's training events start."""
@@ -30,12 +31,13 @@ class EventReader(Protocol):
 class MemoryReader:
     """Training events held in memory."""
 
-    def __init__(self, log: EventLog, keep: np.ndarray):
-        """Args: the whole log, and `[events]` bool, which of them are trained on."""
+    def __init__(self, log: EventLog, keep: np.ndarray, fields: np.ndarray | None = None):
+        """Args: the whole log; `[events]` bool, which of them are trained on; the people's profile codes."""
         kept_before = np.concatenate([[0], np.cumsum(keep)])
         offsets = kept_before[log.offsets]
         self._log = EventLog(offsets, log.item[keep], log.action[keep], log.time[keep], log.context[keep])
         self.lengths = np.diff(offsets)
+        self.fields = np.zeros((log.n_people, 0), np.int32) if fields is None else fields
 
     def fetch(self, people: np.ndarray) -> tuple[EventLog, np.ndarray]:
         return self._log, self._log.offsets[people]
@@ -44,13 +46,21 @@ class MemoryReader:
 class ShardReader:
     """Training events read from ArrayRecord shards as they are needed, without a copy of them in memory."""
 
-    def __init__(self, source: PeopleSource, offsets: np.ndarray, keep: np.ndarray, item_numbers: np.ndarray):
+    def __init__(
+        self,
+        source: PeopleSource,
+        offsets: np.ndarray,
+        keep: np.ndarray,
+        item_numbers: np.ndarray,
+        fields: np.ndarray | None = None,
+    ):
         """Args: the shards; `[people + 1]` offsets of all events; `[events]` bool, which of them are trained on;
-        `[I]` int32, the number that each of the shards' items has in the catalogue.
+        `[I]` int32, the number that each of the shards' items has in the catalogue; the people's profile codes.
         """
         self._source, self._offsets, self._keep, self._item_numbers = source, offsets, keep, item_numbers
         kept_before = np.concatenate([[0], np.cumsum(keep)])
         self.lengths = np.diff(kept_before[offsets])
+        self.fields = np.zeros((len(offsets) - 1, 0), np.int32) if fields is None else fields
 
     def fetch(self, people: np.ndarray) -> tuple[EventLog, np.ndarray]:
         rows, n_events = read_people(self._source, people)
@@ -161,6 +171,7 @@ class PackedIterator(grain.DatasetIterator[Batch]):
             segment=np.repeat(segment, plan.length),
             weight=np.ones(len(source), np.float32),
             shape=(self._options.n_rows, self._options.row_len),
+            fields=np.repeat(self._reader.fields[plan.person], plan.length, axis=0),
         )
 
     def get_state(self) -> dict[str, Any]:

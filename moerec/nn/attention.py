@@ -1,11 +1,17 @@
-"""Grouped-query attention with rotary positions, causal within packed segments."""
+"""Grouped-query attention with rotary positions, causal within packed segments: plain, or given the profile."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from moerec.config import ModelConfig
 from moerec.nn.layers import declare, fan_in, fan_in_heads
+from moerec.nn.temporal import N_GAPS
+from moerec.sharding import ROW_AXES
+from pallas_kernels.attention import attend, merge
 
 
 def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
@@ -24,17 +30,143 @@ def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def segment_mask(segment_BT: jax.Array) -> jax.Array:
-    """`[B, T, S]`, true where slot t may attend to slot s: the same segment, and s not after t."""
+def segment_mask(segment_BT: jax.Array, window: int = 0) -> jax.Array:
+    """`[B, T, S]`, true where slot t may attend to slot s: the same segment, s not after t, and within the window."""
     t = segment_BT.shape[1]
     same = segment_BT[:, :, None] == segment_BT[:, None, :]
-    return same & jnp.tril(jnp.ones((t, t), bool))
+    mask = same & jnp.tril(jnp.ones((t, t), bool))
+    return mask & jnp.triu(jnp.ones((t, t), bool), 1 - window) if window else mask
+
+
+class View(NamedTuple):
+    """What the personal layers see beside the states.
+
+    Attributes:
+      segment_BT: int32, 0 is padding. time_BT: int32 times of the events. service_BT: int32, their services.
+      slot_BTMD: the memory slots of the profile before each event. log_relevance_BTM: logs of what they matter.
+      summary_BTD: the profile as one vector.
+    """
+
+    segment_BT: jax.Array
+    time_BT: jax.Array
+    service_BT: jax.Array
+    slot_BTMD: jax.Array
+    log_relevance_BTM: jax.Array
+    summary_BTD: jax.Array
+
+
+class PersonalBias(nnx.Module):
+    """What a personal layer adds to attention. All of it is neutral at first, so that an imported model is unchanged.
+
+    The memory slots are extra keys and values, joined by a gate a head that starts at zero (Alayrac et al. 2022); the
+    queries' projections are absorbed, so that no slot is ever projected to heads (DeepSeek-AI 2024). Biases by time
+    are a table over log buckets, as in Raffel et al. (2020); those of pairs of services one over (own, other).
+    """
+
+    def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
+        d, n, h = config.d_model, config.n_heads, config.d_head
+        personal = config.personal
+        k_read, k_value = jax.random.split(key)
+        zeros = jax.nn.initializers.zeros
+
+        def table(on: bool, shape: tuple[int, ...], axes: tuple[str | None, ...], decay: str = "none"):
+            return declare(key, shape, axes, zeros, decay=decay) if on else None
+
+        has_slots = personal.prefix and personal.memory != "null"
+        self.read_NHD = declare(k_read, (n, h, d), ("heads", None, "embed"), _fan_in_second) if has_slots else None
+        self.value_NDH = declare(k_value, (n, d, h), ("heads", "embed", None), _fan_in_second) if has_slots else None
+        self.gate_N = table(has_slots, (n,), ("heads",))
+        self.scale_DNH = table(personal.query_scale, (d, n, h), ("embed", "heads", None), "matrix")
+        self.time_bias_NR = table(personal.time_bias, (n, N_GAPS + 1), ("heads", None))
+        self.pair_NZZ = table(personal.pair_bias, (n, n_services, n_services), ("heads", None, None))
+        self.pair_gate_DN = table(personal.pair_bias, (d, n), ("embed", "heads"), "matrix")
+        self.other_services, self.n_services, self.window = personal.other_services, n_services, config.window
+
+    def scale(self, q_BTNH: jax.Array, view: View) -> jax.Array:
+        """The queries, scaled by the profile."""
+        if self.scale_DNH is None:
+            return q_BTNH
+        scale = 1 + jnp.einsum("BTD,DNH->BTNH", view.summary_BTD, self.scale_DNH[...])
+        return (q_BTNH * scale).astype(q_BTNH.dtype)
+
+    def kind_bias(self, view: View) -> jax.Array | None:
+        """`[B, T, N, Z]`, what each query adds to the logits of the events of each service."""
+        if self.pair_NZZ is None and self.other_services:
+            return None
+        b, t = view.service_BT.shape
+        bias = jnp.zeros((b, t, 1, self.n_services))
+        if not self.other_services:
+            own = jax.nn.one_hot(view.service_BT, self.n_services)
+            bias = -1e9 * (1 - own)[:, :, None]
+        if self.pair_NZZ is not None:
+            assert self.pair_gate_DN is not None
+            gate_BTN = 1 + jnp.einsum("BTD,DN->BTN", view.summary_BTD, self.pair_gate_DN[...])
+            pair_BTNZ = jnp.moveaxis(self.pair_NZZ[...], 0, 1)[view.service_BT]
+            bias = bias + gate_BTN[..., None] * pair_BTNZ
+        n_heads = self.pair_NZZ.shape[0] if self.pair_NZZ is not None else 1
+        return jnp.broadcast_to(bias, (b, t, n_heads, self.n_services))
+
+    def __call__(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, view: View) -> jax.Array:
+        """Args: queries and keys after rotation. Returns `[B, T, N, H]`."""
+        q_BTNH = self.scale(q_BTNH, view)
+        out, lse = _attend(q_BTNH, k_BTKH, v_BTKH, view, self.time_bias_NR, self.kind_bias(view), self.window)
+        if self.read_NHD is None:
+            return out
+        assert self.value_NDH is not None
+        assert self.gate_N is not None
+        dtype = q_BTNH.dtype
+        q_BTND = jnp.einsum("BTNH,NHD->BTND", q_BTNH, self.read_NHD[...].astype(dtype))
+        slot_BTMD = view.slot_BTMD.astype(dtype)
+        logits = jnp.einsum("BTND,BTMD->BTNM", q_BTND, slot_BTMD).astype(jnp.float32) * q_BTNH.shape[-1] ** -0.5
+        logits += view.log_relevance_BTM[:, :, None]
+        prefix_lse = jax.nn.logsumexp(logits, axis=-1)
+        weights = jnp.exp(logits - prefix_lse[..., None]).astype(dtype)
+        read_BTND = jnp.einsum("BTNM,BTMD->BTND", weights, slot_BTMD)
+        prefix = jnp.einsum("BTND,NDH->BTNH", read_BTND, self.value_NDH[...].astype(dtype))
+        joined, _ = merge([(out, lse), (prefix, prefix_lse)])
+        return out + (jnp.tanh(self.gate_N[...])[:, None] * (joined - out)).astype(dtype)
+
+
+def _attend(q_BTNH, k_BTKH, v_BTKH, view: View, time_bias_NR, kind_bias_BTNZ, window: int):
+    """`pallas_kernels.attention.attend`; on a mesh each device has its own rows, and all heads."""
+    if kind_bias_BTNZ is not None:
+        kind_bias_BTNZ = jnp.broadcast_to(kind_bias_BTNZ, (*q_BTNH.shape[:3], kind_bias_BTNZ.shape[-1]))
+
+    def run(rows, time_bias_NR):
+        q, k, v, segment, time, kind, kind_bias = rows
+        return attend(
+            q,
+            k,
+            v,
+            segment,
+            time_BT=None if time_bias_NR is None else time,
+            time_bias_NR=time_bias_NR,
+            kind_BT=None if kind_bias is None else kind,
+            kind_bias_BTNZ=kind_bias,
+            window=window or None,
+        )
+
+    rows = (q_BTNH, k_BTKH, v_BTKH, view.segment_BT, view.time_BT, view.service_BT, kind_bias_BTNZ)
+    time_bias_NR = None if time_bias_NR is None else time_bias_NR[...]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return run(rows, time_bias_NR)
+    n_batch = q_BTNH.shape[0]
+    spare = -n_batch % (mesh.shape["data"] * mesh.shape["expert"])
+    rows = jax.tree.map(lambda a: jnp.pad(a, ((0, spare), *((0, 0),) * (a.ndim - 1))), rows)
+    by_row, everywhere = PartitionSpec(ROW_AXES), PartitionSpec()
+    out, lse = jax.shard_map(run, mesh=mesh, in_specs=(by_row, everywhere), out_specs=by_row)(rows, time_bias_NR)
+    return out[:n_batch], lse[:n_batch]
+
+
+def _fan_in_second(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    return shape[1] ** -0.5 * jax.random.normal(key, shape, dtype)
 
 
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023) with biases on query, key and value, as in Qwen2."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig):
+    def __init__(self, key: jax.Array, config: ModelConfig, personal: PersonalBias | None = None):
         d, n, k, h = config.d_model, config.n_heads, config.n_kv_heads, config.d_head
         kq, kk, kv, ko = jax.random.split(key, 4)
         zeros = jax.nn.initializers.zeros
@@ -46,13 +178,20 @@ class Attention(nnx.Module):
         self.k_bias_KH = declare(kk, (k, h), ("kv_heads", None), zeros, decay="none")
         self.v_bias_KH = declare(kv, (k, h), ("kv_heads", None), zeros, decay="none")
         self.rope_theta = config.rope_theta
+        self.personal = personal
 
-    def __call__(self, x_BTD: jax.Array, position_BT: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, position_BT: jax.Array, mask_BTS: jax.Array, view: View | None = None
+    ) -> jax.Array:
         dtype = x_BTD.dtype
         q = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...].astype(dtype)) + self.q_bias_NH[...].astype(dtype)
         k = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH[...].astype(dtype)) + self.k_bias_KH[...].astype(dtype)
         v = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH[...].astype(dtype)) + self.v_bias_KH[...].astype(dtype)
         q, k = rotate(q, position_BT, self.rope_theta), rotate(k, position_BT, self.rope_theta)
+        if self.personal is not None:
+            assert view is not None
+            out = self.personal(q, k, v, view)
+            return jnp.einsum("BTNH,NHD->BTD", out, self.o_NHD[...].astype(dtype))
         b, t, n, h = q.shape
         groups = k.shape[2]
         q_grouped = q.reshape(b, t, groups, n // groups, h)

@@ -1,29 +1,42 @@
 """The pre-norm decoder block, dense or with domain experts, and stacks of them as one scanned pytree."""
 
 import itertools
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from moerec.config import ModelConfig
-from moerec.nn.attention import Attention
+from moerec.nn.attention import Attention, PersonalBias, View
 from moerec.nn.experts import DomainExperts, Request
 from moerec.nn.layers import RMSNorm, SwiGLU, dropout
 from moerec.shapes import Routing
 
 
-class Block(nnx.Module):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))`; with `n_services` the second is a mixture of experts."""
+class Run(NamedTuple):
+    """Equal layers, `first` to one before `last`: with experts or dense, conditioned on the profile or not."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig, n_services: int | None = None):
+    experts: bool
+    personal: bool
+    first: int
+    last: int
+
+
+PLAIN = Run(False, False, 0, 0)
+
+
+class Block(nnx.Module):
+    """`x + attention(norm(x))`, then `x + ffn(norm(x))`; either may be of the kind that is conditioned or mixed."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig, n_services: int = 0, run: Run = PLAIN):
         k_attention, k_ffn = jax.random.split(key)
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(k_attention, config)
+        k_personal = jax.random.fold_in(k_attention, 1)
+        personal = PersonalBias(k_personal, config, n_services) if run.personal else None
+        self.attention = Attention(k_attention, config, personal)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn: SwiGLU | DomainExperts = (
-            SwiGLU(k_ffn, config.d_model, config.d_ff)
-            if n_services is None
-            else DomainExperts(k_ffn, config, n_services)
+            DomainExperts(k_ffn, config, n_services) if run.experts else SwiGLU(k_ffn, config.d_model, config.d_ff)
         )
         self.dropout_rate = config.dropout
 
@@ -34,10 +47,11 @@ class Block(nnx.Module):
         mask_BTS: jax.Array,
         key: jax.Array | None,
         request: Request | None = None,
+        view: View | None = None,
     ) -> tuple[jax.Array, Routing | None]:
         """The new states, and the sums of the routing (None without experts)."""
         k_attention, k_ffn = (None, None) if key is None else jax.random.split(key)
-        y = self.attention(self.attention_norm(x_BTD), position_BT, mask_BTS)
+        y = self.attention(self.attention_norm(x_BTD), position_BT, mask_BTS, view)
         x_BTD = x_BTD + dropout(y, self.dropout_rate, k_attention)
         y, routing = self.ffn_norm(x_BTD), None
         if isinstance(self.ffn, DomainExperts):
@@ -48,21 +62,21 @@ class Block(nnx.Module):
         return x_BTD + dropout(y, self.dropout_rate, k_ffn), routing
 
 
-def split_layers(config: ModelConfig) -> list[tuple[bool, int, int]]:
-    """Runs of equal layers, `(with experts, first, one past the last)`; the first is the dense trunk, maybe empty."""
-    kinds = [layer in config.moe.layers for layer in range(config.n_layers)]
-    runs = [(False, 0, 0)] if kinds[0] else []
+def split_layers(config: ModelConfig) -> list[Run]:
+    """The runs of equal layers; the first is the trunk, dense and nobody's own, maybe empty."""
+    kinds = [(layer in config.moe.layers, layer in config.personal.layers) for layer in range(config.n_layers)]
+    runs = [PLAIN] if any(kinds[0]) else []
     first = 0
-    for kind, members in itertools.groupby(kinds):
+    for (experts, personal), members in itertools.groupby(kinds):
         last = first + len(list(members))
-        runs.append((kind, first, last))
+        runs.append(Run(experts, personal, first, last))
         first = last
     return runs
 
 
-def stack_blocks(keys: jax.Array, config: ModelConfig, n_services: int | None = None) -> Block:
-    """A `Block` whose weights have a leading axis of as many layers as there are keys."""
-    return jax.vmap(lambda k: Block(k, config, n_services))(keys)
+def stack_blocks(keys: jax.Array, config: ModelConfig, n_services: int = 0, run: Run = PLAIN) -> Block:
+    """A `Block` of a run, whose weights have a leading axis of its layers; a key each."""
+    return jax.vmap(lambda k: Block(k, config, n_services, run))(keys)
 
 
 def run_blocks(
@@ -73,6 +87,7 @@ def run_blocks(
     keys: jax.Array | None,
     remat: bool,
     request: Request | None = None,
+    view: View | None = None,
 ) -> tuple[jax.Array, Routing | None]:
     """Scans the stacked blocks, so that compile time does not grow with depth; `remat` recomputes each backward.
 
@@ -82,7 +97,7 @@ def run_blocks(
 
     def step(x, layer):
         block, layer_key = layer
-        return block(x, position_BT, mask_BTS, layer_key, request)
+        return block(x, position_BT, mask_BTS, layer_key, request, view)
 
     body = jax.checkpoint(step, prevent_cse=False) if remat else step
     return jax.lax.scan(body, x_BTD, (blocks, keys))

@@ -77,12 +77,17 @@ class SlotEncoder(nnx.Module):
         self.context = table(keys[4], sum(context_sizes)) if config.request_context and context_sizes else None
         self.context_offsets = tuple(sum(context_sizes[:c]) for c in range(len(context_sizes)))
 
-    def __call__(self, batch: Batch, table: ItemTable) -> jax.Array:
+    def of_event(self, item: jax.Array, action: jax.Array, table: ItemTable) -> jax.Array:
+        """What service and action add, `[..., D]`: all of an event that does not depend on what comes next."""
         parts = []
         if self.service is not None:
-            parts.append(self.service[...][table.service_I[batch.item_BT]])
+            parts.append(self.service[...][table.service_I[item]])
         if self.action is not None:
-            parts.append(self.action[...][batch.action_BT])
+            parts.append(self.action[...][action])
+        return sum(parts, jnp.zeros((), jnp.float32))
+
+    def __call__(self, batch: Batch, table: ItemTable) -> jax.Array:
+        parts = [self.of_event(batch.item_BT, batch.action_BT, table)]
         if self.event_time is not None:
             previous = jnp.pad(batch.time_BT[:, :-1], ((0, 0), (1, 0)))
             first = batch.position_BT == 0

@@ -26,11 +26,13 @@ class Request(NamedTuple):
     Attributes:
       log_domain_BTZ: the analyser's log-posterior. domain_BT: int32 domain under which the slot is counted, or -1.
       real_BT: bool, false in padding, which goes to no expert.
+      relevance_BTM: how much each memory slot of the profile matters, or None.
     """
 
     log_domain_BTZ: jax.Array
     domain_BT: jax.Array
     real_BT: jax.Array
+    relevance_BTM: jax.Array | None = None
 
 
 def count_experts(config: MoEConfig, n_services: int) -> int:
@@ -69,6 +71,9 @@ class DomainExperts(nnx.Module):
         zeros = jax.nn.initializers.zeros
         self.router_ED = declare(k_router, (e, d), ("experts", "embed"), _transposed_fan_in)
         self.lift_EZ = declare(k_router, (e, n_services), ("experts", None), zeros, decay="none")
+        n_slots = config.personal.n_slots if config.personal.route else 0
+        self.slot_lift_EM = declare(k_router, (e, n_slots), ("experts", None), zeros, decay="none") if n_slots else None
+        self.n_services = n_services
         self.bias_E = declare(k_router, (e,), ("experts",), zeros, decay="none")
         self.gate_EDF = declare(k_gate, (e, d, f), ("experts", "embed", "mlp"), _fan_in_each)
         self.up_EDF = declare(k_up, (e, d, f), ("experts", "embed", "mlp"), _fan_in_each)
@@ -90,35 +95,46 @@ class DomainExperts(nnx.Module):
             seen_BTD = x_BTD * jax.random.uniform(
                 key, x_BTD.shape, x_BTD.dtype, 1 - moe.jitter_rate, 1 + moe.jitter_rate
             )
-        rows = Rows(x_BTD, seen_BTD, *request)
-        weights = Weights(*(getattr(self, name)[...] for name in Weights._fields))
+        hint_BTX, lift_EX = request.log_domain_BTZ, self.lift_EZ[...]
+        if self.slot_lift_EM is not None:
+            # What matters of the profile is one more thing known of the slot.
+            assert request.relevance_BTM is not None
+            hint_BTX = jnp.concatenate([hint_BTX, request.relevance_BTM], axis=-1)
+            lift_EX = jnp.concatenate([lift_EX, self.slot_lift_EM[...]], axis=-1)
+        rows = Rows(x_BTD, seen_BTD, hint_BTX, request.domain_BT, request.real_BT)
+        matrices = (getattr(self, name)[...] for name in MATRICES)
+        weights = Weights(self.router_ED[...], lift_EX, self.bias_E[...], *matrices)
         bounded = key is not None and bool(moe.capacity_factor)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            y_BTD, routing = _answer(rows, weights, moe, bounded, None)
+            y_BTD, routing = _answer(rows, weights, moe, self.n_services, bounded, None)
         else:
-            axes = {name: getattr(self, name).get_metadata()["axes"] for name in Weights._fields}
-            y_BTD, routing = _answer_on_mesh(rows, weights, moe, bounded, mesh, axes)
+            axes = {name: getattr(self, name).get_metadata()["axes"] for name in MATRICES}
+            y_BTD, routing = _answer_on_mesh(rows, weights, moe, self.n_services, bounded, mesh, axes)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, routing
 
 
 class Rows(NamedTuple):
-    """What a layer is given of each slot: states, the states that the router sees, and the fields of `Request`."""
+    """What a layer is given of each slot: states, the states that the router sees, and what else is known of it.
+
+    Attributes:
+      hint_BTX: the analyser's log-posterior over services, then the relevance of the profile's memory slots, if any.
+    """
 
     x_BTD: jax.Array
     seen_BTD: jax.Array
-    log_domain_BTZ: jax.Array
+    hint_BTX: jax.Array
     domain_BT: jax.Array
     real_BT: jax.Array
 
 
 class Weights(NamedTuple):
-    """The arrays of `DomainExperts` that are routed, or where each is."""
+    """The arrays of `DomainExperts`, or where each is; `lift_EX` is what the hint adds to the logits."""
 
     router_ED: Array
-    lift_EZ: Array
+    lift_EX: Array
     bias_E: Array
     gate_EDF: Array
     up_EDF: Array
@@ -126,7 +142,13 @@ class Weights(NamedTuple):
 
 
 def _answer_on_mesh(
-    rows: Rows, weights: Weights, moe: MoEConfig, bounded: bool, mesh: AbstractMesh, axes: dict[str, tuple]
+    rows: Rows,
+    weights: Weights,
+    moe: MoEConfig,
+    n_services: int,
+    bounded: bool,
+    mesh: AbstractMesh,
+    axes: dict[str, tuple],
 ) -> tuple[jax.Array, Routing]:
     """One `shard_map` over the mesh; the batch is filled up with padding where the devices do not divide it."""
     (n_experts, _, f), n_batch = weights.gate_EDF.shape, rows.x_BTD.shape[0]
@@ -138,7 +160,7 @@ def _answer_on_mesh(
     rows = jax.tree.map(lambda a: jnp.pad(a, ((0, spare), *((0, 0),) * (a.ndim - 1))), rows)
     rows = rows._replace(domain_BT=rows.domain_BT.at[n_batch:].set(-1))
     spec, everywhere = PartitionSpec(ROW_AXES), PartitionSpec()
-    matrices = {name: param_spec(axes[name], getattr(weights, name).shape, mesh) for name in axes if name in MATRICES}
+    matrices = {name: param_spec(axes[name], getattr(weights, name).shape, mesh) for name in axes}
 
     def answer(rows: Rows, weights: Weights) -> tuple[jax.Array, Routing]:
         # FSDP: the parts of the matrices come together only here; the transpose is a psum-scatter of the gradients.
@@ -147,7 +169,7 @@ def _answer_on_mesh(
             for name, spec in matrices.items()
             if "data" in spec
         }
-        return _answer(rows, weights._replace(**whole), moe, bounded, mesh)
+        return _answer(rows, weights._replace(**whole), moe, n_services, bounded, mesh)
 
     y_BTD, routing = jax.shard_map(
         answer,
@@ -159,14 +181,14 @@ def _answer_on_mesh(
 
 
 def _answer(
-    rows: Rows, weights: Weights, moe: MoEConfig, bounded: bool, mesh: AbstractMesh | None
+    rows: Rows, weights: Weights, moe: MoEConfig, n_services: int, bounded: bool, mesh: AbstractMesh | None
 ) -> tuple[jax.Array, Routing]:
     """Routes the rows of a device and has them answered; the sums are those of all devices."""
     shape, n_experts = rows.x_BTD.shape, weights.router_ED.shape[0]
     x_SD, seen_SD = rows.x_BTD.reshape(-1, shape[-1]), rows.seen_BTD.reshape(-1, shape[-1])
     domain_S, real_S = rows.domain_BT.reshape(-1), rows.real_BT.reshape(-1)
-    n_services = rows.log_domain_BTZ.shape[-1]
-    routed = _route(seen_SD, rows.log_domain_BTZ.reshape(-1, n_services), domain_S, weights, moe)
+    hint_SX = rows.hint_BTX.reshape(-1, rows.hint_BTX.shape[-1])
+    routed = _route(seen_SD, hint_SX, domain_S, weights, moe, n_services)
     expert_SA = jnp.where(real_S[:, None], routed.expert_TA, n_experts)
     capacity = None
     if bounded:
@@ -193,15 +215,15 @@ def _answer(
 
 
 def _route(
-    seen_SD: jax.Array, log_domain_SZ: jax.Array, domain_S: jax.Array, weights: Weights, moe: MoEConfig
+    seen_SD: jax.Array, hint_SX: jax.Array, domain_S: jax.Array, weights: Weights, moe: MoEConfig, n_services: int
 ) -> Routed:
     backend = {"auto": "auto", "pallas_tpu": "pallas_tpu"}.get(moe.backend, "xla")
-    prior, lift = log_domain_SZ, weights.lift_EZ
+    prior, lift = hint_SX, weights.lift_EX
     if moe.n_open_groups:
         # Closing a group is one more term of the logits that is linear in what is known of the slot.
         group_E = jnp.arange(lift.shape[0]) // moe.n_per_group
-        prior = jnp.concatenate([prior, open_groups(log_domain_SZ, moe.n_open_groups)], axis=1)
-        lift = jnp.concatenate([lift, jax.nn.one_hot(group_E, log_domain_SZ.shape[1] + 1)], axis=1)
+        prior = jnp.concatenate([prior, open_groups(hint_SX[:, :n_services], moe.n_open_groups)], axis=1)
+        lift = jnp.concatenate([lift, jax.nn.one_hot(group_E, n_services + 1)], axis=1)
     return route(seen_SD, weights.router_ED, prior, lift, weights.bias_E, domain_S, moe.n_active, backend)
 
 

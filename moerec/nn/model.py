@@ -8,11 +8,12 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.analyser import Analyser
-from moerec.nn.attention import segment_mask
+from moerec.nn.attention import View, segment_mask
 from moerec.nn.block import run_blocks, split_layers, stack_blocks
 from moerec.nn.events import ItemEncoder, SlotEncoder
 from moerec.nn.experts import DomainExperts, Request
 from moerec.nn.layers import RMSNorm, declare, dropout
+from moerec.nn.personalization.profile import ProfileRouter, condition_slots, make_personalizer
 from moerec.shapes import Batch, ItemTable, Output, Routing
 
 
@@ -25,13 +26,14 @@ class Sizes:
     n_services: int
     n_actions: int
     context_sizes: tuple[int, ...]
+    field_sizes: tuple[int, ...] = ()  # codes of each static profile field, the first of them "missing"
 
 
 class SequenceModel(nnx.Module):
     """A Qwen2-shaped decoder over event slots.
 
-    The leading dense layers are the trunk; behind it stands the analyser, whose posterior the routers of all
-    mixture layers above read.
+    The leading plain layers are the trunk. Behind it stand the analyser, whose posterior the routers of all mixture
+    layers above read, and the profile, which conditions the attention of the personal ones.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, sizes: Sizes):
@@ -40,15 +42,15 @@ class SequenceModel(nnx.Module):
         self.slot_encoder = SlotEncoder(k_slot, config, sizes.n_services, sizes.n_actions, sizes.context_sizes)
         self.input_norm = RMSNorm(config.d_model, config.norm_eps)
         k_layers = jax.random.split(k_blocks, config.n_layers)
-        (_, _, n_trunk), *upper = split_layers(config)
-        self.blocks = stack_blocks(k_layers[:n_trunk], config) if n_trunk else None
-        k_analyser = jax.random.fold_in(k_head, 1)
-        self.analyser = Analyser(k_analyser, config.d_model, sizes.n_services, config.norm_eps) if upper else None
+        trunk, *upper = split_layers(config)
+        self.blocks = stack_blocks(k_layers[: trunk.last], config) if trunk.last else None
+        k_analyser, k_profile, k_router = (jax.random.fold_in(k_head, n) for n in (1, 2, 3))
+        is_mixture, is_personal = bool(config.moe.layers), bool(config.personal.layers)
+        self.analyser = Analyser(k_analyser, config.d_model, sizes.n_services, config.norm_eps) if is_mixture else None
+        self.profile = make_personalizer(config, sizes.field_sizes).init(k_profile) if is_personal else None
+        self.profile_router = ProfileRouter(k_router, config) if config.personal.n_slots else None
         self.upper = nnx.List(
-            [
-                stack_blocks(k_layers[first:last], config, sizes.n_services if experts else None)
-                for experts, first, last in upper
-            ]
+            [stack_blocks(k_layers[run.first : run.last], config, sizes.n_services, run) for run in upper]
         )
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head_encoder = None if config.tie_items else ItemEncoder(k_head, config, sizes.n_items, sizes.n_tokens)
@@ -56,7 +58,11 @@ class SequenceModel(nnx.Module):
         self.item_bias_I = (
             declare(k_head, (sizes.n_items,), ("items",), zeros, decay="none") if config.item_bias else None
         )
-        self.config = config
+        self.config, self.field_sizes = config, sizes.field_sizes
+
+    def event_vectors(self, item: jax.Array, action: jax.Array, table: ItemTable) -> jax.Array:
+        """What a profile is fed of events: vectors `[..., D]` of item, service and action."""
+        return self.item_encoder(item, table) + self.slot_encoder.of_event(item, action, table)
 
     def encode(self, batch: Batch, table: ItemTable, key: jax.Array | None = None) -> Output:
         """States from which the next item is predicted; `key` switches dropout and jitter on.
@@ -67,27 +73,46 @@ class SequenceModel(nnx.Module):
         k_input, k_blocks = (None, None) if key is None else jax.random.split(key)
         x_BTD = self.item_encoder(batch.item_BT, table) + self.slot_encoder(batch, table)
         x_BTD = dropout(self.input_norm(x_BTD), config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
-        mask_BTS = segment_mask(batch.segment_BT)
+        mask_BTS = segment_mask(batch.segment_BT, config.window)
         keys = None if k_blocks is None else jax.random.split(k_blocks, config.n_layers)
+        request, view, log_domain_BTZ, relevance_BTM, routings = None, None, None, None, []
 
-        def run(blocks, x_BTD, first, last, request=None):
-            own = None if keys is None else keys[first:last]
-            return run_blocks(blocks, x_BTD, batch.position_BT, mask_BTS, own, config.remat, request)
+        def advance(blocks, x_BTD, run):
+            own = None if keys is None else keys[run.first : run.last]
+            return run_blocks(blocks, x_BTD, batch.position_BT, mask_BTS, own, config.remat, request, view)
 
-        (_, _, n_trunk), *upper = split_layers(config)
+        trunk, *upper = split_layers(config)
         if self.blocks is not None:
-            x_BTD, _ = run(self.blocks, x_BTD, 0, n_trunk)
-        log_domain_BTZ, routings = None, []
+            x_BTD, _ = advance(self.blocks, x_BTD, trunk)
+        if config.personal.layers:
+            read_BTD, relevance_BTM, view = self._read_profile(x_BTD, batch, table)
+            x_BTD = x_BTD + read_BTD.astype(x_BTD.dtype)
         if self.analyser is not None:
             log_domain_BTZ = self.analyser(x_BTD)
             domain_BT = jnp.where(batch.weight_BT > 0, table.service_I[batch.target_BT], -1)
             # The posterior stays one: the routers read it, but do not bend it to their ends.
-            request = Request(jax.lax.stop_gradient(log_domain_BTZ), domain_BT, batch.segment_BT > 0)
-            for blocks, (experts, first, last) in zip(self.upper, upper, strict=True):
-                x_BTD, routing = run(blocks, x_BTD, first, last, request)
-                routings += [routing] if experts else []
+            known = jax.lax.stop_gradient(log_domain_BTZ)
+            request = Request(known, domain_BT, batch.segment_BT > 0, relevance_BTM)
+        for blocks, run in zip(self.upper, upper, strict=True):
+            x_BTD, routing = advance(blocks, x_BTD, run)
+            routings += [routing] if run.experts else []
         routing = Routing(*map(jnp.concatenate, zip(*routings, strict=True))) if routings else None
-        return Output(self.final_norm(x_BTD.astype(jnp.float32)), log_domain_BTZ, routing)
+        return Output(self.final_norm(x_BTD.astype(jnp.float32)), log_domain_BTZ, routing, relevance_BTM)
+
+    def _read_profile(
+        self, x_BTD: jax.Array, batch: Batch, table: ItemTable
+    ) -> tuple[jax.Array, jax.Array | None, View]:
+        """What is added to the states, the relevance of the memory slots, and what the personal layers see."""
+        personal = self.config.personal
+        personalizer = make_personalizer(self.config, self.field_sizes)
+        event_BTD = self.event_vectors(batch.item_BT, batch.action_BT, table)
+        condition = condition_slots(personalizer, self.profile, batch, event_BTD, personal.fields)
+        read_BTD, relevance_BTM, log_relevance_BTM = jnp.zeros(()), None, jnp.zeros((*batch.item_BT.shape, 0))
+        if self.profile_router is not None:
+            relevance_BTM, log_relevance_BTM, read_BTD = self.profile_router(x_BTD, condition.slot_MD)
+        service_BT = table.service_I[batch.item_BT]
+        seen = (batch.segment_BT, batch.time_BT, service_BT)
+        return read_BTD, relevance_BTM, View(*seen, condition.slot_MD, log_relevance_BTM, condition.summary_D)
 
     def item_vectors(self, item_X: jax.Array, table: ItemTable) -> tuple[jax.Array, jax.Array]:
         """Vectors `[..., D]` and biases `[...]` of candidates; a state's score is its dot product plus the bias."""

@@ -125,8 +125,8 @@ def test_columns_land_in_their_slots_and_the_rest_is_padding(n, n_context, seed)
     slot = rng.permutation(12)[:n]
     source, following = rng.integers(0, events, (2, n))
     position, segment = rng.integers(0, 9, n), rng.integers(1, 9, n)
-    weight = rng.random(n)
-    batch = fill_batch(log, slot, source, following, position, segment, weight, shape)
+    weight, fields = rng.random(n), rng.integers(0, 9, (n, 2))
+    batch = fill_batch(log, slot, source, following, position, segment, weight, shape, fields)
     assert batch.request_context_BTC.shape == (*shape, n_context)
     assert {x.dtype for x in batch[:-1]} == {np.dtype(np.int32)}
     assert batch.weight_BT.dtype == np.float32
@@ -135,7 +135,7 @@ def test_columns_land_in_their_slots_and_the_rest_is_padding(n, n_context, seed)
     for flat in range(12):
         got = [np.asarray(x)[divmod(flat, 4)].tolist() for x in batch]
         if flat not in place:
-            assert got == [0, 0, NO_TIME, 0, 0, NO_TIME, [0] * n_context, 0, 0]
+            assert got == [0, 0, NO_TIME, 0, 0, NO_TIME, [0] * n_context, [0, 0], 0, 0]
             continue
         k = place[flat]
         s, f = source[k], following[k]
@@ -147,6 +147,7 @@ def test_columns_land_in_their_slots_and_the_rest_is_padding(n, n_context, seed)
             segment[k],
             log.time[f] - zero,
             log.context[f].tolist(),
+            fields[k].tolist(),
             log.item[f],
             np.float32(weight[k]),
         ]

@@ -42,6 +42,11 @@ def training_rows(log: EventLog, keep: np.ndarray) -> list[list[int]]:
     return [[row for row in range(log.offsets[p], log.offsets[p + 1]) if keep[row]] for p in range(log.n_people)]
 
 
+def fields_of(log: EventLog) -> np.ndarray:
+    """Profile codes that tell who somebody is."""
+    return np.stack([np.arange(log.n_people), np.arange(log.n_people) % 3 + 1], axis=1).astype(np.int32)
+
+
 def segments_of(batch) -> list[list[tuple[int, int]]]:
     """The slots of each segment, row by row; fails where one is torn, not numbered from 1, or not padded by zeros."""
     found = []
@@ -83,6 +88,7 @@ def decode(batch, log: EventLog, rows_of_people) -> list[tuple[int, int, int]]:
                 batch.segment_BT[slots[0]],
                 shifted(log.time[following]),
                 log.context[following].tolist(),
+                [person, person % 3 + 1],
                 log.item[following],
                 1.0,
             ]
@@ -156,7 +162,7 @@ def test_an_epoch_holds_every_pair_of_training_events_once(lengths, history_len,
     keep = np.random.default_rng(seed).random(log.n_events) < 0.8
     rows_of_people = training_rows(log, keep)
     options = StreamOptions(n_rows, history_len + more, history_len, seed)
-    reader = MemoryReader(log, keep)
+    reader = MemoryReader(log, keep, fields_of(log))
     assert reader.lengths.tolist() == [len(rows) for rows in rows_of_people]
     if max(map(len, rows_of_people)) < 2:
         with pytest.raises(InputError, match="two training events"):
@@ -171,7 +177,7 @@ def test_batches_have_their_shape_and_never_name_a_held_out_event():
     keep = np.random.default_rng(3).random(log.n_events) < 0.6
     held_out = set(log.item[~keep].tolist())
     assert held_out
-    stream = iter(PackedStream(MemoryReader(log, keep), StreamOptions(2, 8, 5, 0)))
+    stream = iter(PackedStream(MemoryReader(log, keep, fields_of(log)), StreamOptions(2, 8, 5, 0)))
     for _ in range(20):
         batch = next(stream)
         assert {x.shape[:2] for x in batch} == {(2, 8)}
@@ -183,7 +189,7 @@ def test_epochs_differ_in_order_and_offsets_and_seeds_decide():
     log = make_log([12] * 30, seed=1)
     keep = np.ones(log.n_events, bool)
     rows_of_people = training_rows(log, keep)
-    reader = MemoryReader(log, keep)
+    reader = MemoryReader(log, keep, fields_of(log))
 
     def windows(seed, n=40):
         stream = iter(PackedStream(reader, StreamOptions(2, 10, 5, seed)))
@@ -213,7 +219,7 @@ def test_processes_share_the_people_out(process_count):
     together, people = Counter(), []
     for index in range(process_count):
         own = [rows if p % process_count == index else [] for p, rows in enumerate(rows_of_people)]
-        stream = PackedStream(MemoryReader(log, keep), StreamOptions(2, 9, 6, 5, index, process_count))
+        stream = PackedStream(MemoryReader(log, keep, fields_of(log)), StreamOptions(2, 9, 6, 5, index, process_count))
         windows = take_epoch(stream, log, own, 6)
         together += slots_of(windows)
         people.append({w[0] for w in windows})
@@ -224,9 +230,9 @@ def test_processes_share_the_people_out(process_count):
 def test_a_process_without_anything_to_learn_from_says_so():
     log = make_log([5, 1, 4, 0])
     keep = np.ones(log.n_events, bool)
-    PackedStream(MemoryReader(log, keep), StreamOptions(1, 8, 8, 0, 0, 2))
+    PackedStream(MemoryReader(log, keep, fields_of(log)), StreamOptions(1, 8, 8, 0, 0, 2))
     with pytest.raises(InputError, match="two training events"):
-        PackedStream(MemoryReader(log, keep), StreamOptions(1, 8, 8, 0, 1, 2))
+        PackedStream(MemoryReader(log, keep, fields_of(log)), StreamOptions(1, 8, 8, 0, 1, 2))
     with pytest.raises(InputError, match="two training events"):
         PackedStream(MemoryReader(log, ~keep), StreamOptions(1, 8, 8, 0))
 
@@ -250,7 +256,7 @@ def test_a_saved_position_goes_on_with_the_next_batch(wrap, n_before):
     keep = np.ones(log.n_events, bool)
 
     def start():
-        return iter(wrap(PackedStream(MemoryReader(log, keep), StreamOptions(1, 8, 6, 9))))
+        return iter(wrap(PackedStream(MemoryReader(log, keep, fields_of(log)), StreamOptions(1, 8, 6, 9))))
 
     whole = start()
     batches = [next(whole) for _ in range(n_before + 12)]

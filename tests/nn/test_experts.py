@@ -161,9 +161,10 @@ def test_runs_of_layers():
     def runs(*layers):
         return split_layers(mixture_config(layers))
 
-    assert runs() == [(False, 0, 3)]
-    assert runs(1, 2) == [(False, 0, 1), (True, 1, 3)]
-    assert runs(0, 2) == [(False, 0, 0), (True, 0, 1), (False, 1, 2), (True, 2, 3)]
+    assert runs() == [(False, False, 0, 3)]
+    assert runs(1, 2) == [(False, False, 0, 1), (True, False, 1, 3)]
+    plain, mixed = (False, False), (True, False)
+    assert runs(0, 2) == [(*plain, 0, 0), (*mixed, 0, 1), (*plain, 1, 2), (*mixed, 2, 3)]
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 2)], ids=str)

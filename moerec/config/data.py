@@ -1,0 +1,130 @@
+"""Where the data comes from, and how it is split and packed."""
+
+import dataclasses
+
+from moerec.config.checks import one_of, require, require_seed
+
+
+@dataclasses.dataclass
+class CityConfig:
+    """The built-in world (`moerec.data.city`). Knobs at zero switch an effect off entirely."""
+
+    n_people: int = 2000
+    events_per_person: float = 80.0  # mean of the number of events
+    items_per_service: int = 600
+    n_types: int = 8  # taste types, each shared over services with probability `rho` or private to a service
+    n_needs: int = 12  # discrete needs
+    rho: float = 0.7  # probability that a person's type in a service is their shared one
+    kappa: float = 1.0  # strength of hour, weekday, season, weather and holiday on the needs' transitions
+    tau: float = 1.0  # recency: how much the needs drift, and how much the last need matters for the next
+    habit: float = 1.0  # strength of brand loyalty and of buying (or, a durable, not buying) the very same item again
+    identical_people: bool = False
+    identical_services: bool = False
+    profile_missing_rate: float = 0.3
+    profile_noise_rate: float = 0.15
+
+    def __post_init__(self):
+        for name in ("n_people", "items_per_service", "n_types", "n_needs"):
+            require(getattr(self, name) >= 1, f"data.city.{name}", "must be at least 1")
+        require(self.events_per_person >= 3, "data.city.events_per_person", "must be at least 3")
+        for name in ("rho", "profile_missing_rate", "profile_noise_rate"):
+            require(0 <= getattr(self, name) <= 1, f"data.city.{name}", "must lie in [0, 1]")
+        for name in ("kappa", "tau", "habit"):
+            require(0 <= getattr(self, name) <= 10, f"data.city.{name}", "must lie in [0, 10]")
+
+
+@dataclasses.dataclass
+class SchemaConfig:
+    """Maps the columns of the tables. An empty name means that the tables have no such column."""
+
+    user: str = "user"
+    item: str = "item"
+    service: str = ""  # column in both tables; without it there is the one service `service_name`
+    service_name: str = "items"
+    action: str = ""
+    time: str = ""
+    time_unit: str = "s"  # s, ms, day or iso
+    context: tuple[str, ...] = ()
+    item_id: str = "item"  # columns of the item table
+    item_service: str = ""
+    text: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()  # columns of category-like values, each a list separated by `attribute_separator`
+    attribute_separator: str = ","
+    profile: tuple[str, ...] = ()  # columns of the user table
+    profile_id: str = "user"
+
+    def __post_init__(self):
+        require(bool(self.user), "data.schema.user", "a column is needed")
+        require(bool(self.item), "data.schema.item", "a column is needed")
+        one_of(self.time_unit, "data.schema.time_unit", ("s", "ms", "day", "iso"))
+        require(bool(self.service) or bool(self.service_name), "data.schema.service_name", "must not be empty")
+        require(self.service_name != "all", "data.schema.service_name", '"all" is the sum of the services')
+
+
+@dataclasses.dataclass
+class TablesConfig:
+    """Where the tables are. `folder` is relative to the current directory."""
+
+    folder: str = ""
+    interactions: str = "interactions.tsv.gz"
+    items: str = ""  # without it the catalogue is the items of the interactions
+    users: str = ""
+    format: str = "auto"  # auto (by the file's ending), tsv, csv, parquet, atomic
+    on_bad_rows: str = "error"  # error or quarantine
+    duplicates: str = "refuse"  # the same person, item, action and time twice: refuse (a defect) or keep
+    unknown_time: str = "refuse"  # an empty time: refuse (a defect) or keep (as unknown, in its published place)
+
+    def __post_init__(self):
+        one_of(self.format, "data.tables.format", ("auto", "tsv", "csv", "parquet", "atomic"))
+        one_of(self.on_bad_rows, "data.tables.on_bad_rows", ("error", "quarantine"))
+        one_of(self.duplicates, "data.tables.duplicates", ("refuse", "keep"))
+        one_of(self.unknown_time, "data.tables.unknown_time", ("refuse", "keep"))
+
+
+@dataclasses.dataclass
+class SplitConfig:
+    """Which events are trained on, validated on and tested on."""
+
+    kind: str = "leave_one_out"  # leave_one_out, time or person
+    per_service: bool = False  # leave_one_out: the last two of each person *and service*
+    valid_from: str = ""  # time: ISO dates (UTC)
+    test_from: str = ""
+    person_fraction: float = 0.1  # person: share of people held out for validation, and as many for the test
+    shuffle_ties: bool = False  # order equal times of a person at random instead of as published
+
+    def __post_init__(self):
+        one_of(self.kind, "data.split.kind", ("leave_one_out", "time", "person"))
+        require(0 < self.person_fraction < 0.5, "data.split.person_fraction", "must lie in (0, .5)")
+        if self.kind == "time":
+            require(bool(self.valid_from and self.test_from), "data.split.valid_from", "a time split needs both dates")
+
+
+@dataclasses.dataclass
+class DataConfig:
+    source: str = "city"  # city, tables, or prepared (a folder that experiments.prepare wrote)
+    prepared: str = ""
+    city: CityConfig = dataclasses.field(default_factory=CityConfig)
+    tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
+    schema: SchemaConfig = dataclasses.field(default_factory=SchemaConfig)
+    split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
+    seed: int = 0  # the city, the permutation of item ids, the split by person
+    seq_len: int = 128  # slots of a packed row
+    history_len: int = 128  # most slots of one person's sequence that a prediction sees
+    reader: str = "memory"  # training events from memory, or from the shards as they are needed
+    n_shards: int = 4  # ArrayRecord files of a prepared folder
+    max_tokens: int = 24  # text and attribute tokens of an item
+    vocab_size: int = 20000  # most text tokens kept
+
+    def __post_init__(self):
+        one_of(self.source, "data.source", ("city", "tables", "prepared"))
+        one_of(self.reader, "data.reader", ("memory", "shards"))
+        shuffled_shards = self.reader == "shards" and self.split.shuffle_ties
+        require(not shuffled_shards, "data.reader", "shards keep the published order; split.shuffle_ties needs memory")
+        if self.source == "tables":
+            require(bool(self.tables.folder), "data.tables.folder", "the folder of the tables is needed")
+        if self.source == "prepared":
+            require(bool(self.prepared), "data.prepared", "the prepared folder is needed")
+        require_seed(self.seed, "data.seed")
+        require(1 <= self.history_len <= self.seq_len, "data.history_len", "must lie in [1, data.seq_len]")
+        for name in ("n_shards", "max_tokens", "vocab_size"):
+            require(getattr(self, name) >= 1, f"data.{name}", "must be at least 1")

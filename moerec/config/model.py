@@ -1,0 +1,124 @@
+"""The shape of the model, and which of its parts are switched on."""
+
+import dataclasses
+
+from moerec.config.checks import one_of, require
+
+
+@dataclasses.dataclass
+class MoEConfig:
+    """Mixtures of domain experts: a group of experts for each service, and one across all of them.
+
+    Without `layers` the model is dense, and nothing else here counts.
+    """
+
+    layers: tuple[int, ...] = ()  # which layers are mixtures, from 0; the dense ones before them are the trunk
+    n_per_group: int = 2  # experts of a group; with `d_expert` the granularity
+    d_expert: int = 128  # width of an expert
+    n_active: int = 2  # experts that a slot goes to
+    d_shared: int = 0  # width of an expert that sees every slot; 0 is none
+    n_open_groups: int = 0  # most probable services whose groups a slot may use, beside the cross group; 0 is all
+    capacity_factor: float = 0.0  # in training, most slots of an expert, a multiple of its even share; 0: no limit
+    jitter_rate: float = 0.0  # noise on what the router sees in training: times 1 - rate to 1 + rate
+    home_share: float = 0.6  # of a domain's slots, the share that balance asks of its own group
+    cross_share: float = 0.25  # and of the cross group; the other services' groups share what is left
+    bias_rate: float = 0.001  # step of the bias that steers the choice to the asked load without a loss; 0 is none
+    tile: int = 64  # rows of a tile of the grouped matmuls
+    backend: str = "auto"  # of router and experts: by the platform compiled for, or one by name
+    strategy: str = "ring"  # over several devices: ring, all_to_all, or ragged_all_to_all (not on a CPU)
+    send_factor: float = 0.0  # most rows from one device to another, a multiple of the even share; 0: no limit
+    receive_factor: float = 0.0  # most rows that a device takes, a multiple of the even share; 0: no limit
+
+    def __post_init__(self):
+        require(len(set(self.layers)) == len(self.layers), "model.moe.layers", "a layer is named twice")
+        for name in ("n_per_group", "d_expert", "n_active", "tile"):
+            require(getattr(self, name) >= 1, f"model.moe.{name}", "must be at least 1")
+        for name in ("d_shared", "n_open_groups", "capacity_factor", "bias_rate", "send_factor", "receive_factor"):
+            require(getattr(self, name) >= 0, f"model.moe.{name}", "must not be negative")
+        one_of(self.backend, "model.moe.backend", ("auto", "xla_tiles", "ragged_dot", "pallas_tpu"))
+        one_of(self.strategy, "model.moe.strategy", ("ring", "all_to_all", "ragged_all_to_all"))
+        require(0 <= self.jitter_rate < 1, "model.moe.jitter_rate", "must lie in [0, 1)")
+        # What is asked of the other groups is divided by: next to nothing would make their slots cost without bound.
+        shares = self.home_share > 0 and self.cross_share > 0 and self.home_share + self.cross_share <= 0.99
+        require(shares, "model.moe.home_share", "it and cross_share must be positive and add up to at most .99")
+
+
+@dataclasses.dataclass
+class PersonalConfig:
+    """The unified profile of a person, and the layers whose attention it conditions.
+
+    Without `layers` nothing is personal, and nothing else here counts.
+    """
+
+    layers: tuple[int, ...] = ()  # which layers are personal, from 0; none before the first mixture, if there is one
+    memory: str = "ema"  # null, ema or delta: what is kept of a person's events
+    n_aspects: int = 8  # a memory slot for each aspect and time scale
+    n_scales: int = 2  # half-lives between an hour and a year, learned
+    d_memory: int = 32  # width of a memory slot
+    chunk: int = 64  # slots of a chunk of the training pass over a memory
+    fields: bool = True  # the static profile fields, as one more slot
+    read: bool = True  # what the profile router reads is added to the states
+    prefix: bool = True  # memory slots are extra keys and values
+    query_scale: bool = True  # queries are scaled by the profile
+    time_bias: bool = True  # attention bias of the time between two events
+    pair_bias: bool = True  # attention bias of each ordered pair of services, gated by the profile
+    other_services: bool = True  # a slot attends to the events of other services, too
+    route: bool = True  # the aspects' relevance biases the routers of the experts
+
+    def __post_init__(self):
+        require(len(set(self.layers)) == len(self.layers), "model.personal.layers", "a layer is named twice")
+        one_of(self.memory, "model.personal.memory", ("null", "ema", "delta"))
+        for name in ("n_aspects", "n_scales", "d_memory", "chunk"):
+            require(getattr(self, name) >= 1, f"model.personal.{name}", "must be at least 1")
+
+    @property
+    def n_slots(self) -> int:
+        """Memory slots of a profile: those that are written, and the one of the static fields."""
+        return self.n_aspects * self.n_scales + 1 if self.layers and self.memory != "null" else 0
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The Qwen2-shaped decoder over slots, and which parts of an event it reads (each a switch, for ablations)."""
+
+    n_layers: int = 2
+    d_model: int = 64
+    n_heads: int = 2
+    n_kv_heads: int = 2
+    d_head: int = 32
+    d_ff: int = 256
+    d_text: int = 64  # width of the item text encoder's token embeddings
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    dropout: float = 0.2  # on the event vectors and after each sublayer
+    item_row: bool = True  # the item's own embedding
+    item_text: bool = True  # the projected text and attribute tokens
+    service: bool = True
+    action: bool = True
+    event_time: bool = False  # hour, weekday, season of the event, and the gap to the event before it
+    request_time: bool = True  # the same of the next request, which is known when the prediction is asked for
+    request_context: bool = True  # context features of the next request
+    tie_items: bool = True  # the item head scores against the vectors that the input uses
+    item_bias: bool = True
+    compute_dtype: str = "float32"  # or bfloat16; parameters stay float32
+    remat: bool = False
+    window: int = 0  # slots that a slot attends to at most, itself among them; 0 is all
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+    personal: PersonalConfig = dataclasses.field(default_factory=PersonalConfig)
+
+    def __post_init__(self):
+        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "d_text"):
+            require(getattr(self, name) >= 1, f"model.{name}", "must be at least 1")
+        require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", "must divide model.n_heads")
+        require(self.d_head % 2 == 0, "model.d_head", "must be even (rotary embeddings turn pairs)")
+        require(0 <= self.dropout < 1, "model.dropout", "must lie in [0, 1)")
+        require(self.norm_eps > 0, "model.norm_eps", "must be positive")
+        require(self.rope_theta > 1, "model.rope_theta", "must be above 1")
+        require(self.item_row or self.item_text, "model.item_row", "an event needs the item's row or its text")
+        one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
+        require(self.window >= 0, "model.window", "must not be negative")
+        for name in ("moe", "personal"):
+            outside = [layer for layer in getattr(self, name).layers if not 0 <= layer < self.n_layers]
+            require(not outside, f"model.{name}.layers", f"{outside} of {self.n_layers} layers (from 0)")
+        early = [layer for layer in self.personal.layers if layer < min(self.moe.layers, default=0)]
+        require(not early, "model.personal.layers", f"{early} are of the trunk, which is dense and nobody's own")

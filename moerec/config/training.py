@@ -1,0 +1,135 @@
+"""Loss, optimiser, training, evaluation and audit."""
+
+import dataclasses
+
+from moerec.config.checks import one_of, require
+
+
+@dataclasses.dataclass
+class LossConfig:
+    """Next-item loss. `one_negative` is the classical SASRec objective (binary cross-entropy)."""
+
+    kind: str = "full_softmax"  # full_softmax, sampled_softmax or one_negative
+    n_negatives: int = 4096  # shared by all slots of a step
+    sampling_power: float = 0.0  # negatives are drawn with q ~ (1 + training count)^power; 0 is uniform
+    scope: str = "union"  # the competitors of a target: the items of all services, or those of its own
+    chunk: int = 512  # slots whose logits are in memory at once
+    analyser_weight: float = 0.1  # mixtures only: the analyser's cross-entropy of the next event's service
+    balance_weight: float = 0.01  # load over the global batch against the load that its domains ask for
+    domain_balance_weight: float = 0.01  # the same within the slots of each domain
+    router_z_weight: float = 0.001  # mean square of the router's log-sum-exp
+
+    def __post_init__(self):
+        for name in ("analyser_weight", "balance_weight", "domain_balance_weight", "router_z_weight"):
+            require(getattr(self, name) >= 0, f"loss.{name}", "must not be negative")
+        one_of(self.kind, "loss.kind", ("full_softmax", "sampled_softmax", "one_negative"))
+        one_of(self.scope, "loss.scope", ("union", "service"))
+        require(self.n_negatives >= 1, "loss.n_negatives", "must be at least 1")
+        require(-2 <= self.sampling_power <= 2, "loss.sampling_power", "must lie in [-2, 2]")
+        require(self.chunk >= 1, "loss.chunk", "must be at least 1")
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    schedule: str = "cosine"  # cosine, linear or constant, after the warm-up
+    final_rate: float = 0.1  # share of the learning rate that is left at the end
+    b1: float = 0.9
+    b2: float = 0.98
+    weight_decay: float = 0.01  # on matrices only
+    decay_embeddings: bool = False  # decay the embedding tables, too
+    clip_norm: float = 1.0  # 0 switches clipping off
+    ema_decay: float = 0.0  # average of the parameters that is evaluated; 0 evaluates the last ones
+
+    def __post_init__(self):
+        one_of(self.schedule, "optim.schedule", ("cosine", "linear", "constant"))
+        require(self.learning_rate > 0, "optim.learning_rate", "must be positive")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", "must not be negative")
+        for name in ("ema_decay", "b1", "b2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", "must lie in [0, 1)")
+        require(0 <= self.final_rate <= 1, "optim.final_rate", "must lie in [0, 1]")
+        require(self.weight_decay >= 0, "optim.weight_decay", "must not be negative")
+        require(self.clip_norm >= 0, "optim.clip_norm", "must not be negative")
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    steps: int = 1000
+    batch_size: int = 32  # packed rows of a step, over all devices and microbatches
+    n_microbatches: int = 1  # gradient accumulation
+    log_every: int = 50
+    eval_every: int = 200  # validation; 0 evaluates at the end only
+    save_every: int = 200
+    patience: int = 0  # evaluations without a better validation score before stopping; 0 never stops early
+    n_valid: int = 5000  # most validation targets used during training (a fixed sample)
+    mesh_data: int = 1  # devices over which the batch is split
+    mesh_expert: int = 1  # devices over which the batch and the experts are split
+    mesh_model: int = 1  # devices over which the feed-forward width and the heads are split
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "batch_size",
+            "n_microbatches",
+            "log_every",
+            "save_every",
+            "n_valid",
+            "mesh_data",
+            "mesh_expert",
+            "mesh_model",
+        ):
+            require(getattr(self, name) >= 1, f"train.{name}", "must be at least 1")
+        for name in ("eval_every", "patience"):
+            require(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
+        parts = self.n_microbatches * self.mesh_data * self.mesh_expert
+        wanted = "must be a multiple of n_microbatches times mesh_data times mesh_expert"
+        require(self.batch_size % parts == 0, "train.batch_size", wanted)
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    mask_seen: bool = True  # items of the person's history are no candidates
+    selection: str = "union"  # which NDCG@10 on validation picks the best step: union, or in_service (mean of services)
+    batch_size: int = 256  # targets scored at once
+    n_boot: int = 1000
+    n_test: int = 0  # 0 evaluates every test target
+
+    def __post_init__(self):
+        one_of(self.selection, "eval.selection", ("union", "in_service"))
+        for name in ("batch_size", "n_boot"):
+            require(getattr(self, name) >= 1, f"eval.{name}", "must be at least 1")
+        require(self.n_test >= 0, "eval.n_test", "must not be negative")
+
+
+@dataclasses.dataclass
+class AuditConfig:
+    """The limits of `experiments.audit`: largest values that pass, as shares in [0, 1].
+
+    A limit of 1 is never exceeded, and the value is only reported.
+
+    The orders and the canary of ids must exceed theirs by three standard errors of chance.
+    """
+
+    max_tied_test: float = 0.1  # test events at the very time of the event before them
+    max_tied_valid: float = 0.1  # the same of validation events
+    max_id_order: float = 0.52  # test events whose item's id lies on one side of the id before; .5 without a defect
+    max_id_order_in_ties: float = 0.52  # the same of all neighbouring events of one time
+    max_tie_order: float = 0.6  # neighbours of one time that stand as the same items do elsewhere; .5 without a defect
+    max_id_canary: float = 0.01  # recall@5 of arithmetic on ids, above that of chance
+    max_future_in_history: float = 0.0  # targets with a later event in their history
+    max_future_canary: float = 0.0  # targets whose inputs change when the events after them are rewritten
+    max_train_after_own_test: float = 0.0  # test events with a later training event of the same person
+    max_train_after_test: float = 1.0  # training events later than a test event, mean over the test events
+    max_repeats: float = 1.0  # test events whose item is in their history
+    max_service_majority: float = 1.0  # accuracy of the most frequent service
+    max_service_last: float = 1.0  # accuracy of the service of the event before
+    max_service_markov: float = 1.0  # accuracy of the service that most often follows it
+    max_unseen_items: float = 0.2  # test events whose item is not in training
+    max_unseen_people: float = 1.0  # test events whose person is not in training
+    max_duplicates: float = 0.01  # events that repeat an earlier one in person, item, action and time
+    max_identical_people: float = 0.01  # people whose sequence in a service is also somebody else's
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            require(0 <= getattr(self, field.name) <= 1, f"audit.{field.name}", "must lie in [0, 1]")

@@ -1,0 +1,17 @@
+"""Personalisation: a profile over all services that is kept event by event, and what the model reads of it."""
+
+from moerec.nn.personalization.api import Condition, Event, Personalizer, Request, UserState
+from moerec.nn.personalization.memory import MemoryParams, Sizes, delta_memory, ema_memory, null
+
+__all__ = [
+    "Condition",
+    "Event",
+    "MemoryParams",
+    "Personalizer",
+    "Request",
+    "Sizes",
+    "UserState",
+    "delta_memory",
+    "ema_memory",
+    "null",
+]

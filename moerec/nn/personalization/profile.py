@@ -1,0 +1,73 @@
+"""The profile in the model: every person's state before each slot, and which of its aspects matter to the request."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moerec.config import ModelConfig
+from moerec.nn.layers import RMSNorm, declare, fan_in
+from moerec.nn.personalization.api import Condition, Event, Personalizer, Request
+from moerec.nn.personalization.memory import Sizes, delta_memory, ema_memory, null
+from moerec.shapes import Batch
+
+VARIANTS = {"null": null, "ema": ema_memory, "delta": delta_memory}
+
+
+def make_personalizer(config: ModelConfig, field_sizes: tuple[int, ...]) -> Personalizer:
+    """The variant that the config names."""
+    personal = config.personal
+    fields = field_sizes if personal.fields else ()
+    sizes = Sizes(config.d_model, personal.n_aspects, personal.n_scales, personal.d_memory, fields)
+    return VARIANTS[personal.memory](sizes, personal.chunk)
+
+
+class Reading(NamedTuple):
+    """What the profile router makes of the profile.
+
+    Attributes:
+      relevance_BTM: float32, adds up to one over the memory slots. log_relevance_BTM: its logarithm.
+      read_BTD: what is added to the states; zero at first.
+    """
+
+    relevance_BTM: jax.Array
+    log_relevance_BTM: jax.Array
+    read_BTD: jax.Array
+
+
+class ProfileRouter(nnx.Module):
+    """Attention of each slot over the memory slots of its person's profile."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        d = config.d_model
+        self.norm = RMSNorm(d, config.norm_eps)
+        self.query_DD = declare(key, (d, d), ("embed", None), fan_in)
+        zeros = jax.nn.initializers.zeros
+        self.out_DD = declare(key, (d, d), (None, "embed"), zeros) if config.personal.read else None
+
+    def __call__(self, x_BTD: jax.Array, slot_BTMD: jax.Array) -> Reading:
+        d = x_BTD.shape[-1]
+        query_BTD = self.norm(x_BTD.astype(jnp.float32)) @ self.query_DD[...]
+        log_BTM = jax.nn.log_softmax(jnp.einsum("BTD,BTMD->BTM", query_BTD, slot_BTMD) * d**-0.5)
+        relevance_BTM = jnp.exp(log_BTM)
+        read_BTD = jnp.zeros_like(query_BTD)
+        if self.out_DD is not None:
+            read_BTD = jnp.einsum("BTM,BTMD->BTD", relevance_BTM, slot_BTMD) @ self.out_DD[...]
+        return Reading(relevance_BTM, log_BTM, read_BTD)
+
+
+def condition_slots(personalizer: Personalizer, params, batch: Batch, event_BTD: jax.Array, fields: bool) -> Condition:
+    """The `Condition` of every slot, `[B, T, ...]`: the state before its event, as of its request.
+
+    Args:
+      event_BTD: vectors of the events. fields: whether the static profile fields are read.
+    """
+    field_BTY = batch.field_BTY if fields else batch.field_BTY[..., :0]
+    first_BT = batch.position_BT == 0
+
+    def of_row(x_TD, time_T, first_T, request_T, field_TY):
+        states = personalizer.unroll(params, Event(x_TD, time_T), first_T)
+        return jax.vmap(lambda s, t, f: personalizer.condition(params, s, Request(t, f)))(states, request_T, field_TY)
+
+    return jax.vmap(of_row)(event_BTD, batch.time_BT, first_BT, batch.request_time_BT, field_BTY)
