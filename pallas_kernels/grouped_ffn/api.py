@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.combine import sum_places
 from pallas_kernels.dispatch import Plan
 from pallas_kernels.grouped_ffn import ragged, tpu, xla_tiles
 from pallas_kernels.varying import vary, varying_axes
@@ -64,14 +65,6 @@ def grouped_ffn(
     return _grouped_ffn(backend, *jax.tree.map(lambda a: vary(a, axes), operands))
 
 
-def _gather_sum(rows_PD: jax.Array, plan: Plan) -> jax.Array:
-    """Sum over a row's kept assignments of what stands at their places, `[T, D]`; no `[T, A, D]` in memory."""
-    total = jnp.zeros((plan.place_TA.shape[0], rows_PD.shape[1]), rows_PD.dtype)
-    for a in range(plan.place_TA.shape[1]):
-        total += jnp.where(plan.kept_TA[:, a, None], rows_PD[plan.place_TA[:, a]], 0)
-    return total
-
-
 def _run(backend: str, step: int, *operands):
     """Forward (step 0) or backward (1) of a backend."""
     if backend != "auto":
@@ -92,14 +85,14 @@ def _grouped_ffn(backend: str, x_TD: jax.Array, weight_TA: jax.Array, matrices: 
 def _forward(backend: str, x_TD: jax.Array, weight_TA: jax.Array, matrices: Matrices, plan: Plan):
     weight_P = jnp.where(plan.used_P, weight_TA[plan.row_P, plan.choice_P], 0)
     y_PD, saved = _run(backend, 0, x_TD, weight_P, matrices, plan)
-    return _gather_sum(y_PD, plan), (x_TD, weight_P, matrices, plan, saved)
+    return sum_places(y_PD, plan), (x_TD, weight_P, matrices, plan, saved)
 
 
 def _backward(backend: str, residuals, g_TD: jax.Array):
     x_TD, weight_P, matrices, plan, saved = residuals
     dx_PD, dweight_P, d_matrices = _run(backend, 1, x_TD, weight_P, matrices, plan, saved, g_TD)
     dweight_TA = jnp.where(plan.kept_TA, dweight_P[plan.place_TA], 0)
-    return _gather_sum(dx_PD, plan), dweight_TA, d_matrices, None
+    return sum_places(dx_PD, plan), dweight_TA, d_matrices, None
 
 
 _grouped_ffn.defvjp(_forward, _backward)

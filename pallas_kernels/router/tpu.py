@@ -39,8 +39,8 @@ def _forward_kernel(n_rows, x_ref, router_ref, prior_ref, lift_ref, bias_ref, do
     row = jax.lax.broadcasted_iota(jnp.int32, logit.shape, 0)
     left, chosen = logit + bias_ref[...], jnp.zeros_like(logit)
     for a in range(expert_ref.shape[0]):
-        best = jnp.max(left, axis=0, keepdims=True)
-        expert = jnp.min(jnp.where(left == best, row, logit.shape[0]), axis=0, keepdims=True)
+        # Not the place where `left` equals its maximum: a compiler that forms `left` twice may round it in two ways.
+        expert = jnp.argmax(left, axis=0, keepdims=True).astype(jnp.int32)
         hit = row == expert
         expert_ref[a : a + 1, :] = expert
         probability_ref[a : a + 1, :] = jnp.sum(jnp.where(hit, probability, 0.0), axis=0, keepdims=True)

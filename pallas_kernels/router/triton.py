@@ -71,8 +71,7 @@ def _forward_kernel(sizes, x_ref, router_ref, prior_ref, lift_ref, bias_ref, dom
     lse_ref[...] = top + jnp.log(total)
     left, chosen = logit + bias_ref[...][None, :], jnp.zeros_like(logit)
     for a in range(expert_ref.shape[1]):
-        best = jnp.max(left, axis=1)
-        expert = jnp.min(jnp.where(left == best[:, None], column, left.shape[1]), axis=1)
+        expert = jnp.argmax(left, axis=1).astype(jnp.int32)
         hit = column == expert[:, None]
         expert_ref[:, a] = expert
         probability_ref[:, a] = jnp.sum(jnp.where(hit, probability, 0.0), axis=1)
