@@ -116,7 +116,7 @@ class EvaluationSet:
         # Enough rows for an average batch; a batch of long histories simply holds fewer questions.
         mean = max(float(self._length.mean()) if len(targets) else 1.0, 1.0)
         self._n_rows = max(int(np.ceil(config.eval.batch_size * mean / config.data.seq_len * 1.1)), 1)
-        self._fields = dataset.profile_codes()[0][dataset.log.person[targets]]
+        self._fields = dataset.profile_codes[0][dataset.log.person[targets]]
         self.target_item = dataset.log.item[targets]
         self.target_service = dataset.event_service[targets]
 

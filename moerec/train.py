@@ -67,7 +67,7 @@ def make_sizes(data: Prepared) -> Sizes:
         n_services=dataset.catalogue.n_services,
         n_actions=len(dataset.actions),
         context_sizes=tuple(len(values) + 1 for values in dataset.context.values()),
-        field_sizes=dataset.profile_codes()[1],
+        field_sizes=dataset.profile_codes[1],
     )
 
 

@@ -92,6 +92,17 @@ def lay(rows: list[list[dict[str, np.ndarray]]], n_slots: int) -> Batch:
     return Batch(**columns)
 
 
+def assert_packed_is_alone(packed, alone, rows: list[list[dict]], atol: float) -> None:
+    """Of arrays `[rows, T, ...]` of sequences laid into rows, and `[sequences, T, ...]` of each in a row of its own."""
+    row = 0
+    for b, sequences in enumerate(rows):
+        start = 0
+        for sequence in sequences:
+            n = len(sequence["item_BT"])
+            np.testing.assert_allclose(packed[b, start : start + n], alone[row, :n], atol=atol)
+            start, row = start + n, row + 1
+
+
 def make_batch(seed: int, lengths: list[list[int]], n_slots: int, sizes: Sizes = SIZES) -> Batch:
     rng = np.random.default_rng(seed)
     return lay([[make_sequence(rng, n, sizes) for n in row] for row in lengths], n_slots)

@@ -99,7 +99,7 @@ def scores_by_hand(model, vectors, dataset, table, rows: list[int], target: int)
         segment_BT=row([1] * len(rows)),
         request_time_BT=times(following),
         request_context_BTC=row(log.context[following]),
-        field_BTY=np.repeat(dataset.profile_codes()[0][[log.person[target]]], len(rows), axis=0)[None],
+        field_BTY=np.repeat(dataset.profile_codes[0][[log.person[target]]], len(rows), axis=0)[None],
         target_BT=row([0] * len(rows)),
         weight_BT=np.zeros((1, len(rows)), np.float32),
     )

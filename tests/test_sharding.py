@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from moerec.config import Config, LossConfig, MoEConfig, OptimConfig, TrainConfig
+from moerec.config import Config, LossConfig, MoEConfig, OptimConfig, PersonalConfig, TrainConfig
 from moerec.errors import InputError
 from moerec.losses import contrast, sampling_cdf
 from moerec.nn.model import SequenceModel
@@ -24,13 +24,21 @@ MESHES = [(2, 1, 1), (1, 1, 2), (2, 2, 2)]  # a mesh of one device is what every
 
 
 def make_run_config(
-    n_data: int, n_expert: int, n_model: int, kind: str = "sampled_softmax", scope: str = "union", strategy: str = ""
+    n_data: int,
+    n_expert: int,
+    n_model: int,
+    kind: str = "sampled_softmax",
+    scope: str = "union",
+    strategy: str = "",
+    memory: str = "",
 ) -> Config:
-    """Dense, or with experts under a strategy."""
+    """Dense, or with experts under a strategy, personal or not."""
     small = {"n_per_group": 2, "d_expert": 4, "tile": 4, "backend": "xla_tiles"}
     moe = MoEConfig(layers=(1,), strategy=strategy, **small) if strategy else MoEConfig()
+    slots = {"n_aspects": 3, "n_scales": 2, "d_memory": 4, "chunk": 4}
+    personal = PersonalConfig(layers=(1,), memory=memory, **slots) if memory else PersonalConfig()
     return Config(
-        model=make_config(event_time=False, request_time=False, request_context=False, moe=moe),
+        model=make_config(event_time=False, request_time=False, request_context=False, moe=moe, personal=personal),
         loss=LossConfig(kind=kind, n_negatives=20, scope=scope, chunk=16),
         optim=OptimConfig(warmup_steps=2, ema_decay=0.5),
         train=TrainConfig(
@@ -74,6 +82,8 @@ def train(n_data: int, n_expert: int, n_model: int, *kind: str):
         ((1, 4, 1), ("full_softmax", "union", "all_to_all")),
         ((2, 2, 2), ("full_softmax", "union", "ring")),
         ((2, 2, 2), ("full_softmax", "union", "all_to_all")),
+        ((2, 1, 2), ("full_softmax", "union", "", "delta")),
+        ((2, 2, 2), ("full_softmax", "union", "all_to_all", "ema")),
     ],
 )
 def test_sharded_training_is_unsharded_training(mesh, kind):

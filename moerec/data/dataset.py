@@ -5,6 +5,7 @@ first, equal times in their published order. Items are numbered so that each ser
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -112,6 +113,7 @@ class Dataset:
     context: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     profile: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    @functools.cached_property
     def profile_codes(self) -> tuple[np.ndarray, tuple[int, ...]]:
         """`[people, Y]` int32 codes of the profile fields, in their order, 0 missing; and how many each field has."""
         columns, sizes = [], []

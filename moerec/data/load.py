@@ -44,7 +44,7 @@ class Prepared:
         """SHA-256 of the events, their roles, the items and the people's fields: equal for equal data."""
         log, catalogue = self.dataset.log, self.dataset.catalogue
         found = hashlib.sha256()
-        fields, _ = self.dataset.profile_codes()
+        fields, _ = self.dataset.profile_codes
         for array in (*dataclasses.astuple(log), self.roles, catalogue.offsets, self.tokens.ids, fields):
             found.update(np.ascontiguousarray(array).tobytes())
         for names in (catalogue.services, catalogue.ids.tolist()):
@@ -106,7 +106,7 @@ def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, 
 
 def make_reader(config: DataConfig, data: Prepared) -> EventReader:
     """The training events, from memory or from the shards; both give the same stream."""
-    keep, (fields, _) = data.roles == TRAIN, data.dataset.profile_codes()
+    keep, (fields, _) = data.roles == TRAIN, data.dataset.profile_codes
     if config.reader == "memory" or data.folder is None:
         return MemoryReader(data.dataset.log, keep, fields)
     source = open_source(data.folder)

@@ -8,10 +8,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moerec.config import ModelConfig
-from moerec.nn.layers import declare, fan_in, fan_in_heads
+from moerec.nn.layers import declare, fan_in, fan_in_heads, fan_in_second
 from moerec.nn.temporal import N_GAPS
 from moerec.sharding import ROW_AXES
-from pallas_kernels.attention import attend, merge
+from pallas_kernels.attention import attend, attend_prefix, merge
 
 
 def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
@@ -73,8 +73,8 @@ class PersonalBias(nnx.Module):
             return declare(key, shape, axes, zeros, decay=decay) if on else None
 
         has_slots = personal.prefix and personal.memory != "null"
-        self.read_NHD = declare(k_read, (n, h, d), ("heads", None, "embed"), _fan_in_second) if has_slots else None
-        self.value_NDH = declare(k_value, (n, d, h), ("heads", "embed", None), _fan_in_second) if has_slots else None
+        self.read_NHD = declare(k_read, (n, h, d), ("heads", None, "embed"), fan_in_second) if has_slots else None
+        self.value_NDH = declare(k_value, (n, d, h), ("heads", "embed", None), fan_in_second) if has_slots else None
         self.gate_N = table(has_slots, (n,), ("heads",))
         self.scale_DNH = table(personal.query_scale, (d, n, h), ("embed", "heads", None), "matrix")
         self.time_bias_NR = table(personal.time_bias, (n, N_GAPS + 1), ("heads", None))
@@ -90,7 +90,7 @@ class PersonalBias(nnx.Module):
         return (q_BTNH * scale).astype(q_BTNH.dtype)
 
     def kind_bias(self, view: View) -> jax.Array | None:
-        """`[B, T, N, Z]`, what each query adds to the logits of the events of each service."""
+        """`[B, T, N or 1, Z]`, what each query adds to the logits of the events of each service."""
         if self.pair_NZZ is None and self.other_services:
             return None
         b, t = view.service_BT.shape
@@ -103,8 +103,7 @@ class PersonalBias(nnx.Module):
             gate_BTN = 1 + jnp.einsum("BTD,DN->BTN", view.summary_BTD, self.pair_gate_DN[...])
             pair_BTNZ = jnp.moveaxis(self.pair_NZZ[...], 0, 1)[view.service_BT]
             bias = bias + gate_BTN[..., None] * pair_BTNZ
-        n_heads = self.pair_NZZ.shape[0] if self.pair_NZZ is not None else 1
-        return jnp.broadcast_to(bias, (b, t, n_heads, self.n_services))
+        return bias
 
     def __call__(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, view: View) -> jax.Array:
         """Args: queries and keys after rotation. Returns `[B, T, N, H]`."""
@@ -116,12 +115,8 @@ class PersonalBias(nnx.Module):
         assert self.gate_N is not None
         dtype = q_BTNH.dtype
         q_BTND = jnp.einsum("BTNH,NHD->BTND", q_BTNH, self.read_NHD[...].astype(dtype))
-        slot_BTMD = view.slot_BTMD.astype(dtype)
-        logits = jnp.einsum("BTND,BTMD->BTNM", q_BTND, slot_BTMD).astype(jnp.float32) * q_BTNH.shape[-1] ** -0.5
-        logits += view.log_relevance_BTM[:, :, None]
-        prefix_lse = jax.nn.logsumexp(logits, axis=-1)
-        weights = jnp.exp(logits - prefix_lse[..., None]).astype(dtype)
-        read_BTND = jnp.einsum("BTNM,BTMD->BTND", weights, slot_BTMD)
+        slot_BTMKD = view.slot_BTMD.astype(dtype)[:, :, :, None]
+        read_BTND, prefix_lse = attend_prefix(q_BTND, slot_BTMKD, slot_BTMKD, view.log_relevance_BTM)
         prefix = jnp.einsum("BTND,NDH->BTNH", read_BTND, self.value_NDH[...].astype(dtype))
         joined, _ = merge([(out, lse), (prefix, prefix_lse)])
         return out + (jnp.tanh(self.gate_N[...])[:, None] * (joined - out)).astype(dtype)
@@ -157,10 +152,6 @@ def _attend(q_BTNH, k_BTKH, v_BTKH, view: View, time_bias_NR, kind_bias_BTNZ, wi
     by_row, everywhere = PartitionSpec(ROW_AXES), PartitionSpec()
     out, lse = jax.shard_map(run, mesh=mesh, in_specs=(by_row, everywhere), out_specs=by_row)(rows, time_bias_NR)
     return out[:n_batch], lse[:n_batch]
-
-
-def _fan_in_second(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    return shape[1] ** -0.5 * jax.random.normal(key, shape, dtype)
 
 
 class Attention(nnx.Module):

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from moerec.config import ModelConfig, MoEConfig
 from moerec.errors import InputError
 from moerec.nn.expert_parallel import Chosen, answer_alone, answer_on_mesh
-from moerec.nn.layers import SwiGLU, declare, fan_in
+from moerec.nn.layers import SwiGLU, declare, fan_in, fan_in_second
 from moerec.shapes import Array, Routing
 from moerec.sharding import ROW_AXES, param_spec
 from pallas_kernels.router import Routed, route
@@ -69,7 +69,7 @@ class DomainExperts(nnx.Module):
         e, f = count_experts(moe, n_services), moe.d_expert
         k_router, k_gate, k_up, k_down, k_shared = jax.random.split(key, 5)
         zeros = jax.nn.initializers.zeros
-        self.router_ED = declare(k_router, (e, d), ("experts", "embed"), _transposed_fan_in)
+        self.router_ED = declare(k_router, (e, d), ("experts", "embed"), fan_in_second)
         self.lift_EZ = declare(k_router, (e, n_services), ("experts", None), zeros, decay="none")
         n_slots = config.personal.n_slots if config.personal.route else 0
         self.slot_lift_EM = declare(k_router, (e, n_slots), ("experts", None), zeros, decay="none") if n_slots else None
@@ -225,10 +225,6 @@ def _route(
         prior = jnp.concatenate([prior, open_groups(hint_SX[:, :n_services], moe.n_open_groups)], axis=1)
         lift = jnp.concatenate([lift, jax.nn.one_hot(group_E, n_services + 1)], axis=1)
     return route(seen_SD, weights.router_ED, prior, lift, weights.bias_E, domain_S, moe.n_active, backend)
-
-
-def _transposed_fan_in(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    return shape[1] ** -0.5 * jax.random.normal(key, shape, dtype)
 
 
 def _fan_in_each(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

@@ -32,6 +32,11 @@ def fan_in_heads(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     return (shape[0] * shape[1]) ** -0.5 * jax.random.normal(key, shape, dtype)
 
 
+def fan_in_second(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """`fan_in` for kernels `[many, in, ...]`, whose second axis is summed over."""
+    return shape[1] ** -0.5 * jax.random.normal(key, shape, dtype)
+
+
 def normal(stddev: float) -> Initializer:
     """Normal with the given standard deviation, for embeddings."""
     return jax.nn.initializers.normal(stddev)

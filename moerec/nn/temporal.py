@@ -6,6 +6,7 @@ from flax import nnx
 
 from moerec.nn.layers import declare, normal
 from moerec.shapes import NO_TIME
+from pallas_kernels.attention import find_bucket
 
 N_HOURS, N_WEEKDAYS, N_SEASONS, N_GAPS = 24, 7, 24, 24
 DAY = 86_400
@@ -26,16 +27,6 @@ def calendar_codes(time: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return hour, weekday, season
 
 
-def gap_code(earlier: jax.Array, later: jax.Array) -> jax.Array:
-    """Log-spaced bucket of the seconds between two times (1.5 buckets an octave of hours); last: not known."""
-    known = (earlier != NO_TIME) & (later != NO_TIME)
-    # Over 68 years wrap round in int32, and come right as uint32.
-    seconds = jnp.where(later > earlier, jnp.subtract(later, earlier).astype(jnp.uint32), 0)
-    hours = seconds.astype(jnp.float32) / 3600
-    bucket = jnp.floor(jnp.log2(1 + hours) * 1.5).astype(jnp.int32)
-    return jnp.where(known, jnp.minimum(bucket, N_GAPS - 1), N_GAPS)
-
-
 class TimeEmbedding(nnx.Module):
     """Sum of the embeddings of hour, weekday, season and gap."""
 
@@ -50,5 +41,5 @@ class TimeEmbedding(nnx.Module):
     def __call__(self, time_BT: jax.Array, since_BT: jax.Array) -> jax.Array:
         """Args: the time to embed, and the time from which its gap counts; int32 seconds since 2000, or `NO_TIME`."""
         hour, weekday, season = calendar_codes(time_BT)
-        gap = gap_code(since_BT, time_BT)
+        gap = find_bucket(since_BT, time_BT, N_GAPS + 1)
         return self.hour[...][hour] + self.weekday[...][weekday] + self.season[...][season] + self.gap[...][gap]

@@ -1,6 +1,7 @@
 """Causal attention within packed segments, with biases by time and by kind that are computed inside."""
 
 from pallas_kernels.attention.api import BACKENDS, attend
+from pallas_kernels.attention.buckets import find_bucket
 from pallas_kernels.attention.prefix import attend_prefix, merge
 
-__all__ = ["BACKENDS", "attend", "attend_prefix", "merge"]
+__all__ = ["BACKENDS", "attend", "attend_prefix", "find_bucket", "merge"]

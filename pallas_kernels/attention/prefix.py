@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 
 
-def attend_prefix(q_BTNH: jax.Array, k_BTMKH: jax.Array, v_BTMKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+def attend_prefix(
+    q_BTNH: jax.Array, k_BTMKH: jax.Array, v_BTMKH: jax.Array, bias_BTM: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Each slot's attention to its own M keys; plain JAX, and differentiated by it.
 
     Args:
       q_BTNH: queries; head n uses key head `n // (N // K)`.
       k_BTMKH, v_BTMKH: keys and values, in the queries' type.
+      bias_BTM: added to the logits of all heads.
 
     Returns:
-      Output `[B, T, N, H]` in the queries' type, and float32 log-sum-exp `[B, T, N]` of the logits `q·k / sqrt(H)`.
+      Output `[B, T, N, H]` in the queries' type, and float32 log-sum-exp `[B, T, N]` of `q·k / sqrt(H) + bias`.
 
     Raises:
       ValueError: shapes do not fit.
@@ -29,6 +32,8 @@ def attend_prefix(q_BTNH: jax.Array, k_BTMKH: jax.Array, v_BTMKH: jax.Array) -> 
         raise ValueError(f"attend_prefix: {q_BTNH.shape}, {k_BTMKH.shape}, {v_BTMKH.shape} do not fit")
     q_BTKGH = q_BTNH.reshape(b, t, heads, n // heads, h)
     logit_BTKGM = jnp.einsum("BTKGH,BTMKH->BTKGM", q_BTKGH, k_BTMKH, preferred_element_type=jnp.float32) * h**-0.5
+    if bias_BTM is not None:
+        logit_BTKGM += bias_BTM[:, :, None, None]
     lse_BTKG = jax.nn.logsumexp(logit_BTKGM, axis=-1)
     weight_BTKGM = jnp.exp(logit_BTKGM - lse_BTKG[..., None]).astype(v_BTMKH.dtype)
     out = jnp.einsum("BTKGM,BTMKH->BTKGH", weight_BTKGM, v_BTMKH, preferred_element_type=jnp.float32)

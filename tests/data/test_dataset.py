@@ -75,8 +75,8 @@ def test_torn_columns_are_refused():
 def test_profile_codes_keep_zero_for_missing():
     data = make_dataset([2, 1, 3])
     fields = {"age": np.array(["", "young", "old"]), "city": np.array(["b", "a", "b"]), "none": np.array(["", "", ""])}
-    codes, sizes = dataclasses.replace(data, profile=fields).profile_codes()
+    codes, sizes = dataclasses.replace(data, profile=fields).profile_codes
     assert codes.tolist() == [[0, 2, 0], [2, 1, 0], [1, 2, 0]]
     assert sizes == (3, 3, 1)
-    codes, sizes = dataclasses.replace(data, profile={}).profile_codes()
+    codes, sizes = dataclasses.replace(data, profile={}).profile_codes
     assert (codes.shape, sizes) == ((3, 0), ())

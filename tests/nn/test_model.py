@@ -10,7 +10,17 @@ import pytest
 from moerec.config import LossConfig
 from moerec.losses import all_candidates, sum_losses
 from tests.nn import numpy_model as oracle
-from tests.small_model import SIZES, lay, make_batch, make_config, make_model, make_sequence, make_table, worst_gap
+from tests.small_model import (
+    SIZES,
+    assert_packed_is_alone,
+    lay,
+    make_batch,
+    make_config,
+    make_model,
+    make_sequence,
+    make_table,
+    worst_gap,
+)
 
 TABLE = make_table()
 ON = {"tie_items": False}
@@ -78,13 +88,7 @@ def test_packed_sequences_have_the_states_loss_and_gradients_of_each_alone():
     rows = make_sequences()
     packed, alone = make_packed(), lay([[sequence] for row in rows for sequence in row], 12)
     states, alone_states = encode(model, packed, TABLE), encode(model, alone, TABLE)
-    row = 0
-    for b, sequences in enumerate(rows):
-        start = 0
-        for sequence in sequences:
-            n = len(sequence["item_BT"])
-            np.testing.assert_allclose(states[b, start : start + n], alone_states[row, :n], atol=1e-5)
-            start, row = start + n, row + 1
+    assert_packed_is_alone(states, alone_states, rows, atol=1e-5)
     (loss, weight), gradients = loss_and_gradients(model, packed, TABLE)
     (alone_loss, alone_weight), alone_gradients = loss_and_gradients(model, alone, TABLE)
     assert weight == alone_weight == np.sum(packed.weight_BT)

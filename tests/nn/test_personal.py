@@ -16,7 +16,17 @@ from moerec.nn.model import SequenceModel
 from moerec.nn.temporal import N_GAPS
 from moerec.shapes import NO_TIME
 from tests.nn import numpy_model as oracle
-from tests.small_model import SIZES, fill, lay, make_batch, make_config, make_model, make_sequence, make_table
+from tests.small_model import (
+    SIZES,
+    assert_packed_is_alone,
+    fill,
+    lay,
+    make_batch,
+    make_config,
+    make_model,
+    make_sequence,
+    make_table,
+)
 
 TABLE = make_table()
 SMALL = {"n_aspects": 3, "n_scales": 2, "d_memory": 4, "chunk": 4}
@@ -61,15 +71,8 @@ def test_packed_people_have_the_states_of_each_alone(memory):
     rows = make_sequences()
     packed = encode(model, lay([*rows, *[[]] * 3], 12))
     alone = encode(model, lay([[sequence] for row in rows for sequence in row], 12))
-    row = 0
-    for b, sequences in enumerate(rows):
-        start = 0
-        for sequence in sequences:
-            n = len(sequence["item_BT"])
-            for name in ("state_BTD", "relevance_BTM"):
-                found, expected = getattr(packed, name)[b, start : start + n], getattr(alone, name)[row, :n]
-                np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=name)
-            start, row = start + n, row + 1
+    assert_packed_is_alone(packed.state_BTD, alone.state_BTD, rows, atol=2e-5)
+    assert_packed_is_alone(packed.relevance_BTM, alone.relevance_BTM, rows, atol=2e-5)
 
 
 def test_a_slot_reaches_only_later_states_of_its_person():
@@ -154,7 +157,7 @@ def attend_by_hand(w, q, k, v, view: View, window: int, own_only: bool):
             values.append(v[j, head // (n // v.shape[1])])
         plain = softmax(logits) @ np.array(values)
         slots = view.slot_BTMD[0, i]
-        more = slots @ (query @ w["read_NHD"][head]) * h**-0.5 + view.log_relevance_BTM[0, i]
+        more = slots @ (query @ w["read_NHD"][head]) * slots.shape[1] ** -0.5 + view.log_relevance_BTM[0, i]
         values += [slot @ w["value_NDH"][head] for slot in slots]
         joined = softmax([*logits, *more]) @ np.array(values)
         out[i, head] = plain + np.tanh(w["gate_N"][head]) * (joined - plain)

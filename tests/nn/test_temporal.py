@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.nn.temporal import N_GAPS, N_HOURS, N_SEASONS, N_WEEKDAYS, TimeEmbedding, calendar_codes, gap_code
+from moerec.nn.temporal import N_GAPS, N_HOURS, N_SEASONS, N_WEEKDAYS, TimeEmbedding, calendar_codes
 from moerec.shapes import NO_TIME
+from pallas_kernels.attention import find_bucket
 from tests.nn import numpy_model as oracle
 from tests.small_model import draw_times, fill
 
@@ -68,15 +69,15 @@ def test_a_time_that_is_not_known_has_codes_of_its_own():
         (NO_TIME, NO_TIME, N_GAPS),
     ],
 )
-def test_gap_code_of(earlier, later, code):
-    assert int(gap_code(jnp.int32(earlier), jnp.int32(later))) == code
+def test_gap_of(earlier, later, code):
+    assert int(find_bucket(jnp.int32(earlier), jnp.int32(later), N_GAPS + 1)) == code
 
 
 def test_gap_codes_are_the_log_of_the_hours():
     rng = np.random.default_rng(1)
     gaps = np.exp(rng.uniform(0, np.log(1.2e9), 2000)).astype(np.int64)
     earlier = rng.integers(-1_000_000_000, 900_000_000, 2000)
-    codes = np.asarray(gap_code(jnp.asarray(earlier, jnp.int32), jnp.asarray(earlier + gaps, jnp.int32)))
+    codes = np.asarray(find_bucket(*(jnp.asarray(x, jnp.int32) for x in (earlier, earlier + gaps)), N_GAPS + 1))
     exact = 1.5 * np.log2(1 + gaps / 3600)
     allowed = [np.minimum(np.floor(exact + error), N_GAPS - 1) for error in (-1e-4, 1e-4)]
     assert np.all((codes == allowed[0]) | (codes == allowed[1]))

@@ -226,6 +226,27 @@ class TestPrefix:
             np.testing.assert_allclose(out[b, t, n], expected, rtol=1e-5, atol=1e-6)
         assert jax.eval_shape(attend_prefix, *self.draw(dtype=jnp.bfloat16))[0].dtype == jnp.bfloat16
 
+    def test_a_bias_is_one_more_place_of_queries_and_keys(self):
+        """Values and all gradients: the bias is the last place of the keys, where the queries hold sqrt(H)."""
+        q, k, v = self.draw()
+        bias_BTM = jnp.asarray(np.random.default_rng(4).normal(size=k.shape[:3]), jnp.float32)
+
+        def biased(q, k, v, bias_BTM):
+            out, lse = attend_prefix(q, k, v, bias_BTM)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+        def longer(q, k, v, bias_BTM):
+            last = jnp.broadcast_to(bias_BTM[..., None, None], (*k.shape[:-1], 1))
+            q = jnp.append(q * np.sqrt(7 / 6), jnp.full((*q.shape[:-1], 1), np.sqrt(7)), axis=-1)
+            out, lse = attend_prefix(q, jnp.append(k, last, axis=-1), jnp.append(v, 0 * last, axis=-1))
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+        got, expected = (
+            jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(q, k, v, bias_BTM) for f in (biased, longer)
+        )
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
     def test_no_array_has_a_key_for_every_query_head(self):
         q, k, v = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 64, 8, 16), (2, 64, 9, 1, 16), (2, 64, 9, 1, 16)))
 

@@ -45,13 +45,11 @@ class Condition(NamedTuple):
     """What the model is conditioned on.
 
     Attributes:
-      slot_MD: float32, the memory slots as vectors, for attention to read.
-      known_M: bool, whether anything stands in the slot; what is not known must not be read.
+      slot_MD: float32, the memory slots as vectors, for attention to read; a learned vector where nothing is known.
       summary_D: float32, the profile as one vector; zero where nothing is known.
     """
 
     slot_MD: jax.Array
-    known_M: jax.Array
     summary_D: jax.Array
 
 

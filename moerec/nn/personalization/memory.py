@@ -80,7 +80,7 @@ def null(sizes: Sizes, chunk: int = 64) -> Personalizer:
         return state._replace(n_events=state.n_events + 1)
 
     def condition(params: Any, state: UserState, request: Request) -> Condition:
-        return Condition(jnp.zeros((0, sizes.d_model)), jnp.zeros(0, bool), jnp.zeros(sizes.d_model))
+        return Condition(jnp.zeros((0, sizes.d_model)), jnp.zeros(sizes.d_model))
 
     def unroll(params: Any, event: Event, first_T: jax.Array) -> UserState:
         t = first_T.shape[0]
@@ -158,7 +158,7 @@ def _make(sizes: Sizes, write: Callable, chunk: int) -> Personalizer:
         slot_MD = params.slot_MD[...] + jnp.concatenate([written_MD, field_D[None]])
         known_M = jnp.append(jnp.full(n_written, state.n_events > 0), jnp.any(request.field_Y > 0))
         summary_D = jnp.sum(jnp.where(known_M[:, None], slot_MD, 0), axis=0) / (n_written + 1)
-        return Condition(slot_MD, known_M, summary_D)
+        return Condition(slot_MD, summary_D)
 
     return Personalizer(lambda key: MemoryParams(key, sizes), init_user, observe, condition, unroll, n_written + 1)
 

@@ -18,7 +18,7 @@ class Writes(NamedTuple):
     """What a sequence of slots does to a memory.
 
     Attributes:
-      elapsed_T: int32 seconds, of which only differences within a sequence mean anything (they may wrap round).
+      elapsed_T: uint32 seconds, of which only differences within a sequence mean anything (they wrap round).
       rate_M: decay an hour of each memory slot, at least 0.
       log_keep_TM: log of what a slot leaves of the memory beside the decay by time, at most 0.
       gain_TM, value_TP: how much of it is written, and what.
@@ -44,15 +44,18 @@ def last_known(time_T: jax.Array, first_T: jax.Array) -> jax.Array:
 
 
 def elapsed_since(earlier: jax.Array, later: jax.Array) -> jax.Array:
-    """Whole seconds from one time to another; 0 where one is not known or the order is wrong. int32."""
+    """Whole seconds from one time to another; 0 where one is not known or the order is wrong.
+
+    uint32: what any two times have between them, where an int32 would wrap round after 68 years.
+    """
     known = (earlier != NO_TIME) & (later != NO_TIME) & (later > earlier)
-    return jnp.where(known, later - earlier, 0)
+    return jnp.where(known, jnp.subtract(later, earlier).astype(jnp.uint32), jnp.uint32(0))
 
 
 def accumulate_elapsed(time_T: jax.Array, first_T: jax.Array) -> jax.Array:
     """`Writes.elapsed_T` of the slots' times, of which any may be unknown: such a slot stands at the time before it."""
     before_T = jnp.where(first_T, NO_TIME, jnp.pad(last_known(time_T, first_T)[:-1], (1, 0), constant_values=NO_TIME))
-    return jnp.cumsum(elapsed_since(before_T, time_T))
+    return jnp.cumsum(elapsed_since(before_T, time_T), dtype=jnp.uint32)
 
 
 def scan_before(writes: Writes) -> jax.Array:
