@@ -1,19 +1,20 @@
-"""Domain experts on the built-in world, at the active parameters and the training budget of configs/demo.py.
+"""Domain experts and their aggregator on the built-in world: one joint model over three services.
 
 Command: python -m experiments.train --config=configs/city_moe.py --workdir=runs/city_moe
 Hardware: two CPU cores.
-Result: union NDCG@10 .199 (dense .202, ceiling .250; seeds 0, 1 and 3 of one world): no better than configs/demo.py.
+Result: to be compared with configs/city_dense.py, at its active parameters and training budget.
 """
 
 import dataclasses
 
-from configs import demo
+from configs import city_dense
 from moerec.config import Config, MoEConfig
 
 
 def get_config() -> Config:
     """The configuration of this file."""
-    base = demo.get_config()
-    # Two experts of half the dense width a slot, in the second of two layers.
-    moe = MoEConfig(layers=(1,), n_per_group=2, d_expert=base.model.d_ff // 2, n_active=2)
-    return dataclasses.replace(base, name="city_moe", model=dataclasses.replace(base.model, moe=moe))
+    base = city_dense.get_config()
+    # In the second of two layers an expert that sees every slot, and two of eight a sixth as wide.
+    moe = MoEConfig(layers=(1,), n_per_group=2, n_active=2, d_expert=32, d_shared=128)
+    model = dataclasses.replace(base.model, d_ff=192, moe=moe, copy="services")
+    return dataclasses.replace(base, name="city_moe", model=model)

@@ -52,11 +52,24 @@ def catalogue_vectors(model: SequenceModel, table: ItemTable) -> tuple[jax.Array
 
 
 def score_items(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable, vectors) -> jax.Array:
-    """Scores `[Q, I]` of all items; without a history only the biases speak."""
+    """Scores `[Q, I]` of all items; without a history only the biases speak.
+
+    Where answers are mixed, a score is the log-probability.
+    """
     vector_ID, bias_I = vectors
-    h_SD = model.encode(batch, table).state_BTD.reshape(-1, vector_ID.shape[1])
-    h_QD = jnp.where(slot_Q[:, None] >= 0, h_SD[jnp.maximum(slot_Q, 0)], 0)
-    return h_QD @ vector_ID.T + bias_I
+    output = model.encode(batch, table)
+    known_Q1, at_Q = slot_Q[:, None] >= 0, jnp.maximum(slot_Q, 0)
+    h_QD = jnp.where(known_Q1, output.state_BTD.reshape(-1, vector_ID.shape[1])[at_Q], 0)
+    score_QI = h_QD @ vector_ID.T + bias_I
+    if output.answers is None:
+        return score_QI
+    log_weight_BTX, copy_BTS = output.answers
+    n_slots = copy_BTS.shape[-1]
+    item_QS = batch.item_BT[at_Q // n_slots]
+    copy_QS = jnp.where(known_Q1, copy_BTS.reshape(-1, n_slots)[at_Q], 0)
+    log_share_Q1 = jnp.where(known_Q1, log_weight_BTX.reshape(-1, log_weight_BTX.shape[-1])[at_Q, :1], 0)
+    copied_QI = jnp.zeros_like(score_QI).at[jnp.arange(len(at_Q))[:, None], item_QS].add(copy_QS)
+    return jnp.logaddexp(jax.nn.log_softmax(score_QI) + log_share_Q1, jnp.log(copied_QI))
 
 
 @jax.jit

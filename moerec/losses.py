@@ -15,7 +15,7 @@ import numpy as np
 from moerec.balance import balance_losses, weigh_losses
 from moerec.config import LossConfig, MoEConfig
 from moerec.nn.model import SequenceModel
-from moerec.shapes import Batch, ItemTable, Routing
+from moerec.shapes import Answers, Batch, ItemTable, Routing
 
 
 class Candidates(NamedTuple):
@@ -77,7 +77,19 @@ def all_candidates(n_items: int) -> Candidates:
     return Candidates(jnp.arange(n_items, dtype=jnp.int32), jnp.zeros(n_items, jnp.float32))
 
 
-def _chunk_terms(slots, vector_MD, offset_M, item_M, scope_M):
+class Mixture(NamedTuple):
+    """What else gives probability to a slot's target than the softmax; `[S]` each.
+
+    Attributes:
+      log_share_S: log of the softmax's weight. log_rest_S: log-probability of the target by all other answers together,
+        their weights included; may be -inf.
+    """
+
+    log_share_S: jax.Array
+    log_rest_S: jax.Array
+
+
+def _chunk_terms(slots, mixture_C, vector_MD, offset_M, item_M, scope_M):
     """Sum of the weighted losses of a chunk of slots, and its gradients, without keeping the logits."""
     h_CD, positive_C, target_C, scope_C, weight_C = slots
     logits = h_CD @ vector_MD.T + offset_M
@@ -87,32 +99,42 @@ def _chunk_terms(slots, vector_MD, offset_M, item_M, scope_M):
     exps = jnp.exp(logits - top[:, None])
     positive_exp = jnp.exp(positive_C - top)
     total = jnp.sum(exps, axis=-1) + positive_exp
-    loss = jnp.sum(weight_C * (top + jnp.log(total) - positive_C))
-    scaled = exps * (weight_C / total)[:, None]
-    d_positive = weight_C * (positive_exp / total - 1)
-    return loss, scaled @ vector_MD, d_positive, scaled.T @ h_CD, jnp.sum(scaled, axis=0)
+    log_p = positive_C - top - jnp.log(total)
+    pull_C, d_mixture = weight_C, None
+    if mixture_C is not None:
+        softmax_part = mixture_C.log_share_S + log_p
+        log_p = jnp.logaddexp(softmax_part, mixture_C.log_rest_S)
+        # The softmax answers for a slot as far as the target's probability is its own.
+        pull_C = weight_C * jnp.exp(softmax_part - log_p)
+        d_mixture = Mixture(-pull_C, pull_C - weight_C)
+    loss = -jnp.sum(weight_C * log_p)
+    scaled = exps * (pull_C / total)[:, None]
+    d_positive = pull_C * (positive_exp / total - 1)
+    return (loss, scaled.T @ h_CD, jnp.sum(scaled, axis=0)), (scaled @ vector_MD, d_positive, d_mixture)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(8,))
-def contrast(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, item_M, scope_M_weight_S, chunk):
-    """Sum over slots of `weight * -log(exp(positive) / (exp(positive) + sum over candidates of exp(score)))`.
+@partial(jax.custom_vjp, nondiff_argnums=(9,))
+def contrast(h_SD, positive_S, vector_MD, offset_M, mixture, target_S, scope_S, item_M, scope_M_weight_S, chunk):
+    """Sum over slots of `-weight * log(share * exp(positive) / (exp(positive) + sum of exp(score)) + rest)`.
 
-    The gradient is formed in the forward pass, chunk by chunk, so that the `[S, M]` logits never exist in memory; it
-    scales with the cotangent because the result is a scalar.
+    The sum runs over the candidates. The gradient is formed in the forward pass, chunk by chunk, so that the `[S, M]`
+    logits never exist in memory; it scales with the cotangent because the result is a scalar.
 
     Args:
       h_SD: states. positive_S: scores of the positives. vector_MD, offset_M: the candidates' vectors and what is
-        added to their scores. target_S, item_M: catalogue indices (a candidate that is the target is left out).
+        added to their scores. mixture: a `Mixture`, or None, where share is 1 and rest 0.
+      target_S, item_M: catalogue indices (a candidate that is the target is left out).
       scope_S: a candidate counts only where its scope equals the slot's.
       scope_M_weight_S: the pair of the candidates' scopes and the slots' weights.
       chunk: slots whose logits are formed at once.
     """
-    return _contrast_forward(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, item_M, scope_M_weight_S, chunk)[
-        0
-    ]
+    operands = (h_SD, positive_S, vector_MD, offset_M, mixture, target_S, scope_S, item_M, scope_M_weight_S)
+    return _contrast_forward(*operands, chunk)[0]
 
 
-def _contrast_forward(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, item_M, scope_M_weight_S, chunk):
+def _contrast_forward(
+    h_SD, positive_S, vector_MD, offset_M, mixture, target_S, scope_S, item_M, scope_M_weight_S, chunk
+):
     scope_M, weight_S = scope_M_weight_S
     s = h_SD.shape[0]
     n_chunks = -(-s // chunk)
@@ -122,22 +144,24 @@ def _contrast_forward(h_SD, positive_S, vector_MD, offset_M, target_S, scope_S, 
         # Chunk c takes every n-th slot, so that each device of a batch split over `data` has a share of every chunk.
         return jnp.moveaxis(jnp.pad(x, padding).reshape(chunk, n_chunks, *x.shape[1:]), 1, 0)
 
-    def step(carry, slots):
-        loss, d_vector, d_offset = carry
-        term, d_h, d_positive, d_vector_c, d_offset_c = _chunk_terms(slots, vector_MD, offset_M, item_M, scope_M)
-        return (loss + term, d_vector + d_vector_c, d_offset + d_offset_c), (d_h, d_positive)
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:s]
+
+    def step(sums, part):
+        slots, mixture_C = part
+        terms, by_slot = _chunk_terms(slots, mixture_C, vector_MD, offset_M, item_M, scope_M)
+        return jax.tree.map(jnp.add, sums, terms), by_slot
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros_like(vector_MD), jnp.zeros_like(offset_M))
-    xs = tuple(split(x) for x in (h_SD, positive_S, target_S, scope_S, weight_S))
-    (loss, d_vector, d_offset), (d_h, d_positive) = jax.lax.scan(step, zero, xs)
-    d_h, d_positive = (jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:s] for x in (d_h, d_positive))
+    parts = jax.tree.map(split, ((h_SD, positive_S, target_S, scope_S, weight_S), mixture))
+    (loss, d_vector, d_offset), by_slot = jax.lax.scan(step, zero, parts)
+    d_h, d_positive, d_mixture = jax.tree.map(join, by_slot)
     # The pull of the positive's own vector is in `positive_S`, which the caller differentiates.
-    return loss, (d_h, d_positive, d_vector, d_offset)
+    return loss, (d_h, d_positive, d_vector, d_offset, d_mixture)
 
 
-def _contrast_backward(chunk, residuals, g):
-    d_h, d_positive, d_vector, d_offset = residuals
-    return g * d_h, g * d_positive, g * d_vector, g * d_offset, None, None, None, None
+def _contrast_backward(chunk, gradients, g):
+    return *jax.tree.map(lambda d: g * d, gradients), None, None, None, None
 
 
 contrast.defvjp(_contrast_forward, _contrast_backward)
@@ -175,7 +199,8 @@ def sum_losses(
         domain_BT = table.service_I[batch.target_BT]
         log_p_BT = jnp.take_along_axis(output.log_domain_BTZ, domain_BT[..., None], axis=-1)[..., 0]
         analyser = -jnp.sum(batch.weight_BT * log_p_BT)
-    item = _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, config)
+    mixture = None if output.answers is None else _mix_pointers(output.answers, batch)
+    item = _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, config, mixture)
     return Sums(item, jnp.sum(weight_S), analyser, output.routing)
 
 
@@ -197,7 +222,16 @@ def join_losses(sums: Sums, config: LossConfig, moe: MoEConfig) -> tuple[jax.Arr
     return total, parts
 
 
-def _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, config):
+def _mix_pointers(answers: Answers, batch: Batch) -> Mixture:
+    """What the pointers give to each slot's target: their shares of the events that are of that item."""
+    hit_BTS = batch.item_BT[:, None] == batch.target_BT[..., None]
+    copied_BT = jnp.sum(jnp.where(hit_BTS, answers.copy_BTS, 0), axis=-1)
+    found_BT = copied_BT > 0
+    log_copied_BT = jnp.where(found_BT, jnp.log(jnp.where(found_BT, copied_BT, 1)), -jnp.inf)
+    return Mixture(answers.log_weight_BTX[..., 0].reshape(-1), log_copied_BT.reshape(-1))
+
+
+def _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, config, mixture):
     positive_SD, positive_bias_S = model.item_vectors(target_S, table)
     positive_S = jnp.sum(h_SD * positive_SD, axis=-1) + positive_bias_S
     vector_MD, bias_M = model.item_vectors(candidates.item_M, table)
@@ -211,6 +245,7 @@ def _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, config)
         positive_S,
         vector_MD,
         bias_M + candidates.correction_M,
+        mixture,
         target_S,
         scope_S,
         candidates.item_M,

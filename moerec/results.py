@@ -11,7 +11,7 @@ import numpy as np
 from moerec.baselines import BASELINES as COUNT_BASELINES
 from moerec.baselines import rank_targets as rank_by_scores
 from moerec.baselines.ranking import Ranked, slice_histories
-from moerec.config import Config, MoEConfig
+from moerec.config import Config, MoEConfig, PersonalConfig
 from moerec.data.load import Prepared
 from moerec.data.oracle import predict_targets
 from moerec.data.splits import TEST, TRAIN, select_targets
@@ -53,7 +53,10 @@ def sasrec_config(config: Config, kind: str) -> Config:
         request_context=False,
         item_bias=False,
         tie_items=True,
+        copy="none",
+        window=0,
         moe=MoEConfig(),
+        personal=PersonalConfig(),
     )
     return dataclasses.replace(
         config,

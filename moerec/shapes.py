@@ -1,9 +1,10 @@
 """The letter legend, and the containers that pass between the parts.
 
-B sequences (packed rows), T slots, S slots of a whole step, D model width, N query heads, K key/value heads, H head
-width, F feed-forward width, L layers, V text vocabulary, W text tokens of an item, I items, Z services, C context
-features, Y static profile fields, M memory slots of a profile, Q predictions asked for, E experts, A experts of a slot,
-G groups of experts (Z and the cross group). Arrays carry them as a suffix: `x_BTD`.
+B sequences (packed rows), T slots, S slots of a whole step or attended slots, D model width, N query heads, K key/value
+heads, H head width, F feed-forward width, L layers, V text vocabulary, W text tokens of an item, I items, Z services,
+C context features, Y static profile fields, M memory slots of a profile, Q predictions asked for, E experts, A experts
+of a slot, G groups of experts (Z and the cross group), X answers that are mixed (the catalogue's, then the groups').
+Arrays carry them as a suffix: `x_BTD`.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -77,6 +78,18 @@ class Routing(NamedTuple):
     dropped_L3: Array
 
 
+class Answers(NamedTuple):
+    """What is mixed into the distribution over items: `p(item) = w_0 softmax(item) + Σ_s copy_s [item_s = item]`.
+
+    Attributes:
+      log_weight_BTX: float32 logs of the answers' weights, the catalogue's softmax first, then the groups' pointers.
+      copy_BTS: float32, what all pointers together give to each event of the history, their weights included.
+    """
+
+    log_weight_BTX: Array
+    copy_BTS: Array
+
+
 class Output(NamedTuple):
     """What the model makes of a batch.
 
@@ -86,9 +99,11 @@ class Output(NamedTuple):
       routing: of the mixture layers; None in a dense model.
       relevance_BTM: float32, how much each memory slot of the person's profile matters to the request; adds up to one.
         None in a model that is not personal.
+      answers: what is mixed; None where the catalogue's softmax is the only answer.
     """
 
     state_BTD: Array
     log_domain_BTZ: Array | None
     routing: Routing | None
     relevance_BTM: Array | None = None
+    answers: Answers | None = None

@@ -26,7 +26,7 @@ LAYERS = (
         "moerec.recommend",
         "moerec.report",
     ),
-    ("moerec.audit", "moerec.routing", "moerec.train"),
+    ("moerec.audit", "moerec.compare", "moerec.routing", "moerec.train"),
     ("moerec.results",),
     ("moerec.bench", "moerec.bench_prepare", "moerec.run"),
     ("experiments",),

@@ -129,7 +129,7 @@ def test_contrast_has_the_gradients_of_logsumexp_under_any_cotangent(chunk):
     allowed = (item != TARGET[:, None]) & (scope_s[:, None] == SERVICE)
 
     def ours(*x):
-        return jnp.sin(0.1 * contrast(*x, TARGET, scope_s, item, (SERVICE, weight), chunk))
+        return jnp.sin(0.1 * contrast(*x, None, TARGET, scope_s, item, (SERVICE, weight), chunk))
 
     def plain(*x):
         return jnp.sin(0.1 * logsumexp_loss(*x, weight, allowed))
@@ -150,7 +150,7 @@ def test_contrast_is_finite_at_huge_scores_and_zero_without_rivals():
 
     def total(h, vector, offset):
         positive = h[:, 0] * vector[target % 2, 0]
-        return contrast(h, positive, vector, offset, target, scope, item, weights, 2)
+        return contrast(h, positive, vector, offset, None, target, scope, item, weights, 2)
 
     value, gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(h, vector, offset)
     assert float(value) == pytest.approx(2e4)  # only the second slot prefers its rival, by 20,000
@@ -172,6 +172,7 @@ def test_expectation_over_all_possible_draws_is_the_full_sum(n_draws):
             jnp.full(1, positive),
             jnp.zeros((n_draws, 1)),
             jnp.asarray(scores)[items] + corrections,
+            None,
             jnp.full(1, target),
             jnp.zeros(1, int),
             items,

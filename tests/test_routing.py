@@ -52,7 +52,8 @@ def mixture(tmp_path_factory):
     config = dataclasses.replace(make_config(steps=4), baselines=("popularity", "sasrec_sampled"))
     moe = MoEConfig(layers=(1,), n_per_group=2, d_expert=8, n_active=2, tile=8)
     folder = tmp_path_factory.mktemp("mixture")
-    return folder, run(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), folder)
+    model = dataclasses.replace(config.model, moe=moe, copy="services")
+    return folder, run(dataclasses.replace(config, model=model), folder)
 
 
 def test_a_run_of_a_mixture_reports_its_routing(mixture):
@@ -74,7 +75,11 @@ def test_a_run_of_a_mixture_reports_its_routing(mixture):
         for line in lines
         if "loss" in line
     )
-    assert "Load by service and expert" in (folder / "report.html").read_text()
+    np.testing.assert_allclose(np.sum(routing["answers"], axis=1), 1, atol=1e-6)
+    assert np.shape(routing["answers"]) == (3, 5)
+    page = (folder / "report.html").read_text()
+    assert "Load by service and expert" in page
+    assert "Weights of the answers" in page
 
 
 def test_the_baselines_of_a_mixture_are_dense(mixture):

@@ -38,7 +38,14 @@ def make_run_config(
     slots = {"n_aspects": 3, "n_scales": 2, "d_memory": 4, "chunk": 4}
     personal = PersonalConfig(layers=(1,), memory=memory, **slots) if memory else PersonalConfig()
     return Config(
-        model=make_config(event_time=False, request_time=False, request_context=False, moe=moe, personal=personal),
+        model=make_config(
+            event_time=False,
+            request_time=False,
+            request_context=False,
+            copy="services" if strategy else "none",
+            moe=moe,
+            personal=personal,
+        ),
         loss=LossConfig(kind=kind, n_negatives=20, scope=scope, chunk=16),
         optim=OptimConfig(warmup_steps=2, ema_decay=0.5),
         train=TrainConfig(
@@ -182,7 +189,7 @@ def test_every_device_scores_its_own_rows():
 
     def total(h, positive, vector, offset, slots):
         zeros = jnp.zeros(n_candidates, int)
-        return contrast(h, positive, vector, offset, slots, slots * 0, zeros - 1, (zeros, positive), chunk)
+        return contrast(h, positive, vector, offset, None, slots, slots * 0, zeros - 1, (zeros, positive), chunk)
 
     rows, whole = batch_sharding(mesh), replicated(mesh)
     arrays = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=rows if s[0] == n_slots else whole) for s in shapes]

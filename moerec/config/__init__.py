@@ -5,7 +5,7 @@ The classes are not frozen only because `ml_collections.config_flags` sets field
 
 import dataclasses
 
-from moerec.config.checks import one_of, require_seed
+from moerec.config.checks import one_of, require, require_seed
 from moerec.config.data import CityConfig, DataConfig, SchemaConfig, SplitConfig, TablesConfig
 from moerec.config.model import ModelConfig, MoEConfig, PersonalConfig
 from moerec.config.training import AuditConfig, EvalConfig, LossConfig, OptimConfig, TrainConfig
@@ -58,6 +58,10 @@ class Config:
         require_seed(self.seed, "seed")
         for name in self.baselines:
             one_of(name, "baselines", BASELINES)
+        if self.model.copy != "none":
+            # A pointer adds to the probability of an item among those of all services.
+            whole = self.loss.kind != "one_negative" and self.loss.scope == "union"
+            require(whole, "model.copy", "needs a softmax over the union (loss.kind, loss.scope)")
 
 
 def checked(config):

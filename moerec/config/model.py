@@ -102,20 +102,24 @@ class ModelConfig:
     item_bias: bool = True
     compute_dtype: str = "float32"  # or bfloat16; parameters stay float32
     remat: bool = False
+    copy: str = "none"  # pointers into the person's history: none, all (over all of it), or services (and one for each)
+    d_copy: int = 32  # width of a pointer's queries and keys
     window: int = 0  # slots that a slot attends to at most, itself among them; 0 is all
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     personal: PersonalConfig = dataclasses.field(default_factory=PersonalConfig)
 
     def __post_init__(self):
-        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "d_text"):
+        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "d_text", "d_copy"):
             require(getattr(self, name) >= 1, f"model.{name}", "must be at least 1")
         require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", "must divide model.n_heads")
-        require(self.d_head % 2 == 0, "model.d_head", "must be even (rotary embeddings turn pairs)")
+        for name in ("d_head", "d_copy"):
+            require(getattr(self, name) % 2 == 0, f"model.{name}", "must be even (rotary embeddings turn pairs)")
         require(0 <= self.dropout < 1, "model.dropout", "must lie in [0, 1)")
         require(self.norm_eps > 0, "model.norm_eps", "must be positive")
         require(self.rope_theta > 1, "model.rope_theta", "must be above 1")
         require(self.item_row or self.item_text, "model.item_row", "an event needs the item's row or its text")
         one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
+        one_of(self.copy, "model.copy", ("none", "all", "services"))
         require(self.window >= 0, "model.window", "must not be negative")
         for name in ("moe", "personal"):
             outside = [layer for layer in getattr(self, name).layers if not 0 <= layer < self.n_layers]

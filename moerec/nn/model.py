@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moerec.config import ModelConfig
+from moerec.nn.aggregator import Aggregator
 from moerec.nn.analyser import Analyser
 from moerec.nn.attention import View, segment_mask
 from moerec.nn.block import run_blocks, split_layers, stack_blocks
@@ -44,7 +45,7 @@ class SequenceModel(nnx.Module):
         k_layers = jax.random.split(k_blocks, config.n_layers)
         trunk, *upper = split_layers(config)
         self.blocks = stack_blocks(k_layers[: trunk.last], config) if trunk.last else None
-        k_analyser, k_profile, k_router = (jax.random.fold_in(k_head, n) for n in (1, 2, 3))
+        k_analyser, k_profile, k_router, k_copy = (jax.random.fold_in(k_head, n) for n in (1, 2, 3, 4))
         is_mixture, is_personal = bool(config.moe.layers), bool(config.personal.layers)
         self.analyser = Analyser(k_analyser, config.d_model, sizes.n_services, config.norm_eps) if is_mixture else None
         self.profile = make_personalizer(config, sizes.field_sizes).init(k_profile) if is_personal else None
@@ -54,6 +55,7 @@ class SequenceModel(nnx.Module):
         )
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head_encoder = None if config.tie_items else ItemEncoder(k_head, config, sizes.n_items, sizes.n_tokens)
+        self.aggregator = Aggregator(k_copy, config, sizes.n_services) if config.copy != "none" else None
         zeros = jax.nn.initializers.zeros
         self.item_bias_I = (
             declare(k_head, (sizes.n_items,), ("items",), zeros, decay="none") if config.item_bias else None
@@ -71,8 +73,8 @@ class SequenceModel(nnx.Module):
         """
         config = self.config
         k_input, k_blocks = (None, None) if key is None else jax.random.split(key)
-        x_BTD = self.item_encoder(batch.item_BT, table) + self.slot_encoder(batch, table)
-        x_BTD = dropout(self.input_norm(x_BTD), config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
+        event_BTD = self.input_norm(self.item_encoder(batch.item_BT, table) + self.slot_encoder(batch, table))
+        x_BTD = dropout(event_BTD, config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
         mask_BTS = segment_mask(batch.segment_BT, config.window)
         keys = None if k_blocks is None else jax.random.split(k_blocks, config.n_layers)
         request, view, log_domain_BTZ, relevance_BTM, routings = None, None, None, None, []
@@ -97,7 +99,11 @@ class SequenceModel(nnx.Module):
             x_BTD, routing = advance(blocks, x_BTD, run)
             routings += [routing] if run.experts else []
         routing = Routing(*map(jnp.concatenate, zip(*routings, strict=True))) if routings else None
-        return Output(self.final_norm(x_BTD.astype(jnp.float32)), log_domain_BTZ, routing, relevance_BTM)
+        state_BTD, answers = self.final_norm(x_BTD.astype(jnp.float32)), None
+        if self.aggregator is not None:
+            seen = (batch.position_BT, mask_BTS, table.service_I[batch.item_BT])
+            answers = self.aggregator(state_BTD, event_BTD, *seen)
+        return Output(state_BTD, log_domain_BTZ, routing, relevance_BTM, answers)
 
     def _read_profile(
         self, x_BTD: jax.Array, batch: Batch, table: ItemTable

@@ -150,12 +150,24 @@ def _describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     )
     found = [(label, routing["analyser"].get(name)) for label, name in labels]
     title = "Load by service and expert"
+    answers = _describe_answers(routing.get("answers"), services)
     return {
+        "answers": answers,
         "load": draw_shares(dict(zip(services, routing["load"], strict=True)), columns, title),
         "analyser": [(label, format_value(value)) for label, value in found if value is not None],
         "dropped": routing["dropped"],
         "max_over_mean": format_value(routing["max_over_mean"]),
     }
+
+
+def _describe_answers(rows: Sequence[Sequence[float] | None] | None, services: Sequence[str]) -> str | None:
+    """The mean weights of the mixed answers as a picture; None where there is one answer only."""
+    if not rows:
+        return None
+    known = {service: row for service, row in zip(services, rows, strict=True) if row is not None}
+    one_pointer = all(len(row) == 2 for row in known.values())
+    columns = ["catalogue", *([] if one_pointer else services), "all services"]
+    return draw_shares(known, columns, "Weights of the answers")
 
 
 def _list_all_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,5 +58,6 @@ def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
     lse_PBTN = jnp.stack([a.astype(jnp.float32) for _, a in parts])
     lse_BTN = jax.nn.logsumexp(lse_PBTN, axis=0)
     weight_PBTN = jnp.exp(lse_PBTN - lse_BTN)
-    total = sum(o.astype(jnp.float32) * w[..., None] for (o, _), w in zip(parts, weight_PBTN, strict=True))
+    weighed = [o.astype(jnp.float32) * w[..., None] for (o, _), w in zip(parts, weight_PBTN, strict=True)]
+    total = sum(weighed[1:], weighed[0])
     return total.astype(parts[0][0].dtype), lse_BTN

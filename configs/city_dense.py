@@ -1,0 +1,23 @@
+"""The dense decoder on the built-in world: what configs/city_moe.py is compared with.
+
+Command: python -m experiments.train --config=configs/city_dense.py --workdir=runs/city_dense
+Hardware: two CPU cores.
+Result: to be written.
+"""
+
+from moerec.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    """The configuration of this file."""
+    return Config(
+        name="city_dense",
+        data=DataConfig(source="city", seq_len=128, history_len=128),
+        # The width makes as many parameters as are active in the mixture.
+        model=ModelConfig(n_layers=2, d_model=64, d_ff=238, dropout=0.1, event_time=True),
+        loss=LossConfig(kind="full_softmax"),
+        optim=OptimConfig(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1, ema_decay=0.98),
+        train=TrainConfig(steps=500, batch_size=16, log_every=25, eval_every=100, save_every=200, n_valid=2000),
+        # Nearly half of the city's orders repeat an earlier one, so seen items stay candidates.
+        eval=EvalConfig(mask_seen=False),
+    )

@@ -1,0 +1,136 @@
+"""Two configurations over several seeds: differences of their runs, paired by seed, and how sure they are."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from moerec.errors import InputError
+from moerec.report.table import config_name
+
+METRIC = "ndcg@10"
+
+
+class Difference(NamedTuple):
+    """Of one part of the table, such as `union all` or `kuper` (ranked among its own items).
+
+    Attributes:
+      first, second: means over the pairs. difference: mean of first - second, with its 95 % interval `low` to `high`
+        and two-sided p-value, of Student's t over the pairs. n_better: pairs in which the first is better.
+    """
+
+    part: str
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    n_better: int
+
+
+class Comparison(NamedTuple):
+    """Attributes:
+    names: of the two configurations. seeds: `(seed, data.seed)` of each pair. rows: the union first.
+    n_active_params: most of each. steps: of each.
+    """
+
+    names: tuple[str, str]
+    seeds: list[tuple[int, int]]
+    rows: list[Difference]
+    n_active_params: tuple[int, int]
+    steps: tuple[int, int]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """`metrics.json` of a finished run. Raises InputError where there is none, or it is of no use."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; is the run finished?")
+    try:
+        metrics = json.loads(path.read_text())
+        _ = metrics["test"]["union"]["all"][METRIC], metrics["config"]["data"]["seed"], metrics["seed"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is no result of a run ({type(error).__name__}: {error})") from None
+    return metrics
+
+
+def compare(first: Sequence[Path], second: Sequence[Path]) -> Comparison:
+    """Pairs the runs by their seeds of training and of data.
+
+    Raises:
+      InputError: a run is missing or has no partner, two have the same seeds, runs of a side differ in their
+        configuration, pairs were tested on other data, or there are fewer than two pairs.
+    """
+    sides = [_by_seed(folders) for folders in (first, second)]
+    for own, other in (sides, sides[::-1]):
+        for (seed, data_seed), (folder, _) in own.items():
+            if (seed, data_seed) not in other:
+                raise InputError(f"{folder}: no run with seed {seed} and data.seed {data_seed} on the other side")
+    seeds = sorted(sides[0])
+    if len(seeds) < 2:
+        raise InputError(f"{next(iter(sides[0].values()))[0]}: a comparison needs at least two seeds")
+    pairs = [(sides[0][s][1], sides[1][s][1]) for s in seeds]
+    for s, (a, b) in zip(seeds, pairs, strict=True):
+        if a["test"]["union"]["all"]["n"] != b["test"]["union"]["all"]["n"] or a["dataset"] != b["dataset"]:
+            raise InputError(f"{sides[0][s][0]}: another data set than {sides[1][s][0]}")
+    rows = [_compare_part("union all", pairs, "union", "all")]
+    rows += [_compare_part(service, pairs, "in_service", service) for service in pairs[0][0]["test"]["in_service"]]
+
+    def most(name: str) -> tuple[int, int]:
+        return max(a[name] for a, _ in pairs), max(b[name] for _, b in pairs)
+
+    names = (config_name(pairs[0][0]), config_name(pairs[0][1]))
+    return Comparison(names, seeds, rows, most("n_active_params"), most("steps"))
+
+
+def _by_seed(folders: Sequence[Path]) -> dict[tuple[int, int], tuple[Path, dict[str, Any]]]:
+    found: dict[tuple[int, int], tuple[Path, dict[str, Any]]] = {}
+    for folder in folders:
+        metrics = read_run(folder)
+        seeds = metrics["seed"], metrics["config"]["data"]["seed"]
+        if seeds in found:
+            raise InputError(f"{folder}: the same seeds as {found[seeds][0]}")
+        found[seeds] = folder, metrics
+    plain = {json.dumps(_without_seeds(metrics["config"]), sort_keys=True) for _, metrics in found.values()}
+    if len(plain) > 1:
+        raise InputError(f"{folders[0]}: the runs of one side differ in more than their seeds")
+    return found
+
+
+def _without_seeds(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "seed": None, "data": {**config["data"], "seed": None}}
+
+
+def _compare_part(title: str, pairs: list[tuple[dict, dict]], part: str, key: str) -> Difference:
+    values = np.array([[side["test"][part][key][METRIC] for side in pair] for pair in pairs])
+    gap = values[:, 0] - values[:, 1]
+    n, mean, error = len(gap), float(gap.mean()), float(gap.std(ddof=1)) / math.sqrt(len(gap))
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    # Equal differences leave no doubt but that they are none.
+    p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    first, second = map(float, values.mean(axis=0))
+    return Difference(title, first, second, mean, mean - half, mean + half, p_value, int(np.sum(gap > 0)))
+
+
+def render(comparison: Comparison) -> str:
+    """The table for a terminal."""
+    names, n = comparison.names, len(comparison.seeds)
+    width = max(16, *(len(row.part) for row in comparison.rows))
+    lines = [
+        f"{METRIC}, means of {n} seeds (seed/data.seed {', '.join(f'{a}/{b}' for a, b in comparison.seeds)})",
+        f"{'':{width}}  {names[0]:>12}  {names[1]:>12}  difference      95 % interval       p  better",
+    ]
+    for row in comparison.rows:
+        interval = f"{row.low:+.4f} to {row.high:+.4f}"
+        lines.append(
+            f"{row.part:{width}}  {row.first:12.4f}  {row.second:12.4f}  {row.difference:+10.4f}"
+            f"  {interval:>18}  {row.p_value:6.4f}  {row.n_better} of {n}"
+        )
+    for title, (a, b) in (("active params", comparison.n_active_params), ("steps", comparison.steps)):
+        lines.append(f"{title:{width}}  {a:12,}  {b:12,}")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""The comparison over seeds: pairing, Student's t against a closed form, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import compare as command
+from moerec import cli
+from moerec.compare import compare, render
+from moerec.errors import InputError
+
+FIRST = {1: (0.30, 0.5), 2: (0.34, 0.4), 3: (0.33, 0.6)}
+SECOND = {1: (0.28, 0.5), 2: (0.33, 0.5), 3: (0.29, 0.55)}
+
+
+def write_runs(folder, values, name="a", **changes):
+    """A run directory for each seed; the values are the union's and the one service's."""
+    paths = []
+    for seed, (union, own) in values.items():
+        test = {"union": {"all": {"ndcg@10": union, "n": 9}}, "in_service": {"food": {"ndcg@10": own}}}
+        config = {"name": name, "seed": seed, "data": {"seed": seed + 10}}
+        metrics = {"seed": seed, "config": config, "test": test, "dataset": {"n_events": 5}, "steps": 7}
+        path = folder / f"{name}{seed}"
+        path.mkdir(parents=True)
+        (path / "metrics.json").write_text(json.dumps({**metrics, "n_active_params": 100, **changes}))
+        paths.append(path)
+    return paths
+
+
+def test_differences_are_those_of_the_paired_t_test(tmp_path):
+    first, second = write_runs(tmp_path, FIRST), write_runs(tmp_path, SECOND, "b")
+    result = compare(first, second[::-1])  # paired by seed, whatever the order
+    assert result.seeds == [(1, 11), (2, 12), (3, 13)]
+    assert result.names == ("a", "b")
+    for row, column, n_better in zip(result.rows, (0, 1), (3, 1), strict=True):
+        a, b = (np.array([values[s][column] for s in (1, 2, 3)]) for values in (FIRST, SECOND))
+        expected = stats.ttest_rel(a, b)
+        interval = expected.confidence_interval()
+        assert row.p_value == pytest.approx(expected.pvalue)
+        assert (row.difference, row.low, row.high) == pytest.approx(((a - b).mean(), interval.low, interval.high))
+        assert (row.first, row.second, row.n_better) == (pytest.approx(a.mean()), pytest.approx(b.mean()), n_better)
+    text = render(result)
+    assert "union all" in text
+    assert "3 of 3" in text
+
+
+def test_equal_runs_differ_by_nothing(tmp_path):
+    first, second = write_runs(tmp_path, FIRST), write_runs(tmp_path, FIRST, "b")
+    row = compare(first, second).rows[0]
+    assert (row.difference, row.low, row.high, row.p_value, row.n_better) == (0, 0, 0, 1, 0)
+
+
+def refuse(first, second, message):
+    with pytest.raises(InputError, match=message):
+        compare(first, second)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    first, second = write_runs(tmp_path, FIRST), write_runs(tmp_path, SECOND, "b")
+    refuse(first, second[:2], r"a3: no run with seed 3 and data\.seed 13 on the other side")
+    refuse(first[:2], second, "b3: no run with seed 3")
+    refuse([*first, first[0]], second, "the same seeds as")
+    refuse(first[:1], second[:1], "at least two seeds")
+    refuse([*first[:2], *write_runs(tmp_path, {3: (1, 1)}, "c")], second, "differ in more than their seeds")
+    refuse(first, write_runs(tmp_path, SECOND, "d", dataset={"n_events": 6}), "another data set than")
+    refuse([tmp_path / "none"], second, "no such file; is the run finished")
+    (first[0] / "metrics.json").write_text("{}")
+    refuse(first, second, "is no result of a run")
+
+
+def test_the_command_prints_a_table_and_says_what_is_missing(tmp_path, capsys):
+    first, second = write_runs(tmp_path, FIRST), write_runs(tmp_path, SECOND, "b")
+
+    def run(*flags):
+        code = cli.execute(command.main, ["compare", *flags], None, command.FLAGS, config_type=None, workdir=False)
+        return code, capsys.readouterr()
+
+    code, said = run(f"--first={','.join(map(str, first))}", f"--second={','.join(map(str, second))}", "--json")
+    assert code == 0
+    assert json.loads(said.out.splitlines()[-1])["rows"][0]["part"] == "union all"
+    code, said = run(f"--first={first[0]}")
+    assert (code, said.err.count("\n")) == (2, 1)
+    assert "--second is missing" in said.err
