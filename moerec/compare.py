@@ -36,7 +36,7 @@ class Difference(NamedTuple):
 class Comparison(NamedTuple):
     """Attributes:
     names: of the two configurations. seeds: `(seed, data.seed)` of each pair. rows: the union first.
-    n_active_params: most of each. steps: of each.
+    n_active_params, steps: most of each. wall_s: mean seconds of training and validation of each.
     """
 
     names: tuple[str, str]
@@ -44,6 +44,7 @@ class Comparison(NamedTuple):
     rows: list[Difference]
     n_active_params: tuple[int, int]
     steps: tuple[int, int]
+    wall_s: tuple[float, float]
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -85,7 +86,8 @@ def compare(first: Sequence[Path], second: Sequence[Path]) -> Comparison:
         return max(a[name] for a, _ in pairs), max(b[name] for _, b in pairs)
 
     names = (config_name(pairs[0][0]), config_name(pairs[0][1]))
-    return Comparison(names, seeds, rows, most("n_active_params"), most("steps"))
+    wall_s = tuple(float(np.mean([pair[side]["wall_s"] for pair in pairs])) for side in (0, 1))
+    return Comparison(names, seeds, rows, most("n_active_params"), most("steps"), (wall_s[0], wall_s[1]))
 
 
 def _by_seed(folders: Sequence[Path]) -> dict[tuple[int, int], tuple[Path, dict[str, Any]]]:
@@ -111,7 +113,7 @@ def _compare_part(title: str, pairs: list[tuple[dict, dict]], part: str, key: st
     gap = values[:, 0] - values[:, 1]
     n, mean, error = len(gap), float(gap.mean()), float(gap.std(ddof=1)) / math.sqrt(len(gap))
     half = float(stats.t.ppf(0.975, n - 1)) * error
-    # Equal differences leave no doubt but that they are none.
+    # Where all differences are the same, the statistic is 0 / 0 or infinite.
     p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
     first, second = map(float, values.mean(axis=0))
     return Difference(title, first, second, mean, mean - half, mean + half, p_value, int(np.sum(gap > 0)))
@@ -131,6 +133,8 @@ def render(comparison: Comparison) -> str:
             f"{row.part:{width}}  {row.first:12.4f}  {row.second:12.4f}  {row.difference:+10.4f}"
             f"  {interval:>18}  {row.p_value:6.4f}  {row.n_better} of {n}"
         )
-    for title, (a, b) in (("active params", comparison.n_active_params), ("steps", comparison.steps)):
+    budgets = (comparison.n_active_params, comparison.steps, comparison.wall_s)
+    for title, (a, b) in zip(("active params", "steps", "seconds"), budgets, strict=True):
+        a, b = round(a), round(b)
         lines.append(f"{title:{width}}  {a:12,}  {b:12,}")
     return "\n".join(lines)

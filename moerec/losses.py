@@ -106,7 +106,7 @@ def _chunk_terms(slots, mixture_C, vector_MD, offset_M, item_M, scope_M):
         log_p = jnp.logaddexp(softmax_part, mixture_C.log_rest_S)
         # The softmax answers for a slot as far as the target's probability is its own.
         pull_C = weight_C * jnp.exp(softmax_part - log_p)
-        d_mixture = Mixture(-pull_C, pull_C - weight_C)
+        d_mixture = Mixture(-pull_C, -weight_C * jnp.exp(mixture_C.log_rest_S - log_p))
     loss = -jnp.sum(weight_C * log_p)
     scaled = exps * (pull_C / total)[:, None]
     d_positive = pull_C * (positive_exp / total - 1)
@@ -226,7 +226,7 @@ def _mix_pointers(answers: Answers, batch: Batch) -> Mixture:
     """What the pointers give to each slot's target: their shares of the events that are of that item."""
     hit_BTS = batch.item_BT[:, None] == batch.target_BT[..., None]
     copied_BT = jnp.sum(jnp.where(hit_BTS, answers.copy_BTS, 0), axis=-1)
-    found_BT = copied_BT > 0
+    found_BT = copied_BT >= jnp.finfo(jnp.float32).tiny  # the inverse of a smaller number may be infinite
     log_copied_BT = jnp.where(found_BT, jnp.log(jnp.where(found_BT, copied_BT, 1)), -jnp.inf)
     return Mixture(answers.log_weight_BTX[..., 0].reshape(-1), log_copied_BT.reshape(-1))
 

@@ -19,13 +19,12 @@ _LOG_TEMPERATURES = np.array(sorted(np.linspace(-2, 2, 161), key=abs))  # of equ
 class Observed(NamedTuple):
     """Attributes:
     log_domain_QZ: float32, the analyser's log-posterior at each target that has a history.
-    service_Q: int, its service. weight_QX: float32, weights of the answers there; X is 0 where none are mixed.
+    service_Q: int, its service.
     routing: sums over all slots of the histories, each under the service of the event after it.
     """
 
     log_domain_QZ: np.ndarray
     service_Q: np.ndarray
-    weight_QX: np.ndarray
     routing: Routing
 
 
@@ -35,27 +34,22 @@ def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table:
     output = model.encode(counted, table)
     log_domain_BTZ, routing = output.log_domain_BTZ, output.routing
     assert log_domain_BTZ is not None
-    weight_BTX = jnp.zeros((*batch.item_BT.shape, 0)) if output.answers is None else jnp.exp(output.answers[0])
-
-    def ask(x_BTY):
-        return x_BTY.reshape(-1, x_BTY.shape[-1])[jnp.maximum(slot_Q, 0)]
-
-    return ask(log_domain_BTZ), ask(weight_BTX), routing
+    log_domain_SZ = log_domain_BTZ.reshape(-1, log_domain_BTZ.shape[-1])
+    return log_domain_SZ[jnp.maximum(slot_Q, 0)], routing
 
 
 def observe(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> Observed:
     """Runs a mixture over the targets' histories."""
-    posteriors, weights, services, routings = [], [], [], []
+    posteriors, services, routings = [], [], []
     for which, batch, asked in examples.batches():
         with mesh_of(model):
-            log_domain_QZ, weight_QX, routing = _observe_batch(model, batch, asked.slot, table)
+            log_domain_QZ, routing = _observe_batch(model, batch, asked.slot, table)
         known = np.flatnonzero(asked.slot >= 0)
         posteriors.append(np.asarray(log_domain_QZ)[known])
-        weights.append(np.asarray(weight_QX)[known])
         services.append(examples.target_service[which][known])
         routings.append(jax.tree.map(lambda x: np.asarray(x, np.float64), routing))
     total = Routing(*(np.sum(column, axis=0) for column in zip(*routings, strict=True)))
-    return Observed(np.concatenate(posteriors), np.concatenate(services), np.concatenate(weights), total)
+    return Observed(np.concatenate(posteriors), np.concatenate(services), total)
 
 
 def macro_f1(guess: np.ndarray, truth: np.ndarray, n_classes: int) -> float:
@@ -92,8 +86,7 @@ def describe_routing(
 ) -> dict[str, Any]:
     """`metrics["routing"]`: the load on the test histories; the analyser's macro-F1 and calibration at the targets.
 
-    `ece` is that of the posterior under the temperature fitted on validation; `ece_raw` without it. `answers` (where
-    some are mixed): for each service, mean weights at its targets of the catalogue's softmax and of each pointer.
+    `ece` is that of the posterior under the temperature fitted on validation; `ece_raw` without it.
     """
     fitted, seen = observe(model, valid, table), observe(model, test, table)
     temperature = fit_temperature(fitted.log_domain_QZ, fitted.service_Q)
@@ -104,8 +97,30 @@ def describe_routing(
         "ece_raw": calibration_error(log_p_QZ, truth),
         "temperature": temperature,
     }
-    found = {**describe_load(seen.routing), "analyser": analyser}
-    if seen.weight_QX.shape[1]:
-        by_service = (seen.weight_QX[truth == z] for z in range(log_p_QZ.shape[1]))
-        found["answers"] = [w_QX.mean(axis=0).tolist() if len(w_QX) else None for w_QX in by_service]
-    return found
+    return {**describe_load(seen.routing), "analyser": analyser}
+
+
+@jax.jit
+def _weigh_answers(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable) -> jax.Array:
+    answers = model.encode(batch, table).answers
+    assert answers is not None
+    log_weight_SX = answers.log_weight_BTX.reshape(-1, answers.log_weight_BTX.shape[-1])
+    return jnp.exp(log_weight_SX[jnp.maximum(slot_Q, 0)])
+
+
+def describe_answers(model: SequenceModel, test: EvaluationSet, table: ItemTable) -> list[list[float] | None]:
+    """`metrics["answers"]`: for each service, mean weights of the mixed answers at its targets that have a history.
+
+    First the softmax over the catalogue, then the pointers; None for a service without such a target.
+    """
+    weights, services = [], []
+    for which, batch, asked in test.batches():
+        with mesh_of(model):
+            weight_QX = np.asarray(_weigh_answers(model, batch, asked.slot, table))
+        known = np.flatnonzero(asked.slot >= 0)
+        weights.append(weight_QX[known])
+        services.append(test.target_service[which][known])
+    weight_QX, service_Q = np.concatenate(weights), np.concatenate(services)
+    n_services = test.dataset.catalogue.n_services
+    by_service = (weight_QX[service_Q == z] for z in range(n_services))
+    return [w_QX.mean(axis=0).tolist() if len(w_QX) else None for w_QX in by_service]

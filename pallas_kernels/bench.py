@@ -22,7 +22,7 @@ from pallas_kernels.bench_attention import measure_attention
 from pallas_kernels.combine import combine_rows, gather_rows
 from pallas_kernels.cost import count_bytes
 from pallas_kernels.dispatch import make_plan
-from pallas_kernels.grouped_ffn import grouped_ffn
+from pallas_kernels.grouped_ffn import grouped_ffn, has_tokamax
 from pallas_kernels.router import route
 from pallas_kernels.specs import LOADS, LayerOperands, LayerSpec, draw_operands
 
@@ -120,9 +120,10 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         rows.append(_row(f"layer, {load}", times["layer"], times["dense"], "dense"))
         for part in ("plan", "dispatch and combine"):
             rows.append(_row(f"{part}, {load}", times[part], times["layer"], "layer"))
-    pair = {name: make_layer(LayerSpec(), name) for name in ("ragged_dot", "xla_tiles")}
-    times = time_in_turns(pair, max(rounds // 3, 1))
-    rows.append(_row("layer over ragged_dot", times["ragged_dot"], times["xla_tiles"], "layer"))
+    others = ("ragged_dot", *(("tokamax",) if has_tokamax() else ()))
+    backends = {name: make_layer(LayerSpec(), name) for name in (*others, "xla_tiles")}
+    times = time_in_turns(backends, max(rounds // 3, 1))
+    rows += [_row(f"layer over {name}", times[name], times["xla_tiles"], "layer") for name in others]
     sizes = {e: make_layer(LayerSpec(n_experts=e), "xla_tiles") for e in (8, 16, 32, 64)}
     times = time_in_turns({str(e): call for e, call in sizes.items()}, rounds)
     rows += [_row(f"layer, {e} experts", times[str(e)], times["8"], "8 experts") for e in sizes]

@@ -21,7 +21,7 @@ def write_runs(folder, values, name="a", **changes):
     for seed, (union, own) in values.items():
         test = {"union": {"all": {"ndcg@10": union, "n": 9}}, "in_service": {"food": {"ndcg@10": own}}}
         config = {"name": name, "seed": seed, "data": {"seed": seed + 10}}
-        metrics = {"seed": seed, "config": config, "test": test, "dataset": {"n_events": 5}, "steps": 7}
+        metrics = {"seed": seed, "config": config, "test": test, "dataset": {"n_events": 5}, "steps": 7, "wall_s": 3.0}
         path = folder / f"{name}{seed}"
         path.mkdir(parents=True)
         (path / "metrics.json").write_text(json.dumps({**metrics, "n_active_params": 100, **changes}))
@@ -44,12 +44,19 @@ def test_differences_are_those_of_the_paired_t_test(tmp_path):
     text = render(result)
     assert "union all" in text
     assert "3 of 3" in text
+    assert text.splitlines()[-1].split() == ["seconds", "3", "3"]
 
 
 def test_equal_runs_differ_by_nothing(tmp_path):
     first, second = write_runs(tmp_path, FIRST), write_runs(tmp_path, FIRST, "b")
     row = compare(first, second).rows[0]
     assert (row.difference, row.low, row.high, row.p_value, row.n_better) == (0, 0, 0, 1, 0)
+
+
+def test_equal_differences_that_are_not_zero_are_certain(tmp_path):
+    first, second = (dict.fromkeys((1, 2), (u, 0.5)) for u in (0.75, 0.5))
+    row = compare(write_runs(tmp_path, first), write_runs(tmp_path, second, "b")).rows[0]
+    assert (row.difference, row.low, row.high, row.p_value) == (0.25, 0.25, 0.25, 0)
 
 
 def refuse(first, second, message):

@@ -4,6 +4,7 @@ import dataclasses
 import pkgutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from moerec import cli
 from moerec.config import CityConfig, Config, ModelConfig, SplitConfig, TrainConfig, checked
 from moerec.data.load import load_data
 from moerec.errors import InputError
+from moerec.nn.model import SequenceModel, Sizes, count_active_params
 from moerec.train import fit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +49,8 @@ def test_an_experiment_takes_a_step(name, tmp_path, request):
         (lambda: CityConfig(rho=1.5), "data.city.rho"),
         (lambda: ModelConfig(n_heads=3, n_kv_heads=2), "model.n_kv_heads"),
         (lambda: ModelConfig(d_head=3), "model.d_head"),
+        (lambda: ModelConfig(d_copy=5), "model.d_copy"),
+        (lambda: ModelConfig(copy="some"), "model.copy"),
         (lambda: ModelConfig(item_row=False, item_text=False), "model.item_row"),
         (lambda: SplitConfig(kind="time"), "data.split.valid_from"),
         (lambda: TrainConfig(batch_size=6, n_microbatches=4), "train.batch_size"),
@@ -56,6 +60,16 @@ def test_an_experiment_takes_a_step(name, tmp_path, request):
 def test_a_bad_value_is_refused_with_its_field(make, field):
     with pytest.raises(InputError, match=f"config.{field}: "):
         make()
+
+
+def test_the_dense_city_has_as_many_parameters_as_are_active_in_the_mixture():
+    counts = []
+    for name in ("city_dense", "city_moe"):
+        config = cli.load_config(str(ROOT / "configs" / f"{name}.py"))
+        sizes = Sizes(n_items=1800, n_tokens=200, n_services=3, n_actions=1, context_sizes=(6, 4, 3))
+        model = jax.eval_shape(lambda config=config, sizes=sizes: SequenceModel(jax.random.key(0), config.model, sizes))
+        counts.append(count_active_params(model))
+    assert 0 <= counts[0] / counts[1] - 1 < 0.002
 
 
 def test_checked_sees_values_set_later():

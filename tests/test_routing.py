@@ -3,12 +3,20 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moerec.config import MoEConfig
-from moerec.routing import calibration_error, fit_temperature, macro_f1
+from moerec.data.load import load_data
+from moerec.nn.model import SequenceModel
+from moerec.report import write_report
+from moerec.results import make_test_set
+from moerec.routing import calibration_error, describe_answers, fit_temperature, macro_f1
 from moerec.run import run
+from moerec.train import make_sizes
+from tests.small_model import fill
 from tests.tiny import make_config
 
 
@@ -52,8 +60,7 @@ def mixture(tmp_path_factory):
     config = dataclasses.replace(make_config(steps=4), baselines=("popularity", "sasrec_sampled"))
     moe = MoEConfig(layers=(1,), n_per_group=2, d_expert=8, n_active=2, tile=8)
     folder = tmp_path_factory.mktemp("mixture")
-    model = dataclasses.replace(config.model, moe=moe, copy="services")
-    return folder, run(dataclasses.replace(config, model=model), folder)
+    return folder, run(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), folder)
 
 
 def test_a_run_of_a_mixture_reports_its_routing(mixture):
@@ -75,11 +82,41 @@ def test_a_run_of_a_mixture_reports_its_routing(mixture):
         for line in lines
         if "loss" in line
     )
-    np.testing.assert_allclose(np.sum(routing["answers"], axis=1), 1, atol=1e-6)
-    assert np.shape(routing["answers"]) == (3, 5)
     page = (folder / "report.html").read_text()
     assert "Load by service and expert" in page
+    assert "Weights of the answers" not in page
+
+
+@pytest.mark.parametrize("rows", [[[0.5, 0.1, 0.1, 0.1, 0.2], None, [0.2] * 5], [[0.7, 0.3]] * 3])
+def test_the_report_shows_the_weights_of_the_answers(mixture, tmp_path, rows):
+    _, metrics = mixture
+    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "answers": rows}))
+    page = write_report(tmp_path).read_text()
     assert "Weights of the answers" in page
+    assert ">70<" in page if len(rows[0]) == 2 else ">50<" in page
+
+
+def test_the_weights_of_the_answers_are_means_by_service(tmp_path):
+    """The catalogue's weight is made .5 and the pointers' of each service known, by biases alone."""
+    config = make_config(steps=1)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, copy="services"))
+    data = load_data(config.data, tmp_path)
+    test, table = make_test_set(config, data).examples, jax.tree.map(jnp.asarray, data.item_table)
+    model = fill(jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, make_sizes(data))))
+    weight, bias = model.aggregator.weight_DX, model.aggregator.bias_X
+    weight[...], bias[...] = jnp.zeros_like(weight[...]), jnp.log(jnp.asarray([5.0, 1, 2, 3, 4]))
+    found = describe_answers(model, test, table)
+    assert np.shape(found) == (3, 5)
+    owner = np.repeat(np.arange(len(test.targets)), np.diff(test.offsets))
+    expected = []
+    for target in np.flatnonzero(test.history_len):
+        rows = test.rows[owner == target][-config.data.history_len :]
+        known = np.isin([0, 1, 2], test.dataset.event_service[rows])
+        w = np.array([5.0, 1, 2, 3, 4]) * [1, *known, 1]
+        expected.append(w / w.sum())
+    service = test.target_service[test.history_len > 0]
+    for z, row in enumerate(found):
+        np.testing.assert_allclose(row, np.mean(np.array(expected)[service == z], axis=0), atol=1e-5)
 
 
 def test_the_baselines_of_a_mixture_are_dense(mixture):

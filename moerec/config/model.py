@@ -35,7 +35,7 @@ class MoEConfig:
             require(getattr(self, name) >= 1, f"model.moe.{name}", "must be at least 1")
         for name in ("d_shared", "n_open_groups", "capacity_factor", "bias_rate", "send_factor", "receive_factor"):
             require(getattr(self, name) >= 0, f"model.moe.{name}", "must not be negative")
-        one_of(self.backend, "model.moe.backend", ("auto", "xla_tiles", "ragged_dot", "pallas_tpu"))
+        one_of(self.backend, "model.moe.backend", ("auto", "xla_tiles", "ragged_dot", "tokamax", "pallas_tpu"))
         one_of(self.strategy, "model.moe.strategy", ("ring", "all_to_all", "ragged_all_to_all"))
         require(0 <= self.jitter_rate < 1, "model.moe.jitter_rate", "must lie in [0, 1)")
         # What is asked of the other groups is divided by: next to nothing would make their slots cost without bound.

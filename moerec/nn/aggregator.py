@@ -1,10 +1,10 @@
-"""The answer aggregator: a softmax over the catalogue, and the groups' pointers into the person's own history.
+"""The answer aggregator: a softmax over the catalogue, and pointers into the person's own history.
 
-People order the same things again, each other thing of each service at its own moments. A state of a few dozen numbers
-cannot point at dozens of earlier items through a product with item vectors (the rank of the logits is its width, Yang
-et al. 2018), so every group answers with a distribution over the events themselves, and the answers are mixed:
-pointer networks (Vinyals et al. 2015), their mixture with a softmax (Merity et al. 2017), and the repeat mode of
-RepeatNet (Ren et al. 2019), with a pointer for each service and one across all.
+People order the same things again, each of them at its own moments. A state of a few dozen numbers cannot point at
+dozens of earlier items through a product with item vectors (the rank of the logits is its width, Yang et al. 2018), so
+a pointer for each service, and one across all, answers with a distribution over the events themselves, and the answers
+are mixed: pointer networks (Vinyals et al. 2015), their mixture with a softmax (Merity et al. 2017), and the repeat
+mode of RepeatNet (Ren et al. 2019). A pointer's weights on pairs of slots are in memory, as many as slots squared.
 """
 
 import jax
@@ -28,14 +28,14 @@ class Aggregator(nnx.Module):
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
-        k_query, k_key = jax.random.split(key)
+        k_query, k_key, k_weight = jax.random.split(key, 3)
         self.n_services = n_services if config.copy == "services" else 0
         d, g, h = config.d_model, self.n_services + 1, config.d_copy
         zeros = jax.nn.initializers.zeros
         self.query_DGH = declare(k_query, (d, g, h), ("embed", None, None), fan_in)
         self.key_DGH = declare(k_key, (d, g, h), ("embed", None, None), fan_in)
-        self.weight_DX = declare(key, (d, g + 1), ("embed", None), zeros)
-        self.bias_X = declare(key, (g + 1,), (None,), _favour_catalogue, decay="none")
+        self.weight_DX = declare(k_weight, (d, g + 1), ("embed", None), zeros)
+        self.bias_X = declare(k_weight, (g + 1,), (None,), _favour_catalogue, decay="none")
         self.theta = config.rope_theta
 
     def __call__(

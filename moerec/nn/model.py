@@ -69,7 +69,7 @@ class SequenceModel(nnx.Module):
     def encode(self, batch: Batch, table: ItemTable, key: jax.Array | None = None) -> Output:
         """States from which the next item is predicted; `key` switches dropout and jitter on.
 
-        The answers (`batch.target_BT`, where the weight is not 0) decide only under which domain a slot is counted.
+        The targets (`batch.target_BT`, where the weight is not 0) decide only under which domain a slot is counted.
         """
         config = self.config
         k_input, k_blocks = (None, None) if key is None else jax.random.split(key)
@@ -102,7 +102,8 @@ class SequenceModel(nnx.Module):
         state_BTD, answers = self.final_norm(x_BTD.astype(jnp.float32)), None
         if self.aggregator is not None:
             seen = (batch.position_BT, mask_BTS, table.service_I[batch.item_BT])
-            answers = self.aggregator(state_BTD, event_BTD, *seen)
+            aggregate = jax.checkpoint(lambda a, *x: a(*x)) if config.remat else lambda a, *x: a(*x)
+            answers = aggregate(self.aggregator, state_BTD, event_BTD, *seen)
         return Output(state_BTD, log_domain_BTZ, routing, relevance_BTM, answers)
 
     def _read_profile(

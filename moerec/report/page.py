@@ -52,6 +52,7 @@ def write_report(workdir: Path | str) -> Path:
         curves=_draw_training(metrics, lines),
         best_step=(metrics.get("valid") or {}).get("step"),
         slices=_draw_slices(metrics.get("slices") or {}),
+        answers=_draw_answers(metrics),
         routing=_describe_routing(metrics),
         slice_ranking=_slice_ranking(metrics),
         full=_list_all_metrics(metrics),
@@ -150,9 +151,7 @@ def _describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     )
     found = [(label, routing["analyser"].get(name)) for label, name in labels]
     title = "Load by service and expert"
-    answers = _describe_answers(routing.get("answers"), services)
     return {
-        "answers": answers,
         "load": draw_shares(dict(zip(services, routing["load"], strict=True)), columns, title),
         "analyser": [(label, format_value(value)) for label, value in found if value is not None],
         "dropped": routing["dropped"],
@@ -160,10 +159,12 @@ def _describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _describe_answers(rows: Sequence[Sequence[float] | None] | None, services: Sequence[str]) -> str | None:
-    """The mean weights of the mixed answers as a picture; None where there is one answer only."""
+def _draw_answers(metrics: Mapping[str, Any]) -> str | None:
+    """The mean weights of the mixed answers; None where the softmax is the only one."""
+    rows = metrics.get("answers")
     if not rows:
         return None
+    services = metrics["dataset"]["services"]
     known = {service: row for service, row in zip(services, rows, strict=True) if row is not None}
     one_pointer = all(len(row) == 2 for row in known.values())
     columns = ["catalogue", *([] if one_pointer else services), "all services"]

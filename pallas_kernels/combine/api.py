@@ -4,18 +4,50 @@ Letters: T rows, A choices of a row, P places of the plan, D width. A kept assig
 the transpose of a gather over places is a gather over assignments, and the other way round.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.combine import tpu
 from pallas_kernels.dispatch import Plan
 
 
-def sum_places(rows_PD: jax.Array, plan: Plan) -> jax.Array:
-    """Sum over a row's kept assignments of what stands at their places, `[T, D]`; no `[T, A, D]` in memory."""
+def _sum_by_gathers(rows_PD: jax.Array, plan: Plan) -> jax.Array:
     total = jnp.where(plan.kept_TA[:, :1], rows_PD[plan.place_TA[:, 0]], 0)
     for a in range(1, plan.place_TA.shape[1]):
         total += jnp.where(plan.kept_TA[:, a, None], rows_PD[plan.place_TA[:, a]], 0)
     return total
+
+
+SUMS: dict[str, Callable[[jax.Array, Plan], jax.Array]] = {
+    "xla": _sum_by_gathers,
+    "pallas_tpu": tpu.sum_places,
+    "pallas_interpret": partial(tpu.sum_places, interpret=True),
+}
+
+
+def sum_places(rows_PD: jax.Array, plan: Plan, backend: str = "xla") -> jax.Array:
+    """Sum over a row's kept assignments of what stands at their places, `[T, D]`; no `[T, A, D]` in memory.
+
+    Args:
+      rows_PD: what stands at the places; where nothing does it may be anything, NaN too.
+      plan: of `make_plan`.
+      backend: a name in `SUMS`, or `auto`: the kernel where the program is lowered for TPUs and it takes the operands.
+        Only `xla` can be differentiated.
+
+    Raises:
+      ValueError: the backend is unknown, or does not take the operands.
+    """
+    if backend != "auto":
+        if backend not in SUMS:
+            raise ValueError(f"sum_places: {backend!r} is none of {', '.join(SUMS)}, auto")
+        return SUMS[backend](rows_PD, plan)
+    # Every branch is traced, whatever the platform is: one that would refuse the operands must not be among them.
+    if tpu.find_misfit(rows_PD, plan):
+        return _sum_by_gathers(rows_PD, plan)
+    return jax.lax.platform_dependent(rows_PD, plan, tpu=tpu.sum_places, default=_sum_by_gathers)
 
 
 @jax.custom_vjp

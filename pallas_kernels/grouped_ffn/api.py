@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.combine import sum_places
+from pallas_kernels.combine import SUMS, sum_places
 from pallas_kernels.dispatch import Plan
 from pallas_kernels.grouped_ffn import ragged, tpu, xla_tiles
 from pallas_kernels.varying import vary, varying_axes
@@ -25,6 +25,7 @@ BACKENDS: dict[str, tuple[Callable, Callable]] = {
     "xla_tiles": (xla_tiles.forward, xla_tiles.backward),
     "ragged_dot": (ragged.forward, ragged.backward),
     "pallas_tpu": (tpu.forward, tpu.backward),
+    "tokamax": (partial(ragged.forward, tokamax=True), partial(ragged.backward, tokamax=True)),
     "pallas_interpret": (partial(tpu.forward, interpret=True), partial(tpu.backward, interpret=True)),
 }
 
@@ -45,8 +46,9 @@ def grouped_ffn(
     Args:
       x_TD: rows. weight_TA: weights of the assignments. gate_EDF, up_EDF, down_EFD: the experts' matrices.
       plan: of `make_plan`.
-      backend: a name in `BACKENDS`, or `auto`: by the platform that the program is lowered for, the kernels on TPUs (or
-        `ragged_dot`, where types or tiles do not suit them), `ragged_dot` on GPUs, the loop over tiles elsewhere.
+      backend: a name in `BACKENDS` (`tokamax` needs that extra), or `auto`: by the platform that the program
+        is lowered for, the kernels on TPUs (or `ragged_dot`, where types or tiles do not suit them), `ragged_dot` on
+        GPUs, the loop over tiles elsewhere.
 
     Raises:
       ValueError: the backend is unknown, or shapes do not fit.
@@ -77,6 +79,11 @@ def _run(backend: str, step: int, *operands):
     return jax.lax.platform_dependent(*operands, default=BACKENDS["xla_tiles"][step], **steps)
 
 
+def _sum(backend: str, rows_PD: jax.Array, plan: Plan) -> jax.Array:
+    """`[T, D]`, by a kernel where the tiles go through kernels."""
+    return sum_places(rows_PD, plan, backend if backend == "auto" or backend in SUMS else "xla")
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_ffn(backend: str, x_TD: jax.Array, weight_TA: jax.Array, matrices: Matrices, plan: Plan) -> jax.Array:
     return _forward(backend, x_TD, weight_TA, matrices, plan)[0]
@@ -85,14 +92,14 @@ def _grouped_ffn(backend: str, x_TD: jax.Array, weight_TA: jax.Array, matrices: 
 def _forward(backend: str, x_TD: jax.Array, weight_TA: jax.Array, matrices: Matrices, plan: Plan):
     weight_P = jnp.where(plan.used_P, weight_TA[plan.row_P, plan.choice_P], 0)
     y_PD, saved = _run(backend, 0, x_TD, weight_P, matrices, plan)
-    return sum_places(y_PD, plan), (x_TD, weight_P, matrices, plan, saved)
+    return _sum(backend, y_PD, plan), (x_TD, weight_P, matrices, plan, saved)
 
 
 def _backward(backend: str, residuals, g_TD: jax.Array):
     x_TD, weight_P, matrices, plan, saved = residuals
     dx_PD, dweight_P, d_matrices = _run(backend, 1, x_TD, weight_P, matrices, plan, saved, g_TD)
     dweight_TA = jnp.where(plan.kept_TA, dweight_P[plan.place_TA], 0)
-    return sum_places(dx_PD, plan), dweight_TA, d_matrices, None
+    return _sum(backend, dx_PD, plan), dweight_TA, d_matrices, None
 
 
 _grouped_ffn.defvjp(_forward, _backward)

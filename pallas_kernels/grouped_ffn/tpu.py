@@ -23,75 +23,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import Plan
-from pallas_kernels.varying import vary, varying_axes
+from pallas_kernels.row_dma import (
+    HBM,
+    LANES,
+    SPLIT,
+    VMEM_BUDGET,
+    call_over_tiles,
+    fetch,
+    make_slots,
+    pad_rows,
+    pad_to_lanes,
+    read_rows,
+    rows_spec,
+    share,
+    tile_of,
+    to_column,
+    to_row,
+)
 
-LANES = 128  # widths are whole multiples
-VMEM_LIMIT = 56 << 20  # bytes; a core of v5p and v7x has 64 MiB, of v5e and v6e 128
-VMEM_BUDGET = 42 << 20  # of them what we count ourselves; the compiler's own temporaries take the rest
-SPLIT = 2  # parts of the tiles, one for each of the two cores that v5p joins to one device
 _PLAIN = (((1,), (0,)), ((), ()))  # x y
 _ROWS = (((0,), (0,)), ((), ()))  # contracts the rows of both: x^T y
 _LAST = (((1,), (1,)), ((), ()))  # contracts the columns of both: x y^T
 _dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-
-
-# ---- Rows by DMA
-
-
-def _start_rows(row_ref, source_ref, buffer_ref, semaphore):
-    """Starts a copy for each row of a tile. `row_ref` `[1, 1, tile]` in SMEM names the rows of `source_ref`."""
-
-    def start(j, _):
-        row = row_ref[0, 0, j]
-        if source_ref.dtype.itemsize == 2:  # a DMA cannot take one of two rows that share their 32-bit words
-            row, words_ref = jax.lax.shift_right_logical(row, 1), source_ref.bitcast(jnp.int32)
-        else:
-            words_ref = source_ref
-        pltpu.make_async_copy(words_ref.at[pl.ds(row, 1)], buffer_ref.at[pl.ds(j, 1)], semaphore).start()
-        return _
-
-    jax.lax.fori_loop(0, buffer_ref.shape[0], start, None)
-
-
-def _fetch(i, n_tiles, first_row_ref, next_row_ref, source_ref, words_ref, semaphore_ref):
-    """The rows of tile `i` into slot `i % 2` of two; those of the next one start for the other, and go on meanwhile."""
-    slot = jax.lax.rem(i, 2)
-
-    @pl.when(i == 0)
-    def _():
-        _start_rows(first_row_ref, source_ref, words_ref.at[0], semaphore_ref.at[0])
-
-    @pl.when(i + 1 < n_tiles)
-    def _():
-        _start_rows(next_row_ref, source_ref, words_ref.at[1 - slot], semaphore_ref.at[1 - slot])
-
-    # One wait for as many bytes as the whole slot has, which is what its rows' copies signal together.
-    buffer_ref = words_ref.at[slot]
-    pltpu.make_async_copy(buffer_ref, buffer_ref, semaphore_ref.at[slot]).wait()
-
-
-def _read_rows(buffer_ref, column_ref, dtype):
-    """The rows in a buffer `[tile, D]`: of a pair of bfloat16 rows in 32-bit words, the one that was asked for."""
-    words = buffer_ref[...]
-    if words.dtype == dtype:
-        return words
-    # The odd row has the upper halves; a bfloat16 in the upper half of a float32 is that number.
-    words = jnp.where(_to_column(column_ref[0, 1:2]) > 0, words & -65536, words << 16)
-    return jax.lax.bitcast_convert_type(words, jnp.float32).astype(dtype)
-
-
-def _diagonal(n):
-    shape = (n, n)
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-
-
-def _to_column(row):
-    """`[1, n]` to `[n, 1]`, exactly: one term of each sum is not zero."""
-    return jnp.sum(jnp.where(_diagonal(row.shape[1]), row, 0.0), axis=1, keepdims=True)
-
-
-def _to_row(column):
-    return jnp.sum(jnp.where(_diagonal(column.shape[0]), column, 0.0), axis=0, keepdims=True)
 
 
 def _swiglu(gate, up):
@@ -101,27 +54,9 @@ def _swiglu(gate, up):
     return silu * up, up * (sigmoid * (1 + gate * (1 - sigmoid))), silu
 
 
-# ---- Which tile a step of the grid is about
-
-
-def _share(part, n_parts, n_tiles):
-    """First tile of a part, and how many it has: parts are equal but for the last."""
-    most = jnp.maximum(jax.lax.div(n_tiles + n_parts - 1, n_parts), 1)
-    return part * most, jnp.clip(n_tiles - part * most, 0, most)
-
-
-def _tile_of(part, i, n_parts, n_tiles):
-    """Step `i` of a part; behind its last one that again, so that nothing is fetched and nothing written twice.
-
-    A part without tiles stays on an unused one: no two parts may write to the same place.
-    """
-    first, n = _share(part, n_parts, n_tiles)
-    return first + jnp.clip(i, 0, jnp.maximum(n - 1, 0))
-
-
 def _block_of(part, i, f, n_parts, n_tiles, n_blocks):
     """Block `f` of the width while there is work, then the last one again."""
-    return jnp.where(i < _share(part, n_parts, n_tiles)[1], f, n_blocks - 1)
+    return jnp.where(i < share(part, n_parts, n_tiles)[1], f, n_blocks - 1)
 
 
 # ---- Kernels
@@ -133,13 +68,13 @@ def _forward_kernel(
     del expert_ref  # the index maps have used it
     y_ref, gate_out_ref, up_out_ref, words_ref, rows_ref, total_ref, semaphore_ref = refs
     i, f, n_blocks = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
-    n_tiles = _share(pl.program_id(0), n_parts, n_ref[0])[1]
+    n_tiles = share(pl.program_id(0), n_parts, n_ref[0])[1]
     dtype = gate_ref.dtype
 
     @pl.when((i < n_tiles) & (f == 0))
     def begin():
-        _fetch(i, n_tiles, first_row_ref, next_row_ref, x_ref, words_ref, semaphore_ref)
-        rows_ref[...] = _read_rows(words_ref.at[jax.lax.rem(i, 2)], column_ref, dtype)
+        fetch(i, n_tiles, first_row_ref, next_row_ref, x_ref, words_ref, semaphore_ref)
+        rows_ref[...] = read_rows(words_ref.at[jax.lax.rem(i, 2)], column_ref[0, 1:2], dtype)
         total_ref[...] = jnp.zeros_like(total_ref)
 
     @pl.when(i < n_tiles)
@@ -153,7 +88,7 @@ def _forward_kernel(
 
     @pl.when((i < n_tiles) & (f == n_blocks - 1))
     def finish():
-        y_ref[...] = (total_ref[...] * _to_column(column_ref[0, 0:1])).astype(y_ref.dtype)
+        y_ref[...] = (total_ref[...] * to_column(column_ref[0, 0:1])).astype(y_ref.dtype)
 
 
 def _rows_kernel(
@@ -162,13 +97,13 @@ def _rows_kernel(
     del expert_ref
     dx_ref, dweight_ref, words_ref, rows_ref, total_ref, semaphore_ref = refs
     i, f, n_blocks = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
-    n_tiles = _share(pl.program_id(0), n_parts, n_ref[0])[1]
+    n_tiles = share(pl.program_id(0), n_parts, n_ref[0])[1]
     dtype = rows_ref.dtype
 
     @pl.when((i < n_tiles) & (f == 0))
     def begin():
-        _fetch(i, n_tiles, first_row_ref, next_row_ref, g_ref, words_ref, semaphore_ref)
-        rows_ref[...] = _read_rows(words_ref.at[jax.lax.rem(i, 2)], column_ref, dtype)
+        fetch(i, n_tiles, first_row_ref, next_row_ref, g_ref, words_ref, semaphore_ref)
+        rows_ref[...] = read_rows(words_ref.at[jax.lax.rem(i, 2)], column_ref[0, 1:2], dtype)
         total_ref[...] = jnp.zeros_like(total_ref)
         dweight_ref[...] = jnp.zeros_like(dweight_ref)
 
@@ -177,8 +112,8 @@ def _rows_kernel(
         gate_ref, up_ref, down_ref = matrices
         hidden, by_gate, by_up = _swiglu(*(ref[...].astype(jnp.float32) for ref in products))
         dh = _dot(rows_ref[...], down_ref[0], _LAST)
-        dweight_ref[0] += _to_row(jnp.sum(hidden * dh, axis=1, keepdims=True))
-        dh *= _to_column(column_ref[0, 0:1])
+        dweight_ref[0] += to_row(jnp.sum(hidden * dh, axis=1, keepdims=True))
+        dh *= to_column(column_ref[0, 0:1])
         d_gate, d_up = (dh * by_gate).astype(dtype), (dh * by_up).astype(dtype)
         d_products[0][...], d_products[1][...] = d_gate, d_up
         total_ref[...] += _dot(d_gate, gate_ref[0], _LAST) + _dot(d_up, up_ref[0], _LAST)
@@ -214,11 +149,11 @@ def _matrices_kernel(
 
     @pl.when(live_ref[v] > 0)
     def multiply():
-        _fetch(tile, n_ref[0], first_row_ref, next_row_ref, source_ref, words_ref, semaphore_ref)
-        rows = _read_rows(words_ref.at[jax.lax.rem(tile, 2)], column_ref, dtype)
+        fetch(tile, n_ref[0], first_row_ref, next_row_ref, source_ref, words_ref, semaphore_ref)
+        rows = read_rows(words_ref.at[jax.lax.rem(tile, 2)], column_ref[0, 1:2], dtype)
         if down:
             hidden = _swiglu(a_ref[...].astype(jnp.float32), b_ref[...].astype(jnp.float32))[0]
-            pairs = [((hidden * _to_column(column_ref[0, 0:1])).astype(dtype), rows)]
+            pairs = [((hidden * to_column(column_ref[0, 0:1])).astype(dtype), rows)]
         else:
             pairs = [(rows, a_ref[...]), (rows, b_ref[...])]
         for total_ref, (a, b) in zip(totals, pairs, strict=True):
@@ -289,24 +224,13 @@ def _count_sizes(x_TD: jax.Array, matrices, plan: Plan) -> _Sizes:
     return _Sizes(d, f, plan.tile, x_TD.dtype.itemsize, plan.expert_N.shape[0])
 
 
-def _pad_to_lanes(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    pads = [(0, -n % LANES if axis in axes else 0) for axis, n in enumerate(x.shape)]
-    return jnp.pad(x, pads) if any(spare for _, spare in pads) else x
-
-
 def _prepare(x_TD: jax.Array, matrices, plan: Plan, interpret) -> tuple[_Sizes, tuple[jax.Array, ...]]:
     """Sizes, and the matrices in the rows' type, padded to whole lanes."""
     misfit = find_misfit(x_TD, matrices, plan, interpret)
     if misfit:
         raise ValueError(f"grouped_ffn: {misfit}")
-    padded = tuple(_pad_to_lanes(m.astype(x_TD.dtype), (1, 2)) for m in matrices)
+    padded = tuple(pad_to_lanes(m.astype(x_TD.dtype), (1, 2)) for m in matrices)
     return _count_sizes(x_TD, matrices, plan), padded
-
-
-def _pad_rows(rows_TD: jax.Array) -> jax.Array:
-    """Whole lanes, and an even number of rows: bfloat16 ones are read in pairs."""
-    rows_TD = _pad_to_lanes(rows_TD, (1,))
-    return jnp.pad(rows_TD, ((0, 1), (0, 0))) if rows_TD.shape[0] % 2 and rows_TD.dtype.itemsize == 2 else rows_TD
 
 
 def _describe_places(weight_P: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -334,47 +258,8 @@ def _visit(plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
     return expert_V, jnp.maximum(tile_V, 0).astype(jnp.int32), (within_V < n_V).astype(jnp.int32)
 
 
-def _call(kernel, name, grid, scalars, in_specs, results, scratch, operands, cost, interpret, aliases=None):
-    """A `pallas_call` that says over which axes of a mesh its results vary.
-
-    Args:
-      scalars: what is prefetched for the index maps.
-      results: pairs of shape and spec.
-      cost: multiplications and additions, transcendentals, bytes.
-      aliases: number of the operand (scalars counted) -> of the result that is written in its place.
-    """
-    axes = varying_axes(*scalars, *operands)
-    varies = jax.sharding.ManualAxisType(varying=axes)
-    flops, transcendentals, n_bytes = cost
-    return pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=[spec for _, spec in results],
-            scratch_shapes=scratch,
-        ),
-        out_shape=[jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=varies) for s, _ in results],
-        input_output_aliases=aliases or {},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=[pltpu.PARALLEL, *[pltpu.ARBITRARY] * (len(grid) - 1)], vmem_limit_bytes=VMEM_LIMIT
-        ),
-        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=transcendentals, bytes_accessed=n_bytes),
-        interpret=interpret,
-        name=name,
-    )(*(vary(x, axes) for x in (*scalars, *operands)))
-
-
-def _rows_spec(tile, index):
-    return pl.BlockSpec((1, 1, tile), index, memory_space=pltpu.SMEM)
-
-
-_HBM = pl.BlockSpec(memory_space=pl.ANY)
-
-
 class _TileSpecs(NamedTuple):
-    """The grid over parts, their tiles and blocks of the width; and specs of what a step sees. See `_tile_of`."""
+    """The grid over parts, their tiles and blocks of the width; and specs of what a step sees. See `tile_of`."""
 
     grid: tuple[int, int, int]
     inputs: list[pl.BlockSpec]  # rows of the first tile and of the next, columns, where rows are, the three matrices
@@ -387,43 +272,39 @@ class _TileSpecs(NamedTuple):
 def _make_tile_specs(s: _Sizes, block: int, dtype) -> _TileSpecs:
     grid = (s.n_parts, pl.cdiv(s.n_tiles, s.n_parts), s.f // block)
 
-    def tile_of(p, i, n):
-        return _tile_of(p, i, s.n_parts, n[0])
+    def tile_at(p, i, n):
+        return tile_of(p, i, s.n_parts, n[0])
 
-    def block_of(p, i, f, n):
+    def block_at(p, i, f, n):
         return _block_of(p, i, f, s.n_parts, n[0], grid[2])
 
     def wide(p, i, f, expert, n):
-        return expert[tile_of(p, i, n)], 0, block_of(p, i, f, n)
+        return expert[tile_at(p, i, n)], 0, block_at(p, i, f, n)
 
     def high(p, i, f, expert, n):
-        return expert[tile_of(p, i, n)], block_of(p, i, f, n), 0
+        return expert[tile_at(p, i, n)], block_at(p, i, f, n), 0
 
     return _TileSpecs(
         grid,
         [
-            _rows_spec(s.tile, lambda p, i, f, expert, n: (tile_of(p, 0, n), 0, 0)),
-            _rows_spec(s.tile, lambda p, i, f, expert, n: (tile_of(p, i + 1, n), 0, 0)),
-            pl.BlockSpec((1, 2, s.tile), lambda p, i, f, expert, n: (tile_of(p, i, n), 0, 0)),
-            _HBM,
+            rows_spec(s.tile, lambda p, i, f, expert, n: (tile_at(p, 0, n), 0, 0)),
+            rows_spec(s.tile, lambda p, i, f, expert, n: (tile_at(p, i + 1, n), 0, 0)),
+            pl.BlockSpec((1, 2, s.tile), lambda p, i, f, expert, n: (tile_at(p, i, n), 0, 0)),
+            HBM,
             pl.BlockSpec((1, s.d, block), wide),
             pl.BlockSpec((1, s.d, block), wide),
             pl.BlockSpec((1, block, s.d), high),
         ],
-        pl.BlockSpec((s.tile, s.d), lambda p, i, f, expert, n: (tile_of(p, i, n), 0)),
-        pl.BlockSpec((s.tile, block), lambda p, i, f, expert, n: (tile_of(p, i, n), block_of(p, i, f, n))),
-        pl.BlockSpec((1, 1, s.tile), lambda p, i, f, expert, n: (tile_of(p, i, n), 0, 0)),
+        pl.BlockSpec((s.tile, s.d), lambda p, i, f, expert, n: (tile_at(p, i, n), 0)),
+        pl.BlockSpec((s.tile, block), lambda p, i, f, expert, n: (tile_at(p, i, n), block_at(p, i, f, n))),
+        pl.BlockSpec((1, 1, s.tile), lambda p, i, f, expert, n: (tile_at(p, i, n), 0, 0)),
         [
-            _make_slots(s, dtype),
+            make_slots(s.tile, s.d, dtype),
             pltpu.VMEM((s.tile, s.d), dtype),
             pltpu.VMEM((s.tile, s.d), jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
         ],
     )
-
-
-def _make_slots(s: _Sizes, dtype):
-    return pltpu.VMEM((2, s.tile, s.d), jnp.int32 if s.width == 2 else dtype)
 
 
 def _count_cost(s: _Sizes, n_experts: int, n_blocks: int, n_products: int) -> tuple[int, int, int]:
@@ -453,7 +334,7 @@ def forward(x_TD: jax.Array, weight_P: jax.Array, matrices, plan: Plan, interpre
     specs = _make_tile_specs(s, block, x_TD.dtype)
     row_N, column_N = _describe_places(weight_P, plan)
     product = jax.ShapeDtypeStruct((n_places, s.f), x_TD.dtype)
-    y_PD, gate_PF, up_PF = _call(
+    y_PD, gate_PF, up_PF = call_over_tiles(
         partial(_forward_kernel, n_parts=s.n_parts),
         "grouped_ffn_forward",
         specs.grid,
@@ -465,7 +346,7 @@ def forward(x_TD: jax.Array, weight_P: jax.Array, matrices, plan: Plan, interpre
             (product, specs.product),
         ],
         specs.scratch,
-        [row_N, row_N, column_N, _pad_rows(x_TD), *padded],
+        [row_N, row_N, column_N, pad_rows(x_TD), *padded],
         _count_cost(s, padded[0].shape[0], specs.grid[2], 2),
         interpret,
     )
@@ -481,8 +362,8 @@ def backward(
     """
     d, f = matrices[0].shape[1:]
     s, padded = _prepare(x_TD, matrices, plan, interpret)
-    x_TD, g_TD = _pad_rows(x_TD), _pad_rows(g_TD.astype(x_TD.dtype))
-    products = [_pad_to_lanes(m, (1,)) for m in saved]
+    x_TD, g_TD = pad_rows(x_TD), pad_rows(g_TD.astype(x_TD.dtype))
+    products = [pad_to_lanes(m, (1,)) for m in saved]
     row_N, column_N = _describe_places(weight_P, plan)
     pull_matrices = partial(_pull_matrices, s, plan, row_N, column_N, interpret)
     (d_down,) = pull_matrices(g_TD, products, True)
@@ -510,7 +391,7 @@ def _pull_rows(s: _Sizes, plan: Plan, row_N, column_N, interpret, g_TD, matrices
         head, matrix_refs, product_refs, d_refs, tail = refs[:6], refs[6:9], refs[9:11], refs[11:13], refs[13:]
         _rows_kernel(*head, matrix_refs, product_refs, d_refs, *tail, n_parts=s.n_parts)
 
-    d_gate_PF, d_up_PF, dx_PD, dweight_N = _call(
+    d_gate_PF, d_up_PF, dx_PD, dweight_N = call_over_tiles(
         kernel,
         "grouped_ffn_rows",
         specs.grid,
@@ -547,21 +428,21 @@ def _pull_matrices(s: _Sizes, plan: Plan, row_N, column_N, interpret, source_TD,
         shape, cut, spec = (s.d, s.f), (s.d, block), lambda f, v, expert, tile, live, n: (expert[v], 0, f)
     n_places, dtype = plan.row_P.shape[0], source_TD.dtype
     n_bytes = n_places * (4 * s.d * n_blocks + 2 * s.f * s.width) + n_matrices * n_experts * s.d * s.f * s.width
-    return _call(
+    return call_over_tiles(
         partial(_matrices_kernel, down=down),
         "grouped_ffn_down" if down else "grouped_ffn_sides",
         (n_blocks, n_visits),
         [*visits, plan.n_tiles[None]],
         [
-            _rows_spec(s.tile, lambda f, v, expert, tile, live, n: (0, 0, 0)),
-            _rows_spec(s.tile, next_tile),
+            rows_spec(s.tile, lambda f, v, expert, tile, live, n: (0, 0, 0)),
+            rows_spec(s.tile, next_tile),
             pl.BlockSpec((1, 2, s.tile), lambda f, v, expert, tile, live, n: (tile[v], 0, 0)),
-            _HBM,
+            HBM,
             product,
             product,
         ],
         [(jax.ShapeDtypeStruct((n_experts, *shape), dtype), pl.BlockSpec((1, *cut), spec))] * n_matrices,
-        [pltpu.VMEM(cut, jnp.float32)] * n_matrices + [_make_slots(s, dtype), pltpu.SemaphoreType.DMA((2,))],
+        [pltpu.VMEM(cut, jnp.float32)] * n_matrices + [make_slots(s.tile, s.d, dtype), pltpu.SemaphoreType.DMA((2,))],
         [row_N, row_N, column_N, source_TD, *products],
         (2 * n_matrices * n_places * s.d * s.f, down * n_places * s.f, n_bytes),
         interpret,

@@ -65,6 +65,11 @@ def _write(x: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(x, rows.astype(x.dtype), start, 0)
 
 
+def _sum_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x^T y` in float32."""
+    return jnp.matmul(x.T, y, preferred_element_type=jnp.float32)
+
+
 def forward(x_TD, weight_P, matrices, plan: Plan):
     """Returns the weighted answers at all places, and the gate's and up's products for the backward pass."""
     gate_EDF, up_EDF, down_EFD = matrices
@@ -104,13 +109,15 @@ def backward(x_TD, weight_P, matrices, plan: Plan, saved, g_TD):
         return (
             _write(dx_PD, start, dx),
             _write(dweight_P, start, jnp.sum(hidden * dh_unweighted, axis=1)),
-            d_gate.at[expert].add(x.T @ d_gate_rows),
-            d_up.at[expert].add(x.T @ d_up_rows),
-            d_down.at[expert].add(hidden.T @ (g * weight)),
+            d_gate.at[expert].add(_sum_rows(x, d_gate_rows)),
+            d_up.at[expert].add(_sum_rows(x, d_up_rows)),
+            d_down.at[expert].add(_sum_rows(hidden, g * weight)),
         )
 
     operands = (x_TD, weight_P, g_TD, *matrices)
+    dtype, exact = x_TD.dtype, jnp.float32  # an expert's blocks add up in float32, however short the rows' numbers are
     shapes = ((plan.row_P.shape[0], x_TD.shape[1]), weight_P.shape, *(m.shape for m in matrices))
-    empty = tuple(zeros_like_all(shape, x_TD.dtype, *operands) for shape in shapes)
+    dtypes = (dtype, dtype, exact, exact, exact)
+    empty = tuple(zeros_like_all(s, t, *operands) for s, t in zip(shapes, dtypes, strict=True))
     dx_PD, dweight_P, *d_matrices = _loop(plan, body, empty)
-    return dx_PD, dweight_P, tuple(d_matrices)
+    return dx_PD, dweight_P, tuple(d.astype(m.dtype) for d, m in zip(d_matrices, matrices, strict=True))

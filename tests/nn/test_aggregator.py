@@ -11,7 +11,7 @@ import pytest
 from moerec.config import Config, LossConfig, ModelConfig
 from moerec.errors import InputError
 from moerec.evaluate import catalogue_vectors, score_items
-from moerec.losses import all_candidates, sum_losses
+from moerec.losses import Candidates, all_candidates, sum_losses
 from moerec.nn.aggregator import Aggregator
 from moerec.nn.attention import segment_mask
 from moerec.shapes import Output
@@ -102,6 +102,20 @@ def test_weights_and_pointers_are_those_of_loops(copy, n_services):
     assert (n_closed > 5) == (copy == "services")
 
 
+def test_a_sampled_softmax_is_mixed_like_the_full_one():
+    """With the target and every other item drawn once, uncorrected, it is the full one."""
+    stub, full = make_stub("services"), all_candidates(13)
+    drawn = Candidates(jnp.asarray(np.random.default_rng(1).permutation(13)), full.correction_M)
+
+    @jax.jit
+    @jax.value_and_grad
+    def total(stub, candidates):
+        return sum_losses(stub, DEVICE_BATCH, ON_DEVICE, candidates, LossConfig(kind="sampled_softmax"), None).item
+
+    for found, expected in zip(*map(jax.tree.leaves, (total(stub, drawn), total(stub, full))), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
+
+
 @COPIES
 @pytest.mark.parametrize("chunk", [4, 100])
 def test_loss_and_all_gradients_are_those_of_the_mixture(copy, n_services, chunk):
@@ -134,6 +148,15 @@ def test_scores_are_logarithms_of_a_distribution_over_all_items(copy, n_services
             expected = distribution_by_hand(read(stub), int(slot) // 9, int(slot) % 9, n_services)
         np.testing.assert_allclose(np.exp(found), expected, rtol=1e-4)
         assert np.exp(found).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_window_bounds_what_pointers_see():
+    model = make_model(make_config(copy="services", d_copy=6, window=3))
+    copy_BTS = np.asarray(answer(model, DEVICE_BATCH))
+    t, s = np.indices((9, 9))
+    outside = (s > t) | (s <= t - 3)
+    assert not copy_BTS[:, outside].any()
+    assert np.all(copy_BTS.sum(axis=-1)[BATCH.segment_BT > 0] > 0.01)
 
 
 def test_an_item_that_nothing_but_a_pointer_speaks_for_keeps_its_gradients():

@@ -43,6 +43,13 @@ def assert_equal_to_reference(backend, operands, expert_TA, n_experts, tile, cap
         np.testing.assert_allclose(a / scale, b / scale, atol=3e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("load", ["zipf", "one_expert"])
+def test_tokamax_is_one_more_backend(load):
+    pytest.importorskip("tokamax", reason="the extra is not here: pip install -c requirements.lock -e '.[tokamax]'")
+    expert_TA = draw_experts(load, 60, 2, 5)
+    assert_equal_to_reference("tokamax", draw_operands(60, 2, 5), expert_TA, 5, 8, capacity=40)
+
+
 @pytest.mark.parametrize("backend", ["xla_tiles", "ragged_dot"])  # the kernels have tests of their own
 class TestBackends:
     @settings(max_examples=8, deadline=None)
