@@ -50,8 +50,9 @@ def find_misfit(rows_PD: jax.Array, plan: Plan) -> str:
     """Why the kernel cannot take these operands, or nothing."""
     if rows_PD.dtype not in (jnp.float32, jnp.bfloat16):
         return f"rows of {rows_PD.dtype}; the TPU's kernel takes float32 and bfloat16"
-    if not choose_tile(*plan.place_TA.shape, rows_PD.shape[1], rows_PD.dtype.itemsize):
-        return f"{plan.place_TA.shape[1]} choices of rows of {rows_PD.shape[1]} do not fit a TPU's VMEM"
+    n_rows, n_choices = plan.place_TA.shape
+    if not choose_tile(n_rows, n_choices, rows_PD.shape[1], rows_PD.dtype.itemsize):
+        return f"{n_choices} choices of rows of {rows_PD.shape[1]} do not fit a TPU's VMEM"
     return ""
 
 
