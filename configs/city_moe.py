@@ -2,7 +2,8 @@
 
 Command: python -m experiments.train --config=configs/city_moe.py --workdir=runs/city_moe
 Hardware: two CPU cores.
-Result: to be compared with configs/city_dense.py, at its active parameters and training budget.
+Result: union NDCG@10 .2365, mean of five worlds (seed = data.seed = 1 to 5); configs/city_dense.py, of as many active
+parameters, .2209 (paired t, p = .0001). The gain is that of the pointers: see README.md.
 """
 
 import dataclasses

@@ -94,7 +94,7 @@ def test_what_is_installed_is_what_is_locked():
 
 
 def test_every_package_that_the_code_imports_is_asked_for():
-    lines = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["hf"]
+    lines = PROJECT["dependencies"] + [x for name in ("hf", "tokamax") for x in PROJECT["optional-dependencies"][name]]
     asked = {canonicalize_name(Requirement(line).name) for line in lines}
     holders = importlib.metadata.packages_distributions()
     breaches = set()
