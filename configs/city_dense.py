@@ -17,7 +17,7 @@ def get_config() -> Config:
         model=ModelConfig(n_layers=2, d_model=64, d_ff=238, dropout=0.1, event_time=True),
         loss=LossConfig(kind="full_softmax"),
         optim=OptimConfig(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1, ema_decay=0.98),
-        train=TrainConfig(steps=500, batch_size=16, log_every=25, eval_every=100, save_every=200, n_valid=2000),
+        train=TrainConfig(steps=500, batch_size=16, log_every=25, eval_every=250, save_every=250, n_valid=2000),
         # Nearly half of the city's orders repeat an earlier one, so seen items stay candidates.
         eval=EvalConfig(mask_seen=False),
         baselines=(),  # configs/demo.py has them

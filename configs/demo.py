@@ -13,4 +13,7 @@ from moerec.config import BASELINES, Config
 
 def get_config() -> Config:
     """The configuration of this file."""
-    return dataclasses.replace(city_moe.get_config(), name="demo", baselines=BASELINES)
+    base = city_moe.get_config()
+    # Fewer steps than the study's: what 200 more would add is less than two points of the gap's hundred.
+    train = dataclasses.replace(base.train, steps=300, eval_every=150, save_every=150)
+    return dataclasses.replace(base, name="demo", train=train, baselines=BASELINES)

@@ -191,7 +191,9 @@ def sum_losses(
     dropout_key: jax.Array | None,
 ) -> Sums:
     """Everything that the training loss is made of, over all slots of the batch."""
-    output = model.encode(batch, table, dropout_key)
+    # The full softmax needs the vectors of all items anyway: then no text is read for each slot that it stands in.
+    whole = model.item_vectors(candidates.item_M, table) if config.kind == "full_softmax" else None
+    output = model.encode(batch, table, dropout_key, None if whole is None else whole[0])
     target_S, weight_S = batch.target_BT.reshape(-1), batch.weight_BT.reshape(-1)
     h_SD = output.state_BTD.reshape(weight_S.shape[0], -1)
     analyser = None
@@ -200,7 +202,7 @@ def sum_losses(
         log_p_BT = jnp.take_along_axis(output.log_domain_BTZ, domain_BT[..., None], axis=-1)[..., 0]
         analyser = -jnp.sum(batch.weight_BT * log_p_BT)
     mixture = None if output.answers is None else _mix_pointers(output.answers, batch)
-    item = _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, config, mixture)
+    item = _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, whole, config, mixture)
     return Sums(item, jnp.sum(weight_S), analyser, output.routing)
 
 
@@ -231,10 +233,11 @@ def _mix_pointers(answers: Answers, batch: Batch) -> Mixture:
     return Mixture(answers.log_weight_BTX[..., 0].reshape(-1), log_copied_BT.reshape(-1))
 
 
-def _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, config, mixture):
-    positive_SD, positive_bias_S = model.item_vectors(target_S, table)
+def _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, whole, config, mixture):
+    vector_MD, bias_M = model.item_vectors(candidates.item_M, table) if whole is None else whole
+    of_target = model.item_vectors(target_S, table) if whole is None else (vector_MD[target_S], bias_M[target_S])
+    positive_SD, positive_bias_S = of_target
     positive_S = jnp.sum(h_SD * positive_SD, axis=-1) + positive_bias_S
-    vector_MD, bias_M = model.item_vectors(candidates.item_M, table)
     if config.kind == "one_negative":
         return _one_negative(h_SD, positive_S, target_S, weight_S, vector_MD, bias_M, candidates.item_M)
     by_service = config.scope == "service"

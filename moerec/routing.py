@@ -30,12 +30,15 @@ class Observed(NamedTuple):
 
 @jax.jit
 def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable):
+    """The analyser's log-posteriors, the logs of the answers' weights, and the routing; None where there is none."""
     counted = batch._replace(weight_BT=(batch.segment_BT > 0).astype(jnp.float32))
     output = model.encode(counted, table)
-    log_domain_BTZ, routing = output.log_domain_BTZ, output.routing
-    assert log_domain_BTZ is not None
-    log_domain_SZ = log_domain_BTZ.reshape(-1, log_domain_BTZ.shape[-1])
-    return log_domain_SZ[jnp.maximum(slot_Q, 0)], routing
+
+    def pick(values_BTX):
+        return None if values_BTX is None else values_BTX.reshape(-1, values_BTX.shape[-1])[jnp.maximum(slot_Q, 0)]
+
+    log_weight_BTX = None if output.answers is None else output.answers.log_weight_BTX
+    return pick(output.log_domain_BTZ), pick(log_weight_BTX), output.routing
 
 
 def observe(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> Observed:
@@ -43,7 +46,7 @@ def observe(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> 
     posteriors, services, routings = [], [], []
     for which, batch, asked in examples.batches():
         with mesh_of(model):
-            log_domain_QZ, routing = _observe_batch(model, batch, asked.slot, table)
+            log_domain_QZ, _, routing = _observe_batch(model, batch, asked.slot, table)
         known = np.flatnonzero(asked.slot >= 0)
         posteriors.append(np.asarray(log_domain_QZ)[known])
         services.append(examples.target_service[which][known])
@@ -100,14 +103,6 @@ def describe_routing(
     return {**describe_load(seen.routing), "analyser": analyser}
 
 
-@jax.jit
-def _weigh_answers(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable) -> jax.Array:
-    answers = model.encode(batch, table).answers
-    assert answers is not None
-    log_weight_SX = answers.log_weight_BTX.reshape(-1, answers.log_weight_BTX.shape[-1])
-    return jnp.exp(log_weight_SX[jnp.maximum(slot_Q, 0)])
-
-
 def describe_answers(model: SequenceModel, test: EvaluationSet, table: ItemTable) -> list[list[float] | None]:
     """`metrics["answers"]`: for each service, mean weights of the mixed answers at its targets that have a history.
 
@@ -116,7 +111,7 @@ def describe_answers(model: SequenceModel, test: EvaluationSet, table: ItemTable
     weights, services = [], []
     for which, batch, asked in test.batches():
         with mesh_of(model):
-            weight_QX = np.asarray(_weigh_answers(model, batch, asked.slot, table))
+            weight_QX = np.exp(np.asarray(_observe_batch(model, batch, asked.slot, table)[1]))
         known = np.flatnonzero(asked.slot >= 0)
         weights.append(weight_QX[known])
         services.append(test.target_service[which][known])

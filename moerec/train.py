@@ -83,7 +83,8 @@ def set_up(config: Config, data: Prepared) -> Setup:
         return init_state(config, sizes)
 
     placed = param_shardings(jax.eval_shape(init), mesh)
-    state = jax.jit(init, out_shardings=placed)()
+    # A program that runs once: without this, compiling it takes twice as long.
+    state = jax.jit(init, out_shardings=placed, compiler_options={"xla_backend_optimization_level": 0})()
     table = jax.device_put(data.item_table, replicated(mesh))
     cdf_I = jax.device_put(jnp.asarray(sampling_cdf(data.item_table.count_I, config.loss.sampling_power)))
     # Without the placement of the results the second step would be compiled anew, for another placement.

@@ -66,14 +66,20 @@ class SequenceModel(nnx.Module):
         """What a profile is fed of events: vectors `[..., D]` of item, service and action."""
         return self.item_encoder(item, table) + self.slot_encoder.of_event(item, action, table)
 
-    def encode(self, batch: Batch, table: ItemTable, key: jax.Array | None = None) -> Output:
+    def encode(
+        self, batch: Batch, table: ItemTable, key: jax.Array | None = None, vector_ID: jax.Array | None = None
+    ) -> Output:
         """States from which the next item is predicted; `key` switches dropout and jitter on.
 
         The targets (`batch.target_BT`, where the weight is not 0) decide only under which domain a slot is counted.
+        `vector_ID` of `item_vectors`, where those of the whole catalogue are there already, saves encoding the items of
+        the slots; it is used where inputs and answers share their items' vectors.
         """
         config = self.config
         k_input, k_blocks = (None, None) if key is None else jax.random.split(key)
-        event_BTD = self.input_norm(self.item_encoder(batch.item_BT, table) + self.slot_encoder(batch, table))
+        known = vector_ID is not None and self.head_encoder is None
+        item_BTD = vector_ID[batch.item_BT] if known else self.item_encoder(batch.item_BT, table)
+        event_BTD = self.input_norm(item_BTD + self.slot_encoder(batch, table))
         x_BTD = dropout(event_BTD, config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
         mask_BTS = segment_mask(batch.segment_BT, config.window)
         keys = None if k_blocks is None else jax.random.split(k_blocks, config.n_layers)
