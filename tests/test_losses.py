@@ -37,7 +37,7 @@ class Stub(NamedTuple):
     vector_ID: jax.Array
     bias_I: jax.Array
 
-    def encode(self, batch, table, key):
+    def encode(self, batch, table, key, vector_ID=None):
         return Output(self.h_BTD, None, None)
 
     def item_vectors(self, item_X, table):

@@ -72,6 +72,14 @@ def test_dropout_keeps_the_expectation_and_scales_what_it_keeps(rate):
     np.testing.assert_allclose(pullback(jnp.ones(n))[0], np.asarray(out) / 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("width", [1, 7, 64])
+def test_dropout_of_neighbours_is_independent(width):
+    """Two of them share a random word."""
+    kept = np.asarray(dropout(jnp.ones((200_000 // width, width)), 0.5, jax.random.key(5))).reshape(-1) != 0
+    assert abs(kept.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(kept))
+    assert abs(np.corrcoef(kept[:-1], kept[1:])[0, 1]) < 4 / np.sqrt(len(kept))
+
+
 def test_dropout_without_key_or_rate_is_the_identity():
     x = jnp.asarray(X)
     assert dropout(x, 0.5, None) is x
