@@ -77,8 +77,10 @@ class SequenceModel(nnx.Module):
         """
         config = self.config
         k_input, k_blocks = (None, None) if key is None else jax.random.split(key)
-        known = vector_ID is not None and self.head_encoder is None
-        item_BTD = vector_ID[batch.item_BT] if known else self.item_encoder(batch.item_BT, table)
+        if vector_ID is None or self.head_encoder is not None:
+            item_BTD = self.item_encoder(batch.item_BT, table)
+        else:
+            item_BTD = vector_ID[batch.item_BT]
         event_BTD = self.input_norm(item_BTD + self.slot_encoder(batch, table))
         x_BTD = dropout(event_BTD, config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
         mask_BTS = segment_mask(batch.segment_BT, config.window)

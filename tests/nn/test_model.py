@@ -184,19 +184,21 @@ def test_candidates_use_the_input_vectors_only_if_tied(tie):
 @pytest.mark.parametrize("tie", [True, False])
 def test_vectors_that_are_there_already_change_neither_states_nor_gradients(tie):
     model, batch = make_model(make_config(tie_items=tie)), make_batch(4, LENGTHS, 12)
+    table = jax.tree.map(jnp.asarray, TABLE)
 
     @functools.partial(jax.jit, static_argnums=1)
     def pull(model, known):
         def total(model):
-            vector_ID = model.item_vectors(jnp.arange(SIZES.n_items), TABLE)[0] if known else None
-            state_BTD = model.encode(batch, TABLE, vector_ID=vector_ID).state_BTD
+            vector_ID = model.item_vectors(jnp.arange(SIZES.n_items), table)[0] if known else None
+            state_BTD = model.encode(jax.tree.map(jnp.asarray, batch), table, vector_ID=vector_ID).state_BTD
             return jnp.sum(jnp.sin(state_BTD)), state_BTD
 
         return jax.value_and_grad(total, has_aux=True)(model)
 
     ((_, state), grads), ((_, known_state), known_grads) = pull(model, False), pull(model, True)
     np.testing.assert_allclose(known_state, state, atol=1e-5)
-    assert worst_gap(known_grads, grads) < 1e-5
+    largest = worst_gap(grads, jax.tree.map(jnp.zeros_like, grads))
+    assert worst_gap(known_grads, grads) < 1e-6 * largest
 
 
 def test_without_item_bias_scores_have_none():
