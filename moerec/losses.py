@@ -234,9 +234,12 @@ def _mix_pointers(answers: Answers, batch: Batch) -> Mixture:
 
 
 def _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, whole, config, mixture):
-    vector_MD, bias_M = model.item_vectors(candidates.item_M, table) if whole is None else whole
-    of_target = model.item_vectors(target_S, table) if whole is None else (vector_MD[target_S], bias_M[target_S])
-    positive_SD, positive_bias_S = of_target
+    if whole is None:
+        vector_MD, bias_M = model.item_vectors(candidates.item_M, table)
+        positive_SD, positive_bias_S = model.item_vectors(target_S, table)
+    else:
+        vector_MD, bias_M = whole
+        positive_SD, positive_bias_S = vector_MD[target_S], bias_M[target_S]
     positive_S = jnp.sum(h_SD * positive_SD, axis=-1) + positive_bias_S
     if config.kind == "one_negative":
         return _one_negative(h_SD, positive_S, target_S, weight_S, vector_MD, bias_M, candidates.item_M)

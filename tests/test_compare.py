@@ -59,22 +59,27 @@ def test_equal_differences_that_are_not_zero_are_certain(tmp_path):
     assert (row.difference, row.low, row.high, row.p_value) == (0.25, 0.25, 0.25, 0)
 
 
-def refuse(first, second, message):
-    with pytest.raises(InputError, match=message):
-        compare(first, second)
-
-
-def test_what_cannot_be_compared_is_refused(tmp_path):
-    first, second = write_runs(tmp_path, FIRST), write_runs(tmp_path, SECOND, "b")
-    refuse(first, second[:2], r"a3: no run with seed 3 and data\.seed 13 on the other side")
-    refuse(first[:2], second, "b3: no run with seed 3")
-    refuse([*first, first[0]], second, "the same seeds as")
-    refuse(first[:1], second[:1], "at least two seeds")
-    refuse([*first[:2], *write_runs(tmp_path, {3: (1, 1)}, "c")], second, "differ in more than their seeds")
-    refuse(first, write_runs(tmp_path, SECOND, "d", dataset={"n_events": 6}), "another data set than")
-    refuse([tmp_path / "none"], second, "no such file; is the run finished")
-    (first[0] / "metrics.json").write_text("{}")
-    refuse(first, second, "is no result of a run")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a, b, c, d: (a, b[:2]), r"a3: no run with seed 3 and data\.seed 13 on the other side"),
+        (lambda a, b, c, d: (a[:2], b), "b3: no run with seed 3"),
+        (lambda a, b, c, d: ([*a, a[0]], b), "a1: the same seeds as"),
+        (lambda a, b, c, d: (a[:1], b[:1]), "a1: a comparison needs at least two seeds"),
+        (lambda a, b, c, d: ([*a[:2], c[2]], b), "a1: the runs of one side differ in more than their seeds"),
+        (lambda a, b, c, d: (a, d), "a1: another data set than"),
+        (lambda a, b, c, d: ([a[0].parent / "none"], b), "no such file; is the run finished"),
+        (lambda a, b, c, d: ([a[0].parent / "empty"], b), "is no result of a run"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, spoil, message):
+    runs = [write_runs(tmp_path, FIRST), write_runs(tmp_path, SECOND, "b"), write_runs(tmp_path, FIRST, "c")]
+    runs.append(write_runs(tmp_path, SECOND, "d", dataset={"n_events": 6}))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metrics.json").write_text("{}")
+    with pytest.raises(InputError, match=message) as refusal:
+        compare(*spoil(*runs))
+    assert "\n" not in str(refusal.value)
 
 
 def test_the_command_prints_a_table_and_says_what_is_missing(tmp_path, capsys):
