@@ -28,7 +28,7 @@ from moerec.metrics import (
 )
 from moerec.nn.model import count_active_params
 from moerec.report.table import gap_closed
-from moerec.routing import describe_answers, describe_routing, macro_f1
+from moerec.routing import describe_answers, describe_routing, macro_f1, observe
 from moerec.significance import bootstrap_intervals, paired_test
 from moerec.train import Fitted, fit
 
@@ -207,10 +207,12 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
         "test": test.table(ranked),
         "slices": _slices(config, test, data, ranked),
     }
-    if config.model.moe.layers:
-        metrics["routing"] = describe_routing(fitted.model, fitted.examples, test.examples, fitted.table)
-    if config.model.copy != "none":
-        metrics["answers"] = describe_answers(fitted.model, test.examples, fitted.table)
+    if config.model.moe.layers or config.model.copy != "none":
+        seen = observe(fitted.model, test.examples, fitted.table)
+        if config.model.moe.layers:
+            metrics["routing"] = describe_routing(observe(fitted.model, fitted.examples, fitted.table), seen)
+        if config.model.copy != "none":
+            metrics["answers"] = describe_answers(seen, data.dataset.catalogue.n_services)
     baselines = {name: _rank_baseline(name, config, data, test, workdir) for name in config.baselines}
     metrics["baselines"] = {name: test.table(ranks) for name, ranks in baselines.items()}
     intervals = _intervals(config, test, {"": ranked, **baselines})

@@ -18,41 +18,44 @@ _LOG_TEMPERATURES = np.array(sorted(np.linspace(-2, 2, 161), key=abs))  # of equ
 
 class Observed(NamedTuple):
     """Attributes:
-    log_domain_QZ: float32, the analyser's log-posterior at each target that has a history.
+    log_domain_QZ: float32, the analyser's log-posterior at each target that has a history; None in a dense model.
+    log_weight_QX: float32, logs of the weights of the mixed answers there; None where the softmax is the only one.
     service_Q: int, its service.
-    routing: sums over all slots of the histories, each under the service of the event after it.
+    routing: sums over all slots of the histories, each under the service of the event after it; None in a dense model.
     """
 
-    log_domain_QZ: np.ndarray
+    log_domain_QZ: np.ndarray | None
+    log_weight_QX: np.ndarray | None
     service_Q: np.ndarray
-    routing: Routing
+    routing: Routing | None
 
 
 @jax.jit
 def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable):
-    """The analyser's log-posteriors, the logs of the answers' weights, and the routing; None where there is none."""
+    """What of an `Observed` is the model's: the first two of each question, and the routing of the batch."""
     counted = batch._replace(weight_BT=(batch.segment_BT > 0).astype(jnp.float32))
     output = model.encode(counted, table)
 
     def pick(values_BTX):
-        return None if values_BTX is None else values_BTX.reshape(-1, values_BTX.shape[-1])[jnp.maximum(slot_Q, 0)]
+        return values_BTX.reshape(-1, values_BTX.shape[-1])[jnp.maximum(slot_Q, 0)]
 
     log_weight_BTX = None if output.answers is None else output.answers.log_weight_BTX
-    return pick(output.log_domain_BTZ), pick(log_weight_BTX), output.routing
+    return *jax.tree.map(pick, (output.log_domain_BTZ, log_weight_BTX)), output.routing
 
 
 def observe(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> Observed:
-    """Runs a mixture over the targets' histories."""
-    posteriors, services, routings = [], [], []
+    """Runs a model over the targets' histories."""
+    picked, services, routings = [], [], []
     for which, batch, asked in examples.batches():
         with mesh_of(model):
-            log_domain_QZ, _, routing = _observe_batch(model, batch, asked.slot, table)
+            *of_targets, routing = _observe_batch(model, batch, asked.slot, table)
         known = np.flatnonzero(asked.slot >= 0)
-        posteriors.append(np.asarray(log_domain_QZ)[known])
+        picked.append([None if x is None else np.asarray(x)[known] for x in of_targets])
         services.append(examples.target_service[which][known])
         routings.append(jax.tree.map(lambda x: np.asarray(x, np.float64), routing))
-    total = Routing(*(np.sum(column, axis=0) for column in zip(*routings, strict=True)))
-    return Observed(np.concatenate(posteriors), np.concatenate(services), total)
+    log_domain_QZ, log_weight_QX = jax.tree.map(lambda *parts: np.concatenate(parts), *picked)
+    total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *routings)
+    return Observed(log_domain_QZ, log_weight_QX, np.concatenate(services), total)
 
 
 def macro_f1(guess: np.ndarray, truth: np.ndarray, n_classes: int) -> float:
@@ -84,14 +87,17 @@ def fit_temperature(log_p_QZ: np.ndarray, truth: np.ndarray) -> float:
     return float(np.exp(_LOG_TEMPERATURES[int(np.argmin(losses))]))
 
 
-def describe_routing(
-    model: SequenceModel, valid: EvaluationSet, test: EvaluationSet, table: ItemTable
-) -> dict[str, Any]:
+def describe_routing(fitted: Observed, seen: Observed) -> dict[str, Any]:
     """`metrics["routing"]`: the load on the test histories; the analyser's macro-F1 and calibration at the targets.
 
     `ece` is that of the posterior under the temperature fitted on validation; `ece_raw` without it.
+
+    Args:
+      fitted: of a mixture on the validation targets. seen: on the test targets.
     """
-    fitted, seen = observe(model, valid, table), observe(model, test, table)
+    assert fitted.log_domain_QZ is not None
+    assert seen.log_domain_QZ is not None
+    assert seen.routing is not None
     temperature = fit_temperature(fitted.log_domain_QZ, fitted.service_Q)
     log_p_QZ, truth = seen.log_domain_QZ, seen.service_Q
     analyser = {
@@ -103,19 +109,12 @@ def describe_routing(
     return {**describe_load(seen.routing), "analyser": analyser}
 
 
-def describe_answers(model: SequenceModel, test: EvaluationSet, table: ItemTable) -> list[list[float] | None]:
+def describe_answers(seen: Observed, n_services: int) -> list[list[float] | None]:
     """`metrics["answers"]`: for each service, mean weights of the mixed answers at its targets that have a history.
 
     First the softmax over the catalogue, then the pointers; None for a service without such a target.
     """
-    weights, services = [], []
-    for which, batch, asked in test.batches():
-        with mesh_of(model):
-            weight_QX = np.exp(np.asarray(_observe_batch(model, batch, asked.slot, table)[1]))
-        known = np.flatnonzero(asked.slot >= 0)
-        weights.append(weight_QX[known])
-        services.append(test.target_service[which][known])
-    weight_QX, service_Q = np.concatenate(weights), np.concatenate(services)
-    n_services = test.dataset.catalogue.n_services
-    by_service = (weight_QX[service_Q == z] for z in range(n_services))
+    assert seen.log_weight_QX is not None
+    weight_QX = np.exp(seen.log_weight_QX)
+    by_service = (weight_QX[seen.service_Q == z] for z in range(n_services))
     return [w_QX.mean(axis=0).tolist() if len(w_QX) else None for w_QX in by_service]

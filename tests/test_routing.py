@@ -13,7 +13,7 @@ from moerec.data.load import load_data
 from moerec.nn.model import SequenceModel
 from moerec.report import write_report
 from moerec.results import make_test_set
-from moerec.routing import calibration_error, describe_answers, fit_temperature, macro_f1
+from moerec.routing import calibration_error, describe_answers, fit_temperature, macro_f1, observe
 from moerec.run import run
 from moerec.train import make_sizes
 from tests.small_model import fill
@@ -105,7 +105,7 @@ def test_the_weights_of_the_answers_are_means_by_service(tmp_path):
     model = fill(jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, make_sizes(data))))
     weight, bias = model.aggregator.weight_DX, model.aggregator.bias_X
     weight[...], bias[...] = jnp.zeros_like(weight[...]), jnp.log(jnp.asarray([5.0, 1, 2, 3, 4]))
-    found = describe_answers(model, test, table)
+    found = describe_answers(observe(model, test, table), 3)
     assert np.shape(found) == (3, 5)
     owner = np.repeat(np.arange(len(test.targets)), np.diff(test.offsets))
     expected = []
