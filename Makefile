@@ -14,6 +14,10 @@ RUN := $(VENV)/bin/python -m
 INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --progress-bar off --no-compile -c requirements.lock
 PINNED_BY := requirements.lock pyproject.toml setup.py
 
+# Bytecode is kept with the environment whatever the shell says: without it every process compiles JAX's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test lint bench lock clean
@@ -32,8 +36,9 @@ lint: $(VENV)/.installed-dev-$(VERSION)  ## ruff and mypy
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
-bench: $(VENV)/.installed-$(VERSION)  ## slots a second of the step, the loader and the evaluation; then the kernels
+bench: $(VENV)/.installed-$(VERSION)  ## slots a second of the step, the loader and the evaluation, the step by experts; then the kernels
 	$(RUN) experiments.bench $(ARGS)
+	$(RUN) experiments.bench_experts
 	$(RUN) pallas_kernels.bench
 
 lock: $(VENV)/.created-$(VERSION)  ## write requirements.lock anew from pyproject.toml, with the newest versions

@@ -3,7 +3,7 @@
 import dataclasses
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,15 @@ import numpy as np
 from moerec.config import Config
 from moerec.data.load import load_data, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
+from moerec.errors import InputError
 from moerec.evaluate import rank_batch, rank_targets
+from moerec.nn.model import count_active_params
 from moerec.results import make_test_set
+from moerec.shapes import Batch
 from moerec.sharding import mesh_of
 from moerec.state import evaluated_model
-from moerec.train import set_up
+from moerec.train import Setup, set_up
+from pallas_kernels.bench import time_in_turns
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -36,6 +40,46 @@ def count_compilations(jitted: Any) -> float:
     return float(jitted._cache_size())
 
 
+class _Steps:
+    """Training steps over one batch; a call makes the next, from the state that the one before it left."""
+
+    def __init__(self, setup: Setup, batch: Batch):
+        self.setup, self.batch, self.state = setup, batch, setup.state
+
+    def __call__(self) -> jax.Array:
+        with mesh_of(self.state):
+            self.state, metrics = self.setup.train_step(self.state, self.batch, self.setup.table)
+        return metrics["loss"]
+
+
+def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats: int = 9) -> list[dict[str, Any]]:
+    """Rows of `{n_experts, n_active_params, step_ms, ratio}`: the step by the experts of a layer, each of them alike.
+
+    A slot goes to as many experts of the same width whatever their number, so that the useful work is the same, but for
+    the router's. The steps take turns; the ratio is to the first of the sizes.
+
+    Args:
+      sizes: experts of a layer, multiples of the number of groups.
+
+    Raises:
+      InputError: the model has no mixture, or a size is no multiple.
+    """
+    if not config.model.moe.layers:
+        raise InputError("config.model.moe.layers: a dense model has no experts to count")
+    data = load_data(config.data, workdir)
+    n_groups, steps, rows = data.dataset.catalogue.n_services + 1, {}, []
+    for size in sizes:
+        if size < n_groups or size % n_groups:
+            raise InputError(f"--sizes: {size} experts cannot be split evenly over {n_groups} groups")
+        moe = dataclasses.replace(config.model.moe, n_per_group=size // n_groups)
+        setup = set_up(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), data)
+        rows.append({"n_experts": size, "n_active_params": count_active_params(setup.state.model)})
+        steps[str(size)] = _Steps(setup, next(iter(setup.stream)))
+    times = time_in_turns(steps, repeats)
+    first_ms = times[str(sizes[0])]
+    return [{**row, "step_ms": ms, "ratio": ms / first_ms} for row, ms in zip(rows, times.values(), strict=True)]
+
+
 def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4000) -> dict[str, float]:
     """Slots per second of the step and of the loader, their ratio, targets per second of evaluation, peak memory."""
     started = time.perf_counter()
@@ -43,22 +87,16 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
     load_s = time.perf_counter() - started
     setup = set_up(config, data)
     stream = iter(setup.stream)
-    state, batch = setup.state, next(stream)
+    batch = next(stream)
     slots = float(batch.weight_BT.sum())
-
-    def step():
-        nonlocal state
-        with mesh_of(state):
-            state, metrics = setup.train_step(state, batch, setup.table)
-        return metrics["loss"]
-
-    step_s = median_seconds(step, repeats)
+    steps = _Steps(setup, batch)
+    step_s = median_seconds(steps, repeats)
     options = StreamOptions(config.train.batch_size, config.data.seq_len, config.data.history_len, config.seed)
     loader = iter(PackedStream(make_reader(config.data, data), options))
     loader_s = median_seconds(lambda: next(loader).item_BT, 5 * repeats)
     some = dataclasses.replace(config, eval=dataclasses.replace(config.eval, n_test=n_targets))
     examples = make_test_set(some, data).examples
-    model = evaluated_model(state)
+    model = evaluated_model(steps.state)
     eval_s = median_seconds(lambda: rank_targets(model, examples, setup.table)[0].greater, 3)
     n_rows = config.train.batch_size * config.data.seq_len
     return {

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench_attention import measure_attention
-from pallas_kernels.combine import combine_rows, gather_rows
+from pallas_kernels.combine import sum_places
 from pallas_kernels.cost import count_bytes
 from pallas_kernels.dispatch import make_plan
 from pallas_kernels.grouped_ffn import grouped_ffn, has_tokamax
@@ -76,11 +76,21 @@ def make_plan_only(spec: LayerSpec) -> Callable[[], Any]:
 
 
 def make_rows_only(spec: LayerSpec) -> Callable[[], Any]:
-    """Rows to their places and back, forward and backward, without the experts between: dispatch and combine."""
-    operands = draw_operands(spec)
-    plan = jax.jit(make_plan, static_argnums=(1, 2))(operands.expert_TA, spec.n_experts, TILE)
-    step = _with_gradients(lambda x, weight: combine_rows(gather_rows(x, plan), weight, plan), 2)
-    return lambda: step(operands.x_TD, operands.weight_TA)
+    """What the layer does beside the plan and the experts: dispatch and combine, without anything between.
+
+    Forward a gather of the rows and a sum over their places; backward a gather of the rows, which are not kept, one of
+    the cotangents, and the sum of the rows' gradients.
+    """
+    x, weight, *_, expert = draw_operands(spec)
+    plan = jax.jit(make_plan, static_argnums=(1, 2))(expert, spec.n_experts, TILE)
+
+    @jax.jit
+    def step(x, g, weight):
+        weight_P = jnp.where(plan.used_P, weight[plan.row_P, plan.choice_P], 0)
+        y = sum_places(x[plan.row_P] * weight_P[:, None], plan)
+        return y, x[plan.row_P], sum_places(g[plan.row_P], plan)
+
+    return lambda: step(x, x, weight)
 
 
 def make_router(spec: LayerSpec, backend: str) -> Callable[[], Any]:

@@ -55,7 +55,7 @@ def draw_times(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def make_sequence(rng: np.random.Generator, n: int, sizes: Sizes = SIZES) -> dict[str, np.ndarray]:
-    """The slots of one person: a fifth of the times not known, some contexts missing, some weights 0 or 2."""
+    """The slots of one person: a fifth of the times not known, contexts missing or unseen, some weights 0 or 2."""
     time = np.sort(draw_times(rng, n))
     request_time = np.maximum(time, draw_times(rng, n))
     known = rng.random((2, n)) > 0.2
@@ -65,7 +65,7 @@ def make_sequence(rng: np.random.Generator, n: int, sizes: Sizes = SIZES) -> dic
         "time_BT": np.where(known[0], time, NO_TIME),
         "position_BT": np.arange(n),
         "request_time_BT": np.where(known[1], request_time, NO_TIME),
-        "request_context_BTC": rng.integers(0, sizes.context_sizes, (n, len(sizes.context_sizes))),
+        "request_context_BTC": rng.integers(0, np.array(sizes.context_sizes) + 1, (n, len(sizes.context_sizes))),
         "field_BTY": np.broadcast_to(rng.integers(0, sizes.field_sizes), (n, len(sizes.field_sizes))),
         "target_BT": rng.integers(0, sizes.n_items, n),
         "weight_BT": rng.choice([0.0, 1.0, 1.0, 2.0], n),

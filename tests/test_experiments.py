@@ -88,3 +88,31 @@ def test_bench_measures_the_step_the_loader_and_the_evaluation(call):
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert all(value > 0 for value in figures.values()), figures
+
+
+def test_bench_experts_measures_each_size_at_equal_active_parameters(call):
+    mixture = ("--config.model.moe.layers=(1,)", "--config.model.moe.d_expert=16")
+    done = call("bench_experts", "--sizes=4,8", "--json", *mixture)
+    assert done.returncode == 0, done.stderr
+    small, large = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert (small["n_experts"], large["n_experts"]) == (4, 8)
+    # The router has a row for each expert; nothing else of what a slot goes through grows.
+    assert 0 < large["n_active_params"] - small["n_active_params"] < 1000
+    assert small["ratio"] == 1
+    assert large["step_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--sizes=4",), "config.model.moe.layers"),
+        (("--sizes=6", "--config.model.moe.layers=(1,)"), "6 experts"),
+        (("--sizes=four",), "--sizes"),
+    ],
+    ids=("dense", "uneven", "word"),
+)
+def test_bench_experts_refuses_what_it_cannot_measure(call, arguments, line):
+    done = call("bench_experts", *arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert line in done.stderr

@@ -7,7 +7,7 @@ import dataclasses
 
 from moerec.config.checks import one_of, require, require_seed
 from moerec.config.data import CityConfig, DataConfig, SchemaConfig, SplitConfig, TablesConfig
-from moerec.config.model import ModelConfig, MoEConfig, PersonalConfig
+from moerec.config.model import ModelConfig, MoEConfig, PersonalConfig, TimeConfig
 from moerec.config.training import AuditConfig, EvalConfig, LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "SchemaConfig",
     "SplitConfig",
     "TablesConfig",
+    "TimeConfig",
     "TrainConfig",
     "checked",
 ]

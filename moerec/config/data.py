@@ -1,6 +1,8 @@
 """Where the data comes from, and how it is split and packed."""
 
 import dataclasses
+import itertools
+import math
 
 from moerec.config.checks import one_of, require, require_seed
 
@@ -45,6 +47,7 @@ class SchemaConfig:
     time: str = ""
     time_unit: str = "s"  # s, ms, day or iso
     context: tuple[str, ...] = ()
+    context_edges: tuple[str, ...] = ()  # "column=edge,edge,…": a numeric column of `context`, cut into ranges there
     item_id: str = "item"  # columns of the item table
     item_service: str = ""
     text: tuple[str, ...] = ()
@@ -59,6 +62,28 @@ class SchemaConfig:
         one_of(self.time_unit, "data.schema.time_unit", ("s", "ms", "day", "iso"))
         require(bool(self.service) or bool(self.service_name), "data.schema.service_name", "must not be empty")
         require(self.service_name != "all", "data.schema.service_name", '"all" is the sum of the services')
+        for column in self.edges:
+            require(column in self.context, "data.schema.context_edges", f"{column!r} is no column of context")
+
+    @property
+    def edges(self) -> dict[str, tuple[float, ...]]:
+        """Of each numeric column of the context, where its ranges meet; each edge belongs to the range above it."""
+        found = {}
+        for entry in self.context_edges:
+            column, _, numbers = entry.rpartition("=")
+            try:
+                edges = tuple(float(number) for number in numbers.split(","))
+            except ValueError:
+                edges = ()
+            rising = all(a < b for a, b in itertools.pairwise(edges)) and all(map(math.isfinite, edges))
+            require(
+                bool(column and edges) and rising,
+                "data.schema.context_edges",
+                f'{entry!r} is not of the form "column=-10,0,10", with rising numbers',
+            )
+            require(column not in found, "data.schema.context_edges", f"{column!r} is there twice")
+            found[column] = edges
+        return found
 
 
 @dataclasses.dataclass

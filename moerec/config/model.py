@@ -44,6 +44,27 @@ class MoEConfig:
 
 
 @dataclasses.dataclass
+class TimeConfig:
+    """How times of events and requests are embedded, where `event_time` and `request_time` switch them on."""
+
+    kind: str = "table"  # of the calendar's features: a learned table of codes each, or fourier: a learned mix of waves
+    hour: bool = True
+    weekday: bool = True
+    month_day: bool = False
+    season: bool = True
+    gap: bool = True  # since the last event, in log buckets
+    service_gap: bool = False  # since the last event in the same service; before a request since that in each service
+
+    def __post_init__(self):
+        one_of(self.kind, "model.time.kind", ("table", "fourier"))
+
+    @property
+    def calendar(self) -> tuple[str, ...]:
+        """The features of the calendar that are on."""
+        return tuple(name for name in ("hour", "weekday", "month_day", "season") if getattr(self, name))
+
+
+@dataclasses.dataclass
 class PersonalConfig:
     """The unified profile of a person, and the layers whose attention it conditions.
 
@@ -51,10 +72,11 @@ class PersonalConfig:
     """
 
     layers: tuple[int, ...] = ()  # which layers are personal, from 0; none before the first mixture, if there is one
-    memory: str = "ema"  # null, ema or delta: what is kept of a person's events
+    memory: str = "ema"  # null, ema, delta or low_rank: what is kept of a person's events
     n_aspects: int = 8  # a memory slot for each aspect and time scale
     n_scales: int = 2  # half-lives between an hour and a year, learned
     d_memory: int = 32  # width of a memory slot
+    rank: int = 4  # of a low_rank memory
     chunk: int = 64  # slots of a chunk of the training pass over a memory
     fields: bool = True  # the static profile fields, as one more slot
     read: bool = True  # what the profile router reads is added to the states
@@ -67,8 +89,8 @@ class PersonalConfig:
 
     def __post_init__(self):
         require(len(set(self.layers)) == len(self.layers), "model.personal.layers", "a layer is named twice")
-        one_of(self.memory, "model.personal.memory", ("null", "ema", "delta"))
-        for name in ("n_aspects", "n_scales", "d_memory", "chunk"):
+        one_of(self.memory, "model.personal.memory", ("null", "ema", "delta", "low_rank"))
+        for name in ("n_aspects", "n_scales", "d_memory", "rank", "chunk"):
             require(getattr(self, name) >= 1, f"model.personal.{name}", "must be at least 1")
 
     @property
@@ -95,9 +117,10 @@ class ModelConfig:
     item_text: bool = True  # the projected text and attribute tokens
     service: bool = True
     action: bool = True
-    event_time: bool = False  # hour, weekday, season of the event, and the gap to the event before it
+    event_time: bool = False  # the event's place in the calendar, and the gap to the event before it; see `time`
     request_time: bool = True  # the same of the next request, which is known when the prediction is asked for
     request_context: bool = True  # context features of the next request
+    context_dropout: float = 0.0  # in training, the share of context features that are hidden, as missing or as unseen
     tie_items: bool = True  # the item head scores against the vectors that the input uses
     item_bias: bool = True
     compute_dtype: str = "float32"  # or bfloat16; parameters stay float32
@@ -105,6 +128,7 @@ class ModelConfig:
     copy: str = "none"  # pointers into the person's history: none, all (over all of it), or services (and one for each)
     d_copy: int = 32  # width of a pointer's queries and keys
     window: int = 0  # slots that a slot attends to at most, itself among them; 0 is all
+    time: TimeConfig = dataclasses.field(default_factory=TimeConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     personal: PersonalConfig = dataclasses.field(default_factory=PersonalConfig)
 
@@ -114,7 +138,8 @@ class ModelConfig:
         require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", "must divide model.n_heads")
         for name in ("d_head", "d_copy"):
             require(getattr(self, name) % 2 == 0, f"model.{name}", "must be even (rotary embeddings turn pairs)")
-        require(0 <= self.dropout < 1, "model.dropout", "must lie in [0, 1)")
+        for name in ("dropout", "context_dropout"):
+            require(0 <= getattr(self, name) < 1, f"model.{name}", "must lie in [0, 1)")
         require(self.norm_eps > 0, "model.norm_eps", "must be positive")
         require(self.rope_theta > 1, "model.rope_theta", "must be above 1")
         require(self.item_row or self.item_text, "model.item_row", "an event needs the item's row or its text")

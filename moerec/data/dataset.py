@@ -65,7 +65,7 @@ class EventLog:
       item: `[events]` int32, index into the catalogue.
       action: `[events]` int16, index into `Dataset.actions`.
       time: `[events]` int64, unix seconds, or `UNKNOWN_TIME`.
-      context: `[events, C]` int16, codes into `Dataset.context` values; 0 means missing.
+      context: `[events, C]` int16, codes into `Dataset.context` values.
     """
 
     offsets: np.ndarray
@@ -102,7 +102,8 @@ class Dataset:
     Attributes:
       people: `[people]` unicode, ids in the source.
       actions: names of the action codes (at least one).
-      context: feature name -> its values; code `k >= 1` is value `k - 1`, code 0 is "missing".
+      context: feature name -> its values; code `k >= 1` is value `k - 1`, code 0 is "missing", and one more than there
+        are values is "unseen" (`mark_unseen`).
       profile: field name -> `[people]` unicode; the empty string is "missing".
     """
 
@@ -147,3 +148,20 @@ def permute_items(dataset: Dataset, seed: int) -> Dataset:
         ),
         log=dataclasses.replace(dataset.log, item=new_index[dataset.log.item]),
     )
+
+
+def mark_unseen(dataset: Dataset, is_known: np.ndarray) -> Dataset:
+    """Gives context values that no known event has the code "unseen": a model could only guess what they mean.
+
+    Args:
+      is_known: `[events]` bool, the events to learn from.
+    """
+    context = dataset.log.context.copy()
+    for c, values in enumerate(dataset.context.values()):
+        unseen = len(values) + 1
+        code = np.full(unseen + 1, unseen, context.dtype)
+        seen = np.unique(context[is_known, c])
+        code[seen] = seen
+        code[0] = 0
+        context[:, c] = code[context[:, c]]
+    return dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, context=context))

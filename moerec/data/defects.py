@@ -21,6 +21,7 @@ NUL = "NUL character"
 BAD_UTF8 = "bad UTF-8"
 BAD_TIME = "unparsable time"
 NO_TIME = "empty time"
+BAD_NUMBER = "unparsable number"
 EMPTY = {name: f"empty {name}" for name in ("user", "item", "service", "action")}
 UNKNOWN_SERVICE = "unknown service"
 UNKNOWN_ITEM = "unknown item"
@@ -32,6 +33,7 @@ _UNITS = {"s": ("seconds", 1_000_000), "ms": ("milliseconds", 1_000), "day": ("d
 _YEAR_1_US, _YEAR_9999_US = -62_135_596_800_000_000, 253_402_300_799_999_999
 _INTEGER = r"^-?[0-9]{1,18}$"
 _DECIMAL = r"^-?[0-9]+\.?[0-9]*([eE][+-]?[0-9]{1,3})?$"
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
 _ISO = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?"
 
 
@@ -162,6 +164,17 @@ class RowCheck:
         if not keep_unknown:
             self.refuse(micros == UNKNOWN_TIME, NO_TIME, column, lambda k: "the time is empty")
         return micros
+
+    def numbers(self, column: str, values: pa.Array) -> np.ndarray:
+        """`[n]` float64, NaN where empty; refuses what is no finite number."""
+        filled = pc.greater(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
+        is_number = _matches(values, _NUMBER)
+        numbers = np.full(len(values), np.nan)
+        texts = values.filter(pa.array(is_number)).cast(pa.string())
+        numbers[is_number] = texts.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        bad = filled & ~np.isfinite(numbers)
+        self.refuse(bad, BAD_NUMBER, column, lambda k: f"cannot read {printed(values[k].as_py())} as a number")
+        return numbers
 
 
 def printed(value: bytes) -> str:

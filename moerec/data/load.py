@@ -9,7 +9,7 @@ import numpy as np
 
 from moerec.config import DataConfig
 from moerec.data import city
-from moerec.data.dataset import Dataset, permute_items
+from moerec.data.dataset import Dataset, mark_unseen, permute_items
 from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
 from moerec.data.prepare import is_current, prepare
 from moerec.data.shards import Meta, load_dataset, open_source, write_dataset
@@ -88,6 +88,8 @@ def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, fo
     if config.split.shuffle_ties:
         dataset = shuffle_ties(dataset, config.seed)
     roles = assign_roles(dataset, config.split, config.seed)
+    if world is None:  # all of the city's values are known, and its oracle asks for them
+        dataset = mark_unseen(dataset, roles == TRAIN)
     tokens = tokenize(dataset.catalogue, config.max_tokens, config.vocab_size)
     quarantined = {} if folder is None else Meta.load(folder).extra.get("quarantined", {})
     return Prepared(dataset, roles, tokens, world, folder, quarantined)

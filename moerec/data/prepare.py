@@ -6,6 +6,7 @@ table, the profiles, and one block of `spill.PEOPLE_PER_BLOCK` people's events w
 """
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -61,7 +62,8 @@ class InteractionCoder:
         self.items = items or ItemCodes()
         self.people = Codes()
         self.actions = Codes()
-        self.context = {column: Codes({b"": 0}) for column in schema.context}
+        self.edges = schema.edges
+        self.context = {column: _open_codes(self.edges.get(column)) for column in schema.context}
         self.dtype = spill.event_dtype(len(schema.context))
         text = (schema.user, schema.item, schema.service, schema.action, *schema.context)
         self.text_columns = [column for column in dict.fromkeys(text) if column]
@@ -82,6 +84,7 @@ class InteractionCoder:
         if schema.time:
             keep = self.files.unknown_time == "keep"
             micros = check.times(schema.time, batch.columns[schema.time], schema.time_unit, keep)
+        ranges = {column: self._find_ranges(check, column, values[column]) for column in self.edges}
         values = {column: array.filter(pa.array(check.good)) for column, array in values.items()}
         check2, service, item = self._encode_items(values, batch.rows[check.good])
         events = np.empty(int(check2.good.sum()), self.dtype)
@@ -91,8 +94,16 @@ class InteractionCoder:
         events["person"] = self.people.encode(values[schema.user])
         events["action"] = self._encode_narrow(self.actions, values, schema.action) if schema.action else 0
         for k, (column, codes) in enumerate(self.context.items()):
-            events["context"][:, k] = self._encode_narrow(codes, values, column)
+            is_numeric = column in ranges
+            events["context"][:, k] = (
+                ranges[column][check.good][check2.good] if is_numeric else self._encode_narrow(codes, values, column)
+            )
         return events
+
+    def _find_ranges(self, check: RowCheck, column: str, values: pa.Array) -> np.ndarray:
+        """`[rows]` code of each number's range, 0 where there is none."""
+        numbers = check.numbers(column, values)
+        return np.where(np.isnan(numbers), 0, 1 + np.searchsorted(self.edges[column], numbers, side="right"))
 
     def _encode_items(self, values: dict[str, pa.Array], rows: np.ndarray) -> tuple[RowCheck, np.ndarray, np.ndarray]:
         schema, services = self.schema, self.items.services
@@ -123,6 +134,16 @@ class InteractionCoder:
         if len(codes) > MAX_CODE:
             raise InputError(f"{self.table.label}, column {column}: more than {MAX_CODE} different values")
         return found
+
+
+def _open_codes(edges: tuple[float, ...] | None) -> Codes:
+    """Codes of a context column: of "missing" alone, or, with edges, of all ranges too."""
+    if edges is None:
+        return Codes({b"": 0})
+    names = [f"{edge:g}" for edge in edges]
+    between = [f"{low} to {high}" for low, high in itertools.pairwise(names)]
+    ranges = [f"below {names[0]}", *between, f"from {names[-1]}"]
+    return Codes({b"": 0} | {name.encode(): k for k, name in enumerate(ranges, 1)})
 
 
 class _ServiceCounts:

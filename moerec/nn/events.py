@@ -6,8 +6,8 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.layers import RMSNorm, declare, fan_in, normal
-from moerec.nn.temporal import TimeEmbedding
-from moerec.shapes import Batch, ItemTable
+from moerec.nn.temporal import TimeEmbedding, last_times
+from moerec.shapes import NO_TIME, Batch, ItemTable
 
 STDDEV = 0.02
 
@@ -71,11 +71,15 @@ class SlotEncoder(nnx.Module):
 
         self.service = table(keys[0], n_services) if config.service else None
         self.action = table(keys[1], n_actions) if config.action else None
-        self.event_time = TimeEmbedding(keys[2], d, STDDEV) if config.event_time else None
-        self.request_time = TimeEmbedding(keys[3], d, STDDEV) if config.request_time else None
-        # One table for all features: feature c owns rows offset_c .. offset_c + size_c, the first of them "missing".
-        self.context = table(keys[4], sum(context_sizes)) if config.request_context and context_sizes else None
-        self.context_offsets = tuple(sum(context_sizes[:c]) for c in range(len(context_sizes)))
+        self.event_time = TimeEmbedding(keys[2], d, STDDEV, config.time) if config.event_time else None
+        # Which service the request will go to is not known, so that it has the gaps of all.
+        self.request_time = TimeEmbedding(keys[3], d, STDDEV, config.time, n_services) if config.request_time else None
+        # One table for all features: feature c owns rows offset_c .. offset_c + size_c, the first of them "missing",
+        # and one behind those of all features, "unseen".
+        n_rows = sum(context_sizes) + len(context_sizes)
+        self.context = table(keys[4], n_rows) if config.request_context and context_sizes else None
+        self.n_gap_services = n_services if config.time.service_gap else 0
+        self.context_sizes, self.context_dropout = context_sizes, config.context_dropout
 
     def of_event(self, item: jax.Array, action: jax.Array, table: ItemTable) -> jax.Array:
         """What service and action add, `[..., D]`: all of an event that does not depend on what comes next."""
@@ -86,15 +90,40 @@ class SlotEncoder(nnx.Module):
             parts.append(self.action[...][action])
         return sum(parts, jnp.zeros((), jnp.float32))
 
-    def __call__(self, batch: Batch, table: ItemTable) -> jax.Array:
+    def _context_rows(self, code_BTC: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Rows of the context table; with a key some features are hidden, half of them as missing, half as unseen."""
+        size_C = jnp.asarray(self.context_sizes, jnp.int32)
+        if key is not None and self.context_dropout:
+            u_BTC = jax.random.uniform(key, code_BTC.shape)
+            hidden_BTC = jnp.where(u_BTC < self.context_dropout / 2, 0, size_C)
+            code_BTC = jnp.where(u_BTC < self.context_dropout, hidden_BTC, code_BTC)
+        unseen_C = jnp.sum(size_C) + jnp.arange(len(self.context_sizes))
+        return jnp.where(code_BTC < size_C, jnp.cumsum(size_C) - size_C + code_BTC, unseen_C)
+
+    def __call__(self, batch: Batch, table: ItemTable, key: jax.Array | None = None) -> jax.Array:
+        """`[B, T, D]`; `key` switches the hiding of context features on."""
         parts = [self.of_event(batch.item_BT, batch.action_BT, table)]
+        last_BTZ = None
+        if self.n_gap_services:
+            service_BT = table.service_I[batch.item_BT]
+            last_BTZ = last_times(batch.time_BT, service_BT, batch.position_BT, self.n_gap_services)
         if self.event_time is not None:
-            previous = jnp.pad(batch.time_BT[:, :-1], ((0, 0), (1, 0)))
-            first = batch.position_BT == 0
-            parts.append(self.event_time(batch.time_BT, jnp.where(first, batch.time_BT, previous)))
+            own_BT1 = None
+            if last_BTZ is not None:
+                before_BTZ = _previous(last_BTZ, batch.position_BT, NO_TIME)
+                own_BT1 = jnp.take_along_axis(before_BTZ, service_BT[..., None], axis=-1)
+            since_BT = _previous(batch.time_BT, batch.position_BT, batch.time_BT)
+            parts.append(self.event_time(batch.time_BT, since_BT, own_BT1))
         if self.request_time is not None:
-            parts.append(self.request_time(batch.request_time_BT, batch.time_BT))
+            parts.append(self.request_time(batch.request_time_BT, batch.time_BT, last_BTZ))
         if self.context is not None:
-            rows = batch.request_context_BTC + jnp.asarray(self.context_offsets, jnp.int32)
-            parts.append(jnp.sum(self.context[...][rows], axis=-2))
+            rows_BTC = self._context_rows(batch.request_context_BTC, key)
+            parts.append(jnp.sum(self.context[...][rows_BTC], axis=-2))
         return sum(parts, jnp.zeros((), jnp.float32))
+
+
+def _previous(x_BTX: jax.Array, position_BT: jax.Array, first) -> jax.Array:
+    """`x` of the slot before within the sequence; its first slot gets `first`."""
+    shifted = jnp.concatenate([x_BTX[:, :1], x_BTX[:, :-1]], axis=1)
+    is_first = (position_BT == 0).reshape(position_BT.shape + (1,) * (x_BTX.ndim - 2))
+    return jnp.where(is_first, first, shifted)

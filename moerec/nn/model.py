@@ -26,7 +26,7 @@ class Sizes:
     n_tokens: int
     n_services: int
     n_actions: int
-    context_sizes: tuple[int, ...]
+    context_sizes: tuple[int, ...]  # codes of each context feature, the first "missing"; the next one is "unseen"
     field_sizes: tuple[int, ...] = ()  # codes of each static profile field, the first of them "missing"
 
 
@@ -81,7 +81,8 @@ class SequenceModel(nnx.Module):
             item_BTD = self.item_encoder(batch.item_BT, table)
         else:
             item_BTD = vector_ID[batch.item_BT]
-        event_BTD = self.input_norm(item_BTD + self.slot_encoder(batch, table))
+        k_context = None if key is None else jax.random.fold_in(k_input, 1)
+        event_BTD = self.input_norm(item_BTD + self.slot_encoder(batch, table, k_context))
         x_BTD = dropout(event_BTD, config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
         mask_BTS = segment_mask(batch.segment_BT, config.window)
         keys = None if k_blocks is None else jax.random.split(k_blocks, config.n_layers)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerec.data.dataset import Catalogue, EventLog, permute_items
+from moerec.data.dataset import Catalogue, EventLog, mark_unseen, permute_items
 from moerec.errors import InputError
 from tests.random_dataset import make_dataset
 
@@ -80,3 +80,20 @@ def test_profile_codes_keep_zero_for_missing():
     assert sizes == (3, 3, 1)
     codes, sizes = dataclasses.replace(data, profile={}).profile_codes
     assert (codes.shape, sizes) == ((3, 0), ())
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 1000))
+def test_values_without_a_known_event_are_unseen(seed):
+    rng = np.random.default_rng(seed)
+    before = make_dataset([5, 0, 8], (4,), seed=seed)
+    n, context = before.log.n_events, {"sky": ("sun", "rain"), "city": ("a", "b", "c", "d")}
+    codes = np.stack([rng.integers(0, len(values) + 1, n) for values in context.values()], axis=1).astype(np.int16)
+    before = dataclasses.replace(before, context=context, log=dataclasses.replace(before.log, context=codes))
+    is_known = rng.random(n) < 0.4
+    after = mark_unseen(before, is_known).log.context
+    assert after.dtype == codes.dtype
+    for event, c in np.ndindex(codes.shape):
+        known = codes[event, c] == 0 or codes[event, c] in codes[is_known, c]
+        assert after[event, c] == (codes[event, c] if known else len(list(context.values())[c]) + 1)
+    np.testing.assert_array_equal(before.log.context, codes)

@@ -229,3 +229,20 @@ def test_shuffled_ties_change_only_the_order_within_a_time(tmp_path):
         assert sorted(events["u2"]) == sorted(plain["u2"])
         orders.add(tuple(event[:2] for event in events["u2"][1:]))
     assert len(orders) > 2
+
+
+def test_context_values_of_held_out_events_alone_are_unseen(tmp_path):
+    """Of three events of a person the last two are held out; the training's own stream knows every value it sees."""
+    (tmp_path / "tables").mkdir()
+    lines = ["user\titem\ttime\tsky", "u\ta\t1\tsun", "u\tb\t2\train", "u\ta\t3\tsun"]
+    lines += ["v\ta\t1\t", "v\tb\t2\tsun", "v\ta\t3\thail"]
+    (tmp_path / "tables" / "interactions.tsv").write_text("\n".join(lines) + "\n")
+    config = DataConfig(
+        source="tables",
+        tables=TablesConfig(str(tmp_path / "tables"), "interactions.tsv"),
+        schema=SchemaConfig(time="time", context=("sky",)),
+    )
+    for reader in ("memory", "shards"):
+        data = load_data(dataclasses.replace(config, reader=reader), tmp_path / "run")
+        assert data.dataset.context == {"sky": ("sun", "rain", "hail")}
+        assert data.dataset.log.context[:, 0].tolist() == [1, 4, 1, 0, 1, 4]

@@ -186,6 +186,36 @@ def test_one_service_and_no_time_keep_the_published_order(tmp_path):
     assert set(dataset.log.time.tolist()) == {int(UNKNOWN_TIME)}
 
 
+def test_numbers_of_the_context_become_ranges(tmp_path):
+    numbers = ["", "-10.5", "-10", "-1e0", "0", "9.99", "+10", ".5", "1e3"]
+    write_tsv(tmp_path / "events.tsv", [("u", str(n), x) for n, x in enumerate(numbers)], ("user", "item", "heat"))
+    columns = SchemaConfig(context=("heat",), context_edges=("heat=-10,0,10",))
+    dataset = read_tables(config(tmp_path, "events.tsv", columns))
+    assert dataset.context == {"heat": ("below -10", "-10 to 0", "0 to 10", "from 10")}
+    assert dataset.log.context[:, 0].tolist() == [0, 1, 2, 2, 3, 3, 4, 3, 4]
+
+
+@pytest.mark.parametrize("word", ["warm", "nan", "inf", "1,5", "0x10", "1 0", "1e999"])
+def test_what_is_no_number_is_a_defect_of_its_row(tmp_path, word):
+    rows = [("u", "a", "1"), ("u", "b", word), ("u", "c", "")]
+    write_tsv(tmp_path / "events.tsv", rows, ("user", "item", "heat"))
+    columns = SchemaConfig(context=("heat",), context_edges=("heat=0",))
+    with pytest.raises(InputError, match=r"events\.tsv, row 2, column heat: cannot read .* as a number"):
+        read_tables(config(tmp_path, "events.tsv", columns))
+    kept = read_tables(config(tmp_path, "events.tsv", columns, on_bad_rows="quarantine"))
+    assert kept.log.context[:, 0].tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    "edges", [("heat",), ("heat=",), ("heat=a",), ("heat=1,1",), ("heat=2,1",), ("heat=0,inf",), ("heat=nan",),
+              ("=1",), ("other=1",), ("heat=1", "heat=2")],
+    ids=" ".join,
+)  # fmt: skip
+def test_edges_of_another_form_are_refused(edges):
+    with pytest.raises(InputError, match=r"data\.schema\.context_edges"):
+        SchemaConfig(context=("heat",), context_edges=edges)
+
+
 def test_columns_that_are_not_there_are_named_before_any_work(tmp_path):
     write_tsv(tmp_path / "events.tsv", [("u", "b")], ("user", "item"))
     cases = [

@@ -129,13 +129,61 @@ def gap(since: int, time: int) -> int:
     return min(math.floor(1.5 * math.log2(1 + max(int(time) - int(since), 0) / 3600)), 23)
 
 
-def time_vector(w: Weights, time, since):
+def month_day(time: int) -> int:
+    """Day of the month, from 0."""
+    return (EPOCH + datetime.timedelta(seconds=int(time))).day - 1
+
+
+def turn(time: int, name: str) -> float:
+    """How much of a cycle of the calendar has gone by; a year's are quarters of a day of four years."""
+    moment = EPOCH + datetime.timedelta(seconds=int(time))
+    day = (moment - EPOCH).days
+    since_midnight = (moment - EPOCH).seconds
+    return {
+        "hour": since_midnight / 86_400,
+        "weekday": moment.weekday() / 7,
+        "month_day": (moment.day - 1) / 31,
+        "season": math.fmod(math.fmod(day, 365.25) + 365.25, 365.25) / 365.25,
+    }[name]
+
+
+def wave_features(time: int, harmonics: dict[str, int]) -> np.ndarray:
+    """Cosines and sines of the harmonics of each cycle, and whether the time is not known."""
+    features: list[float] = []
+    for name, n in harmonics.items():
+        angles = [0.0 if time == NO_TIME else 2 * math.pi * k * turn(time, name) for k in range(1, n + 1)]
+        features += [*map(math.cos, angles), *map(math.sin, angles)]
+    return np.array([0.0] * len(features) + [1.0] if time == NO_TIME else [*features, 0.0])
+
+
+def time_vector(w: Weights, time, since, last=(), harmonics=None):
+    """The weights that are there say which parts are on. Args: times of the last events in services; of the waves."""
     hour, weekday, season = (24, 7, 24) if time == NO_TIME else calendar(time)
-    bucket = 24 if NO_TIME in (time, since) else gap(since, time)
-    return w["hour"][hour] + w["weekday"][weekday] + w["season"][math.floor(season)] + w["gap"][bucket]
+    codes = {"hour": hour, "weekday": weekday, "season": math.floor(season)}
+    codes["month_day"] = 31 if time == NO_TIME else month_day(time)
+    parts = [w[name][code] for name, code in codes.items() if name in w]
+
+    def bucket(since):
+        return 24 if NO_TIME in (time, since) else gap(since, time)
+
+    if "wave_XD" in w:
+        parts.append(wave_features(time, harmonics) @ w["wave_XD"])
+    if "gap" in w:
+        parts.append(w["gap"][bucket(since)])
+    if "service_gap" in w:
+        parts += [w["service_gap"][z, bucket(time_z)] for z, time_z in enumerate(last)]
+    return sum(parts, np.zeros(()))
 
 
-def slot_vector(w: Weights, batch, table, b, t, context_sizes):
+def last_in_service(batch, table, b, t, service) -> int:
+    """Time of the last event in the service up to slot t of the same sequence, or `NO_TIME`."""
+    for s in range(t, t - batch.position_BT[b, t] - 1, -1):
+        if table.service_I[batch.item_BT[b, s]] == service:
+            return batch.time_BT[b, s]
+    return NO_TIME
+
+
+def slot_vector(w: Weights, batch, table, b, t, context_sizes, harmonics=None):
     """What slot t of row b adds to its item's vector; the weights that are there say which parts are on."""
     parts = [np.zeros(())]
     time = batch.time_BT[b, t]
@@ -143,14 +191,19 @@ def slot_vector(w: Weights, batch, table, b, t, context_sizes):
         parts.append(w["service"][table.service_I[batch.item_BT[b, t]]])
     if "action" in w:
         parts.append(w["action"][batch.action_BT[b, t]])
-    if "event_time.hour" in w:
-        before = time if batch.position_BT[b, t] == 0 else batch.time_BT[b, t - 1]
-        parts.append(time_vector(part(w, "event_time"), time, before))
-    if "request_time.hour" in w:
-        parts.append(time_vector(part(w, "request_time"), batch.request_time_BT[b, t], time))
+    first = batch.position_BT[b, t] == 0
+    if any(name.startswith("event_time") for name in w):
+        before = time if first else batch.time_BT[b, t - 1]
+        service = table.service_I[batch.item_BT[b, t]]
+        last = [NO_TIME if first else last_in_service(batch, table, b, t - 1, service)]
+        parts.append(time_vector(part(w, "event_time"), time, before, last, harmonics))
+    if any(name.startswith("request_time") for name in w):
+        last = [last_in_service(batch, table, b, t, z) for z in range(int(table.service_I.max()) + 1)]
+        parts.append(time_vector(part(w, "request_time"), batch.request_time_BT[b, t], time, last, harmonics))
     if "context" in w:
-        rows = np.split(w["context"], np.cumsum(context_sizes)[:-1])
-        parts += [table_c[code] for table_c, code in zip(rows, batch.request_context_BTC[b, t], strict=True)]
+        *rows, unseen = np.split(w["context"], np.cumsum(context_sizes))
+        for c, code in enumerate(batch.request_context_BTC[b, t]):
+            parts.append(unseen[c] if code == context_sizes[c] else rows[c][code])
     return sum(parts)
 
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moerec.config import TimeConfig
 from moerec.nn.events import ItemEncoder, SlotEncoder, TextEncoder
+from moerec.nn.temporal import N_WAVES
 from moerec.shapes import NO_TIME
 from tests.nn import numpy_model as oracle
 from tests.small_model import SIZES, fill, make_batch, make_config, make_table, random_like
@@ -29,8 +31,8 @@ def make_items(row: bool, text: bool) -> ItemEncoder:
 
 
 @functools.cache
-def make_slots(*on: str) -> SlotEncoder:
-    config = make_config(**{name: name in on for name in SWITCHES})
+def make_slots(*on: str, time: tuple[tuple[str, object], ...] = ()) -> SlotEncoder:
+    config = make_config(**{name: name in on for name in SWITCHES}, time=TimeConfig(**dict(time)))
     sizes = (SIZES.n_services, SIZES.n_actions, SIZES.context_sizes)
     return fill(jax.eval_shape(lambda: SlotEncoder(jax.random.key(0), config, *sizes)))
 
@@ -124,6 +126,19 @@ def test_slot_vector_is_the_sum_of_what_is_switched_on(on):
     check_gradients(make_slots(*on), lambda encoder: encoder(BATCH, TABLE), expected)
 
 
+@pytest.mark.parametrize("kind", ["table", "fourier"])
+def test_slot_vector_with_every_feature_of_times(kind):
+    time = (("kind", kind), ("month_day", True), ("service_gap", True))
+
+    def expected(weights):
+        shape = BATCH.item_BT.shape
+        sizes, waves = SIZES.context_sizes, N_WAVES
+        rows = [oracle.slot_vector(weights, BATCH, TABLE, *bt, sizes, waves) for bt in np.ndindex(shape)]
+        return np.stack(rows).reshape(*shape, -1)
+
+    check_gradients(make_slots("event_time", "request_time", time=time), lambda e: e(BATCH, TABLE), expected)
+
+
 def test_with_all_switches_off_a_slot_adds_nothing():
     assert float(make_slots()(BATCH, TABLE)) == 0
 
@@ -169,7 +184,7 @@ def test_times_not_known_and_contexts_missing_are_finite_and_have_their_own_rows
             counts = rows[f"{time}.{name}"][:, 0]
             assert counts[-1] == n
             assert counts[:-1].sum() == 0
-    np.testing.assert_array_equal(rows["context"][:, 0], [n, 0, 0, n, 0, 0, 0])
+    np.testing.assert_array_equal(rows["context"][:, 0], [n, 0, 0, n, 0, 0, 0, 0, 0])
     assert np.isfinite(slots(missing, TABLE)).all()
 
 
@@ -177,8 +192,30 @@ def test_context_codes_of_all_features_have_rows_of_their_own():
     slots = make_slots("request_context")
     gradient = jax.grad(lambda s: jnp.sum(s(BATCH, TABLE)))(slots).context[:, 0]
     sizes = SIZES.context_sizes
-    counts = [np.bincount(BATCH.request_context_BTC[..., c].ravel(), minlength=n) for c, n in enumerate(sizes)]
-    np.testing.assert_array_equal(gradient, np.concatenate(counts))
+    counts = [np.bincount(BATCH.request_context_BTC[..., c].ravel(), minlength=n + 1) for c, n in enumerate(sizes)]
+    unseen = [count[-1] for count in counts]
+    assert min(unseen) > 0
+    np.testing.assert_array_equal(gradient, np.concatenate([*(count[:-1] for count in counts), unseen]))
+
+
+def test_contexts_are_hidden_at_the_rate_as_missing_and_as_unseen():
+    config = make_config(request_time=False, event_time=False, service=False, action=False, context_dropout=0.3)
+    encoder = fill(jax.eval_shape(lambda: SlotEncoder(jax.random.key(0), config, 3, 3, (3, 4))))
+    codes = np.broadcast_to(np.array([1, 2]), (64, 128, 2))
+    batch = jax.tree.map(lambda x: np.zeros((64, 128, *x.shape[2:]), x.dtype), BATCH)._replace(
+        request_context_BTC=codes
+    )
+
+    def count(key):
+        return np.asarray(jax.grad(lambda e: jnp.sum(e(batch, TABLE, key)))(encoder).context[:, 0]) / (64 * 128)
+
+    np.testing.assert_array_equal(count(None), [0, 1, 0, 0, 0, 1, 0, 0, 0])
+    shares = count(jax.random.key(1))
+    # Over 8,192 draws four standard deviations are .016.
+    np.testing.assert_allclose(shares, [0.15, 0.7, 0, 0.15, 0, 0.7, 0, 0.15, 0.15], atol=0.021)
+    np.testing.assert_array_equal(shares, count(jax.random.key(1)))
+    both = encoder(batch, TABLE, jax.random.key(1))
+    assert len(np.unique(np.asarray(both)[..., 0])) == 9  # each feature on its own
 
 
 def test_the_gap_before_an_event_does_not_reach_into_the_sequence_before():

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerec.nn.personalization import Event, Request, Sizes, delta_memory, ema_memory, null
+from moerec.nn.personalization import Event, Request, Sizes, delta_memory, ema_memory, low_rank_memory, null
 from moerec.nn.personalization.memory import LEAST_HOURS, MOST_GAIN, MOST_HOURS, decay_rates
 from moerec.nn.personalization.recurrence import Writes, accumulate_elapsed, chunked_before, scan_before
 from moerec.shapes import NO_TIME
 from tests.small_model import fill, worst_gap
 
-SIZES = Sizes(d_model=6, n_aspects=2, n_scales=2, d_memory=3, field_sizes=(3, 2))
-MEMORIES = {"ema": ema_memory, "delta": delta_memory}
+SIZES = Sizes(d_model=6, n_aspects=2, n_scales=2, d_memory=3, field_sizes=(3, 2), rank=3)
+MEMORIES = {"ema": ema_memory, "delta": delta_memory, "low_rank": low_rank_memory}
 LENGTHS = (1, 5, 1, 9, 4)
 HOUR, YEAR = 3600, 31_557_600
 
@@ -46,15 +46,20 @@ def remember_by_hand(name: str, params, event: Event, first: np.ndarray):
     }
     place = 1 / (1 + np.exp(-w["half_life_AS"].reshape(-1)))
     half_life = LEAST_HOURS * (MOST_HOURS / LEAST_HOURS) ** place
+    if name == "low_rank":
+        half_life = np.tile(half_life, SIZES.rank)
     out = []
     for t, (x, time) in enumerate(zip(np.asarray(event.x_D, np.float64), event.time, strict=True)):
         if first[t]:
-            memory, last, n = np.zeros((4, 4)), None, 0
+            memory, last, n = np.zeros((len(half_life), 4)), None, 0
         out.append((memory.copy(), NO_TIME if last is None else last, n))
         x = x / np.sqrt(np.mean(x**2) + 1e-6) * np.asarray(params.norm.scale[...], np.float64)
-        share = np.exp(x @ w["aspect_DA"])
-        share /= share.sum()
-        gain = np.repeat(2 / (1 + np.exp(-(x @ w["strength_D"]))) * share, SIZES.n_scales)
+        if name == "low_rank":
+            gain = np.repeat([1, *(x @ w["key_DR"])], SIZES.n_scales)
+        else:
+            share = np.exp(x @ w["aspect_DA"])
+            share /= share.sum()
+            gain = np.repeat(2 / (1 + np.exp(-(x @ w["strength_D"]))) * share, SIZES.n_scales)
         if time != NO_TIME:
             hours = 0 if last is None else max(int(time) - int(last), 0) / HOUR
             memory = memory * 0.5 ** (hours / half_life)[:, None]
@@ -185,6 +190,31 @@ def test_a_condition_knows_what_is_known(name):
     assert np.abs(late - empty).max() > 0.05
     assert np.abs(later - empty).max() < 1e-3 * np.abs(late - empty).max()  # twenty years later nothing is left
     assert worst_gap(condition(somebody, NO_TIME, nothing).slot_MD, condition(somebody, 100, nothing).slot_MD) < 1e-6
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_slots_are_means_of_what_was_written_by_hand(name):
+    personalizer, params = MEMORIES[name](SIZES), make_params(name)
+    w = {key: np.asarray(leaf[...], np.float64) for key, leaf in vars(params).items() if hasattr(leaf, "get_metadata")}
+    event, first = draw_row(5, (7,))
+    (memory, last, _) = remember_by_hand(name, params, event, first)[-1]
+    hours = 30.0
+    place = 1 / (1 + np.exp(-w["half_life_AS"]))
+    fade = 0.5 ** (hours / (LEAST_HOURS * (MOST_HOURS / LEAST_HOURS) ** place))  # [A or 1, S]
+    rows = memory.reshape(-1, 2, 4) * fade[..., None]
+    mass, total = rows[..., -1], rows[..., :-1]
+    if name == "low_rank":
+        mass, total = np.repeat(mass[:1], 2, axis=0), np.einsum("AR,RSP->ASP", w["mix_AR"], total)
+    written = total / (mass[..., None] + 1) @ w["read_PD"]
+    written = written.reshape(4, -1) + np.log1p(mass).reshape(4, 1) * w["mass_MD"]
+    fields = w["field_XD"][2] + w["field_XD"][3 + 1]
+    expected = w["slot_MD"] + np.concatenate([written, fields[None]])
+    states = personalizer.unroll(params, event, first)
+    state = jax.tree.map(lambda x: x[-1], states)
+    request = Request(jnp.int32(int(last) + int(hours * HOUR)), np.array([2, 1], np.int32))
+    found = personalizer.condition(params, state, request)
+    np.testing.assert_allclose(found.slot_MD, expected, atol=1e-5)
+    np.testing.assert_allclose(found.summary_D, expected.mean(axis=0), atol=1e-5)
 
 
 def test_memory_of_the_training_pass_grows_linearly_with_the_slots():

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.nn.temporal import N_GAPS, N_HOURS, N_SEASONS, N_WEEKDAYS, TimeEmbedding, calendar_codes
+from moerec.config import TimeConfig
+from moerec.nn.temporal import (
+    N_CODES,
+    N_GAPS,
+    N_WAVES,
+    TimeEmbedding,
+    calendar_codes,
+    calendar_waves,
+    last_times,
+)
 from moerec.shapes import NO_TIME
 from pallas_kernels.attention import find_bucket
 from tests.nn import numpy_model as oracle
@@ -32,25 +41,53 @@ def draw_all_times() -> np.ndarray:
 
 def test_calendar_codes_are_those_of_datetime():
     times = draw_all_times()
-    hour, weekday, season = (np.asarray(code) for code in calendar_codes(jnp.asarray(times)))
+    codes = {name: np.asarray(code) for name, code in calendar_codes(jnp.asarray(times)).items()}
     expected = [oracle.calendar(time) for time in times]
-    np.testing.assert_array_equal(hour, [e[0] for e in expected])
-    np.testing.assert_array_equal(weekday, [e[1] for e in expected])
+    np.testing.assert_array_equal(codes["hour"], [e[0] for e in expected])
+    np.testing.assert_array_equal(codes["weekday"], [e[1] for e in expected])
+    np.testing.assert_array_equal(codes["month_day"], [oracle.month_day(time) for time in times])
+    season = codes["season"]
     place = np.array([e[2] for e in expected])
     day = 24 / 365.25
     # Leap days shift the half-months by under a day.
     first, last = np.floor(place).astype(int) % 24, np.floor(place + 0.76 * day).astype(int) % 24
     assert np.all((season == first) | (season == last))
     assert np.mean(season == first) > 0.95
-    assert set(season) == set(range(N_SEASONS))
+    assert set(season) == set(range(24))
 
 
 def test_a_time_that_is_not_known_has_codes_of_its_own():
     codes = calendar_codes(jnp.asarray([NO_TIME]))
-    assert [int(code[0]) for code in codes] == [N_HOURS, N_WEEKDAYS, N_SEASONS]
-    known = [np.asarray(code) for code in calendar_codes(jnp.asarray(draw_all_times()))]
-    assert [k.max() for k in known] == [N_HOURS - 1, N_WEEKDAYS - 1, N_SEASONS - 1]
-    assert all(k.min() == 0 for k in known)
+    assert {name: int(code[0]) for name, code in codes.items()} == N_CODES
+    known = calendar_codes(jnp.asarray(draw_all_times()))
+    assert {name: int(code.max()) + 1 for name, code in known.items()} == N_CODES
+    assert all(int(code.min()) == 0 for code in known.values())
+
+
+@pytest.mark.parametrize("names", [("hour",), ("weekday", "season"), tuple(N_CODES), ()], ids="+".join)
+def test_waves_are_the_harmonics_of_each_cycle(names):
+    times = np.append(draw_all_times(), NO_TIME)
+    expected = [oracle.wave_features(time, {name: N_WAVES[name] for name in names}) for time in times]
+    np.testing.assert_allclose(calendar_waves(jnp.asarray(times), names), expected, atol=2e-6)
+
+
+def test_seven_days_are_told_apart_by_three_waves():
+    """They and a constant span all functions of a weekday, as a table of seven rows does."""
+    week = jnp.asarray([seconds(2024, 1, day) for day in range(1, 8)], jnp.int32)
+    waves = np.asarray(calendar_waves(week, ("weekday",)))[:, :-1]
+    assert np.linalg.matrix_rank(np.concatenate([waves, np.ones((7, 1))], axis=1), tol=1e-3) == 7
+
+
+def test_last_times_stay_in_the_sequence_and_the_service():
+    rng = np.random.default_rng(3)
+    time = np.sort(draw_times(rng, 12)).reshape(2, 6).astype(np.int32)
+    service = rng.integers(0, 3, (2, 6))
+    position = np.array([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]])
+    found = np.asarray(last_times(time, service, position, 4))
+    assert found.shape == (2, 6, 4)
+    for b, t, z in np.ndindex(found.shape):
+        own = [s for s in range(t - position[b, t], t + 1) if service[b, s] == z]
+        assert found[b, t, z] == (time[b, own[-1]] if own else NO_TIME)
 
 
 @pytest.mark.parametrize(
@@ -84,14 +121,46 @@ def test_gap_codes_are_the_log_of_the_hours():
     assert set(codes) == set(range(N_GAPS))
 
 
-def test_embedding_is_the_sum_of_its_rows_in_value_and_gradient():
-    embedding = fill(jax.eval_shape(lambda: TimeEmbedding(jax.random.key(0), 4, 0.02)))
+@pytest.mark.parametrize(
+    "config",
+    [
+        TimeConfig(),
+        TimeConfig(month_day=True, service_gap=True),
+        TimeConfig(kind="fourier", month_day=True, service_gap=True),
+        TimeConfig(kind="fourier", hour=False, gap=False),
+        TimeConfig(hour=False, weekday=False, season=False),
+        TimeConfig(kind="fourier", hour=False, weekday=False, season=False, gap=False, service_gap=True),
+    ],
+    ids=("default", "all tables", "all waves", "some waves", "gap", "service gap"),
+)
+def test_embedding_is_the_sum_of_what_is_on_in_value_and_gradient(config):
+    embedding = fill(jax.eval_shape(lambda: TimeEmbedding(jax.random.key(0), 4, 0.02, config, 2)))
     rng = np.random.default_rng(2)
     time = np.concatenate([draw_times(rng, 10), [NO_TIME, 0]]).astype(np.int32)
     since = np.concatenate([time[:9] - rng.integers(0, 10**8, 9), [NO_TIME, 0, 0]]).astype(np.int32)
-    weights = oracle.read_weights(embedding)
-    expected = [oracle.time_vector(weights, t, s) for t, s in zip(time, since, strict=True)]
-    np.testing.assert_allclose(embedding(time, since), expected, atol=1e-6)
+    last = np.stack([since, np.where(np.arange(12) % 3 == 0, NO_TIME, since - 10**6)], axis=-1).astype(np.int32)
+    weights, cotangent = oracle.read_weights(embedding), rng.standard_normal((12, 4)).astype(np.float32)
+    harmonics = {name: N_WAVES[name] for name in config.calendar}
+
+    def expected(weights):
+        return np.stack([oracle.time_vector(weights, *x, harmonics) for x in zip(time, since, last, strict=True)])
+
+    np.testing.assert_allclose(embedding(time, since, last), expected(weights), atol=1e-5)
+    gradient = oracle.read_weights(jax.grad(lambda e: jnp.sum(e(time, since, last) * cotangent))(embedding))
+    oracle.assert_slopes(lambda w: np.sum(expected(w) * cotangent), weights, gradient, 1e-5)
+
+
+def test_nothing_on_adds_nothing():
+    nothing = TimeConfig(hour=False, weekday=False, season=False, gap=False)
+    embedding = TimeEmbedding(jax.random.key(0), 4, 0.02, nothing)
+    assert float(jnp.max(jnp.abs(embedding(jnp.zeros(3, jnp.int32), jnp.zeros(3, jnp.int32))))) == 0
+
+
+def test_a_table_has_a_gradient_where_its_code_occurs():
+    embedding = fill(jax.eval_shape(lambda: TimeEmbedding(jax.random.key(0), 4, 0.02, TimeConfig())))
+    rng = np.random.default_rng(2)
+    time = np.concatenate([draw_times(rng, 10), [NO_TIME, 0]]).astype(np.int32)
+    since = np.concatenate([time[:9] - rng.integers(0, 10**8, 9), [NO_TIME, 0, 0]]).astype(np.int32)
     gradient = jax.grad(lambda e: jnp.sum(e(time, since)))(embedding)
     hours = [24 if t == NO_TIME else oracle.calendar(t)[0] for t in time]
     np.testing.assert_array_equal(gradient.hour[:, 0], np.bincount(hours, minlength=25))

@@ -1,11 +1,20 @@
 """Personalisation: a profile over all services that is kept event by event, and what the model reads of it."""
 
 from moerec.nn.personalization.api import Condition, Event, Personalizer, Request, UserState
-from moerec.nn.personalization.memory import MemoryParams, Sizes, delta_memory, ema_memory, null
+from moerec.nn.personalization.memory import (
+    LowRankParams,
+    MemoryParams,
+    Sizes,
+    delta_memory,
+    ema_memory,
+    low_rank_memory,
+    null,
+)
 
 __all__ = [
     "Condition",
     "Event",
+    "LowRankParams",
     "MemoryParams",
     "Personalizer",
     "Request",
@@ -13,5 +22,6 @@ __all__ = [
     "UserState",
     "delta_memory",
     "ema_memory",
+    "low_rank_memory",
     "null",
 ]

@@ -17,7 +17,7 @@ class UserState(NamedTuple):
     """All that is kept of a person between events; of fixed size, whatever the length of their history.
 
     Attributes:
-      memory_MP: float32. The last column is how much has been written to the slot.
+      memory_MP: float32, rows of what is kept (a row a slot, but in `low_rank_memory`); the last column counts writes.
       time: int32 seconds since 2000 of their last event with a known time, or `NO_TIME`; the memory is as of then.
       n_events: int32.
     """

@@ -1,4 +1,4 @@
-"""Memories of aspects over time scales: `ema_memory` and `delta_memory`; and `null`, which remembers nothing."""
+"""Memories of aspects over time scales: `ema_memory`, `delta_memory`, `low_rank_memory`; and `null`, which has none."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moerec.nn.layers import RMSNorm, declare, fan_in, normal
+from moerec.nn.layers import RMSNorm, declare, fan_in, fan_in_second, normal
 from moerec.nn.personalization.api import Condition, Event, Personalizer, Request, UserState
 from moerec.nn.personalization.recurrence import (
     HOUR,
@@ -25,8 +25,8 @@ MOST_GAIN = 0.98  # of `delta_memory`: what is overwritten leaves a trace, so th
 
 
 class Sizes(NamedTuple):
-    """`d_model`; aspects and time scales, whose product is the number of written slots; width of what is written; and
-    how many codes each static profile field has (the first of them "missing").
+    """`d_model`; aspects and time scales, whose product is the number of written slots; width of what is written;
+    how many codes each static profile field has (the first of them "missing"); and of `low_rank_memory` the rank.
     """
 
     d_model: int
@@ -34,16 +34,21 @@ class Sizes(NamedTuple):
     n_scales: int
     d_memory: int
     field_sizes: tuple[int, ...]
+    rank: int = 4
+
+    @property
+    def n_written(self) -> int:
+        return self.n_aspects * self.n_scales
 
 
 class MemoryParams(nnx.Module):
-    """Parameters of both memories.
+    """Parameters of `ema_memory` and `delta_memory`.
 
     Slot `a * n_scales + s` holds aspect a at time scale s; one more slot, never written, speaks of the static fields.
     """
 
     def __init__(self, key: jax.Array, sizes: Sizes):
-        d, a, s, p, fields = sizes
+        d, a, s, p, fields, _ = sizes
         keys = jax.random.split(key, 7)
         zeros = jax.nn.initializers.zeros
         self.norm = RMSNorm(d, 1e-6)
@@ -57,14 +62,32 @@ class MemoryParams(nnx.Module):
         self.field_XD = declare(keys[6], (max(sum(fields), 1), d), (None, "embed"), normal(0.02), decay="embedding")
 
 
+class LowRankParams(nnx.Module):
+    """Parameters of `low_rank_memory`; slots as in `MemoryParams`. The first of the R keys is 1 for every event."""
+
+    def __init__(self, key: jax.Array, sizes: Sizes):
+        d, a, s, p, fields, rank = sizes
+        keys = jax.random.split(key, 6)
+        zeros = jax.nn.initializers.zeros
+        self.norm = RMSNorm(d, 1e-6)
+        self.key_DR = declare(keys[0], (d, rank - 1), ("embed", None), fan_in)
+        self.value_DP = declare(keys[1], (d, p), ("embed", None), fan_in)
+        self.half_life_AS = declare(key, (1, s), (None, None), _spread, decay="none")
+        self.mix_AR = declare(keys[2], (a, rank), (None, None), fan_in_second)
+        self.read_PD = declare(keys[3], (p, d), (None, "embed"), fan_in)
+        self.slot_MD = declare(keys[4], (a * s + 1, d), (None, "embed"), normal(0.02), decay="embedding")
+        self.mass_MD = declare(keys[4], (a * s, d), (None, "embed"), zeros, decay="embedding")
+        self.field_XD = declare(keys[5], (max(sum(fields), 1), d), (None, "embed"), normal(0.02), decay="embedding")
+
+
 def _spread(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     """Half-lives evenly spread over the logarithm of their range, the same for every aspect."""
     place = (jnp.arange(shape[1], dtype=dtype) + 0.5) / shape[1]
     return jnp.broadcast_to(jnp.log(place) - jnp.log1p(-place), shape)
 
 
-def decay_rates(params: MemoryParams) -> jax.Array:
-    """Decay an hour of each written slot `[M]`: ln 2 over a half-life that is learned within the bounds."""
+def decay_rates(params: MemoryParams | LowRankParams) -> jax.Array:
+    """Decay an hour of each half-life `[A S]`: ln 2 over what is learned within the bounds."""
     place = jax.nn.sigmoid(params.half_life_AS[...].reshape(-1))
     span = math.log(MOST_HOURS / LEAST_HOURS)
     return math.log(2) / (LEAST_HOURS * jnp.exp(span * place))
@@ -93,22 +116,71 @@ def null(sizes: Sizes, chunk: int = 64) -> Personalizer:
 def ema_memory(sizes: Sizes, chunk: int = 64) -> Personalizer:
     """Each slot sums up what was written, forgotten at its half-life; divided by its mass it is an average."""
 
-    def write(params: MemoryParams, x_D: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def write(params: MemoryParams, x_D: jax.Array) -> Write:
         gain_M, value_P = _read_event(params, x_D, sizes)
-        return jnp.zeros_like(gain_M), gain_M, value_P
+        return Write(jnp.zeros_like(gain_M), gain_M, value_P)
 
-    return _make(sizes, write, chunk)
+    return _make(sizes, _of_aspects(sizes, write), chunk)
 
 
 def delta_memory(sizes: Sizes, chunk: int = 64) -> Personalizer:
     """Gated overwrite: an event replaces a share of what stands in the slots of its aspects, beside the decay."""
 
-    def write(params: MemoryParams, x_D: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def write(params: MemoryParams, x_D: jax.Array) -> Write:
         gain_M, value_P = _read_event(params, x_D, sizes)
         gain_M = MOST_GAIN * jnp.minimum(gain_M, 1)
-        return jnp.log1p(-gain_M), gain_M, value_P
+        return Write(jnp.log1p(-gain_M), gain_M, value_P)
 
-    return _make(sizes, write, chunk)
+    return _make(sizes, _of_aspects(sizes, write), chunk)
+
+
+def low_rank_memory(sizes: Sizes, chunk: int = 64) -> Personalizer:
+    """A low-rank adapter a person: all share the slots, and each has an own update of rank R of them.
+
+    At each time scale the state is a matrix `[R, P]` of fast weights, to which an event adds the outer product of its
+    key and its value (Schlag et al. 2021), forgotten at the scale's half-life; the slots are `mix [A, R]` times that
+    matrix times `read [P, D]`. Keys have signs, so that the mass is that of the first one, which is always 1.
+    """
+    rank, n_scales = sizes.rank, sizes.n_scales
+
+    def write(params: LowRankParams, x_D: jax.Array) -> Write:
+        x_D = params.norm(x_D.astype(jnp.float32))
+        key_R = jnp.concatenate([jnp.ones(1), x_D @ params.key_DR[...]])
+        value_P = jnp.append(x_D @ params.value_DP[...], 1.0)
+        return Write(jnp.zeros(rank * n_scales), jnp.repeat(key_R, n_scales), value_P)
+
+    def read(params: LowRankParams, memory_XP: jax.Array) -> tuple[jax.Array, jax.Array]:
+        memory_RSP = memory_XP.reshape(rank, n_scales, -1)
+        mass_S = memory_RSP[0, :, -1]
+        mean_ASP = jnp.einsum("AR,RSP->ASP", params.mix_AR[...], memory_RSP[..., :-1]) / (mass_S[:, None] + 1)
+        return mean_ASP.reshape(sizes.n_written, -1), jnp.tile(mass_S, sizes.n_aspects)
+
+    def rates(params: LowRankParams) -> jax.Array:
+        return jnp.tile(decay_rates(params), rank)
+
+    return _make(sizes, _Kind(lambda key: LowRankParams(key, sizes), rank * n_scales, rates, write, read), chunk)
+
+
+class Write(NamedTuple):
+    """What an event does to each row X of a memory: logarithm of what is kept, gain, and the value that is written."""
+
+    log_keep_X: jax.Array
+    gain_X: jax.Array
+    value_P: jax.Array
+
+
+class _Kind(NamedTuple):
+    """In what memories differ: parameters, rows, decay an hour of each row, writing, and reading.
+
+    `read` gives the mean `[M, P]` of what each slot holds, pulled to zero by one event's worth since little evidence
+    counts for little, and its mass `[M]`.
+    """
+
+    init: Callable[[jax.Array], Any]
+    n_rows: int
+    rates: Callable[[Any], jax.Array]
+    write: Callable[[Any, jax.Array], Write]
+    read: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def _read_event(params: MemoryParams, x_D: jax.Array, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
@@ -120,38 +192,43 @@ def _read_event(params: MemoryParams, x_D: jax.Array, sizes: Sizes) -> tuple[jax
     return gain_M, jnp.append(x_D @ params.value_DP[...], 1.0)
 
 
-def _make(sizes: Sizes, write: Callable, chunk: int) -> Personalizer:
-    n_written = sizes.n_aspects * sizes.n_scales
+def _of_aspects(sizes: Sizes, write: Callable) -> _Kind:
+    """A memory whose rows are its slots."""
+
+    def read(params: MemoryParams, memory_MP: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mass_M = memory_MP[:, -1]
+        return memory_MP[:, :-1] / (mass_M[:, None] + 1), mass_M
+
+    return _Kind(lambda key: MemoryParams(key, sizes), sizes.n_written, decay_rates, write, read)
+
+
+def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
+    n_written = sizes.n_written
     offsets = tuple(sum(sizes.field_sizes[:f]) for f in range(len(sizes.field_sizes)))
 
     def init_user() -> UserState:
-        memory_MP = jnp.zeros((n_written, sizes.d_memory + 1))
-        return UserState(memory_MP, jnp.asarray(NO_TIME), jnp.zeros((), jnp.int32))
+        memory_XP = jnp.zeros((kind.n_rows, sizes.d_memory + 1))
+        return UserState(memory_XP, jnp.asarray(NO_TIME), jnp.zeros((), jnp.int32))
 
-    def observe(params: MemoryParams, state: UserState, event: Event) -> UserState:
-        log_keep_M, gain_M, value_P = write(params, event.x_D)
+    def observe(params: Any, state: UserState, event: Event) -> UserState:
+        write = kind.write(params, event.x_D)
         hours = elapsed_since(state.time, event.time).astype(jnp.float32) / HOUR
-        decay_M = jnp.exp(log_keep_M - decay_rates(params) * hours)
-        memory_MP = decay_M[:, None] * state.memory_MP + gain_M[:, None] * value_P
+        decay_X = jnp.exp(write.log_keep_X - kind.rates(params) * hours)
+        memory_XP = decay_X[:, None] * state.memory_MP + write.gain_X[:, None] * write.value_P
         time = jnp.where(event.time == NO_TIME, state.time, event.time)
-        return UserState(memory_MP, time, state.n_events + 1)
+        return UserState(memory_XP, time, state.n_events + 1)
 
-    def unroll(params: MemoryParams, event: Event, first_T: jax.Array) -> UserState:
-        log_keep_TM, gain_TM, value_TP = jax.vmap(lambda x_D: write(params, x_D))(event.x_D)
+    def unroll(params: Any, event: Event, first_T: jax.Array) -> UserState:
+        write_T = jax.vmap(lambda x_D: kind.write(params, x_D))(event.x_D)
         elapsed_T = accumulate_elapsed(event.time, first_T)
-        memory_TMP = chunked_before(
-            Writes(elapsed_T, decay_rates(params), log_keep_TM, gain_TM, value_TP, first_T), chunk
-        )
+        memory_TXP = chunked_before(Writes(elapsed_T, kind.rates(params), *write_T, first_T), chunk)
         known_T = last_known(event.time, first_T)
         before_T = jnp.where(first_T, NO_TIME, jnp.pad(known_T[:-1], (1, 0), constant_values=NO_TIME))
-        return UserState(memory_TMP, before_T, _count_before(first_T))
+        return UserState(memory_TXP, before_T, _count_before(first_T))
 
-    def condition(params: MemoryParams, state: UserState, request: Request) -> Condition:
+    def condition(params: Any, state: UserState, request: Request) -> Condition:
         hours = elapsed_since(state.time, request.time).astype(jnp.float32) / HOUR
-        memory_MP = jnp.exp(-decay_rates(params) * hours)[:, None] * state.memory_MP
-        mass_M = memory_MP[:, -1]
-        # Little evidence counts for little: the mean is pulled to zero by one event's worth.
-        mean_MP = memory_MP[:, :-1] / (mass_M[:, None] + 1)
+        mean_MP, mass_M = kind.read(params, jnp.exp(-kind.rates(params) * hours)[:, None] * state.memory_MP)
         written_MD = mean_MP @ params.read_PD[...] + jnp.log1p(mass_M)[:, None] * params.mass_MD[...]
         rows_Y = request.field_Y + jnp.asarray(offsets, jnp.int32)
         field_D = jnp.sum(jnp.where(request.field_Y[:, None] > 0, params.field_XD[...][rows_Y], 0), axis=0)
@@ -160,7 +237,7 @@ def _make(sizes: Sizes, write: Callable, chunk: int) -> Personalizer:
         summary_D = jnp.sum(jnp.where(known_M[:, None], slot_MD, 0), axis=0) / (n_written + 1)
         return Condition(slot_MD, summary_D)
 
-    return Personalizer(lambda key: MemoryParams(key, sizes), init_user, observe, condition, unroll, n_written + 1)
+    return Personalizer(kind.init, init_user, observe, condition, unroll, n_written + 1)
 
 
 def _count_before(first_T: jax.Array) -> jax.Array:

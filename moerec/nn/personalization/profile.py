@@ -9,17 +9,17 @@ from flax import nnx
 from moerec.config import ModelConfig
 from moerec.nn.layers import RMSNorm, declare, fan_in
 from moerec.nn.personalization.api import Condition, Event, Personalizer, Request
-from moerec.nn.personalization.memory import Sizes, delta_memory, ema_memory, null
+from moerec.nn.personalization.memory import Sizes, delta_memory, ema_memory, low_rank_memory, null
 from moerec.shapes import Batch
 
-VARIANTS = {"null": null, "ema": ema_memory, "delta": delta_memory}
+VARIANTS = {"null": null, "ema": ema_memory, "delta": delta_memory, "low_rank": low_rank_memory}
 
 
 def make_personalizer(config: ModelConfig, field_sizes: tuple[int, ...]) -> Personalizer:
     """The variant that the config names."""
     personal = config.personal
     fields = field_sizes if personal.fields else ()
-    sizes = Sizes(config.d_model, personal.n_aspects, personal.n_scales, personal.d_memory, fields)
+    sizes = Sizes(config.d_model, personal.n_aspects, personal.n_scales, personal.d_memory, fields, personal.rank)
     return VARIANTS[personal.memory](sizes, personal.chunk)
 
 
