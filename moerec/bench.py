@@ -1,5 +1,6 @@
 """How fast the parts of a run are, measured one after the other in one process on an otherwise idle machine."""
 
+import contextlib
 import dataclasses
 import resource
 import time
@@ -66,6 +67,8 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
     """
     if not config.model.moe.layers:
         raise InputError("config.model.moe.layers: a dense model has no experts to count")
+    if len(set(sizes)) < len(sizes):
+        raise InputError(f"--sizes: {', '.join(map(str, sizes))}: a size is named twice")
     data = load_data(config.data, workdir)
     n_groups, steps, rows = data.dataset.catalogue.n_services + 1, {}, []
     for size in sizes:
@@ -74,7 +77,8 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
         moe = dataclasses.replace(config.model.moe, n_per_group=size // n_groups)
         setup = set_up(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), data)
         rows.append({"n_experts": size, "n_active_params": count_active_params(setup.state.model)})
-        steps[str(size)] = _Steps(setup, next(iter(setup.stream)))
+        with contextlib.closing(iter(setup.stream)) as stream:
+            steps[str(size)] = _Steps(setup, next(stream))
     times = time_in_turns(steps, repeats)
     first_ms = times[str(sizes[0])]
     return [{**row, "step_ms": ms, "ratio": ms / first_ms} for row, ms in zip(rows, times.values(), strict=True)]

@@ -1,6 +1,6 @@
 """Full ranking of every target over its service's catalogue and over the union, on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -51,13 +51,15 @@ def catalogue_vectors(model: SequenceModel, table: ItemTable) -> tuple[jax.Array
     return model.item_vectors(jnp.arange(table.service_I.shape[0]), table)
 
 
-def score_items(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable, vectors) -> jax.Array:
+def score_items(
+    model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable, vectors, donor_BT: jax.Array | None = None
+) -> jax.Array:
     """Scores `[Q, I]` of all items; without a history only the biases speak.
 
-    Where answers are mixed, a score is the log-probability.
+    Where answers are mixed, a score is the log-probability. `donor_BT` as in `SequenceModel.encode`.
     """
     vector_ID, bias_I = vectors
-    output = model.encode(batch, table, vector_ID=vector_ID)
+    output = model.encode(batch, table, vector_ID=vector_ID, donor_BT=donor_BT)
     known_Q1, at_Q = slot_Q[:, None] >= 0, jnp.maximum(slot_Q, 0)
     h_QD = jnp.where(known_Q1, output.state_BTD.reshape(-1, vector_ID.shape[1])[at_Q], 0)
     score_QI = h_QD @ vector_ID.T + bias_I
@@ -73,9 +75,16 @@ def score_items(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: It
 
 
 @jax.jit
-def rank_batch(model: SequenceModel, batch: Batch, questions: Questions, table: ItemTable, vectors) -> Ranks:
+def rank_batch(
+    model: SequenceModel,
+    batch: Batch,
+    questions: Questions,
+    table: ItemTable,
+    vectors,
+    donor_BT: jax.Array | None = None,
+) -> Ranks:
     """Counts by comparison, without a sort. A target that is itself among the seen items is a miss."""
-    score_QI = score_items(model, batch, questions.slot, table, vectors)
+    score_QI = score_items(model, batch, questions.slot, table, vectors, donor_BT)
     target = jnp.maximum(questions.target, 0)[:, None]
     level = jnp.take_along_axis(score_QI, target, axis=1)
     item_I = jnp.arange(score_QI.shape[1])
@@ -202,8 +211,16 @@ class EvaluationSet:
         )
 
 
-def rank_targets(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> tuple[RankCounts, RankCounts]:
+def rank_targets(
+    model: SequenceModel,
+    examples: EvaluationSet,
+    table: ItemTable,
+    edit: Callable[[Batch], tuple[Batch, Array | None]] | None = None,
+) -> tuple[RankCounts, RankCounts]:
     """In-service and union rank counts of all targets.
+
+    Args:
+      edit: what is done to each batch of histories first, and the slots' donors (`SequenceModel.encode`).
 
     Raises:
       WorkError: a score is not finite.
@@ -223,7 +240,8 @@ def rank_targets(model: SequenceModel, examples: EvaluationSet, table: ItemTable
 
     with mesh_of(model):
         for which, batch, questions in examples.batches():
-            ranks = rank_batch(model, batch, questions, table, vectors)
+            batch, donor_BT = (batch, None) if edit is None else edit(batch)
+            ranks = rank_batch(model, batch, questions, table, vectors, donor_BT)
             if parts:  # the batch before has been computed while this one was packed
                 collect()
             parts.append((which, ranks))

@@ -27,6 +27,7 @@ from moerec.metrics import (
     slice_table,
 )
 from moerec.nn.model import count_active_params
+from moerec.proofs import describe_effects
 from moerec.report.table import gap_closed
 from moerec.routing import describe_answers, describe_routing, macro_f1, observe
 from moerec.significance import bootstrap_intervals, paired_test
@@ -213,6 +214,9 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
             metrics["routing"] = describe_routing(observe(fitted.model, fitted.examples, fitted.table), seen)
         if config.model.copy != "none":
             metrics["answers"] = describe_answers(seen, data.dataset.catalogue.n_services)
+    if config.eval.effects:
+        own = per_target_metrics(ranked.union)["ndcg@10"]
+        metrics["proofs"] = describe_effects(config, fitted.model, test.examples, fitted.table, own)
     baselines = {name: _rank_baseline(name, config, data, test, workdir) for name in config.baselines}
     metrics["baselines"] = {name: test.table(ranks) for name, ranks in baselines.items()}
     intervals = _intervals(config, test, {"": ranked, **baselines})

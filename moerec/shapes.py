@@ -23,10 +23,12 @@ class Batch(NamedTuple):
     Attributes:
       item_BT: int32 index into the catalogue.
       action_BT: int32.
-      time_BT: int32 seconds since 2000, or `NO_TIME`.
+      time_BT: int32 seconds since 2000, UTC, or `NO_TIME`.
+      shift_BT: int32 seconds that clocks at the event's place are ahead of UTC.
       position_BT: int32 place within its own sequence, from 0.
       segment_BT: int32 from 1 in each row; 0 is padding.
-      request_time_BT: int32 seconds since 2000, or `NO_TIME`.
+      request_time_BT: int32 seconds since 2000, UTC, or `NO_TIME`.
+      request_shift_BT: int32, as `shift_BT`.
       request_context_BTC: int32 codes, 0 missing.
       field_BTY: int32 codes of the person's static profile fields, 0 missing.
       target_BT: int32 index of the next item (0 where the weight is 0).
@@ -36,9 +38,11 @@ class Batch(NamedTuple):
     item_BT: Array
     action_BT: Array
     time_BT: Array
+    shift_BT: Array
     position_BT: Array
     segment_BT: Array
     request_time_BT: Array
+    request_shift_BT: Array
     request_context_BTC: Array
     field_BTY: Array
     target_BT: Array

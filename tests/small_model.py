@@ -59,12 +59,15 @@ def make_sequence(rng: np.random.Generator, n: int, sizes: Sizes = SIZES) -> dic
     time = np.sort(draw_times(rng, n))
     request_time = np.maximum(time, draw_times(rng, n))
     known = rng.random((2, n)) > 0.2
+    hours = np.random.default_rng(n).integers(-12, 13, (2, n))
     return {
         "item_BT": rng.integers(0, sizes.n_items, n),
         "action_BT": rng.integers(0, sizes.n_actions, n),
         "time_BT": np.where(known[0], time, NO_TIME),
+        "shift_BT": 3600 * hours[0],
         "position_BT": np.arange(n),
         "request_time_BT": np.where(known[1], request_time, NO_TIME),
+        "request_shift_BT": 3600 * hours[1],
         "request_context_BTC": rng.integers(0, np.array(sizes.context_sizes) + 1, (n, len(sizes.context_sizes))),
         "field_BTY": np.broadcast_to(rng.integers(0, sizes.field_sizes), (n, len(sizes.field_sizes))),
         "target_BT": rng.integers(0, sizes.n_items, n),

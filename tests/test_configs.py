@@ -10,7 +10,16 @@ import pytest
 
 import configs
 from moerec import cli
-from moerec.config import CityConfig, Config, ModelConfig, SplitConfig, TrainConfig, checked
+from moerec.config import (
+    CityConfig,
+    Config,
+    ModelConfig,
+    PersonalConfig,
+    SplitConfig,
+    TimeConfig,
+    TrainConfig,
+    checked,
+)
 from moerec.data.load import load_data
 from moerec.errors import InputError
 from moerec.nn.model import SequenceModel, Sizes, count_active_params
@@ -51,6 +60,10 @@ def test_an_experiment_takes_a_step(name, tmp_path, request):
         (lambda: ModelConfig(d_head=3), "model.d_head"),
         (lambda: ModelConfig(d_copy=5), "model.d_copy"),
         (lambda: ModelConfig(copy="some"), "model.copy"),
+        (lambda: ModelConfig(context_dropout=1.0), "model.context_dropout"),
+        (lambda: TimeConfig(kind="sine"), "model.time.kind"),
+        (lambda: PersonalConfig(memory="lru"), "model.personal.memory"),
+        (lambda: PersonalConfig(rank=0), "model.personal.rank"),
         (lambda: ModelConfig(item_row=False, item_text=False), "model.item_row"),
         (lambda: SplitConfig(kind="time"), "data.split.valid_from"),
         (lambda: TrainConfig(batch_size=6, n_microbatches=4), "train.batch_size"),

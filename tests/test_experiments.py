@@ -96,10 +96,9 @@ def test_bench_experts_measures_each_size_at_equal_active_parameters(call):
     assert done.returncode == 0, done.stderr
     small, large = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert (small["n_experts"], large["n_experts"]) == (4, 8)
-    # The router has a row for each expert; nothing else of what a slot goes through grows.
-    assert 0 < large["n_active_params"] - small["n_active_params"] < 1000
-    assert small["ratio"] == 1
-    assert large["step_ms"] > 0
+    # The router has a row, a bias and a map of the posterior over three services for each expert; nothing else grows.
+    assert large["n_active_params"] - small["n_active_params"] == 4 * (16 + 1 + 3)
+    assert large["ratio"] == pytest.approx(large["step_ms"] / small["step_ms"])
 
 
 @pytest.mark.parametrize(
@@ -108,8 +107,9 @@ def test_bench_experts_measures_each_size_at_equal_active_parameters(call):
         (("--sizes=4",), "config.model.moe.layers"),
         (("--sizes=6", "--config.model.moe.layers=(1,)"), "6 experts"),
         (("--sizes=four",), "--sizes"),
+        (("--sizes=4,04", "--config.model.moe.layers=(1,)"), "named twice"),
     ],
-    ids=("dense", "uneven", "word"),
+    ids=("dense", "uneven", "word", "twice"),
 )
 def test_bench_experts_refuses_what_it_cannot_measure(call, arguments, line):
     done = call("bench_experts", *arguments)

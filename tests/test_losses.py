@@ -46,7 +46,11 @@ class Stub(NamedTuple):
 
 STUB = Stub(*(jnp.asarray(x, jnp.float32) for x in (H[None], VECTOR, BIAS)))
 EMPTY = np.zeros((1, N_SLOTS), np.int32)
-BATCH = Batch(*[EMPTY] * 8, target_BT=TARGET[None].astype(np.int32), weight_BT=WEIGHT[None].astype(np.float32))
+BATCH = Batch(
+    *[EMPTY] * (len(Batch._fields) - 2),
+    target_BT=TARGET[None].astype(np.int32),
+    weight_BT=WEIGHT[None].astype(np.float32),
+)
 TABLE = ItemTable(jnp.asarray(SERVICE), jnp.zeros((N_ITEMS, 1), int), jnp.asarray(COUNT, jnp.float32))
 
 

@@ -58,6 +58,7 @@ def plant_future(dataset: Dataset, targets: np.ndarray) -> Dataset:
         item=np.where(future, other_item, log.item).astype(log.item.dtype),
         action=np.where(future, (log.action + 1) % len(dataset.actions), log.action).astype(log.action.dtype),
         context=np.where(after[:, None], (log.context + 1) % n_codes, log.context).astype(log.context.dtype),
+        shift=np.where(after, log.shift + 3600, log.shift).astype(log.shift.dtype),
         time=np.where(after & known, log.time + 86_400, log.time),
     )
     return dataclasses.replace(dataset, log=planted)
@@ -91,6 +92,8 @@ def _differs(batch: Batch, other: Batch, asked: Questions, other_asked: Question
         (batch.segment_BT, other.segment_BT),
         (batch.position_BT, other.position_BT),
         (batch.request_time_BT, other.request_time_BT),
+        (batch.shift_BT, other.shift_BT),
+        (batch.request_shift_BT, other.request_shift_BT),
         *zip(np.moveaxis(batch.request_context_BTC, 2, 0), np.moveaxis(other.request_context_BTC, 2, 0), strict=True),
     )
     slot_changed = np.any([np.asarray(a) != np.asarray(b) for a, b in pairs], axis=0).reshape(-1)

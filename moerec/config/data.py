@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import zoneinfo
 
 from moerec.config.checks import one_of, require, require_seed
 
@@ -46,6 +47,9 @@ class SchemaConfig:
     action: str = ""
     time: str = ""
     time_unit: str = "s"  # s, ms, day or iso
+    zone: str = "UTC"  # IANA time zone of everybody's clock, such as Europe/Moscow
+    zone_column: str = ""  # a column of context or profile, whose values may have other zones: see `zones`
+    zones: tuple[str, ...] = ()  # "value=Area/City"
     context: tuple[str, ...] = ()
     context_edges: tuple[str, ...] = ()  # "column=edge,edge,…": a numeric column of `context`, cut into ranges there
     item_id: str = "item"  # columns of the item table
@@ -62,8 +66,22 @@ class SchemaConfig:
         one_of(self.time_unit, "data.schema.time_unit", ("s", "ms", "day", "iso"))
         require(bool(self.service) or bool(self.service_name), "data.schema.service_name", "must not be empty")
         require(self.service_name != "all", "data.schema.service_name", '"all" is the sum of the services')
+        require(bool(self.zones) == bool(self.zone_column), "data.schema.zones", "it and zone_column need each other")
+        for zone in (self.zone, *self.zone_of.values()):
+            require(_is_zone(zone), "data.schema.zones", f"{zone!r} is no IANA time zone, such as Europe/Moscow")
         for column in self.edges:
             require(column in self.context, "data.schema.context_edges", f"{column!r} is no column of context")
+
+    @property
+    def zone_of(self) -> dict[str, str]:
+        """The time zone of each value of `zone_column` that has its own."""
+        found = {}
+        for entry in self.zones:
+            value, _, zone = entry.rpartition("=")
+            require(bool(value and zone), "data.schema.zones", f'{entry!r} is not of the form "value=Area/City"')
+            require(value not in found, "data.schema.zones", f"{value!r} is there twice")
+            found[value] = zone
+        return found
 
     @property
     def edges(self) -> dict[str, tuple[float, ...]]:
@@ -84,6 +102,14 @@ class SchemaConfig:
             require(column not in found, "data.schema.context_edges", f"{column!r} is there twice")
             found[column] = edges
         return found
+
+
+def _is_zone(name: str) -> bool:
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        return False
+    return True
 
 
 @dataclasses.dataclass

@@ -94,6 +94,7 @@ class EvalConfig:
     batch_size: int = 256  # targets scored at once
     n_boot: int = 1000
     n_test: int = 0  # 0 evaluates every test target
+    effects: bool = False  # what the answers lose without the own profile and the own context (`moerec.proofs`)
 
     def __post_init__(self):
         one_of(self.selection, "eval.selection", ("union", "in_service"))

@@ -66,6 +66,7 @@ class EventLog:
       action: `[events]` int16, index into `Dataset.actions`.
       time: `[events]` int64, unix seconds, or `UNKNOWN_TIME`.
       context: `[events, C]` int16, codes into `Dataset.context` values.
+      shift: `[events]` int32, seconds that the clock at the event's place is ahead of UTC; zeros where none is given.
     """
 
     offsets: np.ndarray
@@ -73,12 +74,16 @@ class EventLog:
     action: np.ndarray
     time: np.ndarray
     context: np.ndarray
+    shift: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __post_init__(self):
         n = len(self.item)
+        if not len(self.shift):
+            object.__setattr__(self, "shift", np.zeros(n, np.int32))
         if self.offsets[0] != 0 or self.offsets[-1] != n or np.any(np.diff(self.offsets) < 0):
             raise InputError("event log: offsets must rise from 0 to the number of events")
-        if len(self.action) != n or len(self.time) != n or self.context.shape[0] != n or self.context.ndim != 2:
+        columns = (self.action, self.time, self.context, self.shift)
+        if any(len(column) != n for column in columns) or self.context.ndim != 2:
             raise InputError("event log: every column needs one entry per event")
 
     @property
@@ -88,6 +93,11 @@ class EventLog:
     @property
     def n_events(self) -> int:
         return len(self.item)
+
+    def take(self, rows: np.ndarray, offsets: np.ndarray) -> "EventLog":
+        """The log of some of the events, by their numbers or a mask. Args: the offsets of the people who have them."""
+        columns = (self.item, self.action, self.time, self.context, self.shift)
+        return EventLog(offsets, *(column[rows] for column in columns))
 
     @property
     def person(self) -> np.ndarray:
@@ -154,7 +164,7 @@ def mark_unseen(dataset: Dataset, is_known: np.ndarray) -> Dataset:
     """Gives context values that no known event has the code "unseen": a model could only guess what they mean.
 
     Args:
-      is_known: `[events]` bool, the events to learn from.
+      is_known: `[events]` bool, those whose context is learnt from.
     """
     context = dataset.log.context.copy()
     for c, values in enumerate(dataset.context.values()):

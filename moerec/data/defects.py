@@ -166,8 +166,8 @@ class RowCheck:
         return micros
 
     def numbers(self, column: str, values: pa.Array) -> np.ndarray:
-        """`[n]` float64, NaN where empty; refuses what is no finite number."""
-        filled = pc.greater(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
+        """`[n]` float64, NaN where empty or "nan" (a missing float of pandas); refuses what is no finite number."""
+        filled = ~_matches(values, r"^([nN]a[nN])?$")
         is_number = _matches(values, _NUMBER)
         numbers = np.full(len(values), np.nan)
         texts = values.filter(pa.array(is_number)).cast(pa.string())

@@ -15,6 +15,7 @@ from moerec.data.prepare import is_current, prepare
 from moerec.data.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.splits import TRAIN, assign_roles, shuffle_ties
 from moerec.data.tokenizer import TokenTable, tokenize
+from moerec.data.zones import find_zones
 from moerec.errors import InputError
 from moerec.shapes import ItemTable
 
@@ -45,7 +46,10 @@ class Prepared:
         log, catalogue = self.dataset.log, self.dataset.catalogue
         found = hashlib.sha256()
         fields, _ = self.dataset.profile_codes
-        for array in (*dataclasses.astuple(log), self.roles, catalogue.offsets, self.tokens.ids, fields):
+        events = [log.offsets, log.item, log.action, log.time, log.context]
+        if log.shift.any():
+            events.append(log.shift)
+        for array in (*events, self.roles, catalogue.offsets, self.tokens.ids, fields):
             found.update(np.ascontiguousarray(array).tobytes())
         for names in (catalogue.services, catalogue.ids.tolist()):
             found.update("\0".join(names).encode())
@@ -88,11 +92,24 @@ def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, fo
     if config.split.shuffle_ties:
         dataset = shuffle_ties(dataset, config.seed)
     roles = assign_roles(dataset, config.split, config.seed)
+    zones = find_zones(dataset, config.schema)
+    if zones is not None:
+        log = dataset.log
+        shift = zones.find_shifts(log.person, log.time, log.context)
+        dataset = dataclasses.replace(dataset, log=dataclasses.replace(log, shift=shift))
     if world is None:  # all of the city's values are known, and its oracle asks for them
-        dataset = mark_unseen(dataset, roles == TRAIN)
+        dataset = mark_unseen(dataset, _find_requests(dataset, roles == TRAIN))
     tokens = tokenize(dataset.catalogue, config.max_tokens, config.vocab_size)
     quarantined = {} if folder is None else Meta.load(folder).extra.get("quarantined", {})
     return Prepared(dataset, roles, tokens, world, folder, quarantined)
+
+
+def _find_requests(dataset: Dataset, keep: np.ndarray) -> np.ndarray:
+    """`[events]` bool, those whose context is trained on: all that are trained on but the first of each person."""
+    kept = np.flatnonzero(keep)
+    is_request = keep.copy()
+    is_request[kept[np.unique(dataset.log.person[kept], return_index=True)[1]]] = False
+    return is_request
 
 
 def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, Path | None]:
@@ -112,7 +129,8 @@ def make_reader(config: DataConfig, data: Prepared) -> EventReader:
     if config.reader == "memory" or data.folder is None:
         return MemoryReader(data.dataset.log, keep, fields)
     source = open_source(data.folder)
-    return ShardReader(source, data.dataset.log.offsets, keep, _item_numbers(data), fields)
+    zones = find_zones(data.dataset, config.schema)
+    return ShardReader(source, data.dataset.log.offsets, keep, _item_numbers(data), fields, zones)
 
 
 def _item_numbers(data: Prepared) -> np.ndarray:

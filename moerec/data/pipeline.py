@@ -13,6 +13,7 @@ import numpy as np
 from moerec.data.dataset import EventLog
 from moerec.data.packing import fill_batch, place_sequences
 from moerec.data.shards import PeopleSource, read_people
+from moerec.data.zones import Zones
 from moerec.errors import InputError
 from moerec.shapes import Batch
 
@@ -35,7 +36,7 @@ class MemoryReader:
         """Args: the whole log; `[events]` bool, which of them are trained on; the people's profile codes."""
         kept_before = np.concatenate([[0], np.cumsum(keep)])
         offsets = kept_before[log.offsets]
-        self._log = EventLog(offsets, log.item[keep], log.action[keep], log.time[keep], log.context[keep])
+        self._log = log.take(keep, offsets)
         self.lengths = np.diff(offsets)
         self.fields = np.zeros((log.n_people, 0), np.int32) if fields is None else fields
 
@@ -53,11 +54,14 @@ class ShardReader:
         keep: np.ndarray,
         item_numbers: np.ndarray,
         fields: np.ndarray | None = None,
+        zones: Zones | None = None,
     ):
         """Args: the shards; `[people + 1]` offsets of all events; `[events]` bool, which of them are trained on;
-        `[I]` int32, the number that each of the shards' items has in the catalogue; the people's profile codes.
+        `[I]` int32, the number that each of the shards' items has in the catalogue; the people's profile codes; the
+        time zones of clocks that do not show UTC.
         """
         self._source, self._offsets, self._keep, self._item_numbers = source, offsets, keep, item_numbers
+        self._zones = zones
         kept_before = np.concatenate([[0], np.cumsum(keep)])
         self.lengths = np.diff(kept_before[offsets])
         self.fields = np.zeros((len(offsets) - 1, 0), np.int32) if fields is None else fields
@@ -67,9 +71,12 @@ class ShardReader:
         first = np.repeat(self._offsets[people] - np.concatenate([[0], np.cumsum(n_events)[:-1]]), n_events)
         rows = rows[self._keep[first + np.arange(len(rows))]]
         start = np.concatenate([[0], np.cumsum(self.lengths[people])])
-        return EventLog(start, self._item_numbers[rows["item"]], rows["action"], rows["time"], rows["context"]), start[
-            :-1
-        ]
+        shift = np.zeros(len(rows), np.int32)
+        if self._zones is not None:
+            person = np.repeat(people, self.lengths[people])
+            shift = self._zones.find_shifts(person, rows["time"], rows["context"])
+        columns = (self._item_numbers[rows["item"]], rows["action"], rows["time"], rows["context"], shift)
+        return EventLog(start, *columns), start[:-1]
 
 
 class Plan(NamedTuple):

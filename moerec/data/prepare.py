@@ -140,7 +140,7 @@ def _open_codes(edges: tuple[float, ...] | None) -> Codes:
     """Codes of a context column: of "missing" alone, or, with edges, of all ranges too."""
     if edges is None:
         return Codes({b"": 0})
-    names = [f"{edge:g}" for edge in edges]
+    names = [repr(edge).removesuffix(".0") for edge in edges]
     between = [f"{low} to {high}" for low, high in itertools.pairwise(names)]
     ranges = [f"below {names[0]}", *between, f"from {names[-1]}"]
     return Codes({b"": 0} | {name.encode(): k for k, name in enumerate(ranges, 1)})

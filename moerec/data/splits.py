@@ -1,5 +1,6 @@
 """Which events are trained on, validated on and tested on, and what a prediction of each may see."""
 
+import dataclasses
 import datetime
 import itertools
 
@@ -91,8 +92,7 @@ def shuffle_ties(dataset: Dataset, seed: int) -> Dataset:
     tied = (person[1:] == person[:-1]) & (log.time[1:] == log.time[:-1]) & (log.time[1:] != UNKNOWN_TIME)
     run = np.concatenate([[0], np.cumsum(~tied)])
     order = np.lexsort((np.random.default_rng(seed).random(log.n_events), run))
-    shuffled = EventLog(log.offsets, log.item[order], log.action[order], log.time[order], log.context[order])
-    return Dataset(dataset.catalogue, shuffled, dataset.people, dataset.actions, dataset.context, dataset.profile)
+    return dataclasses.replace(dataset, log=log.take(order, log.offsets))
 
 
 def select_targets(dataset: Dataset, roles: np.ndarray, role: int) -> np.ndarray:

@@ -29,9 +29,8 @@ class Block(nnx.Module):
     """`x + attention(norm(x))`, then `x + ffn(norm(x))`; either may be of the kind that is conditioned or mixed."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int = 0, run: Run = PLAIN):
-        k_attention, k_ffn = jax.random.split(key)
+        k_attention, k_ffn, k_personal = jax.random.split(key, 3)
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        k_personal = jax.random.fold_in(k_attention, 1)
         personal = PersonalBias(k_personal, config, n_services) if run.personal else None
         self.attention = Attention(k_attention, config, personal)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)

@@ -66,8 +66,11 @@ class SlotEncoder(nnx.Module):
         keys = jax.random.split(key, 5)
         d = config.d_model
 
-        def table(k, n):
-            return declare(k, (n, d), (None, "embed"), normal(STDDEV), decay="embedding")
+        def table(k, n, n_zeros=0):
+            def init(key, shape, dtype):
+                return normal(STDDEV)(key, shape, dtype).at[n - n_zeros :].set(0)
+
+            return declare(k, (n, d), (None, "embed"), init, decay="embedding")
 
         self.service = table(keys[0], n_services) if config.service else None
         self.action = table(keys[1], n_actions) if config.action else None
@@ -75,9 +78,11 @@ class SlotEncoder(nnx.Module):
         # Which service the request will go to is not known, so that it has the gaps of all.
         self.request_time = TimeEmbedding(keys[3], d, STDDEV, config.time, n_services) if config.request_time else None
         # One table for all features: feature c owns rows offset_c .. offset_c + size_c, the first of them "missing",
-        # and one behind those of all features, "unseen".
-        n_rows = sum(context_sizes) + len(context_sizes)
-        self.context = table(keys[4], n_rows) if config.request_context and context_sizes else None
+        # and one behind those of all features, "unseen": no event trains it (but for `context_dropout`), so it is zero.
+        n_unseen = len(context_sizes)
+        self.context = (
+            table(keys[4], sum(context_sizes) + n_unseen, n_unseen) if config.request_context and n_unseen else None
+        )
         self.n_gap_services = n_services if config.time.service_gap else 0
         self.context_sizes, self.context_dropout = context_sizes, config.context_dropout
 
@@ -113,9 +118,10 @@ class SlotEncoder(nnx.Module):
                 before_BTZ = _previous(last_BTZ, batch.position_BT, NO_TIME)
                 own_BT1 = jnp.take_along_axis(before_BTZ, service_BT[..., None], axis=-1)
             since_BT = _previous(batch.time_BT, batch.position_BT, batch.time_BT)
-            parts.append(self.event_time(batch.time_BT, since_BT, own_BT1))
+            parts.append(self.event_time(batch.time_BT, batch.shift_BT, since_BT, own_BT1))
         if self.request_time is not None:
-            parts.append(self.request_time(batch.request_time_BT, batch.time_BT, last_BTZ))
+            request = (batch.request_time_BT, batch.request_shift_BT)
+            parts.append(self.request_time(*request, batch.time_BT, last_BTZ))
         if self.context is not None:
             rows_BTC = self._context_rows(batch.request_context_BTC, key)
             parts.append(jnp.sum(self.context[...][rows_BTC], axis=-2))

@@ -14,8 +14,9 @@ from moerec.nn.block import run_blocks, split_layers, stack_blocks
 from moerec.nn.events import ItemEncoder, SlotEncoder
 from moerec.nn.experts import DomainExperts, Request
 from moerec.nn.layers import RMSNorm, declare, dropout
-from moerec.nn.personalization.profile import ProfileRouter, condition_slots, make_personalizer
-from moerec.shapes import Batch, ItemTable, Output, Routing
+from moerec.nn.personalization import Request as Asked
+from moerec.nn.personalization.profile import ProfileRouter, condition_slots, exchange, make_personalizer
+from moerec.shapes import NO_TIME, Batch, ItemTable, Output, Routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,21 +68,29 @@ class SequenceModel(nnx.Module):
         return self.item_encoder(item, table) + self.slot_encoder.of_event(item, action, table)
 
     def encode(
-        self, batch: Batch, table: ItemTable, key: jax.Array | None = None, vector_ID: jax.Array | None = None
+        self,
+        batch: Batch,
+        table: ItemTable,
+        key: jax.Array | None = None,
+        vector_ID: jax.Array | None = None,
+        donor_BT: jax.Array | None = None,
     ) -> Output:
         """States from which the next item is predicted; `key` switches dropout and jitter on.
 
         The targets (`batch.target_BT`, where the weight is not 0) decide only under which domain a slot is counted.
         `vector_ID` of `item_vectors`, where those of the whole catalogue are there already, saves encoding the items of
-        the slots; it is used where inputs and answers share their items' vectors.
+        the slots; it is used where inputs and answers share their items' vectors. `donor_BT` gives the slots other
+        profiles than their own, see `exchange`.
         """
         config = self.config
-        k_input, k_blocks = (None, None) if key is None else jax.random.split(key)
+        k_input, k_context, k_blocks = None, None, None
+        if key is not None:
+            k_input, k_blocks = jax.random.split(key)
+            k_context = jax.random.fold_in(k_input, 1)
         if vector_ID is None or self.head_encoder is not None:
             item_BTD = self.item_encoder(batch.item_BT, table)
         else:
             item_BTD = vector_ID[batch.item_BT]
-        k_context = None if key is None else jax.random.fold_in(k_input, 1)
         event_BTD = self.input_norm(item_BTD + self.slot_encoder(batch, table, k_context))
         x_BTD = dropout(event_BTD, config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
         mask_BTS = segment_mask(batch.segment_BT, config.window)
@@ -96,7 +105,7 @@ class SequenceModel(nnx.Module):
         if self.blocks is not None:
             x_BTD, _ = advance(self.blocks, x_BTD, trunk)
         if config.personal.layers:
-            read_BTD, relevance_BTM, view = self._read_profile(x_BTD, batch, table)
+            read_BTD, relevance_BTM, view = self._read_profile(x_BTD, batch, table, donor_BT)
             x_BTD = x_BTD + read_BTD.astype(x_BTD.dtype)
         if self.analyser is not None:
             log_domain_BTZ = self.analyser(x_BTD)
@@ -116,13 +125,18 @@ class SequenceModel(nnx.Module):
         return Output(state_BTD, log_domain_BTZ, routing, relevance_BTM, answers)
 
     def _read_profile(
-        self, x_BTD: jax.Array, batch: Batch, table: ItemTable
+        self, x_BTD: jax.Array, batch: Batch, table: ItemTable, donor_BT: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None, View]:
         """What is added to the states, the relevance of the memory slots, and what the personal layers see."""
         personal = self.config.personal
         personalizer = make_personalizer(self.config, self.field_sizes)
         event_BTD = self.event_vectors(batch.item_BT, batch.action_BT, table)
         condition = condition_slots(personalizer, self.profile, batch, event_BTD, personal.fields)
+        if donor_BT is not None:
+            no_fields = jnp.zeros(len(self.field_sizes) if personal.fields else 0, jnp.int32)
+            nobody = Asked(jnp.asarray(NO_TIME), no_fields)
+            nothing = personalizer.condition(self.profile, personalizer.init_user(), nobody)
+            condition = exchange(condition, donor_BT, batch.segment_BT > 0, nothing)
         read_BTD, relevance_BTM, log_relevance_BTM = jnp.zeros(()), None, jnp.zeros((*batch.item_BT.shape, 0))
         if self.profile_router is not None:
             relevance_BTM, log_relevance_BTM, read_BTD = self.profile_router(x_BTD, condition.slot_MD)

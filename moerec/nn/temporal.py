@@ -82,9 +82,8 @@ class TimeEmbedding(nnx.Module):
 
     def __init__(self, key: jax.Array, d: int, stddev: float, config: TimeConfig, n_services: int = 1):
         """Args: services whose last events' gaps are embedded, each with a table of its own."""
-        first = ("hour", "weekday", "season", "gap")
-        keys = dict(zip(first, jax.random.split(key, len(first)), strict=True))
-        keys |= {name: jax.random.fold_in(key, n) for n, name in enumerate(("month_day", "service_gap", "wave"))}
+        names = ("hour", "weekday", "season", "gap", "month_day", "service_gap", "wave")
+        keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
 
         def table(name: str, on: bool, *shape: int) -> nnx.Param | None:
             axes = (*(None for _ in shape), "embed")
@@ -100,21 +99,25 @@ class TimeEmbedding(nnx.Module):
         self.service_gap = table("service_gap", config.service_gap, n_services, N_GAPS + 1)
         self.calendar = calendar
 
-    def __call__(self, time_BT: jax.Array, since_BT: jax.Array, last_BTZ: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, time_BT: jax.Array, shift_BT: jax.Array, since_BT: jax.Array, last_BTZ: jax.Array | None = None
+    ) -> jax.Array:
         """Vectors `[B, T, D]`.
 
-        Args: the time to embed, the time from which its gap counts, and the times from which its gaps in services
-        count; int32 seconds since 2000, or `NO_TIME`.
+        Args: the time to embed; how far clocks are ahead of it there, which the calendar goes by; the time from which
+        its gap counts; and the times from which its gaps in services count. int32 seconds since 2000, or `NO_TIME`.
         """
         parts = []
+        clock_BT = jnp.where(time_BT == NO_TIME, NO_TIME, time_BT + shift_BT)
         if self.wave_XD is not None:
-            parts.append(calendar_waves(time_BT, self.calendar) @ self.wave_XD[...])
+            parts.append(calendar_waves(clock_BT, self.calendar) @ self.wave_XD[...])
         else:
-            codes = calendar_codes(time_BT)
+            codes = calendar_codes(clock_BT)
             parts += [getattr(self, name)[...][codes[name]] for name in self.calendar]
         if self.gap is not None:
             parts.append(self.gap[...][find_bucket(since_BT, time_BT, N_GAPS + 1)])
         if self.service_gap is not None:
+            assert last_BTZ is not None
             bucket_BTZ = find_bucket(last_BTZ, time_BT[..., None], N_GAPS + 1)
             service_Z = jnp.arange(bucket_BTZ.shape[-1])
             parts.append(jnp.sum(self.service_gap[...][service_Z, bucket_BTZ], axis=-2))

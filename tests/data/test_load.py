@@ -12,7 +12,7 @@ from moerec.config import CityConfig, DataConfig, SchemaConfig, SplitConfig, Tab
 from moerec.data import city
 from moerec.data.dataset import Dataset
 from moerec.data.load import Prepared, load_data, make_reader
-from moerec.data.pipeline import MemoryReader, ShardReader
+from moerec.data.pipeline import MemoryReader, PackedStream, ShardReader, StreamOptions
 from moerec.data.splits import TEST, TRAIN, VALID
 from moerec.errors import InputError
 
@@ -232,10 +232,11 @@ def test_shuffled_ties_change_only_the_order_within_a_time(tmp_path):
 
 
 def test_context_values_of_held_out_events_alone_are_unseen(tmp_path):
-    """Of three events of a person the last two are held out; the training's own stream knows every value it sees."""
+    """The last two events of a person are held out, and of the others the first is no request: nothing predicts it."""
     (tmp_path / "tables").mkdir()
-    lines = ["user\titem\ttime\tsky", "u\ta\t1\tsun", "u\tb\t2\train", "u\ta\t3\tsun"]
-    lines += ["v\ta\t1\t", "v\tb\t2\tsun", "v\ta\t3\thail"]
+    sky = {"u": ["fog", "sun", "rain", "sun"], "v": ["sun", "", "hail", "fog"]}
+    rows = [f"{user}\t{'ab'[k % 2]}\t{k}\t{value}" for user, values in sky.items() for k, value in enumerate(values)]
+    lines = ["user\titem\ttime\tsky", *rows]
     (tmp_path / "tables" / "interactions.tsv").write_text("\n".join(lines) + "\n")
     config = DataConfig(
         source="tables",
@@ -244,5 +245,8 @@ def test_context_values_of_held_out_events_alone_are_unseen(tmp_path):
     )
     for reader in ("memory", "shards"):
         data = load_data(dataclasses.replace(config, reader=reader), tmp_path / "run")
-        assert data.dataset.context == {"sky": ("sun", "rain", "hail")}
-        assert data.dataset.log.context[:, 0].tolist() == [1, 4, 1, 0, 1, 4]
+        assert data.dataset.context == {"sky": ("fog", "sun", "rain", "hail")}
+        assert data.dataset.log.context[:, 0].tolist() == [5, 2, 5, 2, 2, 0, 5, 5]
+        stream = iter(PackedStream(make_reader(config, data), StreamOptions(1, 16, 8, 0)))
+        batch = next(stream)
+        assert set(batch.request_context_BTC[batch.weight_BT > 0].ravel().tolist()) == {0, 2}

@@ -120,6 +120,7 @@ def test_columns_land_in_their_slots_and_the_rest_is_padding(n, n_context, seed)
         rng.integers(0, 9, events).astype(np.int16),
         rng.integers(0, 2**30, events) + seconds(2001, 1, 1),
         rng.integers(0, 5, (events, n_context)).astype(np.int16),
+        rng.integers(-9, 9, events).astype(np.int32) * 900,
     )
     shape = (3, 4)
     slot = rng.permutation(12)[:n]
@@ -135,7 +136,7 @@ def test_columns_land_in_their_slots_and_the_rest_is_padding(n, n_context, seed)
     for flat in range(12):
         got = [np.asarray(x)[divmod(flat, 4)].tolist() for x in batch]
         if flat not in place:
-            assert got == [0, 0, NO_TIME, 0, 0, NO_TIME, [0] * n_context, [0, 0], 0, 0]
+            assert got == [0, 0, NO_TIME, 0, 0, 0, NO_TIME, 0, [0] * n_context, [0, 0], 0, 0]
             continue
         k = place[flat]
         s, f = source[k], following[k]
@@ -143,9 +144,11 @@ def test_columns_land_in_their_slots_and_the_rest_is_padding(n, n_context, seed)
             log.item[s],
             log.action[s],
             log.time[s] - zero,
+            log.shift[s],
             position[k],
             segment[k],
             log.time[f] - zero,
+            log.shift[f],
             log.context[f].tolist(),
             fields[k].tolist(),
             log.item[f],

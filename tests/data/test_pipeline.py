@@ -34,6 +34,7 @@ def make_log(lengths, seed=0, n_context=2) -> EventLog:
         rng.integers(0, 5, n).astype(np.int16),
         time,
         rng.integers(0, 9, (n, n_context)).astype(np.int16),
+        900 * rng.integers(-40, 40, n).astype(np.int32),
     )
 
 
@@ -84,9 +85,11 @@ def decode(batch, log: EventLog, rows_of_people) -> list[tuple[int, int, int]]:
                 log.item[event],
                 log.action[event],
                 shifted(log.time[event]),
+                log.shift[event],
                 k,
                 batch.segment_BT[slots[0]],
                 shifted(log.time[following]),
+                log.shift[following],
                 log.context[following].tolist(),
                 [person, person % 3 + 1],
                 log.item[following],

@@ -187,15 +187,21 @@ def test_one_service_and_no_time_keep_the_published_order(tmp_path):
 
 
 def test_numbers_of_the_context_become_ranges(tmp_path):
-    numbers = ["", "-10.5", "-10", "-1e0", "0", "9.99", "+10", ".5", "1e3"]
+    numbers = ["", "-10.5", "-10", "-1e0", "0", "9.99", "+10", ".5", "1e3", "NaN"]
     write_tsv(tmp_path / "events.tsv", [("u", str(n), x) for n, x in enumerate(numbers)], ("user", "item", "heat"))
     columns = SchemaConfig(context=("heat",), context_edges=("heat=-10,0,10",))
     dataset = read_tables(config(tmp_path, "events.tsv", columns))
     assert dataset.context == {"heat": ("below -10", "-10 to 0", "0 to 10", "from 10")}
-    assert dataset.log.context[:, 0].tolist() == [0, 1, 2, 2, 3, 3, 4, 3, 4]
+    assert dataset.log.context[:, 0].tolist() == [0, 1, 2, 2, 3, 3, 4, 3, 4, 0]
+    close = ("1577836800", "1577836900", "1577837000.5")
+    write_tsv(tmp_path / "events.tsv", [("u", str(n), x) for n, x in enumerate(close)], ("user", "item", "heat"))
+    columns = SchemaConfig(context=("heat",), context_edges=(f"heat={','.join(close)}",))
+    dataset = read_tables(config(tmp_path, "events.tsv", columns))
+    assert dataset.context["heat"][1:3] == ("1577836800 to 1577836900", "1577836900 to 1577837000.5")
+    assert dataset.log.context[:, 0].tolist() == [2, 3, 4]
 
 
-@pytest.mark.parametrize("word", ["warm", "nan", "inf", "1,5", "0x10", "1 0", "1e999"])
+@pytest.mark.parametrize("word", ["warm", "-nan", "inf", "1,5", "0x10", "1 0", "1e999"])
 def test_what_is_no_number_is_a_defect_of_its_row(tmp_path, word):
     rows = [("u", "a", "1"), ("u", "b", word), ("u", "c", "")]
     write_tsv(tmp_path / "events.tsv", rows, ("user", "item", "heat"))

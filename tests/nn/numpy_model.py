@@ -156,18 +156,19 @@ def wave_features(time: int, harmonics: dict[str, int]) -> np.ndarray:
     return np.array([0.0] * len(features) + [1.0] if time == NO_TIME else [*features, 0.0])
 
 
-def time_vector(w: Weights, time, since, last=(), harmonics=None):
+def time_vector(w: Weights, time, shift, since, last=(), harmonics=None):
     """The weights that are there say which parts are on. Args: times of the last events in services; of the waves."""
-    hour, weekday, season = (24, 7, 24) if time == NO_TIME else calendar(time)
+    clock = NO_TIME if time == NO_TIME else int(time) + int(shift)
+    hour, weekday, season = (24, 7, 24) if time == NO_TIME else calendar(clock)
     codes = {"hour": hour, "weekday": weekday, "season": math.floor(season)}
-    codes["month_day"] = 31 if time == NO_TIME else month_day(time)
+    codes["month_day"] = 31 if time == NO_TIME else month_day(clock)
     parts = [w[name][code] for name, code in codes.items() if name in w]
 
     def bucket(since):
         return 24 if NO_TIME in (time, since) else gap(since, time)
 
     if "wave_XD" in w:
-        parts.append(wave_features(time, harmonics) @ w["wave_XD"])
+        parts.append(wave_features(clock, harmonics) @ w["wave_XD"])
     if "gap" in w:
         parts.append(w["gap"][bucket(since)])
     if "service_gap" in w:
@@ -196,10 +197,11 @@ def slot_vector(w: Weights, batch, table, b, t, context_sizes, harmonics=None):
         before = time if first else batch.time_BT[b, t - 1]
         service = table.service_I[batch.item_BT[b, t]]
         last = [NO_TIME if first else last_in_service(batch, table, b, t - 1, service)]
-        parts.append(time_vector(part(w, "event_time"), time, before, last, harmonics))
+        parts.append(time_vector(part(w, "event_time"), time, batch.shift_BT[b, t], before, last, harmonics))
     if any(name.startswith("request_time") for name in w):
         last = [last_in_service(batch, table, b, t, z) for z in range(int(table.service_I.max()) + 1)]
-        parts.append(time_vector(part(w, "request_time"), batch.request_time_BT[b, t], time, last, harmonics))
+        request = (batch.request_time_BT[b, t], batch.request_shift_BT[b, t])
+        parts.append(time_vector(part(w, "request_time"), *request, time, last, harmonics))
     if "context" in w:
         *rows, unseen = np.split(w["context"], np.cumsum(context_sizes))
         for c, code in enumerate(batch.request_context_BTC[b, t]):

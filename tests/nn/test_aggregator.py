@@ -41,7 +41,7 @@ class Stub(NamedTuple):
     vector: jax.Array
     bias: jax.Array
 
-    def encode(self, batch, table, key=None, vector_ID=None):
+    def encode(self, batch, table, key=None, vector_ID=None, donor_BT=None):
         seen = (batch.position_BT, segment_mask(batch.segment_BT), table.service_I[batch.item_BT])
         answers = self.aggregator(self.state, self.event, *seen)
         return Output(self.state, None, None, answers=answers)

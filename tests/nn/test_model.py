@@ -205,3 +205,14 @@ def test_without_item_bias_scores_have_none():
     model = make_model(make_config(item_bias=False))
     assert model.item_bias_I is None
     np.testing.assert_array_equal(model.item_vectors(np.arange(3), TABLE)[1], np.zeros(3))
+
+
+def test_contexts_are_hidden_in_training_alone():
+    batch = make_batch(5, [[6]], 8)
+    key, states = jax.random.key(3), {}
+    for rate in (0.0, 0.9):
+        model = make_model(make_config(context_dropout=rate))
+        states[rate] = [np.asarray(encode(model, batch, TABLE, k))[0, :6] for k in (None, key)]
+    np.testing.assert_array_equal(states[0.0][0], states[0.9][0])
+    np.testing.assert_allclose(states[0.0][1], states[0.0][0], atol=1e-5)
+    assert np.abs(states[0.9][1] - states[0.9][0]).max() > 1e-2

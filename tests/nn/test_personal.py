@@ -48,7 +48,9 @@ def encode_with(model, batch, table):
     return model.encode(batch, table)
 
 
-@pytest.mark.parametrize(("memory", "moe"), [("null", MoEConfig()), ("ema", MIXED), ("delta", MoEConfig())])
+@pytest.mark.parametrize(
+    ("memory", "moe"), [("null", MoEConfig()), ("ema", MIXED), ("delta", MoEConfig()), ("low_rank", MoEConfig())]
+)
 def test_at_first_nothing_is_personal(memory, moe):
     """So that an imported base model keeps its abilities: the same key gives the same weights, and the same states."""
     personal = make_personal(moe, memory=memory)
@@ -65,7 +67,7 @@ def make_sequences() -> list[list[dict]]:
     return [[make_sequence(rng, n) for n in row] for row in LENGTHS]
 
 
-@pytest.mark.parametrize("memory", ["ema", "delta"])
+@pytest.mark.parametrize("memory", ["ema", "delta", "low_rank"])
 def test_packed_people_have_the_states_of_each_alone(memory):
     model = make_model(make_personal(memory=memory))
     rows = make_sequences()
@@ -107,7 +109,7 @@ def test_what_lies_before_the_window_is_still_remembered():
     batch = batch._replace(time_BT=hours_BT, request_time_BT=hours_BT + 1800)
     item_BT = batch.item_BT.copy()
     item_BT[0, 1] = (item_BT[0, 1] + 1) % SIZES.n_items
-    for memory, remembers in (("null", False), ("ema", True)):
+    for memory, remembers in (("null", False), ("ema", True), ("low_rank", True)):
         personal = PersonalConfig(layers=(0,), memory=memory, **SMALL)
         model = make_model(make_config(n_layers=1, window=2, tie_items=False, personal=personal))
         states = [encode(model, batch._replace(item_BT=x)).state_BTD for x in (batch.item_BT, item_BT)]

@@ -63,7 +63,10 @@ class MemoryParams(nnx.Module):
 
 
 class LowRankParams(nnx.Module):
-    """Parameters of `low_rank_memory`; slots as in `MemoryParams`. The first of the R keys is 1 for every event."""
+    """Parameters of `low_rank_memory`; slots as in `MemoryParams`, half-lives of the scales alone.
+
+    The first of the R keys is 1 for every event.
+    """
 
     def __init__(self, key: jax.Array, sizes: Sizes):
         d, a, s, p, fields, rank = sizes

@@ -12,6 +12,7 @@ from moerec.nn.personalization.api import Condition, Event, Personalizer, Reques
 from moerec.nn.personalization.memory import Sizes, delta_memory, ema_memory, low_rank_memory, null
 from moerec.shapes import Batch
 
+NO_PROFILE, MEAN_PROFILE = -1, -2  # in the place of a slot whose profile is given
 VARIANTS = {"null": null, "ema": ema_memory, "delta": delta_memory, "low_rank": low_rank_memory}
 
 
@@ -71,3 +72,23 @@ def condition_slots(personalizer: Personalizer, params, batch: Batch, event_BTD:
         return jax.vmap(lambda s, t, f: personalizer.condition(params, s, Request(t, f)))(states, request_T, field_TY)
 
     return jax.vmap(of_row)(event_BTD, batch.time_BT, first_BT, batch.request_time_BT, field_BTY)
+
+
+def exchange(condition: Condition, donor_BT: jax.Array, is_slot_BT: jax.Array, nobody: Condition) -> Condition:
+    """Other profiles in the place of the slots' own.
+
+    Args:
+      donor_BT: int32 flat slot whose profile each slot gets, or `NO_PROFILE`, or `MEAN_PROFILE`: that of all slots.
+      is_slot_BT: which slots count for the mean. nobody: of a person of whom nothing is known.
+    """
+
+    def pick(own_BTX: jax.Array, nothing_X: jax.Array) -> jax.Array:
+        def over(mask_BT):
+            return mask_BT.reshape(mask_BT.shape + (1,) * nothing_X.ndim)
+
+        given = own_BTX.reshape(-1, *nothing_X.shape)[jnp.maximum(donor_BT, 0)]
+        mean = jnp.sum(jnp.where(over(is_slot_BT), own_BTX, 0), axis=(0, 1)) / jnp.maximum(jnp.sum(is_slot_BT), 1)
+        given = jnp.where(over(donor_BT == MEAN_PROFILE), mean, given)
+        return jnp.where(over(donor_BT == NO_PROFILE), nothing_X, given)
+
+    return jax.tree.map(pick, condition, nobody)

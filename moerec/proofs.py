@@ -1,0 +1,94 @@
+"""What a trained model's answers owe to the profile and to the context: they are taken from others, or taken away.
+
+The parameters stay as they are, so that a difference is what this model makes of the knowledge, not what another model
+would make without it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moerec.config import Config
+from moerec.evaluate import EvaluationSet, rank_targets
+from moerec.metrics import per_target_metrics
+from moerec.nn.model import SequenceModel
+from moerec.nn.personalization.profile import MEAN_PROFILE, NO_PROFILE
+from moerec.shapes import Batch, ItemTable
+from moerec.significance import paired_test
+
+Edit = Callable[[Batch], tuple[Batch, np.ndarray | None]]
+
+
+def swap_profiles(batch: Batch) -> np.ndarray:
+    """`[B, T]` flat slot whose profile each slot gets: that of the next person in the batch, as far into their history.
+
+    Where theirs is shorter, it is their last one. The last person gets the first one's; one alone keeps their own.
+    """
+    donor = np.arange(batch.segment_BT.size)
+    slot = np.flatnonzero(batch.segment_BT > 0)
+    position = batch.position_BT.reshape(-1)[slot]
+    person = np.cumsum(position == 0) - 1
+    start = slot[position == 0]
+    length = np.bincount(person)
+    other = (person + 1) % len(start)
+    donor[slot] = start[other] + np.minimum(position, length[other] - 1)
+    return donor.reshape(batch.segment_BT.shape).astype(np.int32)
+
+
+def permute_context(batch: Batch, rng: np.random.Generator) -> Batch:
+    """The batch with the context of every person's requests in a random order."""
+    segment = batch.segment_BT.reshape(-1)
+    slot = np.flatnonzero(segment > 0)
+    person = np.cumsum(batch.position_BT.reshape(-1)[slot] == 0)
+    context = batch.request_context_BTC.copy()
+    flat = context.reshape(-1, context.shape[-1])
+    flat[slot] = flat[slot[np.lexsort((rng.random(len(slot)), person))]]
+    return batch._replace(request_context_BTC=context)
+
+
+def _edits(config: Config, examples: EvaluationSet) -> dict[str, dict[str, Edit]]:
+    """What is done to what, where the model has it."""
+    rng = np.random.default_rng(config.seed)
+
+    def give(donor: int) -> Edit:
+        return lambda batch: (batch, np.full(batch.segment_BT.shape, donor, np.int32))
+
+    profile: dict[str, Edit] = {
+        "swapped": lambda batch: (batch, swap_profiles(batch)),
+        "mean": give(MEAN_PROFILE),
+        "empty": give(NO_PROFILE),
+    }
+    context: dict[str, Edit] = {
+        "permuted": lambda batch: (permute_context(batch, rng), None),
+        "missing": lambda batch: (
+            batch._replace(request_context_BTC=np.zeros_like(batch.request_context_BTC)),
+            None,
+        ),
+    }
+    edits = {}
+    if config.model.personal.layers:
+        edits["profile"] = profile
+    if config.model.request_context and examples.dataset.context:
+        edits["context"] = context
+    return edits
+
+
+def describe_effects(
+    config: Config, model: SequenceModel, examples: EvaluationSet, table: ItemTable, own: np.ndarray
+) -> dict[str, dict[str, dict[str, float]]]:
+    """`{part: {edit: {"ndcg@10", "difference", "p_value"}}}` in the union; `difference` is what the model loses by it.
+
+    Args:
+      own: `[targets]`, NDCG@10 of the model as it is.
+    """
+    person = examples.dataset.log.person[examples.targets]
+    found: dict[str, Any] = {}
+    for part, edits in _edits(config, examples).items():
+        for name, edit in edits.items():
+            union = rank_targets(model, examples, table, edit)[1]
+            other = per_target_metrics(union)["ndcg@10"]
+            test = paired_test(own, other, config.seed, person)
+            effect = {"ndcg@10": float(other.mean()), "difference": test.difference, "p_value": test.p_value}
+            found.setdefault(part, {})[name] = effect
+    return found
