@@ -27,7 +27,13 @@ RULES: dict[str, str | None] = {
 
 
 def make_mesh(n_data: int, n_expert: int, n_model: int) -> Mesh:
-    """A mesh of the first `n_data * n_expert * n_model` devices."""
+    """A mesh of the first `n_data * n_expert * n_model` devices.
+
+    Its axes are of JAX's `Auto` type. What the compiler must not guess (where rows go to experts and come back, the
+    rows of attention) stands inside `shard_map`, where placement is explicit; for the rest it has the placement of
+    weights and rows. With `Explicit` axes every einsum, reshape and gather of the model would have to name its
+    result's, for the same program.
+    """
     devices, shape = jax.devices(), (n_data, n_expert, n_model)
     n = n_data * n_expert * n_model
     if n > len(devices):

@@ -22,11 +22,10 @@ LAYERS = (
         "moerec.evaluate",
         "moerec.generate",
         "moerec.plan",
-        "moerec.recommend",
         "moerec.report",
     ),
     ("moerec.audit", "moerec.compare", "moerec.proofs", "moerec.routing", "moerec.train"),
-    ("moerec.results",),
+    ("moerec.recommend", "moerec.results"),
     ("moerec.bench", "moerec.bench_prepare", "moerec.run"),
     ("experiments",),
 )

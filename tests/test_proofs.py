@@ -1,7 +1,4 @@
-"""Interventions: whose profile a slot gets, what stays of a context, and what a run reports of both."""
-
-import dataclasses
-import json
+"""Interventions: whose profile a slot gets, and what stays of a context. A run reports them: `test_recommend`."""
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +10,8 @@ from hypothesis import strategies as st
 from moerec.config import PersonalConfig
 from moerec.nn.personalization.profile import MEAN_PROFILE, NO_PROFILE
 from moerec.proofs import permute_context, swap_profiles
-from moerec.run import run
 from tests.small_model import SIZES, lay, make_batch, make_model, make_sequence, make_table
 from tests.small_model import make_config as make_model_config
-from tests.tiny import make_config
 
 LENGTHS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=4)
 TABLE = jax.tree.map(jnp.asarray, make_table())
@@ -60,70 +55,50 @@ def test_permutations_are_random():
     assert all(moved)
 
 
-@jax.jit
-def encode(model, batch, donor):
-    return model.encode(batch, TABLE, donor_BT=donor).state_BTD
-
-
 @pytest.fixture(scope="module")
-def model():
-    return make_model(make_model_config(personal=PERSONAL, event_time=False, request_time=False))
+def encode():
+    """Compiled once: states of two rows of eight slots under other profiles, or (no donors) their own."""
+    model = make_model(make_model_config(personal=PERSONAL, event_time=False, request_time=False))
+    compiled = jax.jit(lambda batch, donor: model.encode(batch, TABLE, donor_BT=donor).state_BTD)
+    own = np.arange(16, dtype=np.int32).reshape(2, 8)
+    return lambda batch, donor=own: np.asarray(compiled(batch, np.broadcast_to(donor, own.shape).astype(np.int32)))
 
 
-def test_a_slot_reads_the_profile_that_it_is_given(model):
-    """Its own: nothing changes. Nobody's: at a first slot without fields nothing changes either, but elsewhere."""
+def make_twins(seed: int, n: int = 6):
+    """Two people with one history, but other fields."""
+    one = make_sequence(np.random.default_rng(seed), n)
+    other = {**one, "field_BTY": (one["field_BTY"] + 1) % np.array(SIZES.field_sizes)}
+    return lay([[one], [other]], 8)
+
+
+def test_with_its_own_profile_a_slot_is_as_it_was(encode):
+    batch = make_twins(1)
+    model = make_model(make_model_config(personal=PERSONAL, event_time=False, request_time=False))
+    np.testing.assert_allclose(encode(batch), model.encode(batch, TABLE).state_BTD, atol=1e-5)
+
+
+def test_nobodys_profile_is_that_of_a_first_slot_without_fields(encode):
     rng = np.random.default_rng(1)
-    people = [make_sequence(rng, n) for n in (6, 5)]
+    people = [make_sequence(rng, n) for n in (6, 7)]
     people[0]["field_BTY"] = np.zeros_like(people[0]["field_BTY"])
-    batch = lay([people], 12)
-    plain = model.encode(batch, TABLE).state_BTD
-    own = np.arange(12, dtype=np.int32).reshape(1, 12)
-    np.testing.assert_allclose(encode(model, batch, own), plain, atol=1e-6)
-    changed = np.abs(encode(model, batch, np.full_like(own, NO_PROFILE)) - plain).max(axis=-1)[0] > 1e-4
-    assert changed.tolist()[:11] == [False, *[True] * 5, *[True] * 5]
+    batch = lay([[person] for person in people], 8)
+    changed = np.abs(encode(batch, NO_PROFILE) - encode(batch)).max(axis=-1) > 1e-4
+    assert changed[0, :6].tolist() == [False, *[True] * 5]
+    assert changed[1, :7].all()
 
 
-def test_the_profile_alone_is_exchanged(model):
-    """With the next person's profile a slot has the state that it would have had, had they lived the same past.
-
-    Two people with one history but other fields: swapped, each has the states of the other.
-    """
-    one = make_sequence(np.random.default_rng(2), 6)
-    other = {**one, "field_BTY": (one["field_BTY"] + 1) % np.array(SIZES.field_sizes)}
-    batch = lay([[one], [other]], 6)
-    plain = np.asarray(model.encode(batch, TABLE).state_BTD)
+def test_twins_with_each_others_profile_have_each_others_states(encode):
+    batch = make_twins(2)
+    plain = encode(batch)
     assert np.abs(plain[0] - plain[1]).max() > 1e-3
-    np.testing.assert_allclose(encode(model, batch, swap_profiles(batch)), plain[::-1], atol=1e-5)
+    np.testing.assert_allclose(encode(batch, swap_profiles(batch)), plain[::-1], atol=1e-5)
 
 
-def test_the_mean_profile_is_that_of_all_slots(model):
-    """All have the same, so that two people who differ by their fields alone have the same states."""
-    one = make_sequence(np.random.default_rng(3), 6)
-    other = {**one, "field_BTY": (one["field_BTY"] + 1) % np.array(SIZES.field_sizes)}
-    batch = lay([[one], [other]], 8)  # padding does not count
-    states = np.asarray(encode(model, batch, np.full((2, 8), MEAN_PROFILE, np.int32)))
+def test_with_the_mean_profile_twins_have_one_state(encode):
+    """The mean is that of the slots alone: what stands in the padding changes nothing."""
+    batch = make_twins(3)
+    states = encode(batch, MEAN_PROFILE)
     np.testing.assert_allclose(states[0], states[1], atol=1e-6)
-    short = np.asarray(encode(model, lay([[one], [other]], 6), np.full((2, 6), MEAN_PROFILE, np.int32)))
-    np.testing.assert_allclose(states[:, :6], short, atol=1e-5)
-    assert np.abs(states - np.asarray(jnp.asarray(model.encode(batch, TABLE).state_BTD)))[:, :6].max() > 1e-3
-
-
-def test_a_run_reports_what_it_loses(tmp_path):
-    config = make_config(steps=4, eval_every=4)
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, personal=PERSONAL),
-        eval=dataclasses.replace(config.eval, effects=True),
-        baselines=(),
-    )
-    metrics = run(config, tmp_path)
-    assert json.loads((tmp_path / "metrics.json").read_text())["proofs"] == metrics["proofs"]
-    assert {part: set(edits) for part, edits in metrics["proofs"].items()} == {
-        "profile": {"swapped", "mean", "empty"},
-        "context": {"permuted", "missing"},
-    }
-    own = metrics["test"]["union"]["all"]["ndcg@10"]
-    for edits in metrics["proofs"].values():
-        for effect in edits.values():
-            assert effect["difference"] == pytest.approx(own - effect["ndcg@10"], abs=1e-9)
-            assert 0 < effect["p_value"] <= 1
+    assert np.abs(states - encode(batch))[:, :6].max() > 1e-3
+    item_BT = np.where(batch.segment_BT > 0, batch.item_BT, 3)
+    np.testing.assert_allclose(encode(batch._replace(item_BT=item_BT), MEAN_PROFILE)[:, :6], states[:, :6], atol=1e-6)

@@ -1,0 +1,35 @@
+"""Lists what a person most probably wants next, by the best parameters of a run.
+
+python -m experiments.recommend --workdir=runs/demo --person=NAME [--context=weather=rain,holiday=yes]
+    [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--json]
+
+Without `--time` and `--context` they are not known; `--time` is UTC.
+"""
+
+from pathlib import Path
+
+from moerec import cli
+
+
+def main(_, flags):
+    """Prints the list, and what the analyser and the profile router say of the request."""
+    from moerec.recommend import describe_answer, load_run, read_request, recommend
+
+    request = read_request(flags.context, flags.time, flags.service)
+    trained = load_run(Path(flags.workdir))
+    answer = recommend(trained, flags.person or str(trained.data.dataset.people[0]), request, flags.top_k)
+    found = describe_answer(trained, answer)
+    for line in found["lines"]:
+        print(line)
+    return {name: value for name, value in found.items() if name != "lines"}
+
+
+if __name__ == "__main__":
+    flags = {
+        "person": ("", "whose list; the first person by default"),
+        "context": ([], "features of the request, as name=value"),
+        "time": ("", "when it is wanted: an ISO date and time, UTC"),
+        "service": ("", "a service, for a list of its items alone"),
+        "top_k": (10, "items of the list"),
+    }
+    cli.run(main, extra_flags=flags, config_type=None)
