@@ -16,6 +16,7 @@ from moerec.config.stored import read_config
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.load import Prepared, load_data
 from moerec.data.packing import device_time, fill_batch
+from moerec.data.ranges import find_ranges
 from moerec.data.zones import find_zones
 from moerec.errors import InputError
 from moerec.evaluate import catalogue_vectors, score_items
@@ -129,7 +130,7 @@ def _rows_of(trained: Trained, person: str) -> np.ndarray:
     dataset = trained.data.dataset
     (at,) = np.nonzero(dataset.people == person)
     if not len(at):
-        raise InputError(f"person {person!r}: nobody is called so; the first is {dataset.people[0]!r}")
+        raise InputError(f"person {person!r}: nobody is called so; the first is {str(dataset.people[0])!r}")
     lo, hi = dataset.log.offsets[at[0] : at[0] + 2]
     if lo == hi:
         raise InputError(f"person {person!r}: has no events")
@@ -154,7 +155,7 @@ def _make_batch(trained: Trained, person: str, request: Request) -> tuple[Batch,
         fields=dataset.profile_codes[0][people],
     )
     time = np.array([UNKNOWN_TIME if request.time is None else request.time], np.int64)
-    context = np.array(_encode_context(trained, request.context), np.int64)
+    context = np.array(encode_context(trained, request.context), np.int64)
     zones = find_zones(dataset, trained.config.data.schema)
     batch.request_time_BT[0, last] = device_time(time)[0]
     batch.request_shift_BT[0, last] = 0 if zones is None else zones.find_shifts(people[:1], time, context[None])[0]
@@ -162,17 +163,34 @@ def _make_batch(trained: Trained, person: str, request: Request) -> tuple[Batch,
     return batch, last
 
 
-def _encode_context(trained: Trained, context: Mapping[str, str]) -> list[int]:
-    """Codes of the features, 0 for those that are not given; a value that nobody had is "unseen"."""
-    features = trained.data.dataset.context
+def encode_context(trained: Trained, context: Mapping[str, str]) -> list[int]:
+    """Codes of the features, 0 for those that are not given; a value that no event has is "unseen".
+
+    A numeric feature may be given as a number or by its range's name.
+    """
+    dataset, edges = trained.data.dataset, trained.config.data.schema.edges
     for name in context:
-        if name not in features:
-            raise InputError(f"context {name!r}: there are {', '.join(features) or 'none'}")
+        if name not in dataset.context:
+            raise InputError(f"context {name!r}: there are {', '.join(dataset.context) or 'none'}")
     codes = []
-    for name, values in features.items():
-        value = context.get(name, "")
-        codes.append(0 if not value else values.index(value) + 1 if value in values else len(values) + 1)
+    for c, (name, values) in enumerate(dataset.context.items()):
+        code = _find_code(name, context.get(name, ""), values, edges.get(name))
+        is_seen = code == 0 or bool(np.any(dataset.log.context[:, c] == code))
+        codes.append(code if is_seen else len(values) + 1)
     return codes
+
+
+def _find_code(name: str, value: str, values: tuple[str, ...], edges: tuple[float, ...] | None) -> int:
+    if not value:
+        return 0
+    if value in values:
+        return values.index(value) + 1
+    if edges is None:
+        return len(values) + 1
+    try:
+        return int(find_ranges(np.array(float(value)), edges))
+    except ValueError as error:
+        raise InputError(f"context {name!r}: {value!r} is no number and none of its ranges") from error
 
 
 def read_request(context: list[str], time: str, service: str) -> Request:

@@ -11,7 +11,7 @@ from moerec.config import MoEConfig, PersonalConfig
 from moerec.config.stored import read_config
 from moerec.errors import InputError
 from moerec.evaluate import EvaluationSet, catalogue_vectors, score_items
-from moerec.recommend import Request, describe_answer, load_run, read_request, recommend
+from moerec.recommend import Request, describe_answer, encode_context, load_run, read_request, recommend
 from moerec.run import run
 from moerec.writer import to_plain
 from tests.tiny import make_config
@@ -112,6 +112,28 @@ def test_context_and_time_change_the_answer(trained):
         assert np.abs(recommend(trained, person, request, 5).log_p - plain.log_p).max() > 1e-6
 
 
+def test_a_value_that_no_event_has_is_unseen_and_a_number_finds_its_range(trained):
+    dataset, schema = trained.data.dataset, trained.config.data.schema
+    features = {"heat": ("below 0", "0 to 20", "from 20"), "sky": ("blue", "grey")}
+    log = dataset.log.take(np.arange(3), np.array([0, 3]))
+    log = dataclasses.replace(log, context=np.array([[1, 1], [2, 0], [4, 1]], np.int16))
+    data = dataclasses.replace(trained.data, dataset=dataclasses.replace(dataset, context=features, log=log))
+    schema = dataclasses.replace(schema, context=("heat", "sky"), context_edges=("heat=0,20",))
+    config = dataclasses.replace(trained.config, data=dataclasses.replace(trained.config.data, schema=schema))
+    own = trained._replace(config=config, data=data)
+    for context, codes in (
+        ({}, [0, 0]),
+        ({"heat": "-3.5", "sky": "blue"}, [1, 1]),
+        ({"heat": "0", "sky": "grey"}, [2, 3]),
+        ({"heat": "0 to 20", "sky": "pink"}, [2, 3]),
+        ({"heat": "31"}, [4, 0]),
+        ({"heat": "nan"}, [0, 0]),
+    ):
+        assert encode_context(own, context) == codes
+    with pytest.raises(InputError, match="'warm' is no number"):
+        encode_context(own, {"heat": "warm"})
+
+
 def test_an_answer_in_words(trained):
     answer = recommend(trained, str(trained.data.dataset.people[0]), Request(), 3)
     found = describe_answer(trained, answer)
@@ -124,7 +146,7 @@ def test_an_answer_in_words(trained):
 @pytest.mark.parametrize(
     ("person", "request_", "word"),
     [
-        ("nobody at all", Request(), "person 'nobody at all'"),
+        ("nobody at all", Request(), "person 'nobody at all': nobody is called so; the first is 'p000000'"),
         ("", Request(context={"sky": "blue"}), "context 'sky'"),
         ("", Request(service="post"), "service 'post'"),
     ],

@@ -6,7 +6,6 @@ table, the profiles, and one block of `spill.PEOPLE_PER_BLOCK` people's events w
 """
 
 import dataclasses
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from moerec.data.coding import (
 )
 from moerec.data.dataset import TOTAL, UNKNOWN_TIME
 from moerec.data.defects import DefectLog, RowCheck
+from moerec.data.ranges import find_ranges, name_ranges
 from moerec.data.tables import Batch, Table, read_batches
 from moerec.errors import InputError
 
@@ -102,8 +102,7 @@ class InteractionCoder:
 
     def _find_ranges(self, check: RowCheck, column: str, values: pa.Array) -> np.ndarray:
         """`[rows]` code of each number's range, 0 where there is none."""
-        numbers = check.numbers(column, values)
-        return np.where(np.isnan(numbers), 0, 1 + np.searchsorted(self.edges[column], numbers, side="right"))
+        return find_ranges(check.numbers(column, values), self.edges[column])
 
     def _encode_items(self, values: dict[str, pa.Array], rows: np.ndarray) -> tuple[RowCheck, np.ndarray, np.ndarray]:
         schema, services = self.schema, self.items.services
@@ -140,10 +139,7 @@ def _open_codes(edges: tuple[float, ...] | None) -> Codes:
     """Codes of a context column: of "missing" alone, or, with edges, of all ranges too."""
     if edges is None:
         return Codes({b"": 0})
-    names = [repr(edge).removesuffix(".0") for edge in edges]
-    between = [f"{low} to {high}" for low, high in itertools.pairwise(names)]
-    ranges = [f"below {names[0]}", *between, f"from {names[-1]}"]
-    return Codes({b"": 0} | {name.encode(): k for k, name in enumerate(ranges, 1)})
+    return Codes({b"": 0} | {name.encode(): k for k, name in enumerate(name_ranges(edges), 1)})
 
 
 class _ServiceCounts:
