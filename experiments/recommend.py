@@ -24,12 +24,13 @@ def main(_, flags):
     return {name: value for name, value in found.items() if name != "lines"}
 
 
+FLAGS = {
+    "person": ("", "whose list; the first person by default"),
+    "context": ([], "features of the request, as name=value"),
+    "time": ("", "when it is wanted: an ISO date and time, UTC; later events are no history"),
+    "service": ("", "a service, for a list of its items alone"),
+    "top_k": (10, "items of the list"),
+}
+
 if __name__ == "__main__":
-    flags = {
-        "person": ("", "whose list; the first person by default"),
-        "context": ([], "features of the request, as name=value"),
-        "time": ("", "when it is wanted: an ISO date and time, UTC"),
-        "service": ("", "a service, for a list of its items alone"),
-        "top_k": (10, "items of the list"),
-    }
-    cli.run(main, extra_flags=flags, config_type=None)
+    cli.run(main, extra_flags=FLAGS, config_type=None)

@@ -50,7 +50,8 @@ def _unflatten(like, leaves: dict[str, jax.Array]):
 class Checkpoints:
     """`DIR/last/STEP` and `DIR/best/STEP`; a half-written one is never seen."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, read_only: bool = False):
+        """Args: `DIR`; read_only: nothing there is created, saved or tidied up."""
         folder = folder.resolve()
         self._folder = folder
         self._last, self._best = (
@@ -59,7 +60,11 @@ class Checkpoints:
                 # Named, or reading the shapes of a folder warns about items that no handler is known for.
                 item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                    max_to_keep=None if read_only else keep,
+                    create=not read_only,
+                    cleanup_tmp_directories=not read_only,
+                    enable_async_checkpointing=not read_only,
+                    read_only=read_only,
                 ),
             )
             for name, keep in (("last", 2), ("best", None))

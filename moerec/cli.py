@@ -11,7 +11,6 @@ import errno
 import importlib.util
 import inspect
 import json
-import math
 import os
 import re
 import select
@@ -19,9 +18,8 @@ import signal
 import sys
 import threading
 import traceback
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from moerec.config import Config, checked
+from moerec.config.types import describe_misfit, fits, list_groups, require_types
 from moerec.errors import InputError, WorkError
 from moerec.writer import to_plain
 
@@ -211,7 +210,7 @@ def _parse(values: flags.FlagValues, argv: list[str], default_config: str | None
     flags.FLAGS.mark_as_parsed()  # libraries read their own flags there
     if config is None:
         return None
-    _refuse_wrong_types(values.config)
+    require_types(values.config)
     return checked(values.config)
 
 
@@ -247,7 +246,7 @@ def load_config(path: str, config_type: type = Config) -> Any:
         raise InputError(_config_error(path, file, error)) from None
     if not isinstance(config, config_type):
         raise InputError(f"{path}: get_config() returned {type(config).__name__}, not {config_type.__name__}")
-    for group, place in _groups(config):
+    for group, place in list_groups(config):
         known = [field.name for field in dataclasses.fields(group)]
         for name in vars(group):
             if name not in known:
@@ -281,31 +280,18 @@ def _wrong_type(error: Exception) -> str | None:
         if frame.f_code.co_name == "__post_init__" and dataclasses.is_dataclass(group):
             hints = typing.get_type_hints(type(group))
             for field in dataclasses.fields(group):
-                if not _fits(getattr(group, field.name), hints[field.name]):
-                    return _misfit(
+                if not fits(getattr(group, field.name), hints[field.name]):
+                    return describe_misfit(
                         f"{type(group).__name__}.{field.name}", getattr(group, field.name), hints[field.name]
                     )
     return None
-
-
-def _misfit(place: str, value: Any, hint: Any) -> str:
-    name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return f"{place}: {value!r} is not of type {name}"
-
-
-def _groups(config: Any, place: str = "config") -> Iterator[tuple[Any, str]]:
-    yield config, place
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _groups(value, f"{place}.{field.name}")
 
 
 def _leaves(config: Any) -> list[tuple[str, Any]]:
     """Every field that is no group: `config.model.n_layers` and its value."""
     return [
         (f"{place}.{field.name}", value)
-        for group, place in _groups(config)
+        for group, place in list_groups(config)
         for field in dataclasses.fields(group)
         if not dataclasses.is_dataclass(value := getattr(group, field.name))
     ]
@@ -326,7 +312,7 @@ def _unknown_flag(name: str, values: flags.FlagValues, config: Any) -> str:
 
 
 def _refuse_unknown_fields(args: list[str], config: Any) -> None:
-    groups = {place: group for group, place in _groups(config)}
+    groups = {place: group for group, place in list_groups(config)}
     known = [path for path, _ in _leaves(config)]
     for arg in args:
         match = re.match(r"--?(?:no(?=config\.))?(config\.[^=]*)", arg)
@@ -346,33 +332,3 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
     names = {name.removeprefix(start): name for name in tail or known}
     nearest = difflib.get_close_matches(word.removeprefix(start), names, n=1, cutoff=0.3 if tail else 0.6)
     return f"; did you mean {names[nearest[0]]}?" if nearest else ""
-
-
-def _refuse_wrong_types(config: Any) -> None:
-    for group, place in _groups(config):
-        hints = typing.get_type_hints(type(group))
-        for field in dataclasses.fields(group):
-            value, hint = getattr(group, field.name), hints[field.name]
-            if not _fits(value, hint):
-                raise InputError(_misfit(f"{place}.{field.name}", value, hint))
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"{place}.{field.name}: {value} is no finite number")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is tuple and isinstance(value, tuple):
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return all(_fits(item, arguments[0]) for item in value)
-        return len(value) == len(arguments) and all(map(_fits, value, arguments))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)

@@ -14,7 +14,7 @@ from moerec.data.splits import gather_histories
 from moerec.errors import WorkError
 from moerec.metrics import MISS, RankCounts
 from moerec.nn.model import SequenceModel
-from moerec.shapes import Array, Batch, ItemTable
+from moerec.shapes import Array, Batch, ItemTable, Output
 from moerec.sharding import mesh_of
 
 
@@ -58,8 +58,12 @@ def score_items(
 
     Where answers are mixed, a score is the log-probability. `donor_BT` as in `SequenceModel.encode`.
     """
+    return score_output(model.encode(batch, table, vector_ID=vectors[0], donor_BT=donor_BT), batch, slot_Q, vectors)
+
+
+def score_output(output: Output, batch: Batch, slot_Q: jax.Array, vectors) -> jax.Array:
+    """`score_items` of a batch that has been encoded."""
     vector_ID, bias_I = vectors
-    output = model.encode(batch, table, vector_ID=vector_ID, donor_BT=donor_BT)
     known_Q1, at_Q = slot_Q[:, None] >= 0, jnp.maximum(slot_Q, 0)
     h_QD = jnp.where(known_Q1, output.state_BTD.reshape(-1, vector_ID.shape[1])[at_Q], 0)
     score_QI = h_QD @ vector_ID.T + bias_I
@@ -169,6 +173,11 @@ class EvaluationSet:
             yield which, *self._pack(which, placed.start, placed.segment)
             done += placed.n
 
+    def people_of(self, which: slice) -> np.ndarray:
+        """`[sequences]`, the person of each history of a batch; targets without one have no sequence."""
+        targets = self.targets[which][self._length[which] > 0]
+        return np.searchsorted(self.dataset.log.offsets, targets, side="right") - 1
+
     def _pack(self, which: slice, start: np.ndarray, segment: np.ndarray) -> tuple[Batch, Questions]:
         length, target = self._length[which], self.targets[which]
         place = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
@@ -215,12 +224,13 @@ def rank_targets(
     model: SequenceModel,
     examples: EvaluationSet,
     table: ItemTable,
-    edit: Callable[[Batch], tuple[Batch, Array | None]] | None = None,
+    edit: Callable[[Batch, np.ndarray], tuple[Batch, Array | None]] | None = None,
 ) -> tuple[RankCounts, RankCounts]:
     """In-service and union rank counts of all targets.
 
     Args:
-      edit: what is done to each batch of histories first, and the slots' donors (`SequenceModel.encode`).
+      edit: what is done to each batch of histories first, given whose each of them is, and the slots' donors
+        (`SequenceModel.encode`).
 
     Raises:
       WorkError: a score is not finite.
@@ -240,7 +250,7 @@ def rank_targets(
 
     with mesh_of(model):
         for which, batch, questions in examples.batches():
-            batch, donor_BT = (batch, None) if edit is None else edit(batch)
+            batch, donor_BT = (batch, None) if edit is None else edit(batch, examples.people_of(which))
             ranks = rank_batch(model, batch, questions, table, vectors, donor_BT)
             if parts:  # the batch before has been computed while this one was packed
                 collect()

@@ -17,27 +17,31 @@ from moerec.nn.personalization.profile import MEAN_PROFILE, NO_PROFILE
 from moerec.shapes import Batch, ItemTable
 from moerec.significance import paired_test
 
-Edit = Callable[[Batch], tuple[Batch, np.ndarray | None]]
+Edit = Callable[[Batch, np.ndarray], tuple[Batch, np.ndarray | None]]
 
 
-def swap_profiles(batch: Batch) -> np.ndarray:
+def swap_profiles(batch: Batch, person: np.ndarray) -> np.ndarray:
     """`[B, T]` flat slot whose profile each slot gets: that of the next person in the batch, as far into their history.
 
     Where theirs is shorter, it is their last one. The last person gets the first one's; one alone keeps their own.
+
+    Args:
+      person: `[sequences]`, whose each is, in the order of the batch; those of a person stand together.
     """
     donor = np.arange(batch.segment_BT.size)
     slot = np.flatnonzero(batch.segment_BT > 0)
     position = batch.position_BT.reshape(-1)[slot]
-    person = np.cumsum(position == 0) - 1
-    start = slot[position == 0]
-    length = np.bincount(person)
-    other = (person + 1) % len(start)
+    sequence = np.cumsum(position == 0) - 1
+    start, length = slot[position == 0], np.bincount(sequence)
+    is_first = np.append(True, person[1:] != person[:-1])[: len(person)]
+    first = np.flatnonzero(is_first)  # the first sequence of each person
+    other = first[np.cumsum(is_first) % len(first)][sequence] if len(first) else sequence
     donor[slot] = start[other] + np.minimum(position, length[other] - 1)
     return donor.reshape(batch.segment_BT.shape).astype(np.int32)
 
 
 def permute_context(batch: Batch, rng: np.random.Generator) -> Batch:
-    """The batch with the context of every person's requests in a random order."""
+    """The batch with the context of every sequence's requests in a random order; clocks stay as they are."""
     segment = batch.segment_BT.reshape(-1)
     slot = np.flatnonzero(segment > 0)
     person = np.cumsum(batch.position_BT.reshape(-1)[slot] == 0)
@@ -52,22 +56,22 @@ def _edits(config: Config, examples: EvaluationSet) -> dict[str, dict[str, Edit]
     rng = np.random.default_rng(config.seed)
 
     def give(donor: int) -> Edit:
-        return lambda batch: (batch, np.full(batch.segment_BT.shape, donor, np.int32))
+        return lambda batch, _: (batch, np.full(batch.segment_BT.shape, donor, np.int32))
 
     profile: dict[str, Edit] = {
-        "swapped": lambda batch: (batch, swap_profiles(batch)),
+        "swapped": lambda batch, person: (batch, swap_profiles(batch, person)),
         "mean": give(MEAN_PROFILE),
         "empty": give(NO_PROFILE),
     }
     context: dict[str, Edit] = {
-        "permuted": lambda batch: (permute_context(batch, rng), None),
-        "missing": lambda batch: (
+        "permuted": lambda batch, _: (permute_context(batch, rng), None),
+        "missing": lambda batch, _: (
             batch._replace(request_context_BTC=np.zeros_like(batch.request_context_BTC)),
             None,
         ),
     }
     edits = {}
-    if config.model.personal.layers:
+    if config.model.personal.n_slots:
         edits["profile"] = profile
     if config.model.request_context and examples.dataset.context:
         edits["context"] = context
@@ -78,6 +82,9 @@ def describe_effects(
     config: Config, model: SequenceModel, examples: EvaluationSet, table: ItemTable, own: np.ndarray
 ) -> dict[str, dict[str, dict[str, float]]]:
     """`{part: {edit: {"ndcg@10", "difference", "p_value"}}}` in the union; `difference` is what the model loses by it.
+
+    The mean profile is that of all slots of the batch. A missing context means something to a model only if some was
+    missing in training, or hidden by `model.context_dropout`; to another it is as if nothing had been learnt of it.
 
     Args:
       own: `[targets]`, NDCG@10 of the model as it is.

@@ -1,6 +1,5 @@
 """A trained run that answers: what one person wants next, at some time and in some context, and why."""
 
-import datetime
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,33 +12,38 @@ import numpy as np
 from moerec.checkpoint import Checkpoints
 from moerec.config import Config
 from moerec.config.stored import read_config
-from moerec.data.dataset import UNKNOWN_TIME
-from moerec.data.load import Prepared, load_data
+from moerec.data.dataset import UNKNOWN_TIME, Dataset
+from moerec.data.load import Prepared, reload_data
 from moerec.data.packing import device_time, fill_batch
-from moerec.data.ranges import find_ranges
+from moerec.data.ranges import find_ranges, name_ranges
+from moerec.data.splits import parse_date
 from moerec.data.zones import find_zones
 from moerec.errors import InputError
-from moerec.evaluate import catalogue_vectors, score_items
+from moerec.evaluate import catalogue_vectors, score_output
 from moerec.nn.model import SequenceModel
-from moerec.shapes import Batch, ItemTable
+from moerec.shapes import NO_TIME, Batch, ItemTable
 from moerec.sharding import make_mesh, param_shardings, replicated
 from moerec.state import evaluated_model, init_state
 from moerec.train import make_sizes
 
 
 class Trained(NamedTuple):
-    """A run's configuration, data, best parameters, and what those need of the catalogue."""
+    """A run's configuration, data, best parameters, and what those need of the catalogue.
+
+    `known` has for each feature of the context the codes that events have.
+    """
 
     config: Config
     data: Prepared
     model: SequenceModel
     table: ItemTable
+    known: tuple[np.ndarray, ...]
 
 
 class Request(NamedTuple):
     """When something is wanted, unix seconds (None: not known), and its context by name; what is left out is missing.
 
-    `service` narrows the list to one service's catalogue.
+    Events at or after the time are no history. `service` narrows the list to one service's catalogue.
     """
 
     time: int | None = None
@@ -49,7 +53,8 @@ class Request(NamedTuple):
 
 class Answer(NamedTuple):
     """Attributes:
-    item: `[K]` int64 items of the catalogue, best first. log_p: `[K]`, logs of their probabilities in the union.
+    item: `[K]` int64 items of the catalogue, best first. log_p: `[K]`, log-softmax of the scores over the union: logs
+    of probabilities if the loss ranks the union (not under `loss.scope=service` or `loss.kind=one_negative`).
     domain: `[Z]`, the analyser's posterior over services; None in a dense model.
     relevance: `[M]`, what each slot of the profile matters to the request; None in a model without one.
     weight: `[X]`, weights of the mixed answers; None where there is one.
@@ -63,47 +68,52 @@ class Answer(NamedTuple):
 
 
 def load_run(workdir: Path) -> Trained:
-    """The best parameters of a run directory, on one device.
+    """The best parameters of a finished run, on one device; nothing is written.
 
     Raises:
-      InputError: it is no run directory, or holds no checkpoint.
+      InputError: it is no directory of a finished run.
     """
     config = read_config(workdir / "config.json")
-    data = load_data(config.data, workdir)
+    if not (workdir / "metrics.json").exists():
+        raise InputError(f"{workdir}: this run is not finished; the command that began it goes on with it")
+    data = reload_data(config.data, workdir)
     mesh = make_mesh(1, 1, 1)
     shapes = jax.eval_shape(lambda: init_state(config, make_sizes(data)))
     like = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
     )
-    if not (workdir / "checkpoints").is_dir():
+    if not (workdir / "checkpoints" / "best").is_dir():
         raise InputError(f"{workdir}: holds no checkpoint")
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
         state, _ = checkpoints.restore_best(like)
     finally:
         checkpoints.close()
-    return Trained(config, data, evaluated_model(state), jax.device_put(data.item_table, replicated(mesh)))
+    known = tuple(np.unique(column) for column in data.dataset.log.context.T)
+    return Trained(config, data, evaluated_model(state), jax.device_put(data.item_table, replicated(mesh)), known)
 
 
 def recommend(trained: Trained, person: str, request: Request, n: int) -> Answer:
-    """The `n` items that a person most probably wants next, after all of their events.
+    """The `n` items that a person most probably wants next, after all of their events before the request.
 
-    Items that they had are no candidates where the configuration says so (`eval.mask_seen`).
+    Items that they had by then are no candidates where the configuration says so (`eval.mask_seen`).
 
     Raises:
-      InputError: nobody is called so, or has events; an unknown feature or service.
+      InputError: `n` below 1; nobody is called so, or has events before; an unknown feature or service; no such time.
     """
     config, dataset = trained.config, trained.data.dataset
-    batch, slot = _make_batch(trained, person, request)
-    score_I, found = _score(trained.model, batch, slot, trained.table)
-    log_p_I = np.asarray(jax.nn.log_softmax(score_I), np.float64)
+    if n < 1:
+        raise InputError("--top_k: must be at least 1")
+    rows = _find_history(trained, person, request)
     allowed = np.ones(dataset.catalogue.n_items, bool)
     if request.service:
         if request.service not in dataset.catalogue.services:
-            raise InputError(f"service {request.service!r}: there are {', '.join(dataset.catalogue.services)}")
+            raise InputError(f"--service: {request.service!r} is none of {', '.join(dataset.catalogue.services)}")
         allowed = dataset.catalogue.service == dataset.catalogue.services.index(request.service)
     if config.eval.mask_seen:
-        allowed[dataset.log.item[_rows_of(trained, person)]] = False
+        allowed[dataset.log.item[rows]] = False
+    score_I, found = _score(trained.model, *_make_batch(trained, rows, request), trained.table)
+    log_p_I = np.asarray(jax.nn.log_softmax(score_I), np.float64)
     best = np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
     return Answer(best, log_p_I[best], *(None if x is None else np.asarray(x) for x in found))
 
@@ -112,8 +122,8 @@ def recommend(trained: Trained, person: str, request: Request, n: int) -> Answer
 def _score(model: SequenceModel, batch: Batch, slot: jax.Array, table: ItemTable):
     """Scores `[I]` of all items at a flat slot, and what else the model says there."""
     vectors = catalogue_vectors(model, table)
-    score_QI = score_items(model, batch, slot[None], table, vectors)
-    output = model.encode(batch, table, vector_ID=vectors[0])  # the same as inside `score_items`: computed once
+    output = model.encode(batch, table, vector_ID=vectors[0])
+    score_QI = score_output(output, batch, slot[None], vectors)
 
     def pick(x_BTX, is_log):
         if x_BTX is None:
@@ -126,23 +136,31 @@ def _score(model: SequenceModel, batch: Batch, slot: jax.Array, table: ItemTable
     return score_QI[0], found
 
 
-def _rows_of(trained: Trained, person: str) -> np.ndarray:
+def _find_history(trained: Trained, person: str, request: Request) -> np.ndarray:
+    """Rows of the log: the person's events before the request."""
     dataset = trained.data.dataset
     (at,) = np.nonzero(dataset.people == person)
     if not len(at):
-        raise InputError(f"person {person!r}: nobody is called so; the first is {str(dataset.people[0])!r}")
-    lo, hi = dataset.log.offsets[at[0] : at[0] + 2]
-    if lo == hi:
-        raise InputError(f"person {person!r}: has no events")
-    return np.arange(lo, hi)
+        raise InputError(f"--person: nobody is called {person!r}; the first is {str(dataset.people[0])!r}")
+    rows = np.arange(*dataset.log.offsets[at[0] : at[0] + 2])
+    when = ""
+    if request.time is not None:
+        if device_time(np.array([request.time]))[0] == NO_TIME:
+            raise InputError("--time: must lie between 1932 and 2068")
+        time = dataset.log.time[rows]
+        rows = rows[(time == UNKNOWN_TIME) | (time < request.time)]
+        when = " before --time"
+    if not len(rows):
+        raise InputError(f"--person: {person!r} has no events{when}")
+    return rows
 
 
-def _make_batch(trained: Trained, person: str, request: Request) -> tuple[Batch, int]:
-    """The person's last events in one row, and the slot whose request this is."""
+def _make_batch(trained: Trained, rows: np.ndarray, request: Request) -> tuple[Batch, int]:
+    """The last events of a history in one row, and the slot whose request this is."""
     data, dataset = trained.config.data, trained.data.dataset
-    rows = _rows_of(trained, person)[-data.history_len :]
+    rows = rows[-data.history_len :]
     n, last = len(rows), len(rows) - 1
-    people = np.full(n, int(dataset.log.person[rows[0]]))
+    person = np.searchsorted(dataset.log.offsets, rows[:1], side="right") - 1
     batch = fill_batch(
         dataset.log,
         slot=np.arange(n),
@@ -152,63 +170,65 @@ def _make_batch(trained: Trained, person: str, request: Request) -> tuple[Batch,
         segment=np.ones(n, np.int32),
         weight=np.zeros(n, np.float32),
         shape=(1, data.seq_len),
-        fields=dataset.profile_codes[0][people],
+        fields=np.repeat(dataset.profile_codes[0][person], n, axis=0),
     )
     time = np.array([UNKNOWN_TIME if request.time is None else request.time], np.int64)
-    context = np.array(encode_context(trained, request.context), np.int64)
-    zones = find_zones(dataset, trained.config.data.schema)
+    code_C = encode_context(dataset, data.schema.edges, request.context)
+    zones = find_zones(dataset, data.schema)  # by what was said, be it known to the model or not
+    shift = np.zeros(1, np.int32) if zones is None else zones.find_shifts(person, time, code_C[None])
     batch.request_time_BT[0, last] = device_time(time)[0]
-    batch.request_shift_BT[0, last] = 0 if zones is None else zones.find_shifts(people[:1], time, context[None])[0]
-    batch.request_context_BTC[0, last] = context
+    batch.request_shift_BT[0, last] = shift[0]
+    batch.request_context_BTC[0, last] = _hide_unknown(trained, code_C)
     return batch, last
 
 
-def encode_context(trained: Trained, context: Mapping[str, str]) -> list[int]:
-    """Codes of the features, 0 for those that are not given; a value that no event has is "unseen".
+def _hide_unknown(trained: Trained, code_C: np.ndarray) -> np.ndarray:
+    """The codes with "unseen" for those that no event has; the model knows all of the built-in world's."""
+    if trained.data.world is not None:
+        return code_C
+    unseen_C = np.array([len(values) + 1 for values in trained.data.dataset.context.values()], np.int64)
+    is_known_C = np.array([code in known for code, known in zip(code_C, trained.known, strict=True)], bool)
+    return np.where(is_known_C | (code_C == 0), code_C, unseen_C)
 
-    A numeric feature may be given as a number or by its range's name.
+
+def encode_context(dataset: Dataset, edges: Mapping[str, tuple[float, ...]], context: Mapping[str, str]) -> np.ndarray:
+    """`[C]` int64 codes of the features, 0 for those that are not given, the last code for another value.
+
+    A feature whose values are the ranges between its `edges` may be given as a number, too.
     """
-    dataset, edges = trained.data.dataset, trained.config.data.schema.edges
     for name in context:
         if name not in dataset.context:
-            raise InputError(f"context {name!r}: there are {', '.join(dataset.context) or 'none'}")
-    codes = []
-    for c, (name, values) in enumerate(dataset.context.items()):
-        code = _find_code(name, context.get(name, ""), values, edges.get(name))
-        is_seen = code == 0 or bool(np.any(dataset.log.context[:, c] == code))
-        codes.append(code if is_seen else len(values) + 1)
-    return codes
+            raise InputError(f"--context: {name!r} is none of {', '.join(dataset.context) or 'no features'}")
+    codes = [
+        _find_code(name, context.get(name, ""), values, edges.get(name, ())) for name, values in dataset.context.items()
+    ]
+    return np.array(codes, np.int64)
 
 
-def _find_code(name: str, value: str, values: tuple[str, ...], edges: tuple[float, ...] | None) -> int:
+def _find_code(name: str, value: str, values: tuple[str, ...], edges: tuple[float, ...]) -> int:
     if not value:
         return 0
     if value in values:
         return values.index(value) + 1
-    if edges is None:
+    if not edges or values != tuple(name_ranges(edges)):
         return len(values) + 1
     try:
         return int(find_ranges(np.array(float(value)), edges))
     except ValueError as error:
-        raise InputError(f"context {name!r}: {value!r} is no number and none of its ranges") from error
+        raise InputError(f"--context: {name}={value} is no number and none of its ranges") from error
 
 
 def read_request(context: list[str], time: str, service: str) -> Request:
     """A request in words: `name=value` entries, and an ISO date and time (UTC) or nothing."""
-    features = {}
+    features: dict[str, str] = {}
     for entry in context:
         name, _, value = entry.partition("=")
         if not name or not value:
             raise InputError(f"--context: {entry!r} is not of the form name=value")
+        if name in features:
+            raise InputError(f"--context: {name} is there twice")
         features[name] = value
-    moment = None
-    if time:
-        try:
-            parsed = datetime.datetime.fromisoformat(time)
-        except ValueError as error:
-            raise InputError(f"--time: {time!r} is no ISO date and time, such as 2024-05-01T09:00") from error
-        moment = int((parsed if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC)).timestamp())
-    return Request(moment, features, service)
+    return Request(parse_date(time, "--time") if time else None, features, service)
 
 
 def describe_answer(trained: Trained, answer: Answer) -> dict[str, Any]:
@@ -225,7 +245,12 @@ def describe_answer(trained: Trained, answer: Answer) -> dict[str, Any]:
         found["domain"] = dict(zip(catalogue.services, map(float, answer.domain), strict=True))
         lines.append("analyser: " + ", ".join(f"{name} {p:.2f}" for name, p in found["domain"].items()))
     if answer.weight is not None:
-        found["weight"] = answer.weight.tolist()
+        names = ["catalogue", *(f"own {name}" for name in catalogue.services), "own history"]
+        names = (
+            names if len(names) == len(answer.weight) else [names[0], names[-1]]
+        )  # without a pointer for each service
+        found["weight"] = dict(zip(names, answer.weight.tolist(), strict=True))
+        lines.append("answers: " + ", ".join(f"{name} {w:.2f}" for name, w in found["weight"].items()))
     if answer.relevance is not None:
         found["relevance"] = answer.relevance.tolist()
         lines.append("profile: " + " ".join(f"{x:.2f}" for x in answer.relevance))

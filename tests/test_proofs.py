@@ -29,9 +29,26 @@ def list_people(batch):
 @given(LENGTHS, st.integers(0, 99))
 def test_everybody_gets_the_profile_of_the_next_person_as_far_on(lengths, seed):
     batch = make_batch(seed, lengths, 16)
-    donor, people = swap_profiles(batch).reshape(-1), list_people(batch)
+    donor, people = swap_profiles(batch, np.arange(sum(map(len, lengths)))).reshape(-1), list_people(batch)
     for own, other in zip(people, [*people[1:], people[0]], strict=True):
         assert donor[own].tolist() == [other[min(k, len(other) - 1)] for k in range(len(own))]
+
+
+@settings(max_examples=40)
+@given(LENGTHS, st.data())
+def test_nobody_gets_an_own_profile_by_another_of_their_sequences(lengths, data):
+    batch = make_batch(0, lengths, 16)
+    sequences = list_people(batch)
+    person = np.sort(data.draw(st.lists(st.integers(0, 3), min_size=len(sequences), max_size=len(sequences))))
+    owner = np.full(batch.segment_BT.size, -1)
+    for own, name in zip(sequences, person, strict=True):
+        owner[own] = name
+    donor = swap_profiles(batch, person).reshape(-1)
+    names = sorted(set(person.tolist()))
+    following = dict(zip(names, [*names[1:], names[0]], strict=True))
+    used = owner >= 0
+    assert owner[donor[used]].tolist() == [following[name] for name in owner[used]]
+    np.testing.assert_array_equal(donor[~used], np.flatnonzero(~used))
 
 
 @settings(max_examples=40)
@@ -91,7 +108,7 @@ def test_twins_with_each_others_profile_have_each_others_states(encode):
     batch = make_twins(2)
     plain = encode(batch)
     assert np.abs(plain[0] - plain[1]).max() > 1e-3
-    np.testing.assert_allclose(encode(batch, swap_profiles(batch)), plain[::-1], atol=1e-5)
+    np.testing.assert_allclose(encode(batch, swap_profiles(batch, np.arange(2))), plain[::-1], atol=1e-5)
 
 
 def test_with_the_mean_profile_twins_have_one_state(encode):

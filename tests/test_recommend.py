@@ -2,17 +2,25 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from experiments import recommend as recommend_command
+from moerec import cli
 from moerec.config import MoEConfig, PersonalConfig
 from moerec.config.stored import read_config
+from moerec.data.splits import TEST
 from moerec.errors import InputError
-from moerec.evaluate import EvaluationSet, catalogue_vectors, score_items
+from moerec.evaluate import EvaluationSet, catalogue_vectors, rank_targets, score_items
+from moerec.metrics import per_target_metrics
+from moerec.proofs import describe_effects
 from moerec.recommend import Request, describe_answer, encode_context, load_run, read_request, recommend
 from moerec.run import run
+from moerec.state import init_state
+from moerec.train import make_sizes
 from moerec.writer import to_plain
 from tests.tiny import make_config
 
@@ -59,27 +67,17 @@ def ask_like(trained, event: int) -> Request:
     return Request(int(dataset.log.time[event]), context)
 
 
-def test_the_list_is_that_of_the_evaluation(trained):
-    """All events of a person are the history, behind which one more event stands, with the request of their first."""
-    dataset, config = trained.data.dataset, trained.config
-    log, person = dataset.log, 5
-    rows = np.arange(*log.offsets[person : person + 2])
-    order = np.concatenate([rows, rows[:1]])
-    longer = log.take(order, np.array([0, len(order)]))
-    alone = dataclasses.replace(
-        dataset,
-        log=longer,
-        people=dataset.people[[person]],
-        profile={name: values[[person]] for name, values in dataset.profile.items()},
-    )
-    examples = EvaluationSet(alone, np.array([len(rows)]), config)
+@pytest.mark.parametrize("back", [1, 3])
+def test_the_list_at_the_time_of_an_event_is_that_of_the_evaluation(trained, back):
+    """What is asked at the time and in the context of an event is what the evaluation asks, without later events."""
+    dataset, person = trained.data.dataset, 5
+    row = int(dataset.log.offsets[person + 1]) - back
+    examples = EvaluationSet(dataset, np.array([row]), trained.config)
     ((_, batch, questions),) = examples.batches()
-    # The codes of the fields are those of the whole data set.
-    fields = np.where(batch.segment_BT[..., None] > 0, dataset.profile_codes[0][person], 0).astype(np.int32)
     vectors = catalogue_vectors(trained.model, trained.table)
-    scores = score_items(trained.model, batch._replace(field_BTY=fields), questions.slot, trained.table, vectors)[0]
+    scores = score_items(trained.model, batch, questions.slot, trained.table, vectors)[0]
     log_p = np.asarray(jax.nn.log_softmax(scores))
-    answer = recommend(trained, str(dataset.people[person]), ask_like(trained, int(rows[0])), 7)
+    answer = recommend(trained, str(dataset.people[person]), ask_like(trained, row), 7)
     np.testing.assert_allclose(answer.log_p, np.sort(log_p)[::-1][:7], atol=1e-5)
     np.testing.assert_allclose(log_p[answer.item], answer.log_p, atol=1e-5)
     for share in (answer.domain, answer.relevance, answer.weight):
@@ -108,37 +106,35 @@ def test_context_and_time_change_the_answer(trained):
     person, features = str(trained.data.dataset.people[0]), trained.data.dataset.context
     plain = recommend(trained, person, Request(), 5)
     name, values = next(iter(features.items()))
-    for request in (Request(time=1_700_000_000), Request(context={name: values[0]}), Request(context={name: "new"})):
+    later = int(trained.data.dataset.log.time.max()) + 7_200
+    for request in (Request(time=later), Request(context={name: values[0]})):
         assert np.abs(recommend(trained, person, request, 5).log_p - plain.log_p).max() > 1e-6
 
 
-def test_a_value_that_no_event_has_is_unseen_and_a_number_finds_its_range(trained):
-    dataset, schema = trained.data.dataset, trained.config.data.schema
+def test_codes_of_a_request(trained):
     features = {"heat": ("below 0", "0 to 20", "from 20"), "sky": ("blue", "grey")}
-    log = dataset.log.take(np.arange(3), np.array([0, 3]))
-    log = dataclasses.replace(log, context=np.array([[1, 1], [2, 0], [4, 1]], np.int16))
-    data = dataclasses.replace(trained.data, dataset=dataclasses.replace(dataset, context=features, log=log))
-    schema = dataclasses.replace(schema, context=("heat", "sky"), context_edges=("heat=0,20",))
-    config = dataclasses.replace(trained.config, data=dataclasses.replace(trained.config.data, schema=schema))
-    own = trained._replace(config=config, data=data)
+    dataset = dataclasses.replace(trained.data.dataset, context=features)
+    edges = {"heat": (0.0, 20.0)}
     for context, codes in (
         ({}, [0, 0]),
         ({"heat": "-3.5", "sky": "blue"}, [1, 1]),
-        ({"heat": "0", "sky": "grey"}, [2, 3]),
+        ({"heat": "0", "sky": "grey"}, [2, 2]),
         ({"heat": "0 to 20", "sky": "pink"}, [2, 3]),
-        ({"heat": "31"}, [4, 0]),
+        ({"heat": "31"}, [3, 0]),
         ({"heat": "nan"}, [0, 0]),
     ):
-        assert encode_context(own, context) == codes
-    with pytest.raises(InputError, match="'warm' is no number"):
-        encode_context(own, {"heat": "warm"})
+        assert encode_context(dataset, edges, context).tolist() == codes
+    assert encode_context(dataset, {"heat": (0.0, 5.0)}, {"heat": "31"}).tolist() == [4, 0]  # of another preparation
+    with pytest.raises(InputError, match="heat=warm is no number"):
+        encode_context(dataset, edges, {"heat": "warm"})
 
 
 def test_an_answer_in_words(trained):
     answer = recommend(trained, str(trained.data.dataset.people[0]), Request(), 3)
     found = describe_answer(trained, answer)
     assert len(found["items"]) == 3
-    assert len(found["lines"]) == 5
+    assert len(found["lines"]) == 6
+    assert set(found["weight"]) == {"catalogue", "own history", *(f"own {z}" for z in found["domain"])}
     assert found["items"][0]["text"] in found["lines"][0]
     assert json.loads(json.dumps(to_plain(found)))["domain"].keys() == set(trained.data.dataset.catalogue.services)
 
@@ -146,9 +142,11 @@ def test_an_answer_in_words(trained):
 @pytest.mark.parametrize(
     ("person", "request_", "word"),
     [
-        ("nobody at all", Request(), "person 'nobody at all': nobody is called so; the first is 'p000000'"),
-        ("", Request(context={"sky": "blue"}), "context 'sky'"),
-        ("", Request(service="post"), "service 'post'"),
+        ("nobody at all", Request(), "--person: nobody is called 'nobody at all'; the first is 'p000000'"),
+        ("", Request(context={"sky": "blue"}), "--context: 'sky' is none of"),
+        ("", Request(service="post"), "--service: 'post' is none of"),
+        ("", Request(time=4_102_444_800), "--time: must lie"),
+        ("", Request(time=0), "has no events before --time"),
     ],
 )
 def test_what_is_not_there_is_named(trained, person, request_, word):
@@ -162,8 +160,8 @@ def test_requests_in_words():
     )
     assert read_request([], "2024-05-01T09:00+03:00", "").time == 1714554000 - 3 * 3600
     assert read_request([], "", "") == Request()
-    for context, time in ((["weather"], ""), (["=rain"], ""), ([], "tomorrow")):
-        with pytest.raises(InputError):
+    for context, time in ((["weather"], ""), (["=rain"], ""), (["a=1", "a=2"], ""), ([], "tomorrow")):
+        with pytest.raises(InputError, match=r"^--(context|time): "):
             read_request(context, time, "")
 
 
@@ -178,15 +176,82 @@ def test_a_configuration_is_read_back(tmp_path):
         ({k: v for k, v in values.items() if k != "seed"}, "config.seed is missing"),
         ({**values, "model": {**values["model"], "depth": 3}}, "config.model.depth is unknown"),
         ({**values, "model": 3}, "missing"),
+        ({**values, "seed": None}, "config.seed: None is not of type int"),
+        ({**values, "baselines": None}, "config.baselines: None is not of type"),
+        ({**values, "train": {**values["train"], "steps": "many"}}, "config.train.steps: 'many' is not of type int"),
+        ({**values, "model": {**values["model"], "dropout": 2.0}}, "config.model.dropout"),
     ):
         path.write_text(json.dumps(change))
-        with pytest.raises(InputError, match=word):
+        with pytest.raises(InputError, match=word) as error:
             read_config(path)
+        assert str(error.value).startswith(str(path))
     path.write_text("{")
     with pytest.raises(InputError, match="not a JSON file"):
         read_config(path)
     with pytest.raises(InputError, match="no such file"):
         read_config(tmp_path / "nowhere.json")
+
+
+def test_effects_are_those_of_data_that_were_changed_by_hand(trained):
+    """Nobody's context is known; and everybody has the profile of one other person: both people's ranks by hand."""
+    dataset, table = trained.data.dataset, trained.table
+    targets = np.flatnonzero(trained.data.roles == TEST)[:30]
+    own = EvaluationSet(dataset, targets, trained.config)
+    log = dataclasses.replace(dataset.log, context=np.zeros_like(dataset.log.context))
+    silent = EvaluationSet(dataclasses.replace(dataset, log=log), targets, trained.config)
+    plain = per_target_metrics(rank_targets(trained.model, own, table)[1])["ndcg@10"]
+    effects = describe_effects(trained.config, trained.model, own, table, plain)
+    by_hand = per_target_metrics(rank_targets(trained.model, silent, table)[1])["ndcg@10"]
+    assert effects["context"]["missing"]["ndcg@10"] == pytest.approx(by_hand.mean(), abs=1e-9)
+    assert effects["context"]["missing"]["difference"] == pytest.approx((plain - by_hand).mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"personal": PersonalConfig()}, {"context"}),
+        ({"personal": PersonalConfig(layers=(1,), memory="null")}, {"context"}),
+        ({"personal": PersonalConfig(layers=(1,), memory="low_rank", n_aspects=2, n_scales=1)}, {"context", "profile"}),
+        ({"personal": PersonalConfig(), "request_context": False}, set()),
+    ],
+)
+def test_effects_are_measured_of_what_a_model_has(trained, fields, parts):
+    config = dataclasses.replace(trained.config, model=dataclasses.replace(trained.config.model, **fields))
+    examples = EvaluationSet(trained.data.dataset, np.flatnonzero(trained.data.roles == TEST)[:5], config)
+    model = init_state(config, make_sizes(trained.data)).model
+    assert set(describe_effects(config, model, examples, trained.table, np.zeros(5))) == parts
+
+
+def test_the_command(folder, capsys):
+    def execute(*flags: str) -> int:
+        arguments = ["recommend", f"--workdir={folder}", *flags]
+        return cli.execute(recommend_command.main, arguments, extra_flags=recommend_command.FLAGS, config_type=None)
+
+    assert execute("--top_k=3", "--json", "--time=2030-01-01") == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert len(json.loads(last)["items"]) == 3
+    for wrong in ("--top_k=0", "--person=nobody", "--service=post", "--time=soon", "--context=sky"):
+        assert execute(wrong) == 2
+        assert capsys.readouterr().err.startswith(f"error: {wrong.partition('=')[0]}: ")
+
+
+def test_nothing_is_written_into_a_run(folder):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    half = folder / "checkpoints" / "last" / "99.orbax-checkpoint-tmp"
+    half.mkdir()
+    load_run(folder)
+    assert half.exists()
+    half.rmdir()
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "last"} == {
+        path: time for path, time in before.items() if path.name != "last"
+    }
+
+
+def test_a_run_that_is_not_finished_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("metrics.json"))
+    with pytest.raises(InputError, match="not finished"):
+        load_run(tmp_path / "run")
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):

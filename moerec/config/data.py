@@ -48,7 +48,7 @@ class SchemaConfig:
     time: str = ""
     time_unit: str = "s"  # s, ms, day or iso
     zone: str = "UTC"  # IANA time zone of everybody's clock, such as Europe/Moscow
-    zone_column: str = ""  # a column of context or profile, whose values may have other zones: see `zones`
+    zone_column: str = ""  # a column of context (or else of profile) whose values may have other zones: see `zones`
     zones: tuple[str, ...] = ()  # "value=Area/City"
     context: tuple[str, ...] = ()
     context_edges: tuple[str, ...] = ()  # "column=edge,edge,…": a numeric column of `context`, cut into ranges there
@@ -67,8 +67,8 @@ class SchemaConfig:
         require(bool(self.service) or bool(self.service_name), "data.schema.service_name", "must not be empty")
         require(self.service_name != "all", "data.schema.service_name", '"all" is the sum of the services')
         require(bool(self.zones) == bool(self.zone_column), "data.schema.zones", "it and zone_column need each other")
-        for zone in (self.zone, *self.zone_of.values()):
-            require(_is_zone(zone), "data.schema.zones", f"{zone!r} is no IANA time zone, such as Europe/Moscow")
+        for field, zone in (("zone", self.zone), *(("zones", zone) for zone in self.zone_of.values())):
+            require(_is_zone(zone), f"data.schema.{field}", f"{zone!r} is no IANA time zone, such as Europe/Moscow")
         for column in self.edges:
             require(column in self.context, "data.schema.context_edges", f"{column!r} is no column of context")
 
@@ -106,10 +106,9 @@ class SchemaConfig:
 
 def _is_zone(name: str) -> bool:
     try:
-        zoneinfo.ZoneInfo(name)
+        return name == "UTC" or bool(zoneinfo.ZoneInfo(name))
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         return False
-    return True
 
 
 @dataclasses.dataclass
@@ -173,6 +172,9 @@ class DataConfig:
         require(not shuffled_shards, "data.reader", "shards keep the published order; split.shuffle_ties needs memory")
         if self.source == "tables":
             require(bool(self.tables.folder), "data.tables.folder", "the folder of the tables is needed")
+            column, columns = self.schema.zone_column, (*self.schema.context, *self.schema.profile)
+            is_known = not column or column in columns
+            require(is_known, "data.schema.zone_column", f"{column!r} is no column of context or profile")
         if self.source == "prepared":
             require(bool(self.prepared), "data.prepared", "the prepared folder is needed")
         require_seed(self.seed, "data.seed")

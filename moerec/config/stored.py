@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import types
 import typing
 from pathlib import Path
 from typing import Any
 
 from moerec.config import Config
+from moerec.config.types import require_type
 from moerec.errors import InputError
 
 
@@ -15,7 +15,7 @@ def read_config(path: Path) -> Config:
     """The configuration in a run's `config.json`; its checks run anew.
 
     Raises:
-      InputError: the file is missing, is no JSON, or has not exactly the fields of this version.
+      InputError: the file is missing, is no JSON, or has not exactly the fields of this version, of their types.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -23,16 +23,20 @@ def read_config(path: Path) -> Config:
         raise InputError(f"{path}: no such file; is this the directory of a run?") from error
     except ValueError as error:
         raise InputError(f"{path}: not a JSON file ({error})") from error
-    return _build(Config, values, path, "config")
+    try:
+        return _build(Config, values, "config")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
-def _build(kind: Any, value: Any, path: Path, place: str) -> Any:
+def _build(kind: Any, value: Any, place: str) -> Any:
     if not dataclasses.is_dataclass(kind):
-        is_tuple = typing.get_origin(kind) in (tuple, types.GenericAlias) or kind is tuple
-        return tuple(value) if is_tuple and isinstance(value, list) else value
+        value = tuple(value) if typing.get_origin(kind) is tuple and isinstance(value, list) else value
+        require_type(place, value, kind)  # before the checks of its group, which would stumble over it
+        return value
     names = {field.name for field in dataclasses.fields(kind)}
     found = set(value) if isinstance(value, dict) else set()
     for name in sorted(names ^ found):
-        raise InputError(f"{path}: {place}.{name} is {'missing' if name in names else 'unknown'}: of another version")
+        raise InputError(f"{place}.{name} is {'missing' if name in names else 'unknown'}: of another version")
     hints = typing.get_type_hints(kind)
-    return kind(**{name: _build(hints[name], value[name], path, f"{place}.{name}") for name in sorted(names)})  # type: ignore[operator]
+    return kind(**{name: _build(hints[name], value[name], f"{place}.{name}") for name in sorted(names)})  # type: ignore[operator]

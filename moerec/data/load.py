@@ -69,22 +69,36 @@ def load_data(config: DataConfig, workdir: Path) -> Prepared:
       InputError: whatever is wrong with the input, with its file, row and column; or `workdir` holds a run on other
         data (its `DIGEST` says so), which is left as it is: its checkpoints were trained on what would now be held out.
     """
-    cache, known = workdir / "data", workdir / DIGEST
+    cache = workdir / "data"
 
     def accept(folder: Path) -> None:
-        require(_assemble(config, load_dataset(folder), None, folder))
-
-    def require(data: Prepared) -> None:
-        if known.exists() and json.loads(known.read_text())["sha256"] != data.digest:
-            raise InputError(
-                f"{workdir}: this directory holds a run on other data; the tables or their preparation have changed"
-            )
+        _require_same(_assemble(config, load_dataset(folder), None, folder), workdir)
 
     if config.source == "tables" and not is_current(config, cache):
-        prepare(config, cache, accept if known.exists() else None)
+        prepare(config, cache, accept if (workdir / DIGEST).exists() else None)
     data = _assemble(config, *_open(config, cache))
-    require(data)
+    _require_same(data, workdir)
     return data
+
+
+def reload_data(config: DataConfig, workdir: Path) -> Prepared:
+    """The data of a run as it keeps them, wherever the tables are by now; nothing is written.
+
+    Raises:
+      InputError: they are not there, or are others.
+    """
+    from_memory = dataclasses.replace(config, reader="memory")  # a city's shards would be written anew
+    data = _assemble(from_memory, *_open(from_memory, workdir / "data"))
+    _require_same(data, workdir)
+    return data
+
+
+def _require_same(data: Prepared, workdir: Path) -> None:
+    known = workdir / DIGEST
+    if known.exists() and json.loads(known.read_text())["sha256"] != data.digest:
+        raise InputError(
+            f"{workdir}: this directory holds a run on other data; the tables or their preparation have changed"
+        )
 
 
 def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, folder: Path | None) -> Prepared:
@@ -129,8 +143,8 @@ def make_reader(config: DataConfig, data: Prepared) -> EventReader:
     if config.reader == "memory" or data.folder is None:
         return MemoryReader(data.dataset.log, keep, fields)
     source = open_source(data.folder)
-    zones = find_zones(data.dataset, config.schema)
-    return ShardReader(source, data.dataset.log.offsets, keep, _item_numbers(data), fields, zones)
+    log = data.dataset.log
+    return ShardReader(source, log.offsets, keep, _item_numbers(data), fields, log.shift)
 
 
 def _item_numbers(data: Prepared) -> np.ndarray:

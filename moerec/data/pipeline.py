@@ -13,7 +13,6 @@ import numpy as np
 from moerec.data.dataset import EventLog
 from moerec.data.packing import fill_batch, place_sequences
 from moerec.data.shards import PeopleSource, read_people
-from moerec.data.zones import Zones
 from moerec.errors import InputError
 from moerec.shapes import Batch
 
@@ -54,14 +53,14 @@ class ShardReader:
         keep: np.ndarray,
         item_numbers: np.ndarray,
         fields: np.ndarray | None = None,
-        zones: Zones | None = None,
+        shift: np.ndarray | None = None,
     ):
         """Args: the shards; `[people + 1]` offsets of all events; `[events]` bool, which of them are trained on;
-        `[I]` int32, the number that each of the shards' items has in the catalogue; the people's profile codes; the
-        time zones of clocks that do not show UTC.
+        `[I]` int32, the number that each of the shards' items has in the catalogue; the people's profile codes;
+        `[events]`, how far the clocks at all events are ahead of UTC (nowhere).
         """
         self._source, self._offsets, self._keep, self._item_numbers = source, offsets, keep, item_numbers
-        self._zones = zones
+        self._shift = np.zeros(len(keep), np.int32) if shift is None else shift
         kept_before = np.concatenate([[0], np.cumsum(keep)])
         self.lengths = np.diff(kept_before[offsets])
         self.fields = np.zeros((len(offsets) - 1, 0), np.int32) if fields is None else fields
@@ -69,12 +68,11 @@ class ShardReader:
     def fetch(self, people: np.ndarray) -> tuple[EventLog, np.ndarray]:
         rows, n_events = read_people(self._source, people)
         first = np.repeat(self._offsets[people] - np.concatenate([[0], np.cumsum(n_events)[:-1]]), n_events)
-        rows = rows[self._keep[first + np.arange(len(rows))]]
+        event = first + np.arange(len(rows))
+        kept = self._keep[event]
+        rows = rows[kept]
         start = np.concatenate([[0], np.cumsum(self.lengths[people])])
-        shift = np.zeros(len(rows), np.int32)
-        if self._zones is not None:
-            person = np.repeat(people, self.lengths[people])
-            shift = self._zones.find_shifts(person, rows["time"], rows["context"])
+        shift = self._shift[event[kept]]
         columns = (self._item_numbers[rows["item"]], rows["action"], rows["time"], rows["context"], shift)
         return EventLog(start, *columns), start[:-1]
 

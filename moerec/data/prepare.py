@@ -237,7 +237,8 @@ def describe_source(config: DataConfig) -> dict:
         path = Path(config.tables.folder) / name
         if name and path.is_file():
             files[name] = [path.stat().st_size, path.stat().st_mtime_ns]
-    used = {"tables": dataclasses.asdict(config.tables), "schema": dataclasses.asdict(config.schema), "files": files}
+    schema = {name: value for name, value in dataclasses.asdict(config.schema).items() if not name.startswith("zone")}
+    used = {"tables": dataclasses.asdict(config.tables), "schema": schema, "files": files}
     return json.loads(json.dumps(used))  # as it will be read back
 
 

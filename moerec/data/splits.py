@@ -50,7 +50,8 @@ def _leave_one_out(dataset: Dataset, per_service: bool) -> np.ndarray:
 
 
 def _split_by_time(log: EventLog, split: SplitConfig) -> np.ndarray:
-    valid_from, test_from = (parse_date(getattr(split, name), name) for name in ("valid_from", "test_from"))
+    fields = ("valid_from", "test_from")
+    valid_from, test_from = (parse_date(getattr(split, name), f"config.data.split.{name}") for name in fields)
     if valid_from >= test_from:
         raise InputError(f"config.data.split.test_from: {split.test_from} must be later than {split.valid_from}")
     roles = np.searchsorted(np.array([valid_from, test_from]), log.time, side="right").astype(np.int8)
@@ -61,11 +62,11 @@ def _split_by_time(log: EventLog, split: SplitConfig) -> np.ndarray:
 
 
 def parse_date(text: str, field: str) -> int:
-    """Unix seconds of an ISO date or date-time, UTC unless it names a zone."""
+    """Unix seconds of an ISO date or date-time, UTC unless it names a zone; `field` is named where it is none."""
     try:
         date = datetime.datetime.fromisoformat(text)
     except ValueError:
-        raise InputError(f"config.data.split.{field}: {text!r} is no ISO date") from None
+        raise InputError(f"{field}: {text!r} is no ISO date, such as 2024-05-01 or 2024-05-01T09:00") from None
     return int((date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp())
 
 

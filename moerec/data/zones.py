@@ -2,13 +2,16 @@
 
 import datetime
 import zoneinfo
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 
 from moerec.config import SchemaConfig
-from moerec.data.dataset import UNKNOWN_TIME, Dataset
+from moerec.data.dataset import Dataset
+from moerec.data.packing import device_time
 from moerec.errors import InputError
+from moerec.shapes import NO_TIME
 
 DAY, QUARTER = 86_400, 900  # clocks change at whole quarters of an hour of UTC
 
@@ -25,14 +28,17 @@ class Zones(NamedTuple):
     feature: int = 0
 
     def find_shifts(self, person: np.ndarray, time: np.ndarray, context: np.ndarray) -> np.ndarray:
-        """`[n]` int32 seconds ahead of UTC. Args: `[n]`, `[n]` unix seconds or `UNKNOWN_TIME`, and `[n, C]` codes."""
+        """`[n]` int32 seconds ahead of UTC, 0 where a time is unknown or too far off for the model.
+
+        Args: `[n]`; `[n]` unix seconds; and `[n, C]` codes.
+        """
         if self.of_context is not None:
             zone = self.of_context[context[:, self.feature]]
         else:
             zone = np.zeros(len(time), np.int64) if self.of_person is None else self.of_person[person]
-        shift = np.zeros(len(time), np.int32)
+        shift, known = np.zeros(len(time), np.int32), device_time(time) != NO_TIME
         for k, name in enumerate(self.names):
-            at = np.flatnonzero((zone == k) & (time != UNKNOWN_TIME))
+            at = np.flatnonzero((zone == k) & known)
             shift[at] = find_shifts_in(name, time[at])
         return shift
 
@@ -62,18 +68,26 @@ def find_zones(dataset: Dataset, schema: SchemaConfig) -> Zones | None:
     """The zones of a data set, None where all clocks show UTC.
 
     Raises:
-      InputError: the column is neither of the context nor of the profile.
+      InputError: the column is neither of the context nor of the profile, or has not one of the values.
     """
     if not schema.zone_column:
         return None if schema.zone == "UTC" else Zones((schema.zone,))
     by_value = schema.zone_of
     names = (schema.zone, *by_value.values())
     number = {value: k for k, value in enumerate(by_value, 1)}
+
+    def require_values(found: Collection[str]) -> None:
+        for value in by_value:
+            if value not in found:
+                raise InputError(f"config.data.schema.zones: {schema.zone_column} is never {value!r}")
+
     if schema.zone_column in dataset.context:
+        require_values(dataset.context[schema.zone_column])
         feature = list(dataset.context).index(schema.zone_column)
         codes = [number.get(value, 0) for value in dataset.context[schema.zone_column]]
         return Zones(names, of_context=np.array([0, *codes, 0]), feature=feature)  # missing, values, unseen
     if schema.zone_column in dataset.profile:
         values = dataset.profile[schema.zone_column].tolist()
+        require_values(set(values))
         return Zones(names, of_person=np.array([number.get(value, 0) for value in values], np.int64))
     raise InputError(f"config.data.schema.zone_column: {schema.zone_column!r} is no column of context or profile")

@@ -66,9 +66,9 @@ class SlotEncoder(nnx.Module):
         keys = jax.random.split(key, 5)
         d = config.d_model
 
-        def table(k, n, n_zeros=0):
+        def table(k, n, zero_rows=()):
             def init(key, shape, dtype):
-                return normal(STDDEV)(key, shape, dtype).at[n - n_zeros :].set(0)
+                return normal(STDDEV)(key, shape, dtype).at[jnp.array(zero_rows, int)].set(0)
 
             return declare(k, (n, d), (None, "embed"), init, decay="embedding")
 
@@ -78,11 +78,11 @@ class SlotEncoder(nnx.Module):
         # Which service the request will go to is not known, so that it has the gaps of all.
         self.request_time = TimeEmbedding(keys[3], d, STDDEV, config.time, n_services) if config.request_time else None
         # One table for all features: feature c owns rows offset_c .. offset_c + size_c, the first of them "missing",
-        # and one behind those of all features, "unseen": no event trains it (but for `context_dropout`), so it is zero.
-        n_unseen = len(context_sizes)
-        self.context = (
-            table(keys[4], sum(context_sizes) + n_unseen, n_unseen) if config.request_context and n_unseen else None
-        )
+        # and one behind those of all features, "unseen". Perhaps no event trains these two: they start at zero.
+        n_features, n_rows = len(context_sizes), sum(context_sizes) + len(context_sizes)
+        missing = [sum(context_sizes[:c]) for c in range(n_features)]
+        zero_rows = (*missing, *range(n_rows - n_features, n_rows))
+        self.context = table(keys[4], n_rows, zero_rows) if config.request_context and n_features else None
         self.n_gap_services = n_services if config.time.service_gap else 0
         self.context_sizes, self.context_dropout = context_sizes, config.context_dropout
 

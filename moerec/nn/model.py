@@ -14,7 +14,7 @@ from moerec.nn.block import run_blocks, split_layers, stack_blocks
 from moerec.nn.events import ItemEncoder, SlotEncoder
 from moerec.nn.experts import DomainExperts, Request
 from moerec.nn.layers import RMSNorm, declare, dropout
-from moerec.nn.personalization import Request as Asked
+from moerec.nn.personalization import Request as ProfileRequest
 from moerec.nn.personalization.profile import ProfileRouter, condition_slots, exchange, make_personalizer
 from moerec.shapes import NO_TIME, Batch, ItemTable, Output, Routing
 
@@ -46,7 +46,7 @@ class SequenceModel(nnx.Module):
         k_layers = jax.random.split(k_blocks, config.n_layers)
         trunk, *upper = split_layers(config)
         self.blocks = stack_blocks(k_layers[: trunk.last], config) if trunk.last else None
-        k_analyser, k_profile, k_router, k_copy = (jax.random.fold_in(k_head, n) for n in (1, 2, 3, 4))
+        k_analyser, k_profile, k_router, k_copy, k_untied = (jax.random.fold_in(k_head, n) for n in range(1, 6))
         is_mixture, is_personal = bool(config.moe.layers), bool(config.personal.layers)
         self.analyser = Analyser(k_analyser, config.d_model, sizes.n_services, config.norm_eps) if is_mixture else None
         self.profile = make_personalizer(config, sizes.field_sizes).init(k_profile) if is_personal else None
@@ -55,7 +55,7 @@ class SequenceModel(nnx.Module):
             [stack_blocks(k_layers[run.first : run.last], config, sizes.n_services, run) for run in upper]
         )
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head_encoder = None if config.tie_items else ItemEncoder(k_head, config, sizes.n_items, sizes.n_tokens)
+        self.head_encoder = None if config.tie_items else ItemEncoder(k_untied, config, sizes.n_items, sizes.n_tokens)
         self.aggregator = Aggregator(k_copy, config, sizes.n_services) if config.copy != "none" else None
         zeros = jax.nn.initializers.zeros
         self.item_bias_I = (
@@ -85,8 +85,7 @@ class SequenceModel(nnx.Module):
         config = self.config
         k_input, k_context, k_blocks = None, None, None
         if key is not None:
-            k_input, k_blocks = jax.random.split(key)
-            k_context = jax.random.fold_in(k_input, 1)
+            k_input, k_blocks, k_context = jax.random.split(key, 3)
         if vector_ID is None or self.head_encoder is not None:
             item_BTD = self.item_encoder(batch.item_BT, table)
         else:
@@ -134,7 +133,7 @@ class SequenceModel(nnx.Module):
         condition = condition_slots(personalizer, self.profile, batch, event_BTD, personal.fields)
         if donor_BT is not None:
             no_fields = jnp.zeros(len(self.field_sizes) if personal.fields else 0, jnp.int32)
-            nobody = Asked(jnp.asarray(NO_TIME), no_fields)
+            nobody = ProfileRequest(jnp.asarray(NO_TIME), no_fields)
             nothing = personalizer.condition(self.profile, personalizer.init_user(), nobody)
             condition = exchange(condition, donor_BT, batch.segment_BT > 0, nothing)
         read_BTD, relevance_BTM, log_relevance_BTM = jnp.zeros(()), None, jnp.zeros((*batch.item_BT.shape, 0))

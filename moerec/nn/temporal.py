@@ -86,8 +86,11 @@ class TimeEmbedding(nnx.Module):
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
 
         def table(name: str, on: bool, *shape: int) -> nnx.Param | None:
+            def init(key, shape, dtype):
+                return normal(stddev)(key, shape, dtype).at[..., -1, :].set(0)  # "not known", which data may never say
+
             axes = (*(None for _ in shape), "embed")
-            return declare(keys[name], (*shape, d), axes, normal(stddev), decay="embedding") if on else None
+            return declare(keys[name], (*shape, d), axes, init, decay="embedding") if on else None
 
         is_table, calendar = config.kind == "table", config.calendar
         self.hour, self.weekday, self.month_day, self.season = (

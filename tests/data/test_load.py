@@ -244,9 +244,10 @@ def test_context_values_of_held_out_events_alone_are_unseen(tmp_path):
         schema=SchemaConfig(time="time", context=("sky",)),
     )
     for reader in ("memory", "shards"):
-        data = load_data(dataclasses.replace(config, reader=reader), tmp_path / "run")
+        own = dataclasses.replace(config, reader=reader)
+        data = load_data(own, tmp_path / "run")
         assert data.dataset.context == {"sky": ("fog", "sun", "rain", "hail")}
         assert data.dataset.log.context[:, 0].tolist() == [5, 2, 5, 2, 2, 0, 5, 5]
-        stream = iter(PackedStream(make_reader(config, data), StreamOptions(1, 16, 8, 0)))
+        stream = iter(PackedStream(make_reader(own, data), StreamOptions(1, 16, 8, 0)))
         batch = next(stream)
         assert set(batch.request_context_BTC[batch.weight_BT > 0].ravel().tolist()) == {0, 2}

@@ -9,7 +9,7 @@ import pytest
 
 from moerec.config import TimeConfig
 from moerec.nn.events import ItemEncoder, SlotEncoder, TextEncoder
-from moerec.nn.temporal import N_WAVES
+from moerec.nn.temporal import N_WAVES, TimeEmbedding
 from moerec.shapes import NO_TIME
 from tests.nn import numpy_model as oracle
 from tests.small_model import SIZES, fill, make_batch, make_config, make_table, random_like
@@ -231,4 +231,15 @@ def test_the_gap_before_an_event_does_not_reach_into_the_sequence_before():
 def test_what_no_event_trains_adds_nothing_at_first():
     encoder = SlotEncoder(jax.random.key(0), make_config(), 3, 3, (3, 4))
     rows = np.abs(encoder.context[...]).max(axis=1) > 0
-    assert rows.tolist() == [True] * 7 + [False] * 2
+    assert rows.tolist() == [False, *[True] * 2, False, *[True] * 3, False, False]
+
+
+@pytest.mark.parametrize("kind", ["table", "fourier"])
+def test_a_time_that_is_not_known_adds_nothing_at_first(kind):
+    config = TimeConfig(kind=kind, month_day=True, service_gap=True)
+    embedding = TimeEmbedding(jax.random.key(0), 8, 0.02, config, n_services=2)
+    nothing = np.full((1, 2), NO_TIME, np.int32)
+    added = embedding(nothing, np.zeros_like(nothing), nothing, np.full((1, 2, 2), NO_TIME, np.int32))
+    np.testing.assert_array_equal(added, np.zeros((1, 2, 8)))
+    known = embedding(nothing * 0 + 5, np.zeros_like(nothing), nothing, np.full((1, 2, 2), NO_TIME, np.int32))
+    assert np.abs(known).min() > 0

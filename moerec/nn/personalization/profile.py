@@ -86,7 +86,7 @@ def exchange(condition: Condition, donor_BT: jax.Array, is_slot_BT: jax.Array, n
         def over(mask_BT):
             return mask_BT.reshape(mask_BT.shape + (1,) * nothing_X.ndim)
 
-        given = own_BTX.reshape(-1, *nothing_X.shape)[jnp.maximum(donor_BT, 0)]
+        given = own_BTX.reshape(donor_BT.size, *nothing_X.shape)[jnp.maximum(donor_BT, 0)]
         mean = jnp.sum(jnp.where(over(is_slot_BT), own_BTX, 0), axis=(0, 1)) / jnp.maximum(jnp.sum(is_slot_BT), 1)
         given = jnp.where(over(donor_BT == MEAN_PROFILE), mean, given)
         return jnp.where(over(donor_BT == NO_PROFILE), nothing_X, given)
