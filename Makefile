@@ -12,6 +12,8 @@ VERSION := $(word 1,$(FOUND))
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),$(if $(filter $(VERSION),$(firstword $(call find_python,python3))),,-$(VERSION)))
 RUN := $(VENV)/bin/python -m
 INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --progress-bar off --no-compile -c requirements.lock
+# By a path, not by a finder of modules, which a folder of the same name as a package would come before.
+EDITABLE := --config-settings editable_mode=compat -e
 PINNED_BY := requirements.lock pyproject.toml setup.py
 
 # Bytecode is kept with the environment whatever the shell says: without it every process compiles JAX's sources anew.
@@ -57,9 +59,9 @@ $(VENV)/.created-$(VERSION):
 	@touch $@
 
 $(VENV)/.installed-$(VERSION): $(VENV)/.created-$(VERSION) $(PINNED_BY)
-	$(INSTALL) -e .
+	$(INSTALL) $(EDITABLE) .
 	@touch $@
 
 $(VENV)/.installed-dev-$(VERSION): $(VENV)/.created-$(VERSION) $(PINNED_BY)
-	$(INSTALL) -e '.[dev]'
+	$(INSTALL) $(EDITABLE) '.[dev]'
 	@touch $(VENV)/.installed-$(VERSION) $@

@@ -3,9 +3,11 @@
 python -m experiments.recommend --workdir=runs/demo --person=NAME [--context=weather=rain,holiday=yes]
     [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--json]
 
-Without `--time` and `--context` they are not known; `--time` is UTC.
+Without `--time` and `--context` they are not known; `--time` is UTC. `p` is the probability that the item is what the
+person takes next, of all items of all services.
 """
 
+import sys
 from pathlib import Path
 
 from moerec import cli
@@ -13,10 +15,12 @@ from moerec import cli
 
 def main(_, flags):
     """Prints the list, and what the analyser and the profile router say of the request."""
-    from moerec.recommend import describe_answer, load_run, read_request, recommend
+    from moerec.recommend import describe_answer, list_unseen, load_run, read_request, recommend
 
     request = read_request(flags.context, flags.time, flags.service)
     trained = load_run(Path(flags.workdir))
+    for note in list_unseen(trained, request.context):
+        print(note, file=sys.stderr)
     answer = recommend(trained, flags.person or str(trained.data.dataset.people[0]), request, flags.top_k)
     found = describe_answer(trained, answer)
     for line in found["lines"]:

@@ -54,6 +54,9 @@ def run(
     `main` may return a dict, which `--json` prints (not finite numbers as null); its `exit_code` is then used.
     """
     sys.unraisablehook = _interrupt_again
+    if not any(Path("/dev").glob(name) for name in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")):
+        # Without an accelerator, looking for one is slow, and libtpu, where it is installed, complains at length.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     code = execute(main, sys.argv, default_config, extra_flags, config_type=config_type, workdir=workdir)
     if code == INTERRUPTED:
         # Loader and checkpoint threads may be in the middle of something: what they hold is not needed, and a
@@ -173,8 +176,18 @@ def _help(main: Main, values: flags.FlagValues, config_type: type | None) -> str
                 lines.append("  --config.FIELD=VALUE: sets one field of it; --helpfull lists them all")
     if config_type is not None:
         lines += ["", "Fields and their defaults:"]
-        lines += [f"  --{path}={value!r}" for path, value in _leaves(config_type())]
+        comments = _read_comments(config_type())
+        lines += [f"  --{path}={value!r}{comments.get(path, '')}" for path, value in _leaves(config_type())]
     return "\n".join(lines)
+
+
+def _read_comments(config: Any) -> dict[str, str]:
+    """Field -> what the comment behind it in the source says of it."""
+    found = {}
+    for group, place in list_groups(config):
+        for name, comment in re.findall(r"^    (\w+): [^#\n]*?  (# .*)$", inspect.getsource(type(group)), re.MULTILINE):
+            found[f"{place}.{name}"] = f"  {comment}"
+    return found
 
 
 def _parse(values: flags.FlagValues, argv: list[str], default_config: str | None, config_type: type | None) -> Any:
@@ -195,6 +208,7 @@ def _parse(values: flags.FlagValues, argv: list[str], default_config: str | None
             config_flags.DEFINE_config_dataclass(
                 "config", config, flag_values=values, sys_argv=[argv[0], *args], parse_fn=lambda _: config
             )
+        _refuse_repeated_lists(args, values)
         rest = values([argv[0], *args])
     except flags.UnrecognizedFlagError as error:
         raise InputError(_unknown_flag(error.flagname, values, config)) from None
@@ -212,6 +226,14 @@ def _parse(values: flags.FlagValues, argv: list[str], default_config: str | None
         return None
     require_types(values.config)
     return checked(values.config)
+
+
+def _refuse_repeated_lists(args: list[str], values: flags.FlagValues) -> None:
+    """A list that is given twice would silently be its last part."""
+    names = [arg.lstrip("-").split("=", 1)[0] for arg in args if arg.startswith("-")]
+    for name in names:
+        if names.count(name) > 1 and name in values and isinstance(values[name].parser, flags.ListParser):
+            raise InputError(f"--{name} is given twice; write --{name}=a,b")
 
 
 def _split_config(args: list[str]) -> tuple[str | None, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from moerec.config.stored import list_differences
 from moerec.errors import InputError
 from moerec.report.table import config_name
 
@@ -98,9 +99,10 @@ def _by_seed(folders: Sequence[Path]) -> dict[tuple[int, int], tuple[Path, dict[
         if seeds in found:
             raise InputError(f"{folder}: the same seeds as {found[seeds][0]}")
         found[seeds] = folder, metrics
-    plain = {json.dumps(_without_seeds(metrics["config"]), sort_keys=True) for _, metrics in found.values()}
-    if len(plain) > 1:
-        raise InputError(f"{folders[0]}: the runs of one side differ in more than their seeds")
+    first, *others = [(folder, _without_seeds(metrics["config"])) for folder, metrics in found.values()]
+    for folder, config in others:
+        for difference in list_differences(first[1], config, "config"):
+            raise InputError(f"{folder}: differs from {first[0]} in more than its seeds: {difference}")
     return found
 
 

@@ -218,6 +218,17 @@ def _find_code(name: str, value: str, values: tuple[str, ...], edges: tuple[floa
         raise InputError(f"--context: {name}={value} is no number and none of its ranges") from error
 
 
+def list_unseen(trained: Trained, context: Mapping[str, str]) -> list[str]:
+    """A line for each value of a request that the model has never seen."""
+    dataset, edges = trained.data.dataset, trained.config.data.schema.edges
+    code_C = _hide_unknown(trained, encode_context(dataset, edges, context))
+    return [
+        f"{name}={context[name]}: never seen in training; there are {', '.join(values)}"
+        for (name, values), code in zip(dataset.context.items(), code_C, strict=True)
+        if code == len(values) + 1
+    ]
+
+
 def read_request(context: list[str], time: str, service: str) -> Request:
     """A request in words: `name=value` entries, and an ISO date and time (UTC) or nothing."""
     features: dict[str, str] = {}
@@ -240,18 +251,18 @@ def describe_answer(trained: Trained, answer: Answer) -> dict[str, Any]:
         for z, i, p in zip(service, answer.item, np.exp(answer.log_p), strict=True)
     ]
     found: dict[str, Any] = {"items": items}
-    lines = [f"{x['p']:7.4f}  {x['service']:<12s} {x['id']:<10s} {x['text']}" for x in items]
+    lines = [f"{'p':>7s}  {'service':<12s} {'id':<10s} text"]
+    lines += [f"{x['p']:7.4f}  {x['service']:<12s} {x['id']:<10s} {x['text']}" for x in items]
     if answer.domain is not None:
         found["domain"] = dict(zip(catalogue.services, map(float, answer.domain), strict=True))
-        lines.append("analyser: " + ", ".join(f"{name} {p:.2f}" for name, p in found["domain"].items()))
+        shares = ", ".join(f"{name} {p:.2f}" for name, p in found["domain"].items())
+        lines.append(f"service of what comes next: {shares}")
     if answer.weight is not None:
         names = ["catalogue", *(f"own {name}" for name in catalogue.services), "own history"]
-        names = (
-            names if len(names) == len(answer.weight) else [names[0], names[-1]]
-        )  # without a pointer for each service
+        names = names if len(names) == len(answer.weight) else [names[0], names[-1]]  # one pointer
         found["weight"] = dict(zip(names, answer.weight.tolist(), strict=True))
-        lines.append("answers: " + ", ".join(f"{name} {w:.2f}" for name, w in found["weight"].items()))
+        lines.append("weights of the answers: " + ", ".join(f"{name} {w:.2f}" for name, w in found["weight"].items()))
     if answer.relevance is not None:
         found["relevance"] = answer.relevance.tolist()
-        lines.append("profile: " + " ".join(f"{x:.2f}" for x in answer.relevance))
+        lines.append("relevance of the profile's slots: " + " ".join(f"{x:.2f}" for x in answer.relevance))
     return {**found, "lines": lines}

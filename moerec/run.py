@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moerec.config import Config
+from moerec.config.stored import list_differences
 from moerec.data.load import DIGEST, load_data
 from moerec.data.prepare import describe_quarantine
 from moerec.errors import InputError
@@ -35,6 +36,7 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
 
 
 def _run(config: Config, workdir: Path) -> dict[str, Any]:
+    _refuse_strange_folder(workdir)
     resolved = to_plain(dataclasses.asdict(config))
     _compare_config(resolved, workdir / "config.json")
     data = load_data(config.data, workdir)
@@ -45,7 +47,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     write_json(workdir / DIGEST, {"sha256": data.digest})
     finished = workdir / "metrics.json"
     if finished.exists():
-        print(f"{workdir}: this run is finished; without its metrics.json it is evaluated anew", file=sys.stderr)
+        print(f"{workdir}: is finished; delete its metrics.json to have it evaluated anew", file=sys.stderr)
         return json.loads(finished.read_text())
     fitted = fit(config, data, workdir)
     metrics = make_results(config, data, fitted, workdir)
@@ -54,17 +56,19 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     return metrics
 
 
+def _refuse_strange_folder(workdir: Path) -> None:
+    """A run is not written among other things; tables that were prepared, or audited, there before are its own."""
+    if not (workdir / "config.json").exists():
+        strange = sorted(path.name for path in workdir.iterdir() if path.name not in ("data", "audit.json"))
+        if strange:
+            raise InputError(f"{workdir}: is not empty and no directory of a run (there is {strange[0]})")
+
+
 def _compare_config(resolved: Any, path: Path) -> None:
     """A directory is never reused for another config, whose numbers would be mixed in."""
     if path.exists():
-        differences = list(_differences(json.loads(path.read_text()), resolved, "config"))
+        differences = list(list_differences(json.loads(path.read_text()), resolved, "config"))
         if differences:
-            raise InputError(f"{path}: this directory holds another run: {'; '.join(differences[:3])}")
-
-
-def _differences(old: Any, new: Any, place: str):
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(name), new.get(name), f"{place}.{name}")
-    elif old != new:
-        yield f"{place} was {old!r} and is {new!r}"
+            more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+            told = "; ".join(differences[:3]) + more
+            raise InputError(f"{path}: this directory holds another run: {told}. Another --workdir is needed")

@@ -137,6 +137,8 @@ class MetricWriter:
         self._started, self._last_line, self._width = time.monotonic(), -math.inf, 0
         self._tty = sys.stderr.isatty()
         self._label = f"{name}  " if name else ""
+        if 0 < resume_step < total_steps:
+            print(f"{self._label}goes on from step {resume_step}/{total_steps}", file=sys.stderr)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Adds one line, flushed. A scalar that is not finite is written as null, and not at all to TensorBoard."""

@@ -299,3 +299,10 @@ def test_an_interruption_while_importing_is_one_line():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=40)
     assert (done.returncode != 0, done.stderr) == (True, "error: interrupted\n")
+
+
+def test_help_says_what_fields_mean(capsys):
+    cli.execute(lambda config, values: None, ["x", "--helpfull"])
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("  --config.model.personal.rank=")]
+    assert line == "  --config.model.personal.rank=4  # of a low_rank memory"

@@ -133,9 +133,9 @@ def test_an_answer_in_words(trained):
     answer = recommend(trained, str(trained.data.dataset.people[0]), Request(), 3)
     found = describe_answer(trained, answer)
     assert len(found["items"]) == 3
-    assert len(found["lines"]) == 6
+    assert len(found["lines"]) == 7
     assert set(found["weight"]) == {"catalogue", "own history", *(f"own {z}" for z in found["domain"])}
-    assert found["items"][0]["text"] in found["lines"][0]
+    assert found["items"][0]["text"] in found["lines"][1]
     assert json.loads(json.dumps(to_plain(found)))["domain"].keys() == set(trained.data.dataset.catalogue.services)
 
 
@@ -229,8 +229,12 @@ def test_the_command(folder, capsys):
 
     assert execute("--top_k=3", "--json", "--time=2030-01-01") == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert len(json.loads(last)["items"]) == 3
+    assert execute("--context=weather=hail") == 0
+    assert capsys.readouterr().err == "weather=hail: never seen in training; there are clear, cloudy, rain, snow\n"
+    assert execute("--context=weather=rain", "--context=temperature=hot") == 2
+    assert capsys.readouterr().err == "error: --context is given twice; write --context=a,b\n"
     for wrong in ("--top_k=0", "--person=nobody", "--service=post", "--time=soon", "--context=sky"):
         assert execute(wrong) == 2
         assert capsys.readouterr().err.startswith(f"error: {wrong.partition('=')[0]}: ")

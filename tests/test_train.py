@@ -357,3 +357,10 @@ def test_a_directory_is_not_reused_for_other_data(finished, monkeypatch):
     with pytest.raises(InputError, match="this directory holds a run on other data"):
         run(config, folder)
     assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_a_run_is_not_written_among_other_things(tmp_path):
+    (tmp_path / "prices.csv").write_text("a,b\n")
+    with pytest.raises(InputError, match=r"no directory of a run \(there is prices.csv\)"):
+        run(make_config(steps=1, eval_every=0), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["prices.csv"]

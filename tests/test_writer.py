@@ -93,6 +93,7 @@ def test_progress_line(tmp_path, capsys, monkeypatch):
         for step in (200, 210, 400, 500):
             out.progress(step, {"loss": 5.3123, "valid/union/ndcg@10": 0.0421, "slots_per_s": 38_123.0})
     lines = capsys.readouterr().err.splitlines()
+    assert lines.pop(0) == "goes on from step 100/500"
     assert lines[0] == "step 200/500  loss 5.312  ndcg@10 .042  38k slots/s  30s left"
     assert [line.split()[1] for line in lines] == ["200/500", "400/500", "500/500"]  # 210 came too soon
 

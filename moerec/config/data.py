@@ -122,12 +122,14 @@ class TablesConfig:
     format: str = "auto"  # auto (by the file's ending), tsv, csv, parquet, atomic
     on_bad_rows: str = "error"  # error or quarantine
     duplicates: str = "refuse"  # the same person, item, action and time twice: refuse (a defect) or keep
+    line_breaks: str = "refuse"  # a value of several lines in a CSV file: refuse (mostly an open quote) or keep
     unknown_time: str = "refuse"  # an empty time: refuse (a defect) or keep (as unknown, in its published place)
 
     def __post_init__(self):
         one_of(self.format, "data.tables.format", ("auto", "tsv", "csv", "parquet", "atomic"))
         one_of(self.on_bad_rows, "data.tables.on_bad_rows", ("error", "quarantine"))
         one_of(self.duplicates, "data.tables.duplicates", ("refuse", "keep"))
+        one_of(self.line_breaks, "data.tables.line_breaks", ("refuse", "keep"))
         one_of(self.unknown_time, "data.tables.unknown_time", ("refuse", "keep"))
 
 
@@ -178,6 +180,7 @@ class DataConfig:
         if self.source == "prepared":
             require(bool(self.prepared), "data.prepared", "the prepared folder is needed")
         require_seed(self.seed, "data.seed")
+        require(self.seq_len >= 1, "data.seq_len", "must be at least 1")
         require(1 <= self.history_len <= self.seq_len, "data.history_len", "must lie in [1, data.seq_len]")
         for name in ("n_shards", "max_tokens", "vocab_size"):
             require(getattr(self, name) >= 1, f"data.{name}", "must be at least 1")

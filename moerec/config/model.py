@@ -77,7 +77,7 @@ class PersonalConfig:
     n_scales: int = 2  # half-lives between an hour and a year, learned
     d_memory: int = 32  # width of a memory slot
     rank: int = 4  # of a low_rank memory
-    chunk: int = 64  # slots of a chunk of the training pass over a memory
+    chunk: int = 16  # slots of a chunk of the training pass over a memory; short ones suit CPUs
     fields: bool = True  # the static profile fields, as one more slot
     read: bool = True  # what the profile router reads is added to the states
     prefix: bool = True  # memory slots are extra keys and values

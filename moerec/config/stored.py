@@ -1,8 +1,9 @@
-"""A configuration read back from the JSON that a run keeps of it."""
+"""A configuration read back from the JSON that a run keeps of it, and what differs between two."""
 
 import dataclasses
 import json
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,12 @@ def _build(kind: Any, value: Any, place: str) -> Any:
         raise InputError(f"{place}.{name} is {'missing' if name in names else 'unknown'}: of another version")
     hints = typing.get_type_hints(kind)
     return kind(**{name: _build(hints[name], value[name], f"{place}.{name}") for name in sorted(names)})  # type: ignore[operator]
+
+
+def list_differences(old: Any, new: Any, place: str) -> Iterator[str]:
+    """What differs between two plain configurations, field by field, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from list_differences(old.get(name), new.get(name), f"{place}.{name}")
+    elif old != new:
+        yield f"{place} was {old!r} and is {new!r}"

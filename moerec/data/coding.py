@@ -82,8 +82,12 @@ class Tables:
 def open_tables(config: DataConfig) -> Tables:
     """Opens the tables of `config.tables` and checks that they have the columns of `config.schema`."""
     files, schema = config.tables, config.schema
-    folder = Path(files.folder)
-    interactions = open_table(folder, files.interactions, files.format)
+
+    def open_one(name: str) -> Table:
+        table = open_table(Path(files.folder), name, files.format)
+        return dataclasses.replace(table, one_line=files.line_breaks == "refuse")
+
+    interactions = open_one(files.interactions)
     for field in ("user", "item", "service", "action", "time"):
         if getattr(schema, field):
             interactions.require(getattr(schema, field), f"data.schema.{field}")
@@ -91,7 +95,7 @@ def open_tables(config: DataConfig) -> Tables:
         interactions.require(column, "data.schema.context")
     if schema.item_service and not schema.service:
         raise InputError("config.data.schema.item_service: the interactions need a service column too")
-    items = open_table(folder, files.items, files.format) if files.items else None
+    items = open_one(files.items) if files.items else None
     if items:
         items.require(schema.item_id, "data.schema.item_id")
         if item_service(schema):
@@ -101,7 +105,7 @@ def open_tables(config: DataConfig) -> Tables:
                 items.require(column, f"data.schema.{field}")
     elif schema.text or schema.attributes:
         raise InputError("config.data.tables.items: text and attributes need an item table")
-    users = open_table(folder, files.users, files.format) if files.users else None
+    users = open_one(files.users) if files.users else None
     if users:
         for column in (schema.profile_id, *schema.profile):
             users.require(column, "data.schema.profile" if column != schema.profile_id else "data.schema.profile_id")

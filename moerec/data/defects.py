@@ -4,6 +4,7 @@ A row counts once, under the first check that it fails. Every check is a boolean
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from moerec.data.tables import Batch, Table, as_binary, read_batches
 from moerec.errors import InputError
 
 RAGGED = "wrong number of fields"
+BROKEN = "value of several lines"
 NUL = "NUL character"
 BAD_UTF8 = "bad UTF-8"
 BAD_TIME = "unparsable time"
@@ -35,6 +37,10 @@ _INTEGER = r"^-?[0-9]{1,18}$"
 _DECIMAL = r"^-?[0-9]+\.?[0-9]*([eE][+-]?[0-9]{1,3})?$"
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
 _ISO = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?"
+
+
+def _say(text: str, _: int) -> str:
+    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +82,15 @@ class DefectLog:
 
     def add_ragged(self, table: Table, batch: Batch):
         """Notes the rows that the reader left out."""
-        ragged = batch.ragged
+        ragged = [row for row in batch.ragged if not row.column]
         rows = np.asarray([row.row for row in ragged], np.int64)
         self.add(
             table, RAGGED, "", rows, lambda k: f"{ragged[k].n_found} fields, the header has {ragged[k].n_expected}"
         )
+        for row in batch.ragged:
+            if row.column:
+                text = f"{printed(row.text.encode())} has several lines; is a quote not closed?"
+                self.add(table, BROKEN, row.column, np.array([row.row]), functools.partial(_say, text))
 
     def check(self, table: Table):
         """Raises InputError at the table's lowest bad row, unless bad rows go to quarantine."""
@@ -111,7 +121,8 @@ class DefectLog:
         rows, kind = rows[order], kind[order]
         for batch in read_batches(table, list(dict.fromkeys(table.columns))):
             for ragged in batch.ragged:
-                yield {"row": ragged.row, "column": "", "reason": RAGGED, "raw": ragged.text}
+                reason = BROKEN if ragged.column else RAGGED
+                yield {"row": ragged.row, "column": ragged.column, "reason": reason, "raw": ragged.text}
             if not len(batch.rows):
                 continue
             lo, hi = np.searchsorted(rows, [batch.rows[0], batch.rows[-1] + 1])

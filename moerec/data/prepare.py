@@ -172,7 +172,7 @@ def describe(report: PrepareReport) -> str:
 def describe_quarantine(quarantined: dict[str, dict[str, int]]) -> list[str]:
     """A line for each file and reason of the rows that were put aside."""
     return [
-        f"quarantined from {file}: {n:,} rows, {reason}"
+        f"quarantined from {file}: {n:,} {'row' if n == 1 else 'rows'}, {reason}"
         for file, counts in quarantined.items()
         for reason, n in sorted(counts.items())
     ]

@@ -37,6 +37,7 @@ class Table:
     raw_columns: tuple[str, ...]  # as the parser sees them: a text file's header as latin-1, with types
     separators: dict[str, str]
     bom: bool = False  # whether the text begins with a byte order mark, which no parser is shown
+    one_line: bool = False  # whether a value of several lines is a defect
 
     def require(self, column: str, field: str):
         """Raises InputError if the column, which config field `field` names, is absent or ambiguous."""
@@ -48,12 +49,13 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
-    """A row with the wrong number of fields."""
+    """A row that is not as the header says: the wrong number of fields, or, in `column`, a value of several lines."""
 
     row: int
     n_expected: int
     n_found: int
     text: str
+    column: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,11 @@ def open_table(folder: Path, name: str, format: str = "auto") -> Table:
 
 
 def read_batches(table: Table, columns: list[str]) -> Iterator[Batch]:
-    """Streams the columns. Raises InputError, naming the row it got to, where the file is cut off or corrupt."""
+    """Streams the columns. Raises InputError, naming the row it got to, where the file is cut off or corrupt.
+
+    Where the table's values are to be of one line, a CSV file's row with another is left out as ragged, whichever
+    column it is in: nearly always a quote is not closed, which hides the rows below.
+    """
     done = 0
     try:
         for batch in _read_parquet(table, columns) if table.format == "parquet" else _read_text(table, columns):
@@ -157,6 +163,8 @@ def _read_text(table: Table, columns: list[str]) -> Iterator[Batch]:
 
     quoting = table.format == "csv"
     raw = [table.raw_columns[table.columns.index(column)] for column in columns]
+    one_line = quoting and table.one_line
+    read = list(dict.fromkeys([*raw, *table.raw_columns])) if one_line else raw
     with pa.input_stream(str(table.path), "gzip" if table.path.suffix == ".gz" else None) as stream:
         if table.bom:
             stream.read(len(_BOM))
@@ -172,7 +180,7 @@ def _read_text(table: Table, columns: list[str]) -> Iterator[Batch]:
                 invalid_row_handler=skip,
             ),
             convert_options=pa_csv.ConvertOptions(
-                column_types=dict.fromkeys(raw, pa.binary()), include_columns=raw, strings_can_be_null=False
+                column_types=dict.fromkeys(read, pa.binary()), include_columns=read, strings_can_be_null=False
             ),
         )
         if reader is None:
@@ -184,12 +192,28 @@ def _read_text(table: Table, columns: list[str]) -> Iterator[Batch]:
                 skipped = _drain(ragged)
                 waiting += [row.row for row in skipped]
                 rows = _number_rows(first, batch.num_rows, np.sort(np.asarray(waiting, np.int64)))
-                arrays = [_undo_latin1(array) for array in batch.columns]
-                yield Batch(rows, dict(zip(columns, arrays, strict=True)), skipped)
                 first = int(rows[-1]) + 1 if len(rows) else first
+                if one_line:
+                    batch, rows, broken = _drop_broken(table, batch, rows)
+                    skipped += broken
+                arrays = [_undo_latin1(array) for array in batch.columns[: len(columns)]]
+                yield Batch(rows, dict(zip(columns, arrays, strict=True)), skipped)
                 waiting = [row for row in waiting if row >= first]
         if ragged:
             yield Batch(np.empty(0, np.int64), {c: pa.array([], pa.binary()) for c in columns}, _drain(ragged))
+
+
+def _drop_broken(table: Table, batch: pa.RecordBatch, rows: np.ndarray) -> tuple[pa.RecordBatch, np.ndarray, tuple]:
+    """The batch and its row numbers without the rows that have a value of several lines, and those."""
+    ragged, good = [], np.ones(len(rows), bool)
+    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+        is_broken = pc.match_substring(array, b"\n").to_numpy(zero_copy_only=False) & good
+        column = table.columns[table.raw_columns.index(name)]
+        for k in np.flatnonzero(is_broken):
+            text = array[int(k)].as_py().decode("utf-8", "backslashreplace")
+            ragged.append(Ragged(int(rows[k]), 0, 0, text, column))
+        good &= ~is_broken
+    return (batch, rows, ()) if good.all() else (batch.filter(pa.array(good)), rows[good], tuple(ragged))
 
 
 def _open_csv(stream: pa.NativeFile, **options) -> pa_csv.CSVStreamingReader | None:

@@ -1,5 +1,6 @@
 """Every defect is named with file, row and column; in quarantine the same rows go aside, and the others go on."""
 
+import dataclasses
 import datetime
 import json
 
@@ -101,6 +102,32 @@ def test_bad_rows_of_the_other_tables(tmp_path, file, data, message, reason):
     assert report.n_items == 3
     assert load_dataset(tmp_path / "out").catalogue.text.tolist() == ["bread", "tea", "ball"]
     assert load_dataset(tmp_path / "out").profile["age"].tolist() == ["30"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "column"),
+    [
+        (b'food,3,x,"open\n', "note"),
+        (b'food,3,x,"open\nfood,4,y,z\n', "note"),
+        (b'food,3,"open,x\nfood,4,y",z\n', "text"),
+    ],
+)
+def test_an_open_quote_does_not_swallow_rows(tmp_path, rows, column):
+    """Whichever column it is in, read or not; texts that do have lines may be kept."""
+    (tmp_path / "events.csv").write_bytes(b"user,service,item\nanna,food,1\nanna,food,2\nboris,food,1\n")
+    (tmp_path / "items.csv").write_bytes(b"service,item,text,note\nfood,1,a,b\nfood,2,c,d\n" + rows)
+    files = TablesConfig(str(tmp_path), "events.csv", items="items.csv")
+    config = DataConfig(
+        source="tables", tables=files, schema=SchemaConfig(service="service", text=("text",)), n_shards=1
+    )
+    with pytest.raises(InputError, match=rf"^items\.csv, row 3, column {column}: .*is a quote not closed\?$"):
+        prepare(config, tmp_path / "out")
+    aside = dataclasses.replace(config, tables=dataclasses.replace(files, on_bad_rows="quarantine"))
+    assert prepare(aside, tmp_path / "aside").quarantined == {"items.csv": {"value of several lines": 1}}
+    (tmp_path / "items.csv").write_bytes(b'service,item,text,note\nfood,1,"a\nb",b\nfood,2,c,d\n')
+    kept = dataclasses.replace(config, tables=dataclasses.replace(files, line_breaks="keep"))
+    prepare(kept, tmp_path / "kept")
+    assert load_dataset(tmp_path / "kept").catalogue.text.tolist() == ["a\nb", "c"]
 
 
 def test_the_lowest_row_is_named_whatever_its_defect_and_the_others_are_counted(tmp_path):

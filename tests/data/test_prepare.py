@@ -315,7 +315,7 @@ def test_the_command_prints_counts_and_tells_bad_input(tmp_path, capsys):
     assert "events.tsv, row 2, column time: cannot read 'x' as seconds" in printed.err
     code, printed = run(out, "--config.data.tables.on_bad_rows=quarantine", "--json")
     assert code == 0
-    assert "quarantined from events.tsv: 1 rows, unparsable time" in printed.out
+    assert "quarantined from events.tsv: 1 row, unparsable time" in printed.out
     assert json.loads(printed.out.splitlines()[-1])["quarantined"] == {"events.tsv": {"unparsable time": 1}}
     assert run()[0] == 2
 
