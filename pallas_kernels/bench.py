@@ -30,12 +30,15 @@ TILE = 64
 
 
 def time_in_turns(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, after one call that compiles."""
-    for call in variants.values():
-        jax.block_until_ready(call())
+    """Median milliseconds of each.
+
+    Before each timed call goes another of the same variant, so that what the one before it left in the caches and the
+    allocator does not count.
+    """
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, call in variants.items():
+            jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
             taken[name].append(1e3 * (time.perf_counter() - start))
@@ -66,6 +69,14 @@ def make_dense(spec: LayerSpec) -> Callable[[], Any]:
     step = _with_gradients(lambda x, g, u, d: (jax.nn.silu(x @ g) * (x @ u)) @ d, 4)
     down = jnp.concatenate(list(down), axis=0)
     return lambda: step(x, gate, up, down)
+
+
+def make_matmuls(spec: LayerSpec) -> Callable[[], Any]:
+    """The matmuls of an even load alone, batched over experts: what no loop over tiles can be expected to beat."""
+    x, _, *matrices, _ = draw_operands(spec)
+    rows_EPD = jnp.tile(x, (spec.n_choices, 1)).reshape(spec.n_experts, -1, spec.d)
+    step = _with_gradients(lambda x, g, u, d: (jax.nn.silu(x @ g) * (x @ u)) @ d, 4)
+    return lambda: step(rows_EPD, *matrices)
 
 
 def make_plan_only(spec: LayerSpec) -> Callable[[], Any]:
@@ -134,9 +145,12 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     backends = {name: make_layer(LayerSpec(), name) for name in (*others, "xla_tiles")}
     times = time_in_turns(backends, max(rounds // 3, 1))
     rows += [_row(f"layer over {name}", times[name], times["xla_tiles"], "layer") for name in others]
-    sizes = {e: make_layer(LayerSpec(n_experts=e), "xla_tiles") for e in (8, 16, 32, 64)}
-    times = time_in_turns({str(e): call for e, call in sizes.items()}, rounds)
-    rows += [_row(f"layer, {e} experts", times[str(e)], times["8"], "8 experts") for e in sizes]
+    counts = (8, 16, 32, 64)
+    sizes = {f"layer, {e} experts": make_layer(LayerSpec(n_experts=e), "xla_tiles") for e in counts}
+    bare = {f"bare matmuls, {e} experts": make_matmuls(LayerSpec(n_experts=e)) for e in counts[::3]}
+    times = time_in_turns({**sizes, **bare}, rounds)
+    rows += [_row(name, times[name], times["layer, 8 experts"], "8 experts") for name in sizes]
+    rows += [_row(name, times[name], times[name.replace("bare matmuls", "layer")], "the layer") for name in bare]
     routers = {name: make_router(LayerSpec(n_experts=64), name) for name in ("xla", "auto")}
     times = time_in_turns(routers, rounds)
     rows.append(_row("router, own gradients", times["auto"], times["xla"], "JAX's gradients"))
