@@ -5,12 +5,14 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moerec.config import Config, LossConfig, MoEConfig, OptimConfig, PersonalConfig, TrainConfig
 from moerec.errors import InputError
+from moerec.evaluate import catalogue_vectors, score_items
 from moerec.losses import contrast, sampling_cdf
 from moerec.nn.model import SequenceModel
 from moerec.optim import make_optimizer
@@ -100,6 +102,21 @@ def test_sharded_training_is_unsharded_training(mesh, kind):
     assert worst_gap(state.model, alone_state.model) < 1e-5
     assert worst_gap(state.average, alone_state.average) < 1e-5
     assert worst_gap(alone_state.model, alone_first.model) > 1e-4
+
+
+def test_sharded_scores_are_unsharded_scores():
+    """Experts, profile and pointers: what a model that was trained on a mesh is evaluated by."""
+    model = make_model(make_run_config(2, 2, 2, "full_softmax", "union", "all_to_all", "ema").model)
+    slot_Q = np.array([-1, 0, 3, 7], np.int32)
+
+    def score(model, batch, table):
+        with mesh_of(model):
+            return score_items(model, batch, slot_Q, table, catalogue_vectors(model, table))
+
+    mesh = make_mesh(2, 2, 2)
+    placed = jax.device_put(model, param_shardings(model, mesh))
+    sharded = score(placed, BATCHES[0], jax.device_put(TABLE, replicated(mesh)))
+    np.testing.assert_allclose(sharded, score(model, BATCHES[0], TABLE), atol=2e-5)
 
 
 def local_shape(param) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def float32(operands):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestBackends:
-    @settings(max_examples=3, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(
         n_rows=st.integers(1, 40), n_experts=st.integers(1, 9), n_domains=st.integers(1, 4), seed=st.integers(0, 999)
     )
