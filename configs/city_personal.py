@@ -1,8 +1,8 @@
-"""The mixture on the built-in world with a personal second layer: what the profile and the context are worth.
+"""The mixture on the built-in world with a personal second layer, where attention sees no more than eight events.
 
 Command: python -m experiments.train --config=configs/city_personal.py --workdir=runs/city_personal
 Hardware: two CPU cores.
-Result: to come.
+Result: see "What a profile is worth" in README.md.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from moerec.config import Config, PersonalConfig
 def get_config() -> Config:
     """The configuration of this file."""
     base = city_moe.get_config()
-    model = dataclasses.replace(base.model, personal=PersonalConfig(layers=(1,)))
+    # What lies further back reaches an answer by way of the profile alone.
+    model = dataclasses.replace(base.model, window=8, personal=PersonalConfig(layers=(1,)))
     evaluation = dataclasses.replace(base.eval, effects=True)
     return dataclasses.replace(base, name="city_personal", model=model, eval=evaluation)

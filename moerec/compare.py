@@ -111,7 +111,11 @@ def _without_seeds(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare_part(title: str, pairs: list[tuple[dict, dict]], part: str, key: str) -> Difference:
-    values = np.array([[side["test"][part][key][METRIC] for side in pair] for pair in pairs])
+    return _test(title, np.array([[side["test"][part][key][METRIC] for side in pair] for pair in pairs]))
+
+
+def _test(title: str, values: np.ndarray) -> Difference:
+    """Args: `[pairs, 2]`."""
     gap = values[:, 0] - values[:, 1]
     n, mean, error = len(gap), float(gap.mean()), float(gap.std(ddof=1)) / math.sqrt(len(gap))
     half = float(stats.t.ppf(0.975, n - 1)) * error
@@ -119,6 +123,66 @@ def _compare_part(title: str, pairs: list[tuple[dict, dict]], part: str, key: st
     p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
     first, second = map(float, values.mean(axis=0))
     return Difference(title, first, second, mean, mean - half, mean + half, p_value, int(np.sum(gap > 0)))
+
+
+class Effects(NamedTuple):
+    """What the answers of one configuration lose without the own profile and context, over several seeds.
+
+    Attributes:
+      rows: the runs as they are against the same with an edit (`profile swapped`), in union NDCG@10.
+      shares: on the built-in world, of what the exact posterior loses without the same knowledge, the share that the
+        model loses: means over the seeds, by edit.
+    """
+
+    name: str
+    seeds: list[tuple[int, int]]
+    rows: list[Difference]
+    shares: dict[str, float]
+
+
+# Knowledge without which the exact posterior is measured -> edits that take the same from a model.
+_ATTAINABLE = {"window": ("profile empty",), "no context": ("context permuted", "context missing")}
+
+
+def compare_effects(folders: Sequence[Path]) -> Effects:
+    """Raises: InputError, as `compare`, or where a run was made without `eval.effects`."""
+    found = _by_seed(folders)
+    if len(found) < 2:
+        raise InputError(f"{folders[0]}: a comparison needs at least two seeds")
+    runs = [found[seeds][1] for seeds in sorted(found)]
+    for folder, metrics in found.values():
+        if not metrics.get("proofs"):
+            raise InputError(f"{folder}: measured no effects; train it with --config.eval.effects=true")
+    own = [metrics["test"]["union"]["all"][METRIC] for metrics in runs]
+    edits = {f"{part} {edit}": (part, edit) for part, edits in runs[0]["proofs"].items() for edit in edits}
+    rows = []
+    for title, (part, edit) in edits.items():
+        edited = [metrics["proofs"][part][edit][METRIC] for metrics in runs]
+        rows.append(_test(title, np.stack([own, edited], axis=1)))
+    attainable = [metrics.get("attainable", {}) for metrics in runs]
+    shares: dict[str, float] = {}
+    for knowledge, titles in _ATTAINABLE.items():
+        if all(knowledge in found for found in attainable):
+            most = float(np.mean([found["all"] - found[knowledge] for found in attainable]))
+            shares |= {row.part: row.difference / most for row in rows if row.part in titles}
+    return Effects(config_name(runs[0]), sorted(found), rows, shares)
+
+
+def render_effects(effects: Effects) -> str:
+    """The table for a terminal."""
+    n, width = len(effects.seeds), max(16, *(len(row.part) for row in effects.rows))
+    lines = [
+        f"{effects.name}, union {METRIC}, means of {n} seeds"
+        f" (seed/data.seed {', '.join(f'{a}/{b}' for a, b in effects.seeds)})",
+        f"{'':{width}}         own        edit  difference      95 % interval       p   less   of what is attainable",
+    ]
+    for row in effects.rows:
+        share = f"{effects.shares[row.part]:10.0%}" if row.part in effects.shares else ""
+        lines.append(
+            f"{row.part:{width}}  {row.first:10.4f}  {row.second:10.4f}  {row.difference:+10.4f}"
+            f"  {row.low:+.4f} to {row.high:+.4f}  {row.p_value:6.4f}  {row.n_better} of {n}{share}".rstrip()
+        )
+    return "\n".join(lines)
 
 
 def render(comparison: Comparison) -> str:

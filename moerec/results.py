@@ -12,6 +12,7 @@ from moerec.baselines import BASELINES as COUNT_BASELINES
 from moerec.baselines import rank_targets as rank_by_scores
 from moerec.baselines.ranking import Ranked, slice_histories
 from moerec.config import Config, MoEConfig, PersonalConfig
+from moerec.data.dataset import keep_last_events
 from moerec.data.load import Prepared
 from moerec.data.oracle import predict_targets
 from moerec.data.splits import TEST, TRAIN, select_targets
@@ -98,25 +99,41 @@ class Ceiling(NamedTuple):
     service: np.ndarray
 
 
-def rank_ceiling(test: TestSet, data: Prepared, mask_seen: bool) -> Ceiling:
-    """The best that can be known of the test targets."""
+def rank_ceiling(test: TestSet, data: Prepared, mask_seen: bool, **knowledge: bool) -> Ceiling:
+    """The best that can be known of the test targets. `knowledge` as in `predict_targets`."""
     assert data.world is not None
     examples, n = test.examples, len(test.person)
     counts, guess = np.zeros((4, n), np.int64), np.zeros(n, np.int64)
-    starts = data.dataset.catalogue.offsets[:-1]
-    for positions, scores in predict_targets(data.world, data.dataset, examples.targets):
+    starts = examples.dataset.catalogue.offsets[:-1]
+    for positions, scores in predict_targets(data.world, examples.dataset, examples.targets, **knowledge):
         item, service = examples.target_item[positions], examples.target_service[positions]
-        low, high = data.dataset.catalogue.offsets[service], data.dataset.catalogue.offsets[service + 1]
+        low, high = examples.dataset.catalogue.offsets[service], examples.dataset.catalogue.offsets[service + 1]
         seen = None
         if mask_seen:
             pieces = [slice_histories((examples.offsets, examples.rows), p, p + 1)[1] for p in positions]
             edges = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
-            seen = (edges, data.dataset.log.item[np.concatenate(pieces)])
+            seen = (edges, examples.dataset.log.item[np.concatenate(pieces)])
         own = count_ranks(scores, item, seen, (low, high))
         union = count_ranks(scores, item, seen)
         counts[:, positions] = own.greater, own.equal, union.greater, union.equal
         guess[positions] = np.add.reduceat(np.exp(scores), starts, axis=1).argmax(axis=1)
     return Ceiling(Ranked(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3])), guess)
+
+
+def _measure_attainable(config: Config, data: Prepared, test: TestSet) -> dict[str, float]:
+    """Union NDCG@10 of the exact posterior by what it knows: `all` that is observed, profile fields too; all but the
+    request's own context; and, where attention has a window, no more than the events in it, without the fields.
+    """
+
+    def measure(known: TestSet, **knowledge: bool) -> float:
+        ranked = rank_ceiling(known, data, config.eval.mask_seen, **knowledge).ranked
+        return float(per_target_metrics(ranked.union)["ndcg@10"].mean())
+
+    found = {"all": measure(test, use_profile=True), "no context": measure(test, use_profile=True, use_context=False)}
+    if config.model.window:
+        dataset, targets = keep_last_events(data.dataset, test.examples.targets, config.model.window)
+        found["window"] = measure(TestSet(EvaluationSet(dataset, targets, config), np.arange(len(targets))))
+    return found
 
 
 def _rank_baseline(name: str, config: Config, data: Prepared, test: TestSet, workdir: Path) -> Ranked:
@@ -217,6 +234,8 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
     if config.eval.effects:
         own = per_target_metrics(ranked.union)["ndcg@10"]
         metrics["proofs"] = describe_effects(config, fitted.model, test.examples, fitted.table, own)
+        if data.world is not None:
+            metrics["attainable"] = _measure_attainable(config, data, test)
     baselines = {name: _rank_baseline(name, config, data, test, workdir) for name in config.baselines}
     metrics["baselines"] = {name: test.table(ranks) for name, ranks in baselines.items()}
     intervals = _intervals(config, test, {"": ranked, **baselines})

@@ -8,7 +8,7 @@ from scipy import stats
 
 from experiments import compare as command
 from moerec import cli
-from moerec.compare import compare, render
+from moerec.compare import compare, compare_effects, render, render_effects
 from moerec.errors import InputError
 
 FIRST = {1: (0.30, 0.5), 2: (0.34, 0.4), 3: (0.33, 0.6)}
@@ -92,6 +92,28 @@ def test_the_command_prints_a_table_and_says_what_is_missing(tmp_path, capsys):
     code, said = run(f"--first={','.join(map(str, first))}", f"--second={','.join(map(str, second))}", "--json")
     assert code == 0
     assert json.loads(said.out.splitlines()[-1])["rows"][0]["part"] == "union all"
-    code, said = run(f"--first={first[0]}")
+    code, said = run(f"--second={first[0]}")
     assert (code, said.err.count("\n")) == (2, 1)
-    assert "--second is missing" in said.err
+    assert "--first is missing" in said.err
+    code, said = run(f"--first={','.join(map(str, first))}")
+    assert (code, said.err.count("\n")) == (2, 1)
+    assert "a1: measured no effects" in said.err
+
+
+def test_effects_over_seeds_and_their_share_of_what_is_attainable(tmp_path):
+    folders = write_runs(tmp_path, {1: (0.5, 0.5), 2: (0.6, 0.5), 3: (0.7, 0.5)})
+    for folder, other, known in zip(folders, (0.4, 0.45, 0.65), (0.9, 0.8, 1.0), strict=True):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics["proofs"] = {"profile": {"empty": {"ndcg@10": other, "difference": 0, "p_value": 1}}}
+        metrics["attainable"] = {"all": known, "window": known - 0.2, "no context": known - 0.1}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    effects = compare_effects(folders)
+    (row,) = effects.rows
+    assert (row.part, row.n_better) == ("profile empty", 3)
+    assert row.difference == pytest.approx((0.1 + 0.15 + 0.05) / 3)
+    assert row.p_value == pytest.approx(stats.ttest_rel([0.5, 0.6, 0.7], [0.4, 0.45, 0.65]).pvalue)
+    assert effects.shares == {"profile empty": pytest.approx(0.5)}
+    assert "50%" in render_effects(effects)
+    (folders[2] / "metrics.json").write_text(json.dumps({**metrics, "proofs": {}}))
+    with pytest.raises(InputError, match="a3: measured no effects"):
+        compare_effects(folders)

@@ -160,6 +160,25 @@ def permute_items(dataset: Dataset, seed: int) -> Dataset:
     )
 
 
+def keep_last_events(dataset: Dataset, targets: np.ndarray, n: int) -> tuple[Dataset, np.ndarray]:
+    """A data set in which each target is the last event of a person of its own, behind the `n` events before it.
+
+    Returns it, and the targets' rows in it.
+    """
+    log = dataset.log
+    person = np.searchsorted(log.offsets, targets, side="right") - 1
+    length = np.minimum(targets - log.offsets[person], n) + 1
+    offsets = np.concatenate([[0], np.cumsum(length)])
+    rows = np.arange(offsets[-1]) + np.repeat(targets + 1 - offsets[1:], length)
+    kept = dataclasses.replace(
+        dataset,
+        log=log.take(rows, offsets),
+        people=dataset.people[person],
+        profile={name: values[person] for name, values in dataset.profile.items()},
+    )
+    return kept, offsets[1:] - 1
+
+
 def mark_unseen(dataset: Dataset, is_known: np.ndarray) -> Dataset:
     """Gives context values that no known event has the code "unseen": a model could only guess what they mean.
 

@@ -22,12 +22,16 @@ _NEGLIGIBLE = np.float32(1e-25)
 
 
 def posterior_predictive(
-    world: World, dataset: Dataset, targets: np.ndarray | None = None, use_profile: bool = False
+    world: World,
+    dataset: Dataset,
+    targets: np.ndarray | None = None,
+    use_profile: bool = False,
+    use_context: bool = True,
 ) -> np.ndarray:
     """`[targets, I]` float32 log-probabilities of `predict_targets` at once; all events where `targets` is None."""
     targets = np.arange(dataset.log.n_events) if targets is None else np.asarray(targets)
     scores = np.empty((len(targets), dataset.catalogue.n_items), np.float32)
-    for positions, chunk in predict_targets(world, dataset, targets, use_profile):
+    for positions, chunk in predict_targets(world, dataset, targets, use_profile, use_context):
         scores[positions] = chunk
     return scores
 
@@ -37,14 +41,16 @@ def predict_targets(
     dataset: Dataset,
     targets: np.ndarray,
     use_profile: bool = False,
+    use_context: bool = True,
     people_per_chunk: int = 128,
     rows_per_chunk: int = 512,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (positions in `targets`, their log-probabilities `[chunk, I]` float32 over the union), each target once.
 
     The probability of a target's item is given every earlier event of its person in `dataset.log` (items, times,
-    contexts) and the target's own time and context; with `use_profile` also given the person's profile fields. The
-    data set may number the items of a service as it likes: they are matched with the world's by id. Memory: about
+    contexts) and the target's own time and context; with `use_profile` also given the person's profile fields; without
+    `use_context` not given the target's own context, which is then one of those of the days of its month. The data set
+    may number the items of a service as it likes: they are matched with the world's by id. Memory: about
     `people_per_chunk` beliefs of `N * K**Z` floats and two chunks of rows.
 
     Raises: InputError where the data set is not of this world or a target is not an event of its log.
@@ -62,7 +68,7 @@ def predict_targets(
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     for lo in range(0, len(asked), people_per_chunk):
         chosen = longest[lo : lo + people_per_chunk]
-        for event, scores in problem.run(asked[chosen], steps[chosen], targets[order], use_profile):
+        for event, scores in problem.run(asked[chosen], steps[chosen], targets[order], use_profile, use_context):
             # an event may be asked for more than once
             left, right = (np.searchsorted(targets[order], event, side=side) for side in ("left", "right"))
             repeat = np.repeat(np.arange(len(event)), right - left)
@@ -114,7 +120,7 @@ class _Filter:
         self.base = [base.reshape(-1, base.shape[-1]) for base in self.choice.base]
 
     def run(
-        self, people: np.ndarray, steps: np.ndarray, targets: np.ndarray, use_profile: bool
+        self, people: np.ndarray, steps: np.ndarray, targets: np.ndarray, use_profile: bool, use_context: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Filters `people` (sorted by falling `steps`, the last one wanted); yields (events, scores `[events, I]`)."""
         offsets = self.dataset.log.offsets[:-1][people]
@@ -124,11 +130,14 @@ class _Filter:
         for step in range(int(steps[0]) + 1):
             n = np.count_nonzero(steps >= step)
             event, belief, past = offsets[:n] + step, belief[:n], past[:n]
-            belief = self._predict_need(belief, event)
+            before, belief = belief, self._predict_need(belief, event, self.need_logits[event])
             place = np.searchsorted(targets, event)
             wanted = np.flatnonzero(targets[np.minimum(place, len(targets) - 1)] == event)
-            if len(wanted):
-                yield event[wanted], self._score(belief[wanted], event[wanted], past[wanted])
+            if len(wanted) and use_context:
+                context = self.dataset.log.context[event[wanted]]
+                yield event[wanted], self._score(belief[wanted], event[wanted], past[wanted], context)
+            elif len(wanted):
+                yield event[wanted], self._score_any_context(before[wanted], event[wanted], past[wanted])
             service = self.service[event]
             for z in range(len(self.base)):
                 rows = np.flatnonzero(service == z)
@@ -148,38 +157,57 @@ class _Filter:
         given = self.world.type_given_shared()
         return np.einsum("pu,ua,ub,uc->pabc", shared, given, given, given, optimize=True).astype(np.float32)[:, None]
 
-    def _predict_need(self, belief: np.ndarray, event: np.ndarray) -> np.ndarray:
-        """Carries `[people, N (1 before the first event), K, K, K]` over to the need of `event`."""
+    def _predict_need(self, belief: np.ndarray, event: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """Carries `[people, N (1 before the first event), K, K, K]` over to the need of `event`, of `[people, N]`."""
         n_needs = len(self.need_after)
         if belief.shape[1] != n_needs or n_needs == 1:
-            start = softmax(self.need_logits[event])
+            start = softmax(logits)
             return start.reshape(start.shape + (1,) * (belief.ndim - 2)) * belief.sum(axis=1, keepdims=True)
-        logits = self.need_logits[event][:, None] + self.recency[event, None, None] * self.need_after
+        logits = logits[:, None] + self.recency[event, None, None] * self.need_after
         flat = belief.reshape(len(belief), n_needs, -1)
         # contiguous, or numpy leaves BLAS
         transition = np.ascontiguousarray(softmax(logits).transpose(0, 2, 1))
         return np.matmul(transition, flat).reshape(belief.shape)
 
-    def _normalised_weights(self, z: int, event: np.ndarray, past_PC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _normalised_weights(
+        self, z: int, event: np.ndarray, past_PC: np.ndarray, context: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """`[events, items]` weights of context and past, `[events, N, K]` p(service | need) / Σ_i base * weight."""
-        weight_PI = self.choice.weights(z, self.dataset.log.context[event], past_PC)
+        weight_PI = self.choice.weights(z, context, past_PC)
         total = (weight_PI @ self.base[z].T).reshape(len(event), *self.choice.base[z].shape[:2])
         return weight_PI, self.service_DNZ[self.daypart[event], :, z][:, :, None] / total
 
     def _likelihood(self, z: int, event: np.ndarray, past_PC: np.ndarray) -> np.ndarray:
         """`[events, N, K]`: p(service and item of the event | need, type in `z`)."""
-        weight_PI, factor = self._normalised_weights(z, event, past_PC)
+        weight_PI, factor = self._normalised_weights(z, event, past_PC, self.dataset.log.context[event])
         position = self.position[event]
         chosen = self.choice.base[z][:, :, position].transpose(2, 0, 1)
         return factor * chosen * weight_PI[np.arange(len(event)), position][:, None, None]
 
-    def _score(self, belief: np.ndarray, event: np.ndarray, past: np.ndarray) -> np.ndarray:
+    def _score_any_context(self, before: np.ndarray, event: np.ndarray, past: np.ndarray) -> np.ndarray:
+        """As `_score`, in the mean over the contexts of the days of each event's month; belief before the event."""
+        time = self.dataset.log.time[event]
+        contexts, of_day = np.unique(self.world.days, axis=0, return_inverse=True)
+        share_MX = np.zeros((12, len(contexts)))
+        np.add.at(share_MX, (timeline.month_of_days(), of_day.reshape(-1)), 1)
+        share_EX = (share_MX / share_MX.sum(axis=1, keepdims=True))[timeline.month_of(time)]
+        total = np.zeros((len(event), len(self.world_item_I)))
+        for k, code in enumerate(contexts):
+            rows = np.flatnonzero(share_EX[:, k])
+            if len(rows):
+                context = np.broadcast_to(code, (len(rows), len(code)))
+                logits = need_logits(self.world, time[rows], context)
+                belief = self._predict_need(before[rows], event[rows], logits)
+                total[rows] += share_EX[rows, k, None] * np.exp(self._score(belief, event[rows], past[rows], context))
+        return np.log(total).astype(np.float32)
+
+    def _score(self, belief: np.ndarray, event: np.ndarray, past: np.ndarray, context: np.ndarray) -> np.ndarray:
         """`[events, I]` float32 log p(item) in the data set's numbering; `belief` is that of the events' needs."""
         parts = []
         type_axes = range(2, belief.ndim)
         for z in range(len(self.base)):
             marginal = belief.sum(axis=tuple(axis for axis in type_axes if axis != z + 2))
-            weight_PI, factor = self._normalised_weights(z, event, past[:, z])
+            weight_PI, factor = self._normalised_weights(z, event, past[:, z], context)
             parts.append((marginal * factor).reshape(len(event), -1) @ self.base[z] * weight_PI)
         probability = np.concatenate(parts, axis=1)
         return np.log(np.maximum(probability[:, self.world_item_I], np.finfo(np.float32).tiny))

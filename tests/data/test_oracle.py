@@ -147,6 +147,26 @@ def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
             np.testing.assert_allclose(got, exact, rtol=2e-5, atol=1e-9)
 
 
+def test_without_the_context_it_is_the_mean_over_the_days_of_the_month():
+    dataset, world = generate(CityConfig(**TINY), 8)
+    target = dataset.log.offsets[1:4] - 1
+    predicted = np.exp(posterior_predictive(world, dataset, target, use_context=False).astype(float))
+    for k, row in enumerate(target):
+        first = dataset.log.time[row].astype("datetime64[s]").astype("datetime64[M]")
+        day = (first.astype("datetime64[D]") - np.datetime64("2024-01-01")).astype(int)
+        n_days = ((first + 1).astype("datetime64[D]") - first.astype("datetime64[D]")).astype(int)
+        contexts, count = np.unique(world.days[day : day + n_days], axis=0, return_counts=True)
+        total = 0
+        for context, n in zip(contexts, count, strict=True):
+            changed = dataset.log.context.copy()
+            changed[row] = context
+            other = dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, context=changed))
+            exact = posterior_predictive(world, other, np.array([row]))[0]  # held against enumeration above
+            total = total + n / n_days * np.exp(exact.astype(float))
+        np.testing.assert_allclose(predicted[k], total, rtol=2e-5, atol=1e-9)
+        assert len(contexts) > 2
+
+
 @pytest.fixture(scope="module")
 def small():
     return generate(CityConfig(**SMALL), 0)

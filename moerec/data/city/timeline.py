@@ -76,10 +76,19 @@ def context_of(time: np.ndarray, days: np.ndarray) -> np.ndarray:
     return days[np.clip(day, 0, N_DAYS - 1)]
 
 
+def month_of(time: np.ndarray) -> np.ndarray:
+    """`[events]` int64 month of the year of each time, from 0."""
+    return time.astype("datetime64[s]").astype("datetime64[M]").astype(np.int64) % 12
+
+
+def month_of_days() -> np.ndarray:
+    """`[N_DAYS]` month of each day, from 0."""
+    return month_of((START + np.arange(N_DAYS)).astype("datetime64[s]").astype(np.int64))
+
+
 def clock_of(time: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Indices into `DAYPARTS`, `WEEKDAYS` and `SEASONS` of each time, each `[events]` int64."""
     hour = time % DAY_S // 3600
     daypart = np.searchsorted([6, 11, 17], hour, side="right")
     weekend = ((time // DAY_S + 3) % 7 >= 5).astype(np.int64)  # 1970-01-01 was a Thursday
-    month = time.astype("datetime64[s]").astype("datetime64[M]").astype(np.int64) % 12 + 1
-    return daypart, weekend, month % 12 // 3
+    return daypart, weekend, (month_of(time) + 1) % 12 // 3
