@@ -128,14 +128,28 @@ def pad_seen(offsets: np.ndarray, items: np.ndarray, width: int) -> np.ndarray:
 class EvaluationSet:
     """Targets with their histories, packed once per batch of a fixed shape (so that ranking compiles once)."""
 
-    def __init__(self, dataset: Dataset, targets: np.ndarray, config: Config, visible: np.ndarray | None = None):
-        """Args: rows of the log to be predicted; `[events]` bool, which events may stand in histories (all)."""
+    def __init__(
+        self,
+        dataset: Dataset,
+        targets: np.ndarray,
+        config: Config,
+        visible: np.ndarray | None = None,
+        history: str = "all",
+    ):
+        """Args: rows of the log to be predicted; `[events]` bool, which events may stand in histories (all); and
+        whether all of those do, or of the target's `own` service alone, or of the `others`.
+        """
         per_service = config.data.split.kind == "leave_one_out" and config.data.split.per_service
         self.dataset, self.targets, self.config = dataset, targets, config
         self.offsets, self.rows = gather_histories(dataset, targets, per_service)
-        if visible is not None:
-            kept = np.concatenate([[0], np.cumsum(visible[self.rows])])
-            self.offsets, self.rows = kept[self.offsets], self.rows[visible[self.rows]]
+        keep = np.ones(len(self.rows), bool) if visible is None else visible[self.rows]
+        if history != "all":
+            service = dataset.event_service
+            is_own = service[self.rows] == np.repeat(service[targets], np.diff(self.offsets))
+            keep &= is_own if history == "own" else ~is_own
+        if not keep.all():
+            kept = np.concatenate([[0], np.cumsum(keep)])
+            self.offsets, self.rows = kept[self.offsets], self.rows[keep]
         full = np.diff(self.offsets)
         self._length = np.minimum(full, config.data.history_len)
         self._seen_width = 1 << int(max(full.max(initial=1) - 1, 1)).bit_length() if config.eval.mask_seen else 1

@@ -33,6 +33,7 @@ from moerec.report.table import gap_closed
 from moerec.routing import describe_answers, describe_routing, macro_f1, observe
 from moerec.significance import bootstrap_intervals, paired_test
 from moerec.train import Fitted, fit
+from moerec.transfer import describe_transfer
 
 INTERVAL_METRICS = ("ndcg@10", "recall@10")
 
@@ -234,6 +235,9 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
     if config.eval.effects:
         own = per_target_metrics(ranked.union)["ndcg@10"]
         metrics["proofs"] = describe_effects(config, fitted.model, test.examples, fitted.table, own)
+        metrics["transfer"] = describe_transfer(
+            config, fitted.model, data.dataset, data.roles, test.examples.targets, fitted.table
+        )
         if data.world is not None:
             metrics["attainable"] = _measure_attainable(config, data, test)
     baselines = {name: _rank_baseline(name, config, data, test, workdir) for name in config.baselines}

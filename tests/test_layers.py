@@ -24,7 +24,7 @@ LAYERS = (
         "moerec.plan",
         "moerec.report",
     ),
-    ("moerec.audit", "moerec.compare", "moerec.proofs", "moerec.routing", "moerec.train"),
+    ("moerec.audit", "moerec.compare", "moerec.proofs", "moerec.routing", "moerec.train", "moerec.transfer"),
     ("moerec.recommend", "moerec.results"),
     ("moerec.bench", "moerec.bench_prepare", "moerec.run"),
     ("experiments",),

@@ -94,7 +94,9 @@ class EvalConfig:
     batch_size: int = 256  # targets scored at once
     n_boot: int = 1000
     n_test: int = 0  # 0 evaluates every test target
-    effects: bool = False  # what the answers lose without the own profile and the own context (`moerec.proofs`)
+    effects: bool = (
+        False  # what answers lose without own profile, context, other services' events: `proofs`, `transfer`
+    )
 
     def __post_init__(self):
         one_of(self.selection, "eval.selection", ("union", "in_service"))
