@@ -4,7 +4,10 @@ A state is saved as a flat dict of its leaves by path, so it can be restored ont
 classes. Beside it goes a small JSON record: the position of the data stream, and what decides early stopping.
 """
 
+import contextlib
 import dataclasses
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,18 @@ def _unflatten(like, leaves: dict[str, jax.Array]):
     return jax.tree.unflatten(treedef, [leaves[jax.tree_util.keystr(path)] for path, _ in paths])
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax warns that what is opened for reading alone is read only."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class Checkpoints:
     """`DIR/last/STEP` and `DIR/best/STEP`; a half-written one is never seen."""
 
@@ -54,21 +69,22 @@ class Checkpoints:
         """Args: `DIR`; read_only: nothing there is created, saved or tidied up."""
         folder = folder.resolve()
         self._folder = folder
-        self._last, self._best = (
-            ocp.CheckpointManager(
-                folder / name,
-                # Named, or reading the shapes of a folder warns about items that no handler is known for.
-                item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=None if read_only else keep,
-                    create=not read_only,
-                    cleanup_tmp_directories=not read_only,
-                    enable_async_checkpointing=not read_only,
-                    read_only=read_only,
-                ),
+        with _quiet() if read_only else contextlib.nullcontext():
+            self._last, self._best = (
+                ocp.CheckpointManager(
+                    folder / name,
+                    # Named, or reading the shapes of a folder warns about items that no handler is known for.
+                    item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
+                    options=ocp.CheckpointManagerOptions(
+                        max_to_keep=None if read_only else keep,
+                        create=not read_only,
+                        cleanup_tmp_directories=not read_only,
+                        enable_async_checkpointing=not read_only,
+                        read_only=read_only,
+                    ),
+                )
+                for name, keep in (("last", 2), ("best", None))
             )
-            for name, keep in (("last", 2), ("best", None))
-        )
         self._named_best = 0  # the best step that the last state on disk names
 
     def save_last(self, step: int, state, progress: Progress) -> None:

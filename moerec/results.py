@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from moerec.aspects import describe_aspects
 from moerec.baselines import BASELINES as COUNT_BASELINES
 from moerec.baselines import rank_targets as rank_by_scores
 from moerec.baselines.ranking import Ranked, slice_histories
@@ -226,12 +227,16 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
         "test": test.table(ranked),
         "slices": _slices(config, test, data, ranked),
     }
-    if config.model.moe.layers or config.model.copy != "none":
+    if config.model.moe.layers or config.model.copy != "none" or config.model.personal.n_slots:
         seen = observe(fitted.model, test.examples, fitted.table)
         if config.model.moe.layers:
             metrics["routing"] = describe_routing(observe(fitted.model, fitted.examples, fitted.table), seen)
         if config.model.copy != "none":
             metrics["answers"] = describe_answers(seen, data.dataset.catalogue.n_services)
+        if data.world is not None and seen.relevance_QM is not None:
+            asked = test.examples.targets[test.examples.history_len > 0]
+            aspects = describe_aspects(data.world, data.dataset, fitted.model, fitted.table, seen.relevance_QM, asked)
+            metrics |= {"aspects": aspects} if aspects else {}
     if config.eval.effects:
         own = per_target_metrics(ranked.union)["ndcg@10"]
         metrics["proofs"] = describe_effects(config, fitted.model, test.examples, fitted.table, own)

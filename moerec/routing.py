@@ -20,19 +20,21 @@ class Observed(NamedTuple):
     """Attributes:
     log_domain_QZ: float32, the analyser's log-posterior at each target that has a history; None in a dense model.
     log_weight_QX: float32, logs of the weights of the mixed answers there; None where the softmax is the only one.
+    relevance_QM: float32, what each slot of the profile matters there; None in a model without one.
     service_Q: int, its service.
     routing: sums over all slots of the histories, each under the service of the event after it; None in a dense model.
     """
 
     log_domain_QZ: np.ndarray | None
     log_weight_QX: np.ndarray | None
+    relevance_QM: np.ndarray | None
     service_Q: np.ndarray
     routing: Routing | None
 
 
 @jax.jit
 def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable):
-    """What of an `Observed` is the model's: the first two of each question, and the routing of the batch."""
+    """What of an `Observed` is the model's: the first three of each question, and the routing of the batch."""
     counted = batch._replace(weight_BT=(batch.segment_BT > 0).astype(jnp.float32))
     output = model.encode(counted, table)
 
@@ -40,7 +42,7 @@ def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table:
         return values_BTX.reshape(-1, values_BTX.shape[-1])[jnp.maximum(slot_Q, 0)]
 
     log_weight_BTX = None if output.answers is None else output.answers.log_weight_BTX
-    return *jax.tree.map(pick, (output.log_domain_BTZ, log_weight_BTX)), output.routing
+    return *jax.tree.map(pick, (output.log_domain_BTZ, log_weight_BTX, output.relevance_BTM)), output.routing
 
 
 def observe(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> Observed:
@@ -53,9 +55,9 @@ def observe(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> 
         picked.append([None if x is None else np.asarray(x)[known] for x in of_targets])
         services.append(examples.target_service[which][known])
         routings.append(jax.tree.map(lambda x: np.asarray(x, np.float64), routing))
-    log_domain_QZ, log_weight_QX = jax.tree.map(lambda *parts: np.concatenate(parts), *picked)
+    log_domain_QZ, log_weight_QX, relevance_QM = jax.tree.map(lambda *parts: np.concatenate(parts), *picked)
     total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *routings)
-    return Observed(log_domain_QZ, log_weight_QX, np.concatenate(services), total)
+    return Observed(log_domain_QZ, log_weight_QX, relevance_QM, np.concatenate(services), total)
 
 
 def macro_f1(guess: np.ndarray, truth: np.ndarray, n_classes: int) -> float:

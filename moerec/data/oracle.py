@@ -85,7 +85,7 @@ def _join(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.nda
     return np.concatenate([positions for positions, _ in rows]), np.concatenate([scores for _, scores in rows])
 
 
-def _match_items(world: World, dataset: Dataset) -> np.ndarray:
+def match_items(world: World, dataset: Dataset) -> np.ndarray:
     """`[I]` the world's index of each of the data set's items."""
     ours, theirs = world.catalogue, dataset.catalogue
     if ours.services != theirs.services or not np.array_equal(ours.offsets, theirs.offsets):
@@ -107,7 +107,7 @@ class _Filter:
     def __init__(self, world: World, dataset: Dataset):
         log = dataset.log
         self.world, self.dataset, self.choice = world, dataset, ItemChoice(world)
-        self.world_item_I = _match_items(world, dataset)
+        self.world_item_I = match_items(world, dataset)
         self.item = self.world_item_I[log.item]
         self.service = dataset.event_service
         self.position = self.item - world.catalogue.offsets[self.service]

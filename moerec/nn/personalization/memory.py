@@ -186,10 +186,15 @@ class _Kind(NamedTuple):
     read: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 
 
+def share_aspects(params: MemoryParams, x_D: jax.Array) -> jax.Array:
+    """`[A]`, how an event is shared among the aspects; it adds up to 1."""
+    return jax.nn.softmax(params.norm(x_D.astype(jnp.float32)) @ params.aspect_DA[...])
+
+
 def _read_event(params: MemoryParams, x_D: jax.Array, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
     """How much an event has to say to each slot, in (0, 1), and what; its last entry, 1, counts what was written."""
+    share_A = share_aspects(params, x_D)
     x_D = params.norm(x_D.astype(jnp.float32))
-    share_A = jax.nn.softmax(x_D @ params.aspect_DA[...])
     strength = 2 * jax.nn.sigmoid(jnp.sum(x_D * params.strength_D[...]))
     gain_M = jnp.repeat(strength * share_A, sizes.n_scales)
     return gain_M, jnp.append(x_D @ params.value_DP[...], 1.0)
