@@ -132,7 +132,7 @@ def _measure_attainable(config: Config, data: Prepared, test: TestSet) -> dict[s
         return float(per_target_metrics(ranked.union)["ndcg@10"].mean())
 
     found = {"all": measure(test, use_profile=True), "no context": measure(test, use_profile=True, use_context=False)}
-    if config.model.window:
+    if config.model.window and data.world is not None and data.world.open_EZ is None:
         dataset, targets = keep_last_events(data.dataset, test.examples.targets, config.model.window)
         found["window"] = measure(TestSet(EvaluationSet(dataset, targets, config), np.arange(len(targets))))
     return found

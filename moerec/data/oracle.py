@@ -106,6 +106,8 @@ class _Filter:
 
     def __init__(self, world: World, dataset: Dataset):
         log = dataset.log
+        if world.open_EZ is not None and len(world.open_EZ) != log.n_events:
+            raise InputError("oracle: which services were open is known of the world's own events alone")
         self.world, self.dataset, self.choice = world, dataset, ItemChoice(world)
         self.world_item_I = match_items(world, dataset)
         self.item = self.world_item_I[log.item]
@@ -175,7 +177,11 @@ class _Filter:
         """`[events, items]` weights of context and past, `[events, N, K]` p(service | need) / Σ_i base * weight."""
         weight_PI = self.choice.weights(z, context, past_PC)
         total = (weight_PI @ self.base[z].T).reshape(len(event), *self.choice.base[z].shape[:2])
-        return weight_PI, self.service_DNZ[self.daypart[event], :, z][:, :, None] / total
+        share_PNZ = self.service_DNZ[self.daypart[event]]
+        if self.world.open_EZ is not None:
+            share_PNZ = share_PNZ * self.world.open_EZ[event][:, None]
+            share_PNZ /= share_PNZ.sum(axis=2, keepdims=True)
+        return weight_PI, share_PNZ[:, :, z, None] / total
 
     def _likelihood(self, z: int, event: np.ndarray, past_PC: np.ndarray) -> np.ndarray:
         """`[events, N, K]`: p(service and item of the event | need, type in `z`)."""

@@ -1,5 +1,8 @@
 """The simulation against the world's tables: needs, services, items, types, profiles and the knobs."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 
@@ -139,3 +142,19 @@ def test_identical_services_differ_by_label_only():
     assert np.array_equal(text[0], text[2])
     assert np.ptp(world.service_fit_NZ) == pytest.approx(0)
     assert not world.service_when_DZ.any()
+
+
+def test_a_rare_service_is_visited_first_and_then_seldom():
+    config = CityConfig(n_people=50, events_per_person=60, items_per_service=40, rare_every=15, rho=0.0)
+    dataset, world = generate(config, 3)
+    offsets, service = dataset.log.offsets, dataset.event_service
+    for lo, hi in itertools.pairwise(offsets):
+        own = service[lo:hi]
+        last = own[-1]
+        if hi - lo <= 15:
+            continue
+        later = np.flatnonzero(own[15:] == last) + 15
+        assert later.tolist() == [k for k in range(15, hi - lo) if (hi - lo - 1 - k) % 15 == 0]
+    assert np.all(world.open_EZ[np.arange(len(service)), service])
+    plain, _ = generate(dataclasses.replace(config, rare_every=0), 3)
+    np.testing.assert_array_equal(plain.log.time, dataset.log.time)

@@ -56,7 +56,9 @@ class Enumeration:
 
     def services(self, e, n):
         when = self.world.service_when_DZ[self.values(e)["daypart"]]
-        return normalise(self.world.service_fit_NZ[n, z] + self.config.kappa * when[z] for z in range(3))
+        opened = [True] * 3 if self.world.open_EZ is None else self.world.open_EZ[e]
+        closed = [0 if is_open else -1e9 for is_open in opened]
+        return normalise(self.world.service_fit_NZ[n, z] + self.config.kappa * when[z] + closed[z] for z in range(3))
 
     def items(self, e, start, n, z, s):
         w, value = self.world, self.values(e)
@@ -125,6 +127,7 @@ class Enumeration:
         ({"identical_services": True, "kappa": 2.0}, False, 4),
         ({"identical_people": True}, False, 5),
         ({"n_needs": 1, "n_types": 3}, True, 6),
+        ({"rho": 0.0, "rare_every": 2}, False, 7),
     ],
 )
 def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
@@ -138,6 +141,10 @@ def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
         dataset,
         log=EventLog(longer, *(x[: longer[-1]] for x in (log.item, log.action, np.sort(log.time), log.context))),
     )
+    if world.open_EZ is not None:  # as drawn: some services closed, and never the event's own
+        opened = world.open_EZ[: longer[-1]] | (dataset.log.item[:, None] // TINY["items_per_service"] == np.arange(3))
+        assert not opened.all()
+        world = dataclasses.replace(world, open_EZ=opened)
     predicted = posterior_predictive(world, dataset, use_profile=use_profile)
     expected = Enumeration(world, dataset, use_profile)
     for person in range(6):

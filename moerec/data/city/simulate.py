@@ -22,6 +22,9 @@ def generate(config: CityConfig, seed: int) -> tuple[Dataset, World]:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     time = timeline.draw_times(rng, offsets)
     context = timeline.context_of(time, world.days)
+    if config.rare_every:
+        opened = timeline.draw_openings(rng, offsets, world.catalogue.n_services, config.rare_every)
+        world = dataclasses.replace(world, open_EZ=opened)
     need, item = _draw_events(world, rng, type_PZ, offsets, time, context)
     dataset = Dataset(
         catalogue=world.catalogue,
@@ -77,7 +80,8 @@ def _draw_events(
         event = offsets[active] + step
         n = len(active)
         now = _pick(softmax(logits[event] + weight[event, None] * after[previous[:n]]), uniform[event, 0])
-        service = _pick(service_DNZ[daypart[event], now], uniform[event, 1])
+        share = service_DNZ[daypart[event], now]
+        service = _pick(share if world.open_EZ is None else share * world.open_EZ[event], uniform[event, 1])
         position = np.zeros(n, np.int64)
         for z in range(len(choice.ranges)):
             rows = np.flatnonzero(service == z)

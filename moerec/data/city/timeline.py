@@ -70,6 +70,21 @@ def draw_times(rng: np.random.Generator, offsets: np.ndarray) -> np.ndarray:
     return START.astype("datetime64[s]").astype(np.int64) + second + position
 
 
+def draw_openings(rng: np.random.Generator, offsets: np.ndarray, n_services: int, every: int) -> np.ndarray:
+    """`[events, Z]` bool, the services that a person may choose from at each event.
+
+    One service of each person's own is rare: after their first `every` events it is closed, but for single events at
+    which nothing else is open; counted back from the last event, one in `every`.
+    """
+    n_events = np.diff(offsets)
+    rare = np.repeat(rng.integers(0, n_services, len(n_events)), n_events)
+    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], n_events)
+    ahead = np.repeat(n_events, n_events) - 1 - place
+    is_rare = rare[:, None] == np.arange(n_services)
+    is_visit = (ahead % every == 0)[:, None]
+    return np.where((place >= every)[:, None], is_rare == is_visit, True)
+
+
 def context_of(time: np.ndarray, days: np.ndarray) -> np.ndarray:
     """`[events, 3]` int16, the context codes of the day of each time."""
     day = (time - START.astype("datetime64[s]").astype(np.int64)) // DAY_S

@@ -7,7 +7,7 @@ an exogenous context (`timeline.py`); then
     need     p(n | previous n')  ~ exp(need_base[n] + kappa * Σ_f need_when[f][value of f, n]
                                        + tau * recency * need_after[n', n]),   recency = 1 / (1 + gap / RECENCY_S)
              with f over daypart, weekday, season, weather, temperature, holiday; a first event has no last term;
-    service  p(z | n)            ~ exp(service_fit[n, z] + kappa * service_when[daypart, z]);
+    service  p(z | n)            ~ exp(service_fit[n, z] + kappa * service_when[daypart, z]), of those that are open;
     item     p(i | n, z, s = s_z) ~ exp(U), i among the items of z, where U is the sum of
              need fit         need_fit[n, category]
              variety fit      VARIETY_WEIGHT where the item's variety is the type's value of the category's aspect
@@ -68,6 +68,7 @@ class World:
       category_I, brand_I, price_I, variety_I, product_I: int attributes of the items; popularity_I.
       repeat_C: log-odds of the very same item again.
       days: `[days, 3]` context codes of the year.
+      open_EZ: `[events, Z]` bool, services to choose from at each event (`timeline.draw_openings`); None: all, always.
     """
 
     config: CityConfig
@@ -92,6 +93,7 @@ class World:
     repeat_C: np.ndarray
     days: np.ndarray
     truth: Truth | None = None
+    open_EZ: np.ndarray | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -1,0 +1,47 @@
+"""Histories of 2,000 events, whose targets hang on what lies 500 to 2,000 events back: full attention, a window, a profile.
+
+Each person has a service of their own that, after their first 500 events, they visit once in 500: the last event is such
+a visit. Tastes are private to a service (rho = 0), so that nothing nearer tells what they like there.
+
+Command: python -m experiments.train --config=configs/city_long.py --workdir=runs/city_long, with
+    --config.model.window=0 --config.model.personal.memory=null for attention over everything, or
+    --config.model.personal.memory=null for the window alone.
+Hardware: two CPU cores.
+Result: see "What a profile is worth" in README.md.
+"""
+
+from moerec.config import (
+    CityConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    PersonalConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    """The configuration of this file."""
+    city = CityConfig(n_people=500, events_per_person=2000, items_per_service=200, rho=0.0, rare_every=500)
+    return Config(
+        name="city_long",
+        data=DataConfig(source="city", city=city, seq_len=2048, history_len=2048),
+        # Both layers are personal, so that all of attention is computed in blocks, and none of it outside the window.
+        model=ModelConfig(
+            n_layers=2,
+            d_model=64,
+            d_ff=192,
+            dropout=0.1,
+            event_time=True,
+            window=128,
+            personal=PersonalConfig(layers=(0, 1), query_scale=False, pair_bias=False),
+        ),
+        loss=LossConfig(kind="full_softmax"),
+        optim=OptimConfig(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1, ema_decay=0.98),
+        train=TrainConfig(steps=400, batch_size=2, log_every=25, eval_every=0, save_every=200, n_valid=64),
+        eval=EvalConfig(mask_seen=False, selection="in_service", batch_size=32),
+        baselines=("popularity_by_service",),
+    )
