@@ -1,7 +1,7 @@
-"""Histories of 2,000 events, whose targets hang on what lies 500 to 2,000 events back: full attention, a window, a profile.
+"""Histories of 2,000 events whose targets hang on what lies 500 to 2,000 events back: attention, a window, a profile.
 
-Each person has a service of their own that, after their first 500 events, they visit once in 500: the last event is such
-a visit. Tastes are private to a service (rho = 0), so that nothing nearer tells what they like there.
+Each person has a service of their own that, after their first 500 events, they visit once in 500: the last event is one
+such visit. Tastes are private to a service (rho = 0), so that nothing nearer tells what they like there.
 
 Command: python -m experiments.train --config=configs/city_long.py --workdir=runs/city_long, with
     --config.model.window=0 --config.model.personal.memory=null for attention over everything, or
