@@ -54,6 +54,11 @@ def test_a_run_reports_what_its_answers_lose_without_the_own_profile_and_context
         assert effect["difference"] == pytest.approx(own - effect["ndcg@10"], abs=1e-9)
         assert 0 < effect["p_value"] <= 1
     assert any(effect["difference"] for effect in effects)
+    report = (folder / "report.html").read_text()
+    for word in ("profile: swapped", "context: missing", "Transfer", "by chance"):
+        assert word in report
+    assert set(metrics["transfer"]) == set(metrics["dataset"]["services"])
+    assert set(metrics["attainable"]) == {"all", "no context"}
 
 
 def ask_like(trained, event: int) -> Request:

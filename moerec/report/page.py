@@ -54,6 +54,9 @@ def write_report(workdir: Path | str) -> Path:
         slices=_draw_slices(metrics.get("slices") or {}),
         answers=_draw_answers(metrics),
         routing=_describe_routing(metrics),
+        effects=_list_effects(metrics),
+        transfer=_list_transfer(metrics),
+        aspects=metrics.get("aspects"),
         slice_ranking=_slice_ranking(metrics),
         full=_list_all_metrics(metrics),
         config=_list_config(config if isinstance(config, Mapping) else {}),
@@ -157,6 +160,32 @@ def _describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         "dropped": routing["dropped"],
         "max_over_mean": format_value(routing["max_over_mean"]),
     }
+
+
+def _list_effects(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what was taken away, union NDCG@10 then, what is lost, p-value) of each edit of `eval.effects`."""
+    return [
+        (f"{part}: {edit}", format_value(e["ndcg@10"]), f"{e['difference']:+.4f}", f"{e['p_value']:.4f}")
+        for part, edits in (metrics.get("proofs") or {}).items()
+        for edit, e in edits.items()
+    ]
+
+
+def _list_transfer(metrics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Of each service: targets, NDCG@10 by whose history is known, popularity's, and the gain with its p-value."""
+    parts = ("all", "own", "others", "popularity")
+    return [
+        (
+            service,
+            [
+                f"{row['n']:,}",
+                *(format_value(row[part][_SLICE_METRIC]) for part in parts),
+                f"{row['gain']['difference']:+.4f}",
+                f"{row['gain']['p_value']:.4f}",
+            ],
+        )
+        for service, row in (metrics.get("transfer") or {}).items()
+    ]
 
 
 def _draw_answers(metrics: Mapping[str, Any]) -> str | None:
