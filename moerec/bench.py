@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moerec.config import Config
@@ -16,7 +17,9 @@ from moerec.data.load import load_data, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
 from moerec.errors import InputError
 from moerec.evaluate import rank_batch, rank_targets
-from moerec.nn.model import count_active_params
+from moerec.nn.model import SequenceModel, count_active_params
+from moerec.nn.personalization import Event, Request
+from moerec.nn.personalization.profile import make_personalizer
 from moerec.results import make_test_set
 from moerec.shapes import Batch
 from moerec.sharding import mesh_of
@@ -84,8 +87,29 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
     return [{**row, "step_ms": ms, "ratio": ms / first_ms} for row, ms in zip(rows, times.values(), strict=True)]
 
 
+def measure_profiles(model: SequenceModel, n_people: int = 4096, repeats: int = 9) -> dict[str, float]:
+    """People per second whose profile takes in an event, and whose profile conditions a request; batches of people."""
+    personalizer = make_personalizer(model.config, model.field_sizes)
+    rng = np.random.default_rng(0)
+    x_PD = jnp.asarray(rng.standard_normal((n_people, model.config.d_model)), jnp.float32)
+    time_P = jnp.asarray(rng.integers(0, 10**9, n_people), jnp.int32)
+    n_fields = len(model.field_sizes) if model.config.personal.fields else 0
+    request = Request(time_P, jnp.zeros((n_people, n_fields), jnp.int32))
+    states = jax.vmap(lambda _: personalizer.init_user())(time_P)
+    over_people, profile = (None, 0, 0), model.profile
+    observe = jax.jit(lambda s: jax.vmap(personalizer.observe, over_people)(profile, s, Event(x_PD, time_P)))
+    condition = jax.jit(lambda s: jax.vmap(personalizer.condition, over_people)(profile, s, request))
+    states = observe(states)
+    seconds = {"observe": lambda: observe(states), "condition": lambda: condition(states)}
+    found = {f"{name}_people_per_s": n_people / median_seconds(run, repeats) for name, run in seconds.items()}
+    return {**found, "profile_bytes": float(sum(x.nbytes for x in jax.tree.leaves(states)) / n_people)}
+
+
 def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4000) -> dict[str, float]:
-    """Slots per second of the step and of the loader, their ratio, targets per second of evaluation, peak memory."""
+    """Slots per second of the step and of the loader, their ratio, targets per second of evaluation, peak memory.
+
+    With a profile also the people per second whose state takes in an event, and its bytes.
+    """
     started = time.perf_counter()
     data = load_data(config.data, workdir)
     load_s = time.perf_counter() - started
@@ -112,6 +136,7 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
         "loader_over_step": step_s / loader_s,
         "eval_targets_per_s": len(examples.targets) / eval_s,
         "eval_scores_per_s": len(examples.targets) * data.dataset.catalogue.n_items / eval_s,
+        **(measure_profiles(model) if config.model.personal.n_slots else {}),
         "step_compilations": count_compilations(setup.train_step),
         "eval_compilations": count_compilations(rank_batch),
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

@@ -90,6 +90,15 @@ def test_bench_measures_the_step_the_loader_and_the_evaluation(call):
     assert all(value > 0 for value in figures.values()), figures
 
 
+def test_bench_measures_profiles_where_there_are_any(call):
+    done = call("bench", "--json", "--config.model.personal.layers=(1,)", "--config.model.personal.n_aspects=3")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["observe_people_per_s"] > 0
+    assert figures["condition_people_per_s"] > 0
+    assert figures["profile_bytes"] == 4 * (3 * 2 * 33 + 2)  # slots, width and count of writes; the time, the number
+
+
 def test_bench_experts_measures_each_size_at_equal_active_parameters(call):
     mixture = ("--config.model.moe.layers=(1,)", "--config.model.moe.d_expert=16")
     done = call("bench_experts", "--sizes=4,8", "--json", *mixture)
