@@ -202,6 +202,39 @@ def _paired(config: Config, test: TestSet, model: Ranked, baselines: dict[str, R
     return out
 
 
+def _look_inside(config: Config, data: Prepared, fitted: Fitted, test: TestSet) -> dict[str, Any]:
+    """What experts, answers and the profile router do at the test targets, where the model has them."""
+    found: dict[str, Any] = {}
+    if not (config.model.moe.layers or config.model.copy != "none" or config.model.personal.n_slots):
+        return found
+    seen = observe(fitted.model, test.examples, fitted.table)
+    if config.model.moe.layers:
+        found["routing"] = describe_routing(observe(fitted.model, fitted.examples, fitted.table), seen)
+    if config.model.copy != "none":
+        found["answers"] = describe_answers(seen, data.dataset.catalogue.n_services)
+    if data.world is not None and seen.relevance_QM is not None:
+        asked = test.examples.targets[test.examples.history_len > 0]
+        aspects = describe_aspects(data.world, data.dataset, fitted.model, fitted.table, seen.relevance_QM, asked)
+        found |= {"aspects": aspects} if aspects else {}
+    return found
+
+
+def _measure_effects(
+    config: Config, data: Prepared, fitted: Fitted, test: TestSet, ranked: Ranked
+) -> dict[str, dict[str, Any]]:
+    """What answers owe to the profile, the context and other services; on the built-in world, what they could."""
+    own = per_target_metrics(ranked.union)["ndcg@10"]
+    found: dict[str, dict[str, Any]] = {
+        "proofs": describe_effects(config, fitted.model, test.examples, fitted.table, own),
+        "transfer": describe_transfer(
+            config, fitted.model, data.dataset, data.roles, test.examples.targets, fitted.table
+        ),
+    }
+    if data.world is not None:
+        found["attainable"] = _measure_attainable(config, data, test)
+    return found
+
+
 def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) -> dict[str, Any]:
     """Everything that `metrics.json` holds."""
     test = make_test_set(config, data)
@@ -227,24 +260,9 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
         "test": test.table(ranked),
         "slices": _slices(config, test, data, ranked),
     }
-    if config.model.moe.layers or config.model.copy != "none" or config.model.personal.n_slots:
-        seen = observe(fitted.model, test.examples, fitted.table)
-        if config.model.moe.layers:
-            metrics["routing"] = describe_routing(observe(fitted.model, fitted.examples, fitted.table), seen)
-        if config.model.copy != "none":
-            metrics["answers"] = describe_answers(seen, data.dataset.catalogue.n_services)
-        if data.world is not None and seen.relevance_QM is not None:
-            asked = test.examples.targets[test.examples.history_len > 0]
-            aspects = describe_aspects(data.world, data.dataset, fitted.model, fitted.table, seen.relevance_QM, asked)
-            metrics |= {"aspects": aspects} if aspects else {}
+    metrics |= _look_inside(config, data, fitted, test)
     if config.eval.effects:
-        own = per_target_metrics(ranked.union)["ndcg@10"]
-        metrics["proofs"] = describe_effects(config, fitted.model, test.examples, fitted.table, own)
-        metrics["transfer"] = describe_transfer(
-            config, fitted.model, data.dataset, data.roles, test.examples.targets, fitted.table
-        )
-        if data.world is not None:
-            metrics["attainable"] = _measure_attainable(config, data, test)
+        metrics |= _measure_effects(config, data, fitted, test, ranked)
     baselines = {name: _rank_baseline(name, config, data, test, workdir) for name in config.baselines}
     metrics["baselines"] = {name: test.table(ranks) for name, ranks in baselines.items()}
     intervals = _intervals(config, test, {"": ranked, **baselines})
