@@ -130,18 +130,13 @@ class Effects(NamedTuple):
 
     Attributes:
       rows: the runs as they are against the same with an edit (`profile swapped`), in union NDCG@10.
-      shares: on the built-in world, of what the exact posterior loses without the same knowledge, the share that the
-        model loses: means over the seeds, by edit.
+      attainable: on the built-in world, union NDCG@10 of the exact posterior by what it knows (means over the seeds).
     """
 
     name: str
     seeds: list[tuple[int, int]]
     rows: list[Difference]
-    shares: dict[str, float]
-
-
-# Knowledge without which the exact posterior is measured -> edits that take the same from a model.
-_ATTAINABLE = {"window": ("profile empty",), "no context": ("context permuted", "context missing")}
+    attainable: dict[str, float]
 
 
 def compare_effects(folders: Sequence[Path]) -> Effects:
@@ -159,13 +154,9 @@ def compare_effects(folders: Sequence[Path]) -> Effects:
     for title, (part, edit) in edits.items():
         edited = [metrics["proofs"][part][edit][METRIC] for metrics in runs]
         rows.append(_test(title, np.stack([own, edited], axis=1)))
-    attainable = [metrics.get("attainable", {}) for metrics in runs]
-    shares: dict[str, float] = {}
-    for knowledge, titles in _ATTAINABLE.items():
-        if all(knowledge in found for found in attainable):
-            most = float(np.mean([found["all"] - found[knowledge] for found in attainable]))
-            shares |= {row.part: row.difference / most for row in rows if row.part in titles}
-    return Effects(config_name(runs[0]), sorted(found), rows, shares)
+    known = [metrics.get("attainable", {}) for metrics in runs]
+    attainable = {name: float(np.mean([k[name] for k in known])) for name in known[0] if all(name in k for k in known)}
+    return Effects(config_name(runs[0]), sorted(found), rows, attainable)
 
 
 def render_effects(effects: Effects) -> str:
@@ -174,14 +165,16 @@ def render_effects(effects: Effects) -> str:
     lines = [
         f"{effects.name}, union {METRIC}, means of {n} seeds"
         f" (seed/data.seed {', '.join(f'{a}/{b}' for a, b in effects.seeds)})",
-        f"{'':{width}}         own        edit  difference      95 % interval       p   less   of what is attainable",
+        f"{'':{width}}         own        edit  difference      95 % interval       p   less",
     ]
     for row in effects.rows:
-        share = f"{effects.shares[row.part]:10.0%}" if row.part in effects.shares else ""
         lines.append(
             f"{row.part:{width}}  {row.first:10.4f}  {row.second:10.4f}  {row.difference:+10.4f}"
-            f"  {row.low:+.4f} to {row.high:+.4f}  {row.p_value:6.4f}  {row.n_better} of {n}{share}".rstrip()
+            f"  {row.low:+.4f} to {row.high:+.4f}  {row.p_value:6.4f}  {row.n_better} of {n}"
         )
+    if effects.attainable:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in effects.attainable.items())
+        lines.append(f"the exact posterior, by what it knows: {told}")
     return "\n".join(lines)
 
 

@@ -100,7 +100,7 @@ def test_the_command_prints_a_table_and_says_what_is_missing(tmp_path, capsys):
     assert "a1: measured no effects" in said.err
 
 
-def test_effects_over_seeds_and_their_share_of_what_is_attainable(tmp_path):
+def test_effects_over_seeds_and_what_is_attainable(tmp_path):
     folders = write_runs(tmp_path, {1: (0.5, 0.5), 2: (0.6, 0.5), 3: (0.7, 0.5)})
     for folder, other, known in zip(folders, (0.4, 0.45, 0.65), (0.9, 0.8, 1.0), strict=True):
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -112,8 +112,8 @@ def test_effects_over_seeds_and_their_share_of_what_is_attainable(tmp_path):
     assert (row.part, row.n_better) == ("profile empty", 3)
     assert row.difference == pytest.approx((0.1 + 0.15 + 0.05) / 3)
     assert row.p_value == pytest.approx(stats.ttest_rel([0.5, 0.6, 0.7], [0.4, 0.45, 0.65]).pvalue)
-    assert effects.shares == {"profile empty": pytest.approx(0.5)}
-    assert "50%" in render_effects(effects)
+    assert effects.attainable == pytest.approx({"all": 0.9, "window": 0.7, "no context": 0.8})
+    assert "all 0.9000, window 0.7000, no context 0.8000" in render_effects(effects)
     (folders[2] / "metrics.json").write_text(json.dumps({**metrics, "proofs": {}}))
     with pytest.raises(InputError, match="a3: measured no effects"):
         compare_effects(folders)
