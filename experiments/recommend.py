@@ -4,7 +4,7 @@ python -m experiments.recommend --workdir=runs/demo --person=NAME [--context=wea
     [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--json]
 
 Without `--time` and `--context` they are not known; `--time` is UTC. `p` is the probability that the item is what the
-person takes next, of all items of all services.
+person takes next, of all items of all services, if that is what the model was trained for (`loss.scope=union`).
 """
 
 import sys
@@ -30,7 +30,7 @@ def main(_, flags):
 
 FLAGS = {
     "person": ("", "whose list; the first person by default"),
-    "context": ([], "features of the request, as name=value"),
+    "context": ((), "features of the request, as name=value,name=value; may be given several times"),
     "time": ("", "when it is wanted: an ISO date and time, UTC; later events are no history"),
     "service": ("", "a service, for a list of its items alone"),
     "top_k": (10, "items of the list"),

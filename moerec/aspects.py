@@ -45,7 +45,8 @@ def describe_aspects(
 ) -> dict[str, Any] | None:
     """`metrics["aspects"]`: the mean probability that relevance gives to the true need's aspects, and what is chance.
 
-    `found` is that mean; `chance` the same with the relevances of other targets, `p_value` of a permutation test;
+    `found` is that mean, over one target a person; `chance` the same with the relevances of other people's targets, at
+    their times and in their contexts; `p_value` that of a permutation test;
     `best` what a router would have that always picked the best memory aspect; `writes` `[A, W]`, of what each memory
     aspect holds the share of each of the world's (`names`).
 
@@ -57,6 +58,8 @@ def describe_aspects(
     if world.truth is None or not isinstance(model.profile, MemoryParams):
         return None
     personal = model.config.personal
+    _, first = np.unique(np.searchsorted(dataset.log.offsets, rows, side="right"), return_index=True)
+    relevance_QM, rows = relevance_QM[first], rows[first]
     item = jnp.arange(table.service_I.shape[0])
     share_IA = np.asarray(_share_items(model, item, table), np.float64)
     written_IA = share_IA * np.asarray(table.count_I)[:, None]

@@ -66,13 +66,13 @@ class Checkpoints:
     """`DIR/last/STEP` and `DIR/best/STEP`; a half-written one is never seen."""
 
     def __init__(self, folder: Path, read_only: bool = False):
-        """Args: `DIR`; read_only: nothing there is created, saved or tidied up."""
+        """Args: `DIR`; read_only: for `restore_best` alone; nothing there is created, saved or tidied up."""
         folder = folder.resolve()
         self._folder = folder
         with _quiet() if read_only else contextlib.nullcontext():
             self._last, self._best = (
                 ocp.CheckpointManager(
-                    folder / name,
+                    folder / ("best" if read_only else name),
                     # Named, or reading the shapes of a folder warns about items that no handler is known for.
                     item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
                     options=ocp.CheckpointManagerOptions(

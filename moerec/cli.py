@@ -47,16 +47,13 @@ def run(
     """Runs `main(config, flags)` on the command line and exits with the code above.
 
     default_config: the file that is used without `--config`.
-    extra_flags: `{"top_k": (10, "items of a list")}`, of the default's type (bool, int, float, str, list of str), read
-    as `flags.top_k`; absl flags that are defined globally work too.
+    extra_flags: `{"top_k": (10, "items of a list")}`, of the default's type (bool, int, float, str, list of str
+    separated by commas, tuple of str given one by one), read as `flags.top_k`; global flags of absl work too.
     config_type: the class that `get_config()` must return; None for a command without one (`config` is then None).
     workdir: whether `--workdir` must be given.
     `main` may return a dict, which `--json` prints (not finite numbers as null); its `exit_code` is then used.
     """
     sys.unraisablehook = _interrupt_again
-    if not any(Path("/dev").glob(name) for name in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")):
-        # Without an accelerator, looking for one is slow, and libtpu, where it is installed, complains at length.
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     code = execute(main, sys.argv, default_config, extra_flags, config_type=config_type, workdir=workdir)
     if code == INTERRUPTED:
         # Loader and checkpoint threads may be in the middle of something: what they hold is not needed, and a
@@ -158,7 +155,9 @@ def _define_flags(config_type: type | None, default_config: str | None, extra: E
             flags.DEFINE_integer(name, default_value, help_text, flag_values=values)
         elif isinstance(default_value, float):
             flags.DEFINE_float(name, default_value, help_text, flag_values=values)
-        elif isinstance(default_value, (list, tuple)):
+        elif isinstance(default_value, tuple):
+            flags.DEFINE_multi_string(name, list(default_value), help_text, values)
+        elif isinstance(default_value, list):
             flags.DEFINE_list(name, list(default_value), help_text, values)
         else:
             flags.DEFINE_string(name, default_value, help_text, values)

@@ -1,5 +1,6 @@
 """A trained run that answers: what one person wants next, at some time and in some context, and why."""
 
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from moerec.config.stored import read_config
 from moerec.data.dataset import UNKNOWN_TIME, Dataset
 from moerec.data.load import Prepared, reload_data
 from moerec.data.packing import device_time, fill_batch
-from moerec.data.ranges import find_ranges, name_ranges
+from moerec.data.ranges import NUMBER, find_ranges, name_ranges
 from moerec.data.splits import parse_date
 from moerec.data.zones import find_zones
 from moerec.errors import InputError
@@ -212,10 +213,9 @@ def _find_code(name: str, value: str, values: tuple[str, ...], edges: tuple[floa
         return values.index(value) + 1
     if not edges or values != tuple(name_ranges(edges)):
         return len(values) + 1
-    try:
-        return int(find_ranges(np.array(float(value)), edges))
-    except ValueError as error:
-        raise InputError(f"--context: {name}={value} is no number and none of its ranges") from error
+    if not re.fullmatch(NUMBER, value):
+        raise InputError(f"--context: {name}={value} is no number and none of its ranges")
+    return int(find_ranges(np.array(float(value)), edges))
 
 
 def list_unseen(trained: Trained, context: Mapping[str, str]) -> list[str]:
@@ -230,9 +230,9 @@ def list_unseen(trained: Trained, context: Mapping[str, str]) -> list[str]:
 
 
 def read_request(context: list[str], time: str, service: str) -> Request:
-    """A request in words: `name=value` entries, and an ISO date and time (UTC) or nothing."""
+    """A request in words: entries `name=value` or `name=value,name=value`; an ISO date and time (UTC), or nothing."""
     features: dict[str, str] = {}
-    for entry in context:
+    for entry in (part for given in context for part in re.split(r",(?=[^,=]+=)", given)):
         name, _, value = entry.partition("=")
         if not name or not value:
             raise InputError(f"--context: {entry!r} is not of the form name=value")

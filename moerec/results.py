@@ -122,9 +122,15 @@ def rank_ceiling(test: TestSet, data: Prepared, mask_seen: bool, **knowledge: bo
     return Ceiling(Ranked(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3])), guess)
 
 
+def _has_ceiling(data: Prepared) -> bool:
+    """Of the built-in world, unless it is told which services are open: that gives away how many events follow."""
+    return data.world is not None and data.world.open_EZ is None
+
+
 def _measure_attainable(config: Config, data: Prepared, test: TestSet) -> dict[str, float]:
-    """Union NDCG@10 of the exact posterior by what it knows: `all` that is observed, profile fields too; all but the
-    request's own context; and, where attention has a window, no more than the events in it, without the fields.
+    """Union NDCG@10 of the exact posterior by what it knows: `all` that is observed, profile fields too; `no context`,
+    in the mean over the contexts of the month's days; and, where attention has a window, `window`: a filter that begins
+    with the first event that attention reaches, as if nothing had been before, without the fields.
     """
 
     def measure(known: TestSet, **knowledge: bool) -> float:
@@ -132,8 +138,9 @@ def _measure_attainable(config: Config, data: Prepared, test: TestSet) -> dict[s
         return float(per_target_metrics(ranked.union)["ndcg@10"].mean())
 
     found = {"all": measure(test, use_profile=True), "no context": measure(test, use_profile=True, use_context=False)}
-    if config.model.window and data.world is not None and data.world.open_EZ is None:
-        dataset, targets = keep_last_events(data.dataset, test.examples.targets, config.model.window)
+    if config.model.window and not config.eval.mask_seen:  # fewer events would mask fewer items
+        reach = config.model.n_layers * (config.model.window - 1) + 1
+        dataset, targets = keep_last_events(data.dataset, test.examples.targets, reach)
         found["window"] = measure(TestSet(EvaluationSet(dataset, targets, config), np.arange(len(targets))))
     return found
 
@@ -230,7 +237,7 @@ def _measure_effects(
             config, fitted.model, data.dataset, data.roles, test.examples.targets, fitted.table
         ),
     }
-    if data.world is not None:
+    if _has_ceiling(data):
         found["attainable"] = _measure_attainable(config, data, test)
     return found
 
@@ -269,7 +276,7 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
     metrics["intervals"] = intervals.pop("")
     metrics["baseline_intervals"] = intervals
     metrics["paired"] = _paired(config, test, ranked, baselines)
-    if data.world is not None:
+    if _has_ceiling(data):
         ceiling = rank_ceiling(test, data, config.eval.mask_seen)
         metrics["ceiling"] = test.table(ceiling.ranked)
         if "routing" in metrics:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
 def _refuse_strange_folder(workdir: Path) -> None:
     """A run is not written among other things; tables that were prepared, or audited, there before are its own."""
     if not (workdir / "config.json").exists():
-        strange = sorted(path.name for path in workdir.iterdir() if path.name not in ("data", "audit.json"))
+        own = re.compile(
+            r"data(\..*)?|audit\.json|\..*|.*\.log|lost\+found"
+        )  # `data.partial-…`: an interruption left it
+        strange = sorted(path.name for path in workdir.iterdir() if not own.fullmatch(path.name))
         if strange:
             raise InputError(f"{workdir}: is not empty and no directory of a run (there is {strange[0]})")
 

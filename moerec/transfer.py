@@ -34,7 +34,8 @@ def describe_transfer(
 
     `all`, `own` and `others` are the model's metrics by whose history it is given: that of all services, of the
     target's own, and of the others alone (a newcomer to the service). `popularity` is that in the service. `gain` is
-    all - own, `cold` is others - popularity: difference of NDCG@10, and p-value of a paired test over people.
+    all - own, `cold` is others - popularity: difference of NDCG@10, and p-value of a paired test over people. Each
+    history is cut to the last `data.history_len` events that it has, so that the own one may reach further back alone.
     """
     person = np.searchsorted(dataset.log.offsets, targets, side="right") - 1
     chosen = targets[find_travellers(dataset)[person]]

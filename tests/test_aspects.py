@@ -18,7 +18,7 @@ from tests.tiny import make_config
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model that writes an event into the memory aspect of its item's number modulo two."""
+    """Data, and a model with two memory aspects at three time scales, as it is at the start."""
     config = make_config()
     personal = PersonalConfig(layers=(1,), n_aspects=2, n_scales=3, d_memory=4)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, personal=personal))
@@ -57,11 +57,11 @@ def test_relevance_that_follows_the_need_is_found_and_relevance_at_random_is_cha
     assert found["p_value"] == pytest.approx(1 / 1001)
     assert found["best"] >= found["found"]
     by_hand = np.where(about_diet > 0.3, about_diet, (aspects_of_needs(world)[world.truth.need] @ found["writes"][1]))
-    assert found["found"] == pytest.approx(by_hand.mean())
+    assert found["found"] == pytest.approx(by_hand[dataset.log.offsets[:-1]].mean())  # a target a person
     guess = np.zeros((len(rows), 7))
     guess[np.arange(len(rows)), np.random.default_rng(0).integers(0, 6, len(rows))] = 1
     chance = describe_aspects(world, dataset, model, data.item_table, guess, rows)
-    assert abs(chance["found"] - chance["chance"]) < 0.02
+    assert abs(chance["found"] - chance["chance"]) < 0.06
     assert chance["p_value"] > 0.01
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from moerec.checkpoint import Checkpoints, Progress
-from moerec.config import MoEConfig
+from moerec.config import DataConfig, MoEConfig, TablesConfig
 from moerec.data.dataset import permute_items
 from moerec.data.load import load_data
 from moerec.data.splits import TEST
@@ -364,3 +364,9 @@ def test_a_run_is_not_written_among_other_things(tmp_path):
     with pytest.raises(InputError, match=r"no directory of a run \(there is prices.csv\)"):
         run(make_config(steps=1, eval_every=0), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["prices.csv"]
+    (tmp_path / "prices.csv").unlink()
+    for name in ("data.partial-99", ".DS_Store", "job.log"):  # what a killed call, a file browser and a scheduler leave
+        (tmp_path / name).touch()
+    tables = DataConfig(source="tables", tables=TablesConfig(folder=str(tmp_path / "nowhere")))
+    with pytest.raises(InputError, match="no such file"):
+        run(dataclasses.replace(make_config(steps=1, eval_every=0), data=tables), tmp_path)

@@ -21,9 +21,7 @@ class CityConfig:
     kappa: float = 1.0  # strength of hour, weekday, season, weather and holiday on the needs' transitions
     tau: float = 1.0  # recency: how much the needs drift, and how much the last need matters for the next
     habit: float = 1.0  # strength of brand loyalty and of buying (or, a durable, not buying) the very same item again
-    rare_every: int = (
-        0  # so many events lie between a person's visits to one of the services, after as many at first; 0: none
-    )
+    rare_every: int = 0  # events from a visit to a person's rare service to the next, after as many; 0: none is rare
     identical_people: bool = False
     identical_services: bool = False
     profile_missing_rate: float = 0.3

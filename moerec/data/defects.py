@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moerec.data.dataset import UNKNOWN_TIME
+from moerec.data.ranges import NUMBER
 from moerec.data.tables import Batch, Table, as_binary, read_batches
 from moerec.errors import InputError
 
@@ -35,7 +36,6 @@ _UNITS = {"s": ("seconds", 1_000_000), "ms": ("milliseconds", 1_000), "day": ("d
 _YEAR_1_US, _YEAR_9999_US = -62_135_596_800_000_000, 253_402_300_799_999_999
 _INTEGER = r"^-?[0-9]{1,18}$"
 _DECIMAL = r"^-?[0-9]+\.?[0-9]*([eE][+-]?[0-9]{1,3})?$"
-_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
 _ISO = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?"
 
 
@@ -179,7 +179,7 @@ class RowCheck:
     def numbers(self, column: str, values: pa.Array) -> np.ndarray:
         """`[n]` float64, NaN where empty or "nan" (a missing float of pandas); refuses what is no finite number."""
         filled = ~_matches(values, r"^([nN]a[nN])?$")
-        is_number = _matches(values, _NUMBER)
+        is_number = _matches(values, NUMBER)
         numbers = np.full(len(values), np.nan)
         texts = values.filter(pa.array(is_number)).cast(pa.string())
         numbers[is_number] = texts.cast(pa.float64()).to_numpy(zero_copy_only=False)

@@ -49,7 +49,7 @@ def predict_targets(
 
     The probability of a target's item is given every earlier event of its person in `dataset.log` (items, times,
     contexts) and the target's own time and context; with `use_profile` also given the person's profile fields; without
-    `use_context` not given the target's own context, which is then one of those of the days of its month. The data set
+    `use_context` in the mean over the contexts of the days of the target's month, instead of its own. The data set
     may number the items of a service as it likes: they are matched with the world's by id. Memory: about
     `people_per_chunk` beliefs of `N * K**Z` floats and two chunks of rows.
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"  # what is read as one
+
 
 def name_ranges(edges: Sequence[float]) -> list[str]:
     """Names of the `len(edges) + 1` ranges, from the lowest."""

@@ -207,10 +207,10 @@ def _drop_broken(table: Table, batch: pa.RecordBatch, rows: np.ndarray) -> tuple
     """The batch and its row numbers without the rows that have a value of several lines, and those."""
     ragged, good = [], np.ones(len(rows), bool)
     for name, array in zip(batch.schema.names, batch.columns, strict=True):
-        is_broken = pc.match_substring(array, b"\n").to_numpy(zero_copy_only=False) & good
+        is_broken = pc.match_substring_regex(array, b"[\r\n]").to_numpy(zero_copy_only=False) & good
         column = table.columns[table.raw_columns.index(name)]
         for k in np.flatnonzero(is_broken):
-            text = array[int(k)].as_py().decode("utf-8", "backslashreplace")
+            text = array[int(k)].as_py().decode("utf-8").encode("latin-1").decode("utf-8", "backslashreplace")
             ragged.append(Ragged(int(rows[k]), 0, 0, text, column))
         good &= ~is_broken
     return (batch, rows, ()) if good.all() else (batch.filter(pa.array(good)), rows[good], tuple(ragged))

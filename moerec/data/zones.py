@@ -68,7 +68,7 @@ def find_zones(dataset: Dataset, schema: SchemaConfig) -> Zones | None:
     """The zones of a data set, None where all clocks show UTC.
 
     Raises:
-      InputError: the column is neither of the context nor of the profile, or has not one of the values.
+      InputError: the column is neither of the context nor of the profile, or has none of the values.
     """
     if not schema.zone_column:
         return None if schema.zone == "UTC" else Zones((schema.zone,))
@@ -77,9 +77,10 @@ def find_zones(dataset: Dataset, schema: SchemaConfig) -> Zones | None:
     number = {value: k for k, value in enumerate(by_value, 1)}
 
     def require_values(found: Collection[str]) -> None:
-        for value in by_value:
-            if value not in found:
-                raise InputError(f"config.data.schema.zones: {schema.zone_column} is never {value!r}")
+        if not any(value in found for value in by_value):
+            raise InputError(
+                f"config.data.schema.zones: {schema.zone_column} is never {' or '.join(map(repr, by_value))}"
+            )
 
     if schema.zone_column in dataset.context:
         require_values(dataset.context[schema.zone_column])

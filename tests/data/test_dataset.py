@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerec.data.dataset import Catalogue, EventLog, mark_unseen, permute_items
+from moerec.config import CityConfig
+from moerec.data.city import generate
+from moerec.data.dataset import Catalogue, EventLog, keep_last_events, mark_unseen, permute_items
 from moerec.errors import InputError
 from tests.random_dataset import make_dataset
 
@@ -97,3 +99,19 @@ def test_values_without_a_known_event_are_unseen(seed):
         known = codes[event, c] == 0 or codes[event, c] in codes[is_known, c]
         assert after[event, c] == (codes[event, c] if known else len(list(context.values())[c]) + 1)
     np.testing.assert_array_equal(before.log.context, codes)
+
+
+def test_each_target_keeps_its_last_events_and_its_person():
+    dataset, _ = generate(CityConfig(n_people=8, events_per_person=9, items_per_service=10), 0)
+    log = dataset.log
+    targets = np.array([log.offsets[1] - 1, log.offsets[1], log.offsets[3] + 4])
+    kept, rows = keep_last_events(dataset, targets, 3)
+    for k, target in enumerate(targets):
+        person = log.person[target]
+        expected = range(max(int(log.offsets[person]), int(target) - 3), int(target) + 1)
+        own = slice(*kept.log.offsets[k : k + 2])
+        assert kept.log.item[own].tolist() == log.item[list(expected)].tolist()
+        assert kept.log.time[own].tolist() == log.time[list(expected)].tolist()
+        assert rows[k] == kept.log.offsets[k + 1] - 1
+        assert kept.people[k] == dataset.people[person]
+        assert all(kept.profile[name][k] == values[person] for name, values in dataset.profile.items())

@@ -69,6 +69,7 @@ class World:
       repeat_C: log-odds of the very same item again.
       days: `[days, 3]` context codes of the year.
       open_EZ: `[events, Z]` bool, services to choose from at each event (`timeline.draw_openings`); None: all, always.
+        The posterior is told them, and by them how many events still follow: it is no ceiling then.
     """
 
     config: CityConfig
