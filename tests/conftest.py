@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test, repeatable property tests, and the folder of the real data."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -46,6 +47,16 @@ def pytest_collection_modifyitems(items):
 def pytest_unconfigure():
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Each compiled program keeps pages of memory mapped, of which a process may have 65,530: beyond them XLA crashes."""
+    import jax
+
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
