@@ -51,7 +51,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Each compiled program keeps pages of memory mapped, of which a process may have 65,530: beyond them XLA crashes."""
+    """Compiled programs keep pages of memory mapped, of which a process may have 65,530: beyond them XLA crashes."""
     import jax
 
     yield
