@@ -8,7 +8,7 @@ Command: python -m experiments.train --config=configs/city_long.py --workdir=run
     --config.model.window=0 --config.model.personal.memory=null for attention over everything, or
     --config.model.personal.memory=null for the window alone.
 Hardware: two CPU cores.
-Result: see "What a profile is worth" in README.md.
+Result: not measured yet.
 """
 
 from moerec.config import (
