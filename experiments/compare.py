@@ -2,14 +2,16 @@
 
 python -m experiments.compare --first=runs/moe_1,runs/moe_2,runs/moe_3 --second=runs/dense_1,runs/dense_2,runs/dense_3
 
-Without `--second`: what the answers of the one configuration lose by each edit of `eval.effects`.
+One run on each side: they are paired by target. Without `--second`: what the answers of the one configuration lose by
+each edit of `eval.effects`.
 """
 
 from pathlib import Path
 
 from moerec import cli
-from moerec.compare import compare, compare_effects, render, render_effects
+from moerec.compare import Comparison, Effects, compare, compare_effects, render, render_effects
 from moerec.errors import InputError
+from moerec.ranks import TargetComparison, compare_targets, render_targets
 
 EMPTY: list[str] = []
 FLAGS = {
@@ -22,12 +24,17 @@ def main(config, flags):
     """Prints the table."""
     if not flags.first:
         raise InputError(f"--first is missing: {FLAGS['first'][1]}, separated by commas")
-    if not flags.second:
-        effects = compare_effects([Path(f) for f in flags.first])
-        print(render_effects(effects))
-        return {**effects._asdict(), "rows": [row._asdict() for row in effects.rows]}
-    result = compare([Path(f) for f in flags.first], [Path(f) for f in flags.second])
-    print(render(result))
+    first, second = ([Path(folder) for folder in folders] for folders in (flags.first, flags.second))
+    result: Effects | TargetComparison | Comparison
+    if not second:
+        result = compare_effects(first)
+        print(render_effects(result))
+    elif len(first) == len(second) == 1:
+        result = compare_targets(first[0], second[0])
+        print(render_targets(result))
+    else:
+        result = compare(first, second)
+        print(render(result))
     return {**result._asdict(), "rows": [row._asdict() for row in result.rows]}
 
 

@@ -60,8 +60,7 @@ def describe_aspects(
     personal = model.config.personal
     _, first = np.unique(np.searchsorted(dataset.log.offsets, rows, side="right"), return_index=True)
     relevance_QM, rows = relevance_QM[first], rows[first]
-    item = jnp.arange(table.service_I.shape[0])
-    share_IA = np.asarray(_share_items(model, item, table), np.float64)
+    share_IA = np.asarray(share_items(model, table), np.float64)
     written_IA = share_IA * np.asarray(table.count_I)[:, None]
     writes_AW = np.zeros((personal.n_aspects, len(names.ASPECTS)))
     np.add.at(writes_AW.T, aspect_of_items(world, dataset), written_IA)
@@ -85,9 +84,10 @@ def describe_aspects(
 
 
 @jax.jit
-def _share_items(model: SequenceModel, item: jax.Array, table: ItemTable) -> jax.Array:
-    """`[I, A]`, how an event with each item is shared among the memory's aspects."""
-    x_ID = model.event_vectors(item, jnp.zeros_like(item), table)
+def share_items(model: SequenceModel, table: ItemTable) -> jax.Array:
+    """`[I, A]`, how an event with each item of the catalogue, of the first action, is shared among the aspects."""
+    item_I = jnp.arange(table.service_I.shape[0])
+    x_ID = model.event_vectors(item_I, jnp.zeros_like(item_I), table)
     profile = model.profile
-    assert profile is not None
+    assert isinstance(profile, MemoryParams)
     return jax.vmap(lambda x_D: share_aspects(profile, x_D))(x_ID)

@@ -159,19 +159,27 @@ def compare_effects(folders: Sequence[Path]) -> Effects:
     return Effects(config_name(runs[0]), sorted(found), rows, attainable)
 
 
+def format_rows(rows: Sequence[Difference], names: tuple[str, str], counts: Sequence[int], last: str) -> list[str]:
+    """Lines of a table: a head, and a line a row; `counts` of pairs, of which `last` says what is counted."""
+    width = max(16, *(len(row.part) for row in rows))
+    lines = [f"{'':{width}}  {names[0]:>12}  {names[1]:>12}  difference      95 % interval       p  {last}"]
+    for row, n in zip(rows, counts, strict=True):
+        interval = f"{row.low:+.4f} to {row.high:+.4f}"
+        lines.append(
+            f"{row.part:{width}}  {row.first:12.4f}  {row.second:12.4f}  {row.difference:+10.4f}"
+            f"  {interval:>18}  {row.p_value:6.4f}  {row.n_better} of {n}"
+        )
+    return lines
+
+
 def render_effects(effects: Effects) -> str:
     """The table for a terminal."""
-    n, width = len(effects.seeds), max(16, *(len(row.part) for row in effects.rows))
+    n = len(effects.seeds)
     lines = [
         f"{effects.name}, union {METRIC}, means of {n} seeds"
         f" (seed/data.seed {', '.join(f'{a}/{b}' for a, b in effects.seeds)})",
-        f"{'':{width}}         own        edit  difference      95 % interval       p   less",
+        *format_rows(effects.rows, ("own", "edit"), [n] * len(effects.rows), "less"),
     ]
-    for row in effects.rows:
-        lines.append(
-            f"{row.part:{width}}  {row.first:10.4f}  {row.second:10.4f}  {row.difference:+10.4f}"
-            f"  {row.low:+.4f} to {row.high:+.4f}  {row.p_value:6.4f}  {row.n_better} of {n}"
-        )
     if effects.attainable:
         told = ", ".join(f"{name} {value:.4f}" for name, value in effects.attainable.items())
         lines.append(f"the exact posterior, by what it knows: {told}")
@@ -180,18 +188,12 @@ def render_effects(effects: Effects) -> str:
 
 def render(comparison: Comparison) -> str:
     """The table for a terminal."""
-    names, n = comparison.names, len(comparison.seeds)
-    width = max(16, *(len(row.part) for row in comparison.rows))
+    n = len(comparison.seeds)
     lines = [
         f"{METRIC}, means of {n} seeds (seed/data.seed {', '.join(f'{a}/{b}' for a, b in comparison.seeds)})",
-        f"{'':{width}}  {names[0]:>12}  {names[1]:>12}  difference      95 % interval       p  better",
+        *format_rows(comparison.rows, comparison.names, [n] * len(comparison.rows), "better"),
     ]
-    for row in comparison.rows:
-        interval = f"{row.low:+.4f} to {row.high:+.4f}"
-        lines.append(
-            f"{row.part:{width}}  {row.first:12.4f}  {row.second:12.4f}  {row.difference:+10.4f}"
-            f"  {interval:>18}  {row.p_value:6.4f}  {row.n_better} of {n}"
-        )
+    width = max(16, *(len(row.part) for row in comparison.rows))
     budgets = (comparison.n_active_params, comparison.steps, comparison.wall_s)
     for title, (a, b) in zip(("active params", "steps", "seconds"), budgets, strict=True):
         a, b = round(a), round(b)

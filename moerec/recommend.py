@@ -105,7 +105,7 @@ def recommend(trained: Trained, person: str, request: Request, n: int) -> Answer
     config, dataset = trained.config, trained.data.dataset
     if n < 1:
         raise InputError("--top_k: must be at least 1")
-    rows = _find_history(trained, person, request)
+    rows = find_history(trained, person, request)
     allowed = np.ones(dataset.catalogue.n_items, bool)
     if request.service:
         if request.service not in dataset.catalogue.services:
@@ -137,7 +137,7 @@ def _score(model: SequenceModel, batch: Batch, slot: jax.Array, table: ItemTable
     return score_QI[0], found
 
 
-def _find_history(trained: Trained, person: str, request: Request) -> np.ndarray:
+def find_history(trained: Trained, person: str, request: Request) -> np.ndarray:
     """Rows of the log: the person's events before the request."""
     dataset = trained.data.dataset
     (at,) = np.nonzero(dataset.people == person)

@@ -30,6 +30,8 @@ from moerec.metrics import (
 )
 from moerec.nn.model import count_active_params
 from moerec.proofs import describe_effects
+from moerec.ranks import FILE as RANKS
+from moerec.ranks import write_ranks
 from moerec.report.table import gap_closed
 from moerec.routing import describe_answers, describe_routing, macro_f1, observe
 from moerec.significance import bootstrap_intervals, paired_test
@@ -243,9 +245,10 @@ def _measure_effects(
 
 
 def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) -> dict[str, Any]:
-    """Everything that `metrics.json` holds."""
+    """Everything that `metrics.json` holds; the rank of each target goes to `ranks.npz`."""
     test = make_test_set(config, data)
     ranked = Ranked(*rank_targets(fitted.model, test.examples, fitted.table))
+    write_ranks(workdir / RANKS, data.dataset, test.examples.targets, ranked)
     metrics: dict[str, Any] = {
         "config": dataclasses.asdict(config),
         "seed": config.seed,

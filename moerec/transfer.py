@@ -11,7 +11,7 @@ import numpy as np
 from moerec.baselines import BASELINES
 from moerec.baselines import rank_targets as rank_by_scores
 from moerec.config import Config
-from moerec.data.dataset import Dataset
+from moerec.data.dataset import Dataset, find_travellers
 from moerec.evaluate import EvaluationSet, rank_targets
 from moerec.metrics import per_target_metrics
 from moerec.nn.model import SequenceModel
@@ -19,12 +19,6 @@ from moerec.shapes import ItemTable
 from moerec.significance import paired_test
 
 METRICS = ("ndcg@10", "recall@10")
-
-
-def find_travellers(dataset: Dataset) -> np.ndarray:
-    """`[people]` bool, those with events in two services or more."""
-    pairs = np.unique(np.stack([dataset.log.person, dataset.event_service], axis=1), axis=0)
-    return np.bincount(pairs[:, 0], minlength=dataset.log.n_people) > 1
 
 
 def describe_transfer(

@@ -1,5 +1,6 @@
 """What a run writes while it works: `metrics.jsonl`, TensorBoard events, the progress line, and JSON files."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -7,9 +8,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moerec.errors import WorkError
 
@@ -44,18 +45,25 @@ def to_plain(value: Any, refuse_nonfinite: bool = False, where: str = "") -> Any
     raise TypeError(f"{where.lstrip('.') or 'the value'}: {type(value).__name__} has no JSON form")
 
 
-def write_text(path: Path | str, text: str) -> None:
-    """Writes UTF-8 atomically: whoever reads `path` sees the old file or the whole new one."""
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write what `path` is to hold: whoever reads that sees the old file or the whole new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes UTF-8 atomically."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.aspects import aspect_of_items, aspects_of_needs, describe_aspects
+from moerec.aspects import aspect_of_items, aspects_of_needs, describe_aspects, share_items
 from moerec.config import PersonalConfig
 from moerec.data.city import names
 from moerec.data.load import load_data
@@ -45,7 +45,7 @@ def test_relevance_that_follows_the_need_is_found_and_relevance_at_random_is_cha
     diet = list(names.ASPECTS).index("diet")
     is_diet = aspect_of_items(world, dataset) == diet
     share_IA = np.stack([is_diet, ~is_diet], axis=1).astype(np.float32)  # aspect 0 is written by diet alone
-    monkeypatch.setattr("moerec.aspects._share_items", lambda *_: jnp.asarray(share_IA))
+    monkeypatch.setattr("moerec.aspects.share_items", lambda *_: jnp.asarray(share_IA))
     rows = np.arange(dataset.log.n_events)
     about_diet = aspects_of_needs(world)[world.truth.need[rows], diet]
     knowing = np.zeros((len(rows), 7))
@@ -67,9 +67,7 @@ def test_relevance_that_follows_the_need_is_found_and_relevance_at_random_is_cha
 
 def test_items_are_shared_as_their_events_are(trained):
     data, model = trained
-    from moerec.aspects import _share_items
-
-    share_IA = np.asarray(_share_items(model, jnp.arange(5), data.item_table))
+    share_IA = np.asarray(share_items(model, data.item_table))[:5]
     x_ID = model.event_vectors(jnp.arange(5), jnp.zeros(5, int), data.item_table)
     x_ID = np.asarray(jax.vmap(model.profile.norm)(x_ID), np.float64)
     weight = np.exp(x_ID @ np.asarray(model.profile.aspect_DA[...]))

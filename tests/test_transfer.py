@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from moerec.config import SplitConfig
+from moerec.data.dataset import find_travellers
 from moerec.data.load import load_data
 from moerec.data.splits import TEST, select_targets
 from moerec.evaluate import EvaluationSet, rank_targets
 from moerec.metrics import per_target_metrics
 from moerec.state import init_state
 from moerec.train import make_sizes
-from moerec.transfer import describe_transfer, find_travellers
+from moerec.transfer import describe_transfer
 from tests.tiny import make_config
 
 

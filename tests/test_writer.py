@@ -12,7 +12,7 @@ import pytest
 
 from moerec import writer
 from moerec.errors import WorkError
-from moerec.writer import MetricWriter, format_count, format_duration, read_lines, to_plain, write_json
+from moerec.writer import MetricWriter, format_count, format_duration, read_lines, replacing, to_plain, write_json
 
 
 def run(workdir, steps, resume_step=0, total_steps=100):
@@ -62,6 +62,18 @@ def test_a_run_from_the_start_drops_the_old_lines(tmp_path):
     run(tmp_path, range(0, 50, 10))
     run(tmp_path, range(0, 20, 10))
     assert steps_of(tmp_path) == [0, 10]
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half way"), replacing(path) as file:
+        file.write(b"new")
+        raise RuntimeError("half way")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.npz", "old")]
+    with replacing(path) as file:
+        file.write(b"new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.npz", "new")]
 
 
 def test_a_broken_line_in_the_middle_is_refused(tmp_path):

@@ -160,6 +160,12 @@ def permute_items(dataset: Dataset, seed: int) -> Dataset:
     )
 
 
+def find_travellers(dataset: Dataset) -> np.ndarray:
+    """`[people]` bool, those with events in two services or more."""
+    pairs = np.unique(np.stack([dataset.log.person, dataset.event_service], axis=1), axis=0)
+    return np.bincount(pairs[:, 0], minlength=dataset.log.n_people) > 1
+
+
 def keep_last_events(dataset: Dataset, targets: np.ndarray, n: int) -> tuple[Dataset, np.ndarray]:
     """A data set in which each target is the last event of a person of its own, behind the `n` events before it.
 

@@ -1,6 +1,5 @@
 """Writes an .npz file array by array, and the states piece by piece. No pickle."""
 
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from moerec.profile_store.layout import Layout
+from moerec.writer import replacing
 
 _BLOCK_BYTES = 1 << 26
 
@@ -16,22 +16,14 @@ Reader = Callable[[int, int], np.ndarray]  # people from, people to -> uint8 [n,
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray], layout: Layout, read: Reader) -> None:
     """Writes `arrays`, then `states/NAME` [N, ...] of as many people; whoever reads `path` sees a whole file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     n_people = len(arrays["versions"])
-    try:
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                for name, array in arrays.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, array, allow_pickle=False)
-                for k, leaf in enumerate(layout.leaves):
-                    with archive.open(f"states/{leaf.name}.npy", "w", force_zip64=True) as member:
-                        _write_leaf(member, layout, k, n_people, read)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+        for k, leaf in enumerate(layout.leaves):
+            with archive.open(f"states/{leaf.name}.npy", "w", force_zip64=True) as member:
+                _write_leaf(member, layout, k, n_people, read)
 
 
 def _write_leaf(member, layout: Layout, k: int, n_people: int, read: Reader) -> None:

@@ -161,7 +161,7 @@ def test_without_the_context_it_is_the_mean_over_the_days_of_the_month():
     for k, row in enumerate(target):
         first = dataset.log.time[row].astype("datetime64[s]").astype("datetime64[M]")
         day = (first.astype("datetime64[D]") - np.datetime64("2024-01-01")).astype(int)
-        n_days = ((first + 1).astype("datetime64[D]") - first.astype("datetime64[D]")).astype(int)
+        n_days = ((first + np.timedelta64(1, "M")).astype("datetime64[D]") - first.astype("datetime64[D]")).astype(int)
         contexts, count = np.unique(world.days[day : day + n_days], axis=0, return_counts=True)
         total = 0
         for context, n in zip(contexts, count, strict=True):

@@ -96,6 +96,16 @@ def decay_rates(params: MemoryParams | LowRankParams) -> jax.Array:
     return math.log(2) / (LEAST_HOURS * jnp.exp(span * place))
 
 
+def evidence(params: MemoryParams, state: UserState, time: jax.Array) -> jax.Array:
+    """`[M - 1]`, how many events' worth each written slot holds, as of a time."""
+    return _forget(decay_rates(params), state.time, time) * state.memory_MP[:, -1]
+
+
+def _forget(rate_X: jax.Array, earlier: jax.Array, later: jax.Array) -> jax.Array:
+    """The share of a memory that is left at a later time."""
+    return jnp.exp(-rate_X * (elapsed_since(earlier, later).astype(jnp.float32) / HOUR))
+
+
 def null(sizes: Sizes, chunk: int = 64) -> Personalizer:
     """Nothing is remembered, and nothing known."""
 
@@ -235,8 +245,8 @@ def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
         return UserState(memory_TXP, before_T, _count_before(first_T))
 
     def condition(params: Any, state: UserState, request: Request) -> Condition:
-        hours = elapsed_since(state.time, request.time).astype(jnp.float32) / HOUR
-        mean_MP, mass_M = kind.read(params, jnp.exp(-kind.rates(params) * hours)[:, None] * state.memory_MP)
+        left_X = _forget(kind.rates(params), state.time, request.time)
+        mean_MP, mass_M = kind.read(params, left_X[:, None] * state.memory_MP)
         written_MD = mean_MP @ params.read_PD[...] + jnp.log1p(mass_M)[:, None] * params.mass_MD[...]
         rows_Y = request.field_Y + jnp.asarray(offsets, jnp.int32)
         field_D = jnp.sum(jnp.where(request.field_Y[:, None] > 0, params.field_XD[...][rows_Y], 0), axis=0)
