@@ -66,7 +66,7 @@ def read_ranks(folder: Path) -> TargetRanks:
             return TargetRanks(**{name: stored[name] for name in TargetRanks._fields})
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the run is not finished, or older than this file") from None
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: holds no ranks ({type(error).__name__}: {error})") from None
 
 
