@@ -62,7 +62,7 @@ def read_ranks(folder: Path) -> TargetRanks:
     """Those of a finished run. Raises InputError where there are none."""
     path = folder / FILE
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             return TargetRanks(**{name: stored[name] for name in TargetRanks._fields})
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the run is not finished, or older than this file") from None
