@@ -30,7 +30,6 @@ def get_config() -> Config:
     return Config(
         name="city_long",
         data=DataConfig(source="city", city=city, seq_len=2048, history_len=2048),
-        # Both layers are personal, so that all of attention is computed in blocks, and none of it outside the window.
         model=ModelConfig(
             n_layers=2,
             d_model=64,
@@ -38,7 +37,7 @@ def get_config() -> Config:
             dropout=0.1,
             event_time=True,
             window=128,
-            personal=PersonalConfig(layers=(0, 1), query_scale=False, pair_bias=False),
+            personal=PersonalConfig(layers=(1,), query_scale=False, pair_bias=False),
         ),
         loss=LossConfig(kind="full_softmax"),
         optim=OptimConfig(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1, ema_decay=0.98),

@@ -86,7 +86,7 @@ def portray(
     asked = make_requests(trained, person, times, context)
     answers = [recommend(trained, person, request, top_k) for request in asked]
     rows = find_history(trained, person, asked[0])
-    relevance_QM = np.stack([answer.relevance for answer in answers])
+    relevance_QM = np.stack([np.asarray(answer.relevance) for answer in answers])
     aspects = _list_aspects(trained, rows, asked[0], relevance_QM)
     at = int(np.flatnonzero(dataset.people == person)[0])
     services = np.bincount(dataset.event_service[rows], minlength=dataset.catalogue.n_services)

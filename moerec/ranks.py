@@ -101,7 +101,10 @@ def compare_targets(first: Path, second: Path) -> TargetComparison:
         if 0 < (own & a.travels).sum() < own.sum():
             parts.append((f"{service}, several services", "in_service", own & a.travels))
     values = {part: (a.metric(part), b.metric(part)) for part in ("in_service", "union")}
-    rows = [_compare(title, *(v[chosen] for v in values[part]), person[chosen]) for title, part, chosen in parts]
+    rows = []
+    for title, part, chosen in parts:
+        own, other = values[part]
+        rows.append(_compare(title, own[chosen], other[chosen], person[chosen]))
     return TargetComparison(names, rows, [int(chosen.sum()) for _, _, chosen in parts])
 
 

@@ -9,9 +9,12 @@ from jax.sharding import PartitionSpec
 
 from moerec.config import ModelConfig
 from moerec.nn.layers import declare, fan_in, fan_in_heads, fan_in_second
+from moerec.nn.personalization import Slots
 from moerec.nn.temporal import N_GAPS
 from moerec.sharding import ROW_AXES
-from pallas_kernels.attention import attend, attend_prefix, merge
+from pallas_kernels.attention import attend, attend_few, merge
+
+BLOCKED_FROM = 256  # slots of a row from which on attention in blocks takes half the time of all at once, on a CPU
 
 
 def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
@@ -43,14 +46,14 @@ class View(NamedTuple):
 
     Attributes:
       segment_BT: int32, 0 is padding. time_BT: int32 times of the events. service_BT: int32, their services.
-      slot_BTMD: the memory slots of the profile before each event. log_relevance_BTM: logs of what they matter.
+      slots: the memory slots of the profile before each event. log_relevance_BTM: logs of what they matter.
       summary_BTD: the profile as one vector.
     """
 
     segment_BT: jax.Array
     time_BT: jax.Array
     service_BT: jax.Array
-    slot_BTMD: jax.Array
+    slots: Slots
     log_relevance_BTM: jax.Array
     summary_BTD: jax.Array
 
@@ -108,22 +111,43 @@ class PersonalBias(nnx.Module):
     def __call__(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, view: View) -> jax.Array:
         """Args: queries and keys after rotation. Returns `[B, T, N, H]`."""
         q_BTNH = self.scale(q_BTNH, view)
-        out, lse = _attend(q_BTNH, k_BTKH, v_BTKH, view, self.time_bias_NR, self.kind_bias(view), self.window)
+        kind_bias_BTNZ = self.kind_bias(view)
+        time = (None, None) if self.time_bias_NR is None else (view.time_BT, self.time_bias_NR[...])
+        kind = (None, None) if kind_bias_BTNZ is None else (view.service_BT, kind_bias_BTNZ)
+        out, lse = _attend(q_BTNH, k_BTKH, v_BTKH, view.segment_BT, self.window, time, kind)
         if self.read_NHD is None:
             return out
         assert self.value_NDH is not None
         assert self.gate_N is not None
         dtype = q_BTNH.dtype
         q_BTND = jnp.einsum("BTNH,NHD->BTND", q_BTNH, self.read_NHD[...].astype(dtype))
-        slot_BTMKD = view.slot_BTMD.astype(dtype)[:, :, :, None]
-        read_BTND, prefix_lse = attend_prefix(q_BTND, slot_BTMKD, slot_BTMKD, view.log_relevance_BTM)
-        prefix = jnp.einsum("BTND,NDH->BTNH", read_BTND, self.value_NDH[...].astype(dtype))
+        logit_BTNM = view.slots.score(q_BTND) * q_BTND.shape[-1] ** -0.5 + view.log_relevance_BTM[:, :, None]
+        read_BTND, prefix_lse = attend_few(logit_BTNM, view.slots.read)
+        prefix = jnp.einsum("BTND,NDH->BTNH", read_BTND.astype(dtype), self.value_NDH[...].astype(dtype))
         joined, _ = merge([(out, lse), (prefix, prefix_lse)])
         return out + (jnp.tanh(self.gate_N[...])[:, None] * (joined - out)).astype(dtype)
 
 
-def _attend(q_BTNH, k_BTKH, v_BTKH, view: View, time_bias_NR, kind_bias_BTNZ, window: int):
-    """`pallas_kernels.attention.attend`; on a mesh each device has its own rows, and all heads."""
+def attend_plain(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array, window: int = 0
+) -> jax.Array:
+    """`[B, T, N, H]`, attention without biases: by JAX's own function where rows are short, else in blocks.
+
+    Args: queries and keys after rotation; `segment_BT` and `window` as in `segment_mask`.
+    """
+    if q_BTNH.shape[1] >= BLOCKED_FROM:
+        return _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window)[0]
+    # Padding attends to padding (segment 0), so that no row of the softmax is empty.
+    mask_B1TS = segment_mask(segment_BT, window)[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TS, implementation="xla")
+
+
+def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, time=(None, None), kind=(None, None)):
+    """`pallas_kernels.attention.attend`; on a mesh each device has its own rows, and all heads.
+
+    Args: `time` and `kind` are pairs of codes `[B, T]` and biases, `[N, R]` and `[B, T, N or 1, Z]`.
+    """
+    kind_BT, kind_bias_BTNZ = kind
     if kind_bias_BTNZ is not None:
         kind_bias_BTNZ = jnp.broadcast_to(kind_bias_BTNZ, (*q_BTNH.shape[:3], kind_bias_BTNZ.shape[-1]))
 
@@ -134,23 +158,22 @@ def _attend(q_BTNH, k_BTKH, v_BTKH, view: View, time_bias_NR, kind_bias_BTNZ, wi
             k,
             v,
             segment,
-            time_BT=None if time_bias_NR is None else time,
+            time_BT=time,
             time_bias_NR=time_bias_NR,
-            kind_BT=None if kind_bias is None else kind,
+            kind_BT=kind,
             kind_bias_BTNZ=kind_bias,
             window=window or None,
         )
 
-    rows = (q_BTNH, k_BTKH, v_BTKH, view.segment_BT, view.time_BT, view.service_BT, kind_bias_BTNZ)
-    time_bias_NR = None if time_bias_NR is None else time_bias_NR[...]
+    rows = (q_BTNH, k_BTKH, v_BTKH, segment_BT, time[0], kind_BT, kind_bias_BTNZ)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return run(rows, time_bias_NR)
+        return run(rows, time[1])
     n_batch = q_BTNH.shape[0]
     spare = -n_batch % (mesh.shape["data"] * mesh.shape["expert"])
     rows = jax.tree.map(lambda a: jnp.pad(a, ((0, spare), *((0, 0),) * (a.ndim - 1))), rows)
     by_row, everywhere = PartitionSpec(ROW_AXES), PartitionSpec()
-    out, lse = jax.shard_map(run, mesh=mesh, in_specs=(by_row, everywhere), out_specs=by_row)(rows, time_bias_NR)
+    out, lse = jax.shard_map(run, mesh=mesh, in_specs=(by_row, everywhere), out_specs=by_row)(rows, time[1])
     return out[:n_batch], lse[:n_batch]
 
 
@@ -168,11 +191,11 @@ class Attention(nnx.Module):
         self.q_bias_NH = declare(kq, (n, h), ("heads", None), zeros, decay="none")
         self.k_bias_KH = declare(kk, (k, h), ("kv_heads", None), zeros, decay="none")
         self.v_bias_KH = declare(kv, (k, h), ("kv_heads", None), zeros, decay="none")
-        self.rope_theta = config.rope_theta
+        self.rope_theta, self.window = config.rope_theta, config.window
         self.personal = personal
 
     def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, mask_BTS: jax.Array, view: View | None = None
+        self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, view: View | None = None
     ) -> jax.Array:
         dtype = x_BTD.dtype
         q = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...].astype(dtype)) + self.q_bias_NH[...].astype(dtype)
@@ -182,12 +205,6 @@ class Attention(nnx.Module):
         if self.personal is not None:
             assert view is not None
             out = self.personal(q, k, v, view)
-            return jnp.einsum("BTNH,NHD->BTD", out, self.o_NHD[...].astype(dtype))
-        b, t, n, h = q.shape
-        groups = k.shape[2]
-        q_grouped = q.reshape(b, t, groups, n // groups, h)
-        logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_grouped, k).astype(jnp.float32) * h**-0.5
-        # Padding attends to padding (segment 0), so that no row of the softmax is empty.
-        weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], logits, -1e30), axis=-1).astype(dtype)
-        out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(b, t, n, h)
+        else:
+            out = attend_plain(q, k, v, segment_BT, self.window)
         return jnp.einsum("BTNH,NHD->BTD", out, self.o_NHD[...].astype(dtype))

@@ -43,14 +43,14 @@ class Block(nnx.Module):
         self,
         x_BTD: jax.Array,
         position_BT: jax.Array,
-        mask_BTS: jax.Array,
+        segment_BT: jax.Array,
         key: jax.Array | None,
         request: Request | None = None,
         view: View | None = None,
     ) -> tuple[jax.Array, Routing | None]:
         """The new states, and the sums of the routing (None without experts)."""
         k_attention, k_ffn = (None, None) if key is None else jax.random.split(key)
-        y = self.attention(self.attention_norm(x_BTD), position_BT, mask_BTS, view)
+        y = self.attention(self.attention_norm(x_BTD), position_BT, segment_BT, view)
         x_BTD = x_BTD + dropout(y, self.dropout_rate, k_attention)
         y, routing = self.ffn_norm(x_BTD), None
         if isinstance(self.ffn, DomainExperts):
@@ -82,7 +82,7 @@ def run_blocks(
     blocks: Block,
     x_BTD: jax.Array,
     position_BT: jax.Array,
-    mask_BTS: jax.Array,
+    segment_BT: jax.Array,
     keys: jax.Array | None,
     remat: bool,
     request: Request | None = None,
@@ -96,7 +96,7 @@ def run_blocks(
 
     def step(x, layer):
         block, layer_key = layer
-        return block(x, position_BT, mask_BTS, layer_key, request, view)
+        return block(x, position_BT, segment_BT, layer_key, request, view)
 
     body = jax.checkpoint(step, prevent_cse=False) if remat else step
     return jax.lax.scan(body, x_BTD, (blocks, keys))

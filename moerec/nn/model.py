@@ -15,6 +15,7 @@ from moerec.nn.events import ItemEncoder, SlotEncoder
 from moerec.nn.experts import DomainExperts, Request
 from moerec.nn.layers import RMSNorm, declare, dropout
 from moerec.nn.personalization import Request as ProfileRequest
+from moerec.nn.personalization import Slots
 from moerec.nn.personalization.profile import ProfileRouter, condition_slots, exchange, make_personalizer
 from moerec.shapes import NO_TIME, Batch, ItemTable, Output, Routing
 
@@ -92,19 +93,18 @@ class SequenceModel(nnx.Module):
             item_BTD = vector_ID[batch.item_BT]
         event_BTD = self.input_norm(item_BTD + self.slot_encoder(batch, table, k_context))
         x_BTD = dropout(event_BTD, config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
-        mask_BTS = segment_mask(batch.segment_BT, config.window)
         keys = None if k_blocks is None else jax.random.split(k_blocks, config.n_layers)
         request, view, log_domain_BTZ, relevance_BTM, routings = None, None, None, None, []
 
         def advance(blocks, x_BTD, run):
             own = None if keys is None else keys[run.first : run.last]
-            return run_blocks(blocks, x_BTD, batch.position_BT, mask_BTS, own, config.remat, request, view)
+            return run_blocks(blocks, x_BTD, batch.position_BT, batch.segment_BT, own, config.remat, request, view)
 
         trunk, *upper = split_layers(config)
         if self.blocks is not None:
             x_BTD, _ = advance(self.blocks, x_BTD, trunk)
         if config.personal.layers:
-            read_BTD, relevance_BTM, view = self._read_profile(x_BTD, batch, table, donor_BT)
+            read_BTD, relevance_BTM, view = self._read_profile(x_BTD, item_BTD, batch, table, donor_BT)
             x_BTD = x_BTD + read_BTD.astype(x_BTD.dtype)
         if self.analyser is not None:
             log_domain_BTZ = self.analyser(x_BTD)
@@ -118,30 +118,32 @@ class SequenceModel(nnx.Module):
         routing = Routing(*map(jnp.concatenate, zip(*routings, strict=True))) if routings else None
         state_BTD, answers = self.final_norm(x_BTD.astype(jnp.float32)), None
         if self.aggregator is not None:
+            mask_BTS = segment_mask(batch.segment_BT, config.window)
             seen = (batch.position_BT, mask_BTS, table.service_I[batch.item_BT])
             aggregate = jax.checkpoint(lambda a, *x: a(*x)) if config.remat else lambda a, *x: a(*x)
             answers = aggregate(self.aggregator, state_BTD, event_BTD, *seen)
         return Output(state_BTD, log_domain_BTZ, routing, relevance_BTM, answers)
 
     def _read_profile(
-        self, x_BTD: jax.Array, batch: Batch, table: ItemTable, donor_BT: jax.Array | None
+        self, x_BTD: jax.Array, item_BTD: jax.Array, batch: Batch, table: ItemTable, donor_BT: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None, View]:
         """What is added to the states, the relevance of the memory slots, and what the personal layers see."""
         personal = self.config.personal
         personalizer = make_personalizer(self.config, self.field_sizes)
-        event_BTD = self.event_vectors(batch.item_BT, batch.action_BT, table)
+        event_BTD = item_BTD + self.slot_encoder.of_event(batch.item_BT, batch.action_BT, table)
         condition = condition_slots(personalizer, self.profile, batch, event_BTD, personal.fields)
         if donor_BT is not None:
             no_fields = jnp.zeros(len(self.field_sizes) if personal.fields else 0, jnp.int32)
             nobody = ProfileRequest(jnp.asarray(NO_TIME), no_fields)
             nothing = personalizer.condition(self.profile, personalizer.init_user(), nobody)
             condition = exchange(condition, donor_BT, batch.segment_BT > 0, nothing)
+        slots = Slots(personalizer.basis(self.profile), *condition[:3])
         read_BTD, relevance_BTM, log_relevance_BTM = jnp.zeros(()), None, jnp.zeros((*batch.item_BT.shape, 0))
         if self.profile_router is not None:
-            relevance_BTM, log_relevance_BTM, read_BTD = self.profile_router(x_BTD, condition.slot_MD)
+            relevance_BTM, log_relevance_BTM, read_BTD = self.profile_router(x_BTD, slots)
         service_BT = table.service_I[batch.item_BT]
         seen = (batch.segment_BT, batch.time_BT, service_BT)
-        return read_BTD, relevance_BTM, View(*seen, condition.slot_MD, log_relevance_BTM, condition.summary_D)
+        return read_BTD, relevance_BTM, View(*seen, slots, log_relevance_BTM, condition.summary_D)
 
     def item_vectors(self, item_X: jax.Array, table: ItemTable) -> tuple[jax.Array, jax.Array]:
         """Vectors `[..., D]` and biases `[...]` of candidates; a state's score is its dot product plus the bias."""

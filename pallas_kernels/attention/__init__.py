@@ -2,6 +2,6 @@
 
 from pallas_kernels.attention.api import BACKENDS, attend
 from pallas_kernels.attention.buckets import find_bucket
-from pallas_kernels.attention.prefix import attend_prefix, merge
+from pallas_kernels.attention.prefix import attend_few, attend_prefix, merge
 
-__all__ = ["BACKENDS", "attend", "attend_prefix", "find_bucket", "merge"]
+__all__ = ["BACKENDS", "attend", "attend_few", "attend_prefix", "find_bucket", "merge"]

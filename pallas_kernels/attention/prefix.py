@@ -3,10 +3,23 @@
 Letters: B sequences, T slots, N query heads, K key/value heads, G query heads of one key head, H head width, M keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+
+
+def attend_few(logit_XM: jax.Array, read: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Attention to few keys that need not be there as arrays: `attend_prefix` without its operands.
+
+    Args:
+      logit_XM: float32, of all keys. read: from weights `[..., M]` to the sums of the values.
+
+    Returns:
+      What `read` makes of the softmax, and the log-sum-exp `[...]` of the logits.
+    """
+    lse_X = jax.nn.logsumexp(logit_XM, axis=-1)
+    return read(jnp.exp(logit_XM - lse_X[..., None])), lse_X
 
 
 def attend_prefix(
@@ -34,9 +47,12 @@ def attend_prefix(
     logit_BTKGM = jnp.einsum("BTKGH,BTMKH->BTKGM", q_BTKGH, k_BTMKH, preferred_element_type=jnp.float32) * h**-0.5
     if bias_BTM is not None:
         logit_BTKGM += bias_BTM[:, :, None, None]
-    lse_BTKG = jax.nn.logsumexp(logit_BTKGM, axis=-1)
-    weight_BTKGM = jnp.exp(logit_BTKGM - lse_BTKG[..., None]).astype(v_BTMKH.dtype)
-    out = jnp.einsum("BTKGM,BTMKH->BTKGH", weight_BTKGM, v_BTMKH, preferred_element_type=jnp.float32)
+
+    def read(weight_BTKGM):
+        weight_BTKGM = weight_BTKGM.astype(v_BTMKH.dtype)
+        return jnp.einsum("BTKGM,BTMKH->BTKGH", weight_BTKGM, v_BTMKH, preferred_element_type=jnp.float32)
+
+    out, lse_BTKG = attend_few(logit_BTKGM, read)
     return out.reshape(b, t, n, h).astype(q_BTNH.dtype), lse_BTKG.reshape(b, t, n)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.nn.attention import Attention, rotate, segment_mask
+from moerec.nn.attention import BLOCKED_FROM, Attention, attend_plain, rotate
 from tests.nn import numpy_model as oracle
 from tests.small_model import fill, make_config
 
@@ -24,7 +24,7 @@ def make_attention(n_heads: int, n_kv_heads: int) -> Attention:
 
 @jax.jit
 def attend(attention, x, segment, position):
-    return attention(x, position, segment_mask(segment))
+    return attention(x, position, segment)
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 2), (4, 1), (2, 2)])
@@ -45,6 +45,36 @@ def test_equals_a_loop_over_slots_and_heads_in_value_and_gradient(n_heads, n_kv_
     np.testing.assert_allclose(out, value(weights), atol=1e-5, rtol=1e-5)
     found = {**oracle.read_weights(gradients[0]), "x": np.asarray(gradients[1], np.float64)}
     oracle.assert_slopes(lambda w: np.sum(value(w) * cotangent), weights, found, 1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("n_slots", [BLOCKED_FROM - 6, BLOCKED_FROM + 6])
+def test_short_and_long_rows_equal_a_softmax_over_the_mask(n_slots, window):
+    """Values against numpy, gradients by differences along random directions."""
+    rng = np.random.default_rng(3)
+    segment = np.sort(rng.integers(1, 4, (2, n_slots)), axis=1).astype(np.int32)
+    segment[:, -3:] = 0
+    q, k, v = (rng.standard_normal((2, n_slots, heads, 4)) for heads in (4, 2, 2))
+    cotangent = rng.standard_normal(q.shape)
+
+    def by_hand(q, k, v):
+        logits = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, 2, axis=2)) / 2
+        at = np.arange(n_slots)
+        ago = at[:, None] - at
+        sees = (segment[:, :, None] == segment[:, None]) & (ago >= 0) & (ago < (window or n_slots))
+        weight = np.where(sees[:, None], np.exp(logits), 0)
+        return np.einsum("bnts,bsnh->btnh", weight / weight.sum(axis=-1, keepdims=True), np.repeat(v, 2, axis=2))
+
+    def weighted(*operands):
+        out = attend_plain(*operands, segment, window)
+        return jnp.sum(out * cotangent), out
+
+    slopes, out = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(
+        *(x.astype(np.float32) for x in (q, k, v))
+    )
+    np.testing.assert_allclose(out[:, :-3], by_hand(q, k, v)[:, :-3], atol=2e-5)
+    weights, found = dict(zip("qkv", (q, k, v), strict=True)), dict(zip("qkv", map(np.asarray, slopes), strict=True))
+    oracle.assert_slopes(lambda w: np.sum(by_hand(w["q"], w["k"], w["v"]) * cotangent), weights, found, 1e-4)
 
 
 def test_rotation_turns_pairs_of_halves_as_complex_numbers():

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.nn.attention import segment_mask
 from moerec.nn.block import Block, run_blocks, stack_blocks
 from moerec.nn.layers import RMSNorm, SwiGLU, declare, dropout, fan_in, fan_in_heads
 from tests.nn import numpy_model as oracle
@@ -95,14 +94,14 @@ def make_stack(rate: float = 0.0) -> Block:
 
 def run(blocks, x, key, remat: bool):
     keys = None if key is None else jax.random.split(key, 2)
-    return run_blocks(blocks, x, POSITION, segment_mask(SEGMENT), keys, remat)[0]
+    return run_blocks(blocks, x, POSITION, SEGMENT, keys, remat)[0]
 
 
 def loop(blocks, x, key, remat: bool):
     """The same blocks one after the other."""
     keys = [None, None] if key is None else jax.random.split(key, 2)
     for index in range(2):
-        x, _ = jax.tree.map(lambda w, i=index: w[i], blocks)(x, POSITION, segment_mask(SEGMENT), keys[index])
+        x, _ = jax.tree.map(lambda w, i=index: w[i], blocks)(x, POSITION, SEGMENT, keys[index])
     return x
 
 

@@ -13,8 +13,10 @@ from moerec.errors import InputError
 from moerec.nn.attention import PersonalBias, View
 from moerec.nn.block import split_layers
 from moerec.nn.model import SequenceModel
+from moerec.nn.personalization import Basis, Slots
 from moerec.nn.temporal import N_GAPS
 from moerec.shapes import NO_TIME
+from pallas_kernels.attention import attend_few, attend_prefix
 from tests.nn import numpy_model as oracle
 from tests.small_model import (
     SIZES,
@@ -138,10 +140,58 @@ def test_each_part_has_its_switch(switch, name):
     assert any(found.endswith(name) for found in names(on) - names(off))
 
 
+def draw_slots(rng, shape: tuple[int, ...], m: int, d: int, p: int = 3) -> Slots:
+    shared = Basis(rng.standard_normal((m, d)), rng.standard_normal((m - 1, d)), rng.standard_normal((p, d)))
+    own = (
+        rng.standard_normal((*shape, m - 1, p)),
+        rng.standard_normal((*shape, m - 1)),
+        rng.standard_normal((*shape, d)),
+    )
+    return Slots(shared, *own)
+
+
+def form_slots(slots: Slots):
+    """The memory slots as vectors `[X, M, D]`."""
+    written = slots.mean_XWP @ slots.basis.read_PD + slots.evidence_XW[..., None] * slots.basis.mass_WD
+    return slots.basis.base_MD + jnp.concatenate([written, slots.field_XD[..., None, :]], axis=-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_to_the_parts_of_slots_is_attention_to_the_slots(dtype):
+    """In value and all gradients: the slots as vectors, `[B, T, M, 1, D]`, are one head's keys and values."""
+    rng = np.random.default_rng(3)
+    slots = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), draw_slots(rng, (2, 5), 7, 6))
+    query = jnp.asarray(rng.standard_normal((2, 5, 3, 6)), dtype)
+    bias = jnp.asarray(rng.standard_normal((2, 5, 7)), jnp.float32)
+    weights = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 5, 3, 6), (2, 5, 3))]
+
+    def by_parts(slots, query, bias):
+        return attend_few(slots.score(query) * 6**-0.5 + bias[:, :, None], slots.read)
+
+    def by_vectors(slots, query, bias):
+        vectors = form_slots(slots)[:, :, :, None].astype(dtype)
+        return attend_prefix(query, vectors, vectors, bias)
+
+    def pull(attend):
+        def total(*inputs):
+            return sum(jnp.sum(w * x) for w, x in zip(weights, attend(*inputs), strict=True))
+
+        return jax.jit(lambda *inputs: (attend(*inputs), jax.grad(total, argnums=(0, 1, 2))(*inputs)))(
+            slots, query, bias
+        )
+
+    tolerance = {"float32": 2e-5, "bfloat16": 0.1}[dtype]
+    found, expected = pull(by_parts), pull(by_vectors)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance, rtol=tolerance)
+
+
 def attend_by_hand(w, q, k, v, view: View, window: int, own_only: bool):
     """One row, one head and slot at a time, in float64."""
     t, n, h = q.shape
-    out = np.zeros_like(q)
+    out, basis = np.zeros_like(q), view.slots.basis
+    written = view.slots.mean_XWP @ basis.read_PD + view.slots.evidence_XW[..., None] * basis.mass_WD
+    all_slots = basis.base_MD + np.concatenate([written, view.slots.field_XD[..., None, :]], axis=-2)
     for i, head in np.ndindex(t, n):
         query = q[i, head] * (1 + view.summary_BTD[0, i] @ w["scale_DNH"][:, head])
         gate = 1 + view.summary_BTD[0, i] @ w["pair_gate_DN"][:, head]
@@ -158,7 +208,7 @@ def attend_by_hand(w, q, k, v, view: View, window: int, own_only: bool):
             logits.append(query @ k[j, head // (n // k.shape[1])] * h**-0.5 + bias)
             values.append(v[j, head // (n // v.shape[1])])
         plain = softmax(logits) @ np.array(values)
-        slots = view.slot_BTMD[0, i]
+        slots = all_slots[0, i]
         more = slots @ (query @ w["read_NHD"][head]) * slots.shape[1] ** -0.5 + view.log_relevance_BTM[0, i]
         values += [slot @ w["value_NDH"][head] for slot in slots]
         joined = softmax([*logits, *more]) @ np.array(values)
@@ -182,27 +232,28 @@ def test_attention_is_that_of_loops_in_value_and_gradient(own_only):
         segment_BT=np.array([[1, 1, 1, 2, 2, 2, 2, 2, 0]], np.int32),
         time_BT=np.where(rng.random((1, t)) < 0.2, NO_TIME, time).astype(np.int32),
         service_BT=rng.integers(0, SIZES.n_services, (1, t)).astype(np.int32),
-        slot_BTMD=rng.standard_normal((1, t, m, d)),
+        slots=draw_slots(rng, (1, t), m, d),
         log_relevance_BTM=np.log(rng.dirichlet(np.ones(m), (1, t))),
         summary_BTD=rng.standard_normal((1, t, d)),
     )
     q, key, value = (rng.standard_normal((1, t, heads, h)) for heads in (n, k, k))
     cotangent = rng.standard_normal((1, t, n, h))
 
-    def total(module, q, key, value, slots, summary):
+    def total(module, q, key, value, summary, *slots):
         # Times that do not rise within a person, too: the gap is then none.
-        seen = view._replace(slot_BTMD=slots, summary_BTD=summary)
+        seen = view._replace(slots=Slots(Basis(*slots[:3]), *slots[3:]), summary_BTD=summary)
         out = module(*(x.astype(jnp.float32) for x in (q, key, value)), seen)
         return jnp.sum(out * cotangent), out
 
-    inputs = (q, key, value, view.slot_BTMD, view.summary_BTD)
-    gradients, out = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3, 4, 5), has_aux=True))(module, *inputs)
+    inputs = (q, key, value, view.summary_BTD, *view.slots.basis, *view.slots[1:])
+    gradients, out = jax.jit(jax.grad(total, argnums=tuple(range(11)), has_aux=True))(module, *inputs)
 
     def by_hand(w):
-        seen = view._replace(slot_BTMD=w["slots"], summary_BTD=w["summary"])
+        slots = Slots(Basis(w["base"], w["mass"], w["slot_read"]), w["mean"], w["evidence"], w["field"])
+        seen = view._replace(slots=slots, summary_BTD=w["summary"])
         return attend_by_hand(w, w["q"][0], w["k"][0], w["v"][0], seen, 4, own_only)
 
-    names = ("q", "k", "v", "slots", "summary")
+    names = ("q", "k", "v", "summary", "base", "mass", "slot_read", "mean", "evidence", "field")
     weights = {**oracle.read_weights(module), **dict(zip(names, inputs, strict=True))}
     np.testing.assert_allclose(out[0], by_hand(weights), atol=2e-5)
     slopes = {**oracle.read_weights(gradients[0]), **dict(zip(names, map(np.asarray, gradients[1:]), strict=True))}

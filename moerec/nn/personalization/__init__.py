@@ -1,6 +1,6 @@
 """Personalisation: a profile over all services that is kept event by event, and what the model reads of it."""
 
-from moerec.nn.personalization.api import Condition, Event, Personalizer, Request, UserState
+from moerec.nn.personalization.api import Basis, Condition, Event, Personalizer, Request, Slots, UserState
 from moerec.nn.personalization.memory import (
     LowRankParams,
     MemoryParams,
@@ -12,6 +12,7 @@ from moerec.nn.personalization.memory import (
 )
 
 __all__ = [
+    "Basis",
     "Condition",
     "Event",
     "LowRankParams",
@@ -19,6 +20,7 @@ __all__ = [
     "Personalizer",
     "Request",
     "Sizes",
+    "Slots",
     "UserState",
     "delta_memory",
     "ema_memory",

@@ -2,13 +2,14 @@
 
 After the grammar of optax: a variant is a function that returns a `Personalizer`; parameters and states are pytrees
 that the caller holds, and everything is written for one person, to be vmapped. Letters: D model width, M memory slots,
-P width of the memory, T slots, Y static profile fields.
+W of them that are written to, P width of the memory, T slots, Y static profile fields.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Params = Any
 
@@ -41,16 +42,63 @@ class Request(NamedTuple):
     field_Y: jax.Array
 
 
+class Basis(NamedTuple):
+    """What the memory slots of all people have in common: see `Slots`."""
+
+    base_MD: jax.Array
+    mass_WD: jax.Array
+    read_PD: jax.Array
+
+
 class Condition(NamedTuple):
-    """What the model is conditioned on.
+    """What the model is conditioned on, float32; W = M - 1 slots are written to, the last one is that of the fields.
 
     Attributes:
-      slot_MD: float32, the memory slots as vectors, for attention to read; a learned vector where nothing is known.
-      summary_D: float32, the profile as one vector; zero where nothing is known.
+      mean_WP: what each slot holds. evidence_W: logarithm of one more than the events' worth that it holds.
+      field_D: what the static fields say.
+      summary_D: the profile as one vector; zero where nothing is known.
     """
 
-    slot_MD: jax.Array
+    mean_WP: jax.Array
+    evidence_W: jax.Array
+    field_D: jax.Array
     summary_D: jax.Array
+
+
+class Slots(NamedTuple):
+    """The memory slots of many places X as vectors, `base + mean @ read + evidence * mass`, the last `base + field`.
+
+    They are attended to by their parts: `[X, M, D]` would be most of what a training pass over a profile holds, and
+    P is smaller than D (what DeepSeek-AI 2024 does with low-rank keys).
+    """
+
+    basis: Basis
+    mean_XWP: jax.Array
+    evidence_XW: jax.Array
+    field_XD: jax.Array
+
+    def score(self, query_XND: jax.Array) -> jax.Array:
+        """float32 `[X, N, M]`, the dot products of queries with the slots of their place."""
+        base_MD, mass_WD, read_PD = (x.astype(query_XND.dtype) for x in self.basis)
+        mean_XWP, field_XD = (x.astype(query_XND.dtype) for x in (self.mean_XWP, self.field_XD))
+        written_XNW = _einsum("...np,...wp->...nw", query_XND @ read_PD.T, mean_XWP)
+        written_XNW += self.evidence_XW[..., None, :] * _einsum("...nd,wd->...nw", query_XND, mass_WD)
+        field_XN1 = _einsum("...nd,...d->...n", query_XND, field_XD)[..., None]
+        shared_XNM = _einsum("...nd,md->...nm", query_XND, base_MD)
+        return shared_XNM + jnp.concatenate([written_XNW, field_XN1], axis=-1)
+
+    def read(self, weight_XNM: jax.Array) -> jax.Array:
+        """float32 `[X, N, D]`, sums of the slots with these weights, float32."""
+        base_MD, mass_WD, read_PD = self.basis
+        weight_XNW = weight_XNM[..., :-1]
+        held_XNP = _einsum("...nw,...wp->...np", weight_XNW, self.mean_XWP)
+        counted_XNW = weight_XNW * self.evidence_XW[..., None, :]
+        of_fields_XND = weight_XNM[..., -1:] * self.field_XD[..., None, :]
+        return weight_XNM @ base_MD + held_XNP @ read_PD + counted_XNW @ mass_WD + of_fields_XND
+
+
+def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, *operands, preferred_element_type=jnp.float32)
 
 
 class Personalizer(NamedTuple):
@@ -63,7 +111,8 @@ class Personalizer(NamedTuple):
       condition: `(params, UserState, Request) -> Condition`.
       unroll: `(params, Event of [T, ...], first_T) -> UserState of [T, ...]`, the states *before* each slot of a packed
         row, as `observe` would give them one after the other; `first_T` says where a new person starts.
-      n_slots: M of `Condition`.
+      basis: `(params) -> Basis`.
+      n_slots: M of `Slots`.
     """
 
     init: Callable[[jax.Array], Params]
@@ -71,4 +120,5 @@ class Personalizer(NamedTuple):
     observe: Callable[[Params, UserState, Event], UserState]
     condition: Callable[[Params, UserState, Request], Condition]
     unroll: Callable[[Params, Event, jax.Array], UserState]
+    basis: Callable[[Params], Basis]
     n_slots: int

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moerec.nn.layers import RMSNorm, declare, fan_in, fan_in_second, normal
-from moerec.nn.personalization.api import Condition, Event, Personalizer, Request, UserState
+from moerec.nn.personalization.api import Basis, Condition, Event, Personalizer, Request, Slots, UserState
 from moerec.nn.personalization.recurrence import (
     HOUR,
     Writes,
@@ -116,14 +116,18 @@ def null(sizes: Sizes, chunk: int = 64) -> Personalizer:
         return state._replace(n_events=state.n_events + 1)
 
     def condition(params: Any, state: UserState, request: Request) -> Condition:
-        return Condition(jnp.zeros((0, sizes.d_model)), jnp.zeros(sizes.d_model))
+        nothing_D = jnp.zeros(sizes.d_model)
+        return Condition(jnp.zeros((0, 0)), jnp.zeros(0), nothing_D, nothing_D)
 
     def unroll(params: Any, event: Event, first_T: jax.Array) -> UserState:
         t = first_T.shape[0]
         time_T = jnp.full(t, NO_TIME)
         return UserState(jnp.zeros((t, 0, 0)), time_T, _count_before(first_T))
 
-    return Personalizer(lambda key: (), init_user, observe, condition, unroll, 0)
+    def basis(params: Any) -> Basis:
+        return Basis(jnp.zeros((0, sizes.d_model)), jnp.zeros((0, sizes.d_model)), jnp.zeros((0, sizes.d_model)))
+
+    return Personalizer(lambda key: (), init_user, observe, condition, unroll, basis, 0)
 
 
 def ema_memory(sizes: Sizes, chunk: int = 64) -> Personalizer:
@@ -246,16 +250,18 @@ def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
 
     def condition(params: Any, state: UserState, request: Request) -> Condition:
         left_X = _forget(kind.rates(params), state.time, request.time)
-        mean_MP, mass_M = kind.read(params, left_X[:, None] * state.memory_MP)
-        written_MD = mean_MP @ params.read_PD[...] + jnp.log1p(mass_M)[:, None] * params.mass_MD[...]
+        mean_WP, mass_W = kind.read(params, left_X[:, None] * state.memory_MP)
         rows_Y = request.field_Y + jnp.asarray(offsets, jnp.int32)
         field_D = jnp.sum(jnp.where(request.field_Y[:, None] > 0, params.field_XD[...][rows_Y], 0), axis=0)
-        slot_MD = params.slot_MD[...] + jnp.concatenate([written_MD, field_D[None]])
         known_M = jnp.append(jnp.full(n_written, state.n_events > 0), jnp.any(request.field_Y > 0))
-        summary_D = jnp.sum(jnp.where(known_M[:, None], slot_MD, 0), axis=0) / (n_written + 1)
-        return Condition(slot_MD, summary_D)
+        slots = Slots(basis(params), mean_WP, jnp.log1p(mass_W), field_D)
+        summary_D = slots.read(known_M[None] / (n_written + 1))[0]
+        return Condition(*slots[1:], summary_D)
 
-    return Personalizer(kind.init, init_user, observe, condition, unroll, n_written + 1)
+    def basis(params: Any) -> Basis:
+        return Basis(params.slot_MD[...], params.mass_MD[...], params.read_PD[...])
+
+    return Personalizer(kind.init, init_user, observe, condition, unroll, basis, n_written + 1)
 
 
 def _count_before(first_T: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.layers import RMSNorm, declare, fan_in
-from moerec.nn.personalization.api import Condition, Event, Personalizer, Request
+from moerec.nn.personalization.api import Condition, Event, Personalizer, Request, Slots
 from moerec.nn.personalization.memory import Sizes, delta_memory, ema_memory, low_rank_memory, null
 from moerec.shapes import Batch
 
@@ -47,14 +47,14 @@ class ProfileRouter(nnx.Module):
         zeros = jax.nn.initializers.zeros
         self.out_DD = declare(key, (d, d), (None, "embed"), zeros) if config.personal.read else None
 
-    def __call__(self, x_BTD: jax.Array, slot_BTMD: jax.Array) -> Reading:
+    def __call__(self, x_BTD: jax.Array, slots: Slots) -> Reading:
         d = x_BTD.shape[-1]
         query_BTD = self.norm(x_BTD.astype(jnp.float32)) @ self.query_DD[...]
-        log_BTM = jax.nn.log_softmax(jnp.einsum("BTD,BTMD->BTM", query_BTD, slot_BTMD) * d**-0.5)
+        log_BTM = jax.nn.log_softmax(slots.score(query_BTD[:, :, None])[:, :, 0] * d**-0.5)
         relevance_BTM = jnp.exp(log_BTM)
         read_BTD = jnp.zeros_like(query_BTD)
         if self.out_DD is not None:
-            read_BTD = jnp.einsum("BTM,BTMD->BTD", relevance_BTM, slot_BTMD) @ self.out_DD[...]
+            read_BTD = slots.read(relevance_BTM[:, :, None])[:, :, 0] @ self.out_DD[...]
         return Reading(relevance_BTM, log_BTM, read_BTD)
 
 
