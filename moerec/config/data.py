@@ -21,7 +21,7 @@ class CityConfig:
     kappa: float = 1.0  # strength of hour, weekday, season, weather and holiday on the needs' transitions
     tau: float = 1.0  # recency: how much the needs drift, and how much the last need matters for the next
     habit: float = 1.0  # strength of brand loyalty and of buying (or, a durable, not buying) the very same item again
-    rare_every: int = 0  # events from a visit to a person's rare service to the next, after as many; 0: none is rare
+    n_closed: int = 0  # events for which each service in turn is closed to a person; 0: all are always open
     identical_people: bool = False
     identical_services: bool = False
     profile_missing_rate: float = 0.3
@@ -30,7 +30,7 @@ class CityConfig:
     def __post_init__(self):
         for name in ("n_people", "items_per_service", "n_types", "n_needs"):
             require(getattr(self, name) >= 1, f"data.city.{name}", "must be at least 1")
-        require(self.rare_every >= 0, "data.city.rare_every", "must not be negative")
+        require(self.n_closed >= 0, "data.city.n_closed", "must not be negative")
         require(self.events_per_person >= 3, "data.city.events_per_person", "must be at least 3")
         for name in ("rho", "profile_missing_rate", "profile_noise_rate"):
             require(0 <= getattr(self, name) <= 1, f"data.city.{name}", "must lie in [0, 1]")

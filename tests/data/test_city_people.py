@@ -144,17 +144,20 @@ def test_identical_services_differ_by_label_only():
     assert not world.service_when_DZ.any()
 
 
-def test_a_rare_service_is_visited_first_and_then_seldom():
-    config = CityConfig(n_people=50, events_per_person=60, items_per_service=40, rare_every=15, rho=0.0)
+def test_people_come_back_to_each_service_after_it_was_closed_to_them():
+    config = CityConfig(n_people=50, events_per_person=80, items_per_service=40, n_closed=15, rho=0.0)
     dataset, world = generate(config, 3)
     offsets, service = dataset.log.offsets, dataset.event_service
+    last = set()
     for lo, hi in itertools.pairwise(offsets):
         own = service[lo:hi]
-        last = own[-1]
-        if hi - lo <= 15:
-            continue
-        later = np.flatnonzero(own[15:] == last) + 15
-        assert later.tolist() == [k for k in range(15, hi - lo) if (hi - lo - 1 - k) % 15 == 0]
+        returns = np.arange(hi - lo - 1, 14, -15)  # those before which there are fifteen events
+        last.add(int(own[-1]))
+        for at in returns:
+            assert own[at] not in own[at - 15 : at]  # nothing nearer tells what is liked there
+            assert len(set(own[at - 15 : at])) == 2
+        assert all(a != b for a, b in itertools.pairwise(own[returns]))
+    assert last == {0, 1, 2}
     assert np.all(world.open_EZ[np.arange(len(service)), service])
-    plain, _ = generate(dataclasses.replace(config, rare_every=0), 3)
+    plain, _ = generate(dataclasses.replace(config, n_closed=0), 3)
     np.testing.assert_array_equal(plain.log.time, dataset.log.time)

@@ -127,7 +127,7 @@ class Enumeration:
         ({"identical_services": True, "kappa": 2.0}, False, 4),
         ({"identical_people": True}, False, 5),
         ({"n_needs": 1, "n_types": 3}, True, 6),
-        ({"rho": 0.0, "rare_every": 2}, False, 7),
+        ({"rho": 0.0, "n_closed": 2}, False, 7),
     ],
 )
 def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):

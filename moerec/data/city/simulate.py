@@ -22,8 +22,8 @@ def generate(config: CityConfig, seed: int) -> tuple[Dataset, World]:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     time = timeline.draw_times(rng, offsets)
     context = timeline.context_of(time, world.days)
-    if config.rare_every:
-        opened = timeline.draw_openings(rng, offsets, world.catalogue.n_services, config.rare_every)
+    if config.n_closed:
+        opened = timeline.draw_openings(rng, offsets, world.catalogue.n_services, config.n_closed)
         world = dataclasses.replace(world, open_EZ=opened)
     need, item = _draw_events(world, rng, type_PZ, offsets, time, context)
     dataset = Dataset(

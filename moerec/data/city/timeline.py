@@ -70,19 +70,19 @@ def draw_times(rng: np.random.Generator, offsets: np.ndarray) -> np.ndarray:
     return START.astype("datetime64[s]").astype(np.int64) + second + position
 
 
-def draw_openings(rng: np.random.Generator, offsets: np.ndarray, n_services: int, every: int) -> np.ndarray:
+def draw_openings(rng: np.random.Generator, offsets: np.ndarray, n_services: int, n_closed: int) -> np.ndarray:
     """`[events, Z]` bool, the services that a person may choose from at each event.
 
-    One service of each person's own is rare: after their first `every` events it is closed, but for single events at
-    which nothing else is open; counted back from the last event, one in `every`.
+    Each service in turn is closed for `n_closed` events, in an order of each person's own; at the event after them
+    nothing but that service is open. Counted back from the last event, which is such a return.
     """
     n_events = np.diff(offsets)
-    rare = np.repeat(rng.integers(0, n_services, len(n_events)), n_events)
-    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], n_events)
-    ahead = np.repeat(n_events, n_events) - 1 - place
-    is_rare = rare[:, None] == np.arange(n_services)
-    is_visit = (ahead % every == 0)[:, None]
-    return np.where((place >= every)[:, None], is_rare == is_visit, True)
+    first = np.repeat(rng.integers(0, n_services, len(n_events)), n_events)
+    ahead = np.repeat(offsets[1:], n_events) - 1 - np.arange(offsets[-1])
+    turn = -(-ahead // n_closed)  # of what is closed; the last event's is 0
+    is_return = ahead % n_closed == 0
+    of_turn = (first + turn + is_return)[:, None] % n_services == np.arange(n_services)
+    return of_turn == is_return[:, None]
 
 
 def context_of(time: np.ndarray, days: np.ndarray) -> np.ndarray:
