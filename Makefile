@@ -27,8 +27,9 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
 
-demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, print the table
+demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, print the table and one person's profile
 	$(RUN) experiments.train --config=configs/demo.py --workdir=runs/demo $(ARGS)
+	$(RUN) experiments.portrait --workdir=runs/demo
 
 test: $(VENV)/.installed-dev-$(VERSION)  ## set up and run all tests; ARGS='-k name' for some; PYTHON=python3.12 for another Python
 	$(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)

@@ -55,6 +55,13 @@ class _Steps:
             self.state, metrics = self.setup.train_step(self.state, self.batch, self.setup.table)
         return metrics["loss"]
 
+    def temporary_bytes(self) -> int:
+        """What the compiled step holds beside its arguments and results."""
+        train_step: Any = self.setup.train_step
+        with mesh_of(self.state):
+            compiled = train_step.lower(self.state, self.batch, self.setup.table).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
 
 def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats: int = 9) -> list[dict[str, Any]]:
     """Rows of `{n_experts, n_active_params, step_ms, ratio}`: the step by the experts of a layer, each of them alike.
@@ -85,6 +92,48 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
     times = time_in_turns(steps, repeats)
     first_ms = times[str(sizes[0])]
     return [{**row, "step_ms": ms, "ratio": ms / first_ms} for row, ms in zip(rows, times.values(), strict=True)]
+
+
+HISTORIES: dict[str, dict[str, Any]] = {
+    "all weights at once": {"window": 0, "memory": "null", "attention": "reference"},
+    "in blocks": {"window": 0, "memory": "null"},
+    "window": {"memory": "null"},
+    "window and profile": {},
+}
+
+
+def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], repeats: int = 5) -> list[dict[str, Any]]:
+    """Rows of `{n_slots, arm, step_ms, temporary_mb}`: the step by the slots of a row and by what sees them.
+
+    A batch has `data.seq_len * train.batch_size` slots whatever their rows' length; people have as many events as a row
+    has slots. The arms (`HISTORIES`) take turns.
+
+    Raises:
+      InputError: the model has no personal layer or no window, or the data are not the built-in world's.
+    """
+    if not config.model.personal.layers or not config.model.window or config.data.source != "city":
+        raise InputError("config.model.window: a model with a window and a profile, on the built-in world, is needed")
+    rows = []
+    for length in lengths:
+        n_rows = max(config.data.seq_len * config.train.batch_size // length, 1)
+        city = dataclasses.replace(config.data.city, n_people=4 * n_rows, events_per_person=length)
+        data_config = dataclasses.replace(config.data, city=city, seq_len=length, history_len=length)
+        data, steps, held = load_data(data_config, workdir), {}, {}
+        for name, change in HISTORIES.items():
+            fields = dict(change)
+            memory = fields.pop("memory", config.model.personal.memory)
+            personal = dataclasses.replace(config.model.personal, memory=memory)
+            model = dataclasses.replace(config.model, personal=personal, **fields)
+            train = dataclasses.replace(config.train, batch_size=n_rows)
+            setup = set_up(dataclasses.replace(config, model=model, data=data_config, train=train), data)
+            with contextlib.closing(iter(setup.stream)) as stream:
+                steps[name] = _Steps(setup, next(stream))
+            held[name] = steps[name].temporary_bytes()
+        times = time_in_turns(steps, repeats)
+        rows += [
+            {"n_slots": length, "arm": name, "step_ms": times[name], "temporary_mb": held[name] / 1e6} for name in steps
+        ]
+    return rows
 
 
 def measure_profiles(model: SequenceModel, n_people: int = 4096, repeats: int = 9) -> dict[str, float]:

@@ -125,3 +125,25 @@ def test_bench_experts_refuses_what_it_cannot_measure(call, arguments, line):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert line in done.stderr
+
+
+def test_bench_history_measures_every_arm_at_each_length(call):
+    personal = ("--config.model.personal.layers=(1,)", "--config.model.window=8")
+    done = call("bench_history", "--slots=16,64", "--json", *personal)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    arms = ["all weights at once", "in blocks", "window", "window and profile"]
+    assert [(row["n_slots"], row["arm"]) for row in rows] == [(n, arm) for n in (16, 64) for arm in arms]
+    assert all(row["step_ms"] > 0 and row["temporary_mb"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [(("--slots=16",), "config.model.window"), (("--slots=long",), "--slots: 'long'")],
+    ids=("no window", "word"),
+)
+def test_bench_history_refuses_what_it_cannot_measure(call, arguments, line):
+    done = call("bench_history", *arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert line in done.stderr

@@ -83,7 +83,8 @@ class PersonalBias(nnx.Module):
         self.time_bias_NR = table(personal.time_bias, (n, N_GAPS + 1), ("heads", None))
         self.pair_NZZ = table(personal.pair_bias, (n, n_services, n_services), ("heads", None, None))
         self.pair_gate_DN = table(personal.pair_bias, (d, n), ("embed", "heads"), "matrix")
-        self.other_services, self.n_services, self.window = personal.other_services, n_services, config.window
+        self.other_services, self.n_services = personal.other_services, n_services
+        self.window, self.backend = config.window, config.attention
 
     def scale(self, q_BTNH: jax.Array, view: View) -> jax.Array:
         """The queries, scaled by the profile."""
@@ -114,7 +115,7 @@ class PersonalBias(nnx.Module):
         kind_bias_BTNZ = self.kind_bias(view)
         time = (None, None) if self.time_bias_NR is None else (view.time_BT, self.time_bias_NR[...])
         kind = (None, None) if kind_bias_BTNZ is None else (view.service_BT, kind_bias_BTNZ)
-        out, lse = _attend(q_BTNH, k_BTKH, v_BTKH, view.segment_BT, self.window, time, kind)
+        out, lse = _attend(q_BTNH, k_BTKH, v_BTKH, view.segment_BT, self.window, self.backend, time, kind)
         if self.read_NHD is None:
             return out
         assert self.value_NDH is not None
@@ -129,20 +130,21 @@ class PersonalBias(nnx.Module):
 
 
 def attend_plain(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array, window: int = 0
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array, window: int = 0, backend="auto"
 ) -> jax.Array:
     """`[B, T, N, H]`, attention without biases: by JAX's own function where rows are short, else in blocks.
 
-    Args: queries and keys after rotation; `segment_BT` and `window` as in `segment_mask`.
+    Args: queries and keys after rotation; `segment_BT` and `window` as in `segment_mask`; backend: `model.attention`.
     """
-    if q_BTNH.shape[1] >= BLOCKED_FROM:
-        return _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window)[0]
+    is_long = q_BTNH.shape[1] >= BLOCKED_FROM and backend == "auto"
+    if is_long or backend not in ("auto", "reference"):
+        return _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window, backend)[0]
     # Padding attends to padding (segment 0), so that no row of the softmax is empty.
     mask_B1TS = segment_mask(segment_BT, window)[:, None]
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TS, implementation="xla")
 
 
-def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, time=(None, None), kind=(None, None)):
+def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=(None, None), kind=(None, None)):
     """`pallas_kernels.attention.attend`; on a mesh each device has its own rows, and all heads.
 
     Args: `time` and `kind` are pairs of codes `[B, T]` and biases, `[N, R]` and `[B, T, N or 1, Z]`.
@@ -163,6 +165,7 @@ def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, time=(None, None), 
             kind_BT=kind,
             kind_bias_BTNZ=kind_bias,
             window=window or None,
+            backend=backend,
         )
 
     rows = (q_BTNH, k_BTKH, v_BTKH, segment_BT, time[0], kind_BT, kind_bias_BTNZ)
@@ -191,7 +194,7 @@ class Attention(nnx.Module):
         self.q_bias_NH = declare(kq, (n, h), ("heads", None), zeros, decay="none")
         self.k_bias_KH = declare(kk, (k, h), ("kv_heads", None), zeros, decay="none")
         self.v_bias_KH = declare(kv, (k, h), ("kv_heads", None), zeros, decay="none")
-        self.rope_theta, self.window = config.rope_theta, config.window
+        self.rope_theta, self.window, self.backend = config.rope_theta, config.window, config.attention
         self.personal = personal
 
     def __call__(
@@ -206,5 +209,5 @@ class Attention(nnx.Module):
             assert view is not None
             out = self.personal(q, k, v, view)
         else:
-            out = attend_plain(q, k, v, segment_BT, self.window)
+            out = attend_plain(q, k, v, segment_BT, self.window, self.backend)
         return jnp.einsum("BTNH,NHD->BTD", out, self.o_NHD[...].astype(dtype))

@@ -48,8 +48,11 @@ def test_equals_a_loop_over_slots_and_heads_in_value_and_gradient(n_heads, n_kv_
 
 
 @pytest.mark.parametrize("window", [0, 40])
-@pytest.mark.parametrize("n_slots", [BLOCKED_FROM - 6, BLOCKED_FROM + 6])
-def test_short_and_long_rows_equal_a_softmax_over_the_mask(n_slots, window):
+@pytest.mark.parametrize(
+    ("n_slots", "backend"),
+    [(BLOCKED_FROM - 6, "auto"), (BLOCKED_FROM + 6, "auto"), (BLOCKED_FROM + 6, "reference"), (50, "xla_blocks")],
+)
+def test_short_and_long_rows_equal_a_softmax_over_the_mask(n_slots, backend, window):
     """Values against numpy, gradients by differences along random directions."""
     rng = np.random.default_rng(3)
     segment = np.sort(rng.integers(1, 4, (2, n_slots)), axis=1).astype(np.int32)
@@ -66,7 +69,7 @@ def test_short_and_long_rows_equal_a_softmax_over_the_mask(n_slots, window):
         return np.einsum("bnts,bsnh->btnh", weight / weight.sum(axis=-1, keepdims=True), np.repeat(v, 2, axis=2))
 
     def weighted(*operands):
-        out = attend_plain(*operands, segment, window)
+        out = attend_plain(*operands, segment, window, backend)
         return jnp.sum(out * cotangent), out
 
     slopes, out = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(

@@ -1,0 +1,34 @@
+"""Measures the training step by what it sees of long histories: all of them, a window, or a window and the profile.
+
+python -m experiments.bench_history --config=configs/city_long.py [--slots=512,1024,2048,4096] [--json]
+
+On an otherwise idle machine; the arms of a length take turns.
+"""
+
+import tempfile
+from pathlib import Path
+
+from moerec import cli
+from moerec.errors import InputError
+
+
+def main(config, flags):
+    """Prints a line for each length and arm."""
+    from moerec.bench import measure_histories
+
+    if not all(length.isdecimal() and int(length) > 1 for length in flags.slots) or not flags.slots:
+        raise InputError(f"--slots: {','.join(flags.slots)!r} are not lengths of rows, such as 512,1024")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure_histories(config, Path(flags.workdir or folder), [int(length) for length in flags.slots])
+    first: dict[int, dict] = {}
+    for row in rows:
+        whole = first.setdefault(row["n_slots"], row)
+        ratios = (row[name] / whole[name] for name in ("step_ms", "temporary_mb"))
+        told = "  ".join(f"{ratio:6.3f}" for ratio in ratios)
+        print(f"{row['n_slots']:6d}  {row['arm']:20s} {row['step_ms']:9.1f} ms {row['temporary_mb']:9.1f} MB  {told}")
+    return {"rows": rows}
+
+
+if __name__ == "__main__":
+    slots = {"slots": (["512", "1024", "2048", "4096"], "lengths of a row")}
+    cli.run(main, "configs/city_long.py", slots, workdir=False)
