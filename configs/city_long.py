@@ -1,8 +1,8 @@
 """Histories of 2,000 events whose targets hang on what lies 500 to 2,000 events back: attention, a window, a profile.
 
-Each service in turn is closed to a person for 500 events, and the last event is the return to one. Tastes are private
-to a service (rho = 0), so that nothing nearer tells what they like there; items are ranked within the service.
-Validation is on the events before the last, which are ordinary ones; it selects nothing, since it is made once.
+Each service in turn is closed to a person for 500 events, and the last event is the return to one; the context tells
+what is open. Tastes are private to a service (rho = 0), so that nothing nearer tells what they like there. Validation is
+on the events before the last, which are ordinary ones; it selects nothing, since it is made once.
 
 Command: python -m experiments.train --config=configs/city_long.py --workdir=runs/city_long, with
     --config.model.window=0 --config.model.personal.memory=null for attention over everything, or
@@ -39,9 +39,9 @@ def get_config() -> Config:
             window=128,
             personal=PersonalConfig(layers=(1,), query_scale=False, pair_bias=False),
         ),
-        loss=LossConfig(kind="full_softmax", scope="service"),
+        loss=LossConfig(kind="full_softmax"),
         optim=OptimConfig(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1, ema_decay=0.98),
         train=TrainConfig(steps=1000, batch_size=2, log_every=50, eval_every=0, save_every=500, n_valid=64),
-        eval=EvalConfig(mask_seen=False, selection="in_service", batch_size=32),
+        eval=EvalConfig(mask_seen=False, batch_size=32),
         baselines=("popularity_by_service",),
     )

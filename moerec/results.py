@@ -124,11 +124,6 @@ def rank_ceiling(test: TestSet, data: Prepared, mask_seen: bool, **knowledge: bo
     return Ceiling(Ranked(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3])), guess)
 
 
-def _has_ceiling(data: Prepared) -> bool:
-    """Of the built-in world, unless it is told which services are open: that gives away how many events follow."""
-    return data.world is not None and data.world.open_EZ is None
-
-
 def _measure_attainable(config: Config, data: Prepared, test: TestSet) -> dict[str, float]:
     """Union NDCG@10 of the exact posterior by what it knows: `all` that is observed, profile fields too; `no context`,
     in the mean over the contexts of the month's days; and, where attention has a window, `window`: a filter that begins
@@ -239,7 +234,7 @@ def _measure_effects(
             config, fitted.model, data.dataset, data.roles, test.examples.targets, fitted.table
         ),
     }
-    if _has_ceiling(data):
+    if data.world is not None:
         found["attainable"] = _measure_attainable(config, data, test)
     return found
 
@@ -279,7 +274,7 @@ def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) 
     metrics["intervals"] = intervals.pop("")
     metrics["baseline_intervals"] = intervals
     metrics["paired"] = _paired(config, test, ranked, baselines)
-    if _has_ceiling(data):
+    if data.world is not None:
         ceiling = rank_ceiling(test, data, config.eval.mask_seen)
         metrics["ceiling"] = test.table(ceiling.ranked)
         if "routing" in metrics:

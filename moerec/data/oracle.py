@@ -49,9 +49,9 @@ def predict_targets(
 
     The probability of a target's item is given every earlier event of its person in `dataset.log` (items, times,
     contexts) and the target's own time and context; with `use_profile` also given the person's profile fields; without
-    `use_context` in the mean over the contexts of the days of the target's month, instead of its own. The data set
-    may number the items of a service as it likes: they are matched with the world's by id. Memory: about
-    `people_per_chunk` beliefs of `N * K**Z` floats and two chunks of rows.
+    `use_context` in the mean over the contexts of the days of the target's month, instead of its own (but for what is
+    open). The data set may number the items of a service as it likes: they are matched with the world's by id. Memory:
+    about `people_per_chunk` beliefs of `N * K**Z` floats and two chunks of rows.
 
     Raises: InputError where the data set is not of this world or a target is not an event of its log.
     """
@@ -106,14 +106,13 @@ class _Filter:
 
     def __init__(self, world: World, dataset: Dataset):
         log = dataset.log
-        if world.open_EZ is not None and len(world.open_EZ) != log.n_events:
-            raise InputError("oracle: which services were open is known of the world's own events alone")
         self.world, self.dataset, self.choice = world, dataset, ItemChoice(world)
         self.world_item_I = match_items(world, dataset)
         self.item = self.world_item_I[log.item]
         self.service = dataset.event_service
         self.position = self.item - world.catalogue.offsets[self.service]
         self.need_logits = need_logits(world, log.time, log.context)
+        self.open_EZ = timeline.read_openings(log.context, len(self.choice.ranges))
         self.recency = recency(world, log.time, log.offsets)
         self.need_after = world.need_after_NN.astype(np.float32)
         self.service_DNZ = service_probabilities(world)
@@ -178,8 +177,8 @@ class _Filter:
         weight_PI = self.choice.weights(z, context, past_PC)
         total = (weight_PI @ self.base[z].T).reshape(len(event), *self.choice.base[z].shape[:2])
         share_PNZ = self.service_DNZ[self.daypart[event]]
-        if self.world.open_EZ is not None:
-            share_PNZ = share_PNZ * self.world.open_EZ[event][:, None]
+        if self.open_EZ is not None:
+            share_PNZ = share_PNZ * self.open_EZ[event][:, None]
             share_PNZ /= share_PNZ.sum(axis=2, keepdims=True)
         return weight_PI, share_PNZ[:, :, z, None] / total
 

@@ -8,6 +8,7 @@ import pytest
 
 from moerec.config import CityConfig
 from moerec.data.city import generate, make_world, names
+from moerec.data.city.timeline import read_openings
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_identical_services_differ_by_label_only():
 
 def test_people_come_back_to_each_service_after_it_was_closed_to_them():
     config = CityConfig(n_people=50, events_per_person=80, items_per_service=40, n_closed=15, rho=0.0)
-    dataset, world = generate(config, 3)
+    dataset, _ = generate(config, 3)
     offsets, service = dataset.log.offsets, dataset.event_service
     last = set()
     for lo, hi in itertools.pairwise(offsets):
@@ -158,6 +159,10 @@ def test_people_come_back_to_each_service_after_it_was_closed_to_them():
             assert len(set(own[at - 15 : at])) == 2
         assert all(a != b for a, b in itertools.pairwise(own[returns]))
     assert last == {0, 1, 2}
-    assert np.all(world.open_EZ[np.arange(len(service)), service])
+    opened = read_openings(dataset.log.context, 3)
+    assert np.all(opened[np.arange(len(service)), service])
+    assert {n: int((opened.sum(axis=1) == n).sum()) for n in (0, 3)} == {0: 0, 3: 0}
+    told = [dataset.context["open"][code - 1] for code in dataset.log.context[offsets[1:] - 1, 3]]
+    assert told == [f"only {names.SERVICES[z]}" for z in service[offsets[1:] - 1]]
     plain, _ = generate(dataclasses.replace(config, n_closed=0), 3)
     np.testing.assert_array_equal(plain.log.time, dataset.log.time)

@@ -9,6 +9,7 @@ import pytest
 
 from moerec.config import CityConfig
 from moerec.data.city import generate, names
+from moerec.data.city.timeline import read_openings
 from moerec.data.dataset import EventLog, permute_items
 from moerec.data.oracle import posterior_predictive, predict_targets
 from moerec.errors import InputError
@@ -29,12 +30,13 @@ class Enumeration:
     def __init__(self, world, dataset, use_profile=False):
         self.world, self.log, self.use_profile, self.profile = world, dataset.log, use_profile, dataset.profile
         self.config, self.n = world.config, world.config.items_per_service
+        self.openings = dataset.context.get("open", ())
         self.n_needs, self.n_types = len(world.need_base_N), len(world.type_prior_K)
 
     def values(self, e):
         stamp = self.log.time[e].astype("datetime64[s]").item()
         hour, month = stamp.hour, stamp.month
-        weather, temperature, holiday = (int(c) for c in self.log.context[e])
+        weather, temperature, holiday = (int(c) for c in self.log.context[e, :3])
         return {
             "daypart": 0 if hour < 6 else 1 if hour < 11 else 2 if hour < 17 else 3,
             "weekday": int(stamp.weekday() >= 5),
@@ -56,7 +58,10 @@ class Enumeration:
 
     def services(self, e, n):
         when = self.world.service_when_DZ[self.values(e)["daypart"]]
-        opened = [True] * 3 if self.world.open_EZ is None else self.world.open_EZ[e]
+        opened = [True] * 3
+        if self.log.context.shape[1] > 3 and self.log.context[e, 3]:
+            word, name = self.openings[self.log.context[e, 3] - 1].split()
+            opened = [(service == name) == (word == "only") for service in ("samokat", "megamarket", "kuper")]
         closed = [0 if is_open else -1e9 for is_open in opened]
         return normalise(self.world.service_fit_NZ[n, z] + self.config.kappa * when[z] + closed[z] for z in range(3))
 
@@ -139,12 +144,13 @@ def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
     log = dataset.log
     dataset = dataclasses.replace(
         dataset,
-        log=EventLog(longer, *(x[: longer[-1]] for x in (log.item, log.action, np.sort(log.time), log.context))),
+        log=EventLog(longer, *(x[: longer[-1]].copy() for x in (log.item, log.action, np.sort(log.time), log.context))),
     )
-    if world.open_EZ is not None:  # as drawn: some services closed, and never the event's own
-        opened = world.open_EZ[: longer[-1]] | (dataset.log.item[:, None] // TINY["items_per_service"] == np.arange(3))
-        assert not opened.all()
-        world = dataclasses.replace(world, open_EZ=opened)
+    if "n_closed" in fields:  # as drawn, but never the event's own service
+        opened = read_openings(dataset.log.context, 3)
+        is_closed = ~opened[np.arange(len(opened)), dataset.event_service]
+        assert not opened[~is_closed].all()
+        dataset.log.context[is_closed, 3] = 0
     predicted = posterior_predictive(world, dataset, use_profile=use_profile)
     expected = Enumeration(world, dataset, use_profile)
     for person in range(6):

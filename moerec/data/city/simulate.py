@@ -22,16 +22,18 @@ def generate(config: CityConfig, seed: int) -> tuple[Dataset, World]:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     time = timeline.draw_times(rng, offsets)
     context = timeline.context_of(time, world.days)
+    features, services = dict(timeline.CONTEXT), world.catalogue.services
     if config.n_closed:
-        opened = timeline.draw_openings(rng, offsets, world.catalogue.n_services, config.n_closed)
-        world = dataclasses.replace(world, open_EZ=opened)
+        features[timeline.OPEN] = timeline.name_openings(services)
+        opened = timeline.draw_openings(rng, offsets, len(services), config.n_closed)
+        context = np.column_stack([context, opened])
     need, item = _draw_events(world, rng, type_PZ, offsets, time, context)
     dataset = Dataset(
         catalogue=world.catalogue,
         log=EventLog(offsets, item, np.zeros(len(item), np.int16), time, context),
         people=np.array([f"p{k:06d}" for k in range(config.n_people)], dtype=np.str_),
         actions=("order",),
-        context=dict(timeline.CONTEXT),
+        context=features,
         profile=profile,
     )
     return dataset, dataclasses.replace(world, truth=Truth(type_P, type_PZ, need))
@@ -70,6 +72,7 @@ def _draw_events(
     after = world.need_after_NN.astype(np.float32)
     service_DNZ = service_probabilities(world)
     daypart = timeline.clock_of(time)[0]
+    open_EZ = timeline.read_openings(context, len(choice.ranges))
     lengths = np.diff(offsets)
     people = np.argsort(-lengths, kind="stable")  # so that those who still have events are always the first
     last_PZC = choice.empty_past(len(people))
@@ -81,7 +84,7 @@ def _draw_events(
         n = len(active)
         now = _pick(softmax(logits[event] + weight[event, None] * after[previous[:n]]), uniform[event, 0])
         share = service_DNZ[daypart[event], now]
-        service = _pick(share if world.open_EZ is None else share * world.open_EZ[event], uniform[event, 1])
+        service = _pick(share if open_EZ is None else share * open_EZ[event], uniform[event, 1])
         position = np.zeros(n, np.int64)
         for z in range(len(choice.ranges)):
             rows = np.flatnonzero(service == z)

@@ -13,6 +13,7 @@ CONTEXT: dict[str, tuple[str, ...]] = {
     "temperature": ("frost", "cold", "mild", "hot"),
     "holiday": ("none", "eve", "holiday"),
 }
+OPEN = "open"  # a fourth feature where services are closed in turn: which of them one may choose from
 
 DAY_S = 86_400
 START = np.datetime64("2024-01-01")
@@ -71,7 +72,7 @@ def draw_times(rng: np.random.Generator, offsets: np.ndarray) -> np.ndarray:
 
 
 def draw_openings(rng: np.random.Generator, offsets: np.ndarray, n_services: int, n_closed: int) -> np.ndarray:
-    """`[events, Z]` bool, the services that a person may choose from at each event.
+    """`[events]` int16 codes of the context feature `OPEN`.
 
     Each service in turn is closed for `n_closed` events, in an order of each person's own; at the event after them
     nothing but that service is open. Counted back from the last event, which is such a return.
@@ -81,8 +82,21 @@ def draw_openings(rng: np.random.Generator, offsets: np.ndarray, n_services: int
     ahead = np.repeat(offsets[1:], n_events) - 1 - np.arange(offsets[-1])
     turn = -(-ahead // n_closed)  # of what is closed; the last event's is 0
     is_return = ahead % n_closed == 0
-    of_turn = (first + turn + is_return)[:, None] % n_services == np.arange(n_services)
-    return of_turn == is_return[:, None]
+    return (1 + (first + turn + is_return) % n_services + np.where(is_return, 0, n_services)).astype(np.int16)
+
+
+def name_openings(services: tuple[str, ...]) -> tuple[str, ...]:
+    """The values of the context feature `OPEN`, such as `only samokat` and `not samokat`."""
+    return tuple(f"{word} {name}" for word in ("only", "not") for name in services)
+
+
+def read_openings(context: np.ndarray, n_services: int) -> np.ndarray | None:
+    """`[events, Z]` bool, the services to choose from, all where that is missing; None where no column tells."""
+    if context.shape[1] == len(CONTEXT):
+        return None
+    code = context[:, len(CONTEXT), None]
+    is_named = (code - 1) % n_services == np.arange(n_services)
+    return (code == 0) | (is_named == (code <= n_services))
 
 
 def context_of(time: np.ndarray, days: np.ndarray) -> np.ndarray:

@@ -68,8 +68,6 @@ class World:
       category_I, brand_I, price_I, variety_I, product_I: int attributes of the items; popularity_I.
       repeat_C: log-odds of the very same item again.
       days: `[days, 3]` context codes of the year.
-      open_EZ: `[events, Z]` bool, services to choose from at each event (`timeline.draw_openings`); None: all, always.
-        The posterior is told them, and by them how many events still follow: it is no ceiling then.
     """
 
     config: CityConfig
@@ -94,7 +92,6 @@ class World:
     repeat_C: np.ndarray
     days: np.ndarray
     truth: Truth | None = None
-    open_EZ: np.ndarray | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
