@@ -141,6 +141,9 @@ class SplitConfig:
 
     kind: str = "leave_one_out"  # leave_one_out, time or person
     per_service: bool = False  # leave_one_out: the last two of each person *and service*
+    past_only: bool = (
+        False  # leave_one_out: learn from no event of a person at or after their first one that is held out
+    )
     valid_from: str = ""  # time: ISO dates (UTC)
     test_from: str = ""
     person_fraction: float = 0.1  # person: share of people held out for validation, and as many for the test

@@ -19,7 +19,9 @@ def assign_roles(dataset: Dataset, split: SplitConfig, seed: int) -> np.ndarray:
     """`[events]` int8: TRAIN, VALID, TEST, or UNUSED (seen as history only, never learnt from and never a target).
 
     leave_one_out: the last event of each person (with `per_service` of each person and service) is TEST, the one
-    before it VALID, the rest TRAIN; groups of fewer than three events are TRAIN.
+    before it VALID, the rest TRAIN; groups of fewer than three events are TRAIN. With `past_only`, what a person does
+    at or after their first held-out event is UNUSED: with `per_service` a model could learn from their other services
+    what follows on the very history that it is tested on.
     time: TRAIN before `valid_from`, VALID before `test_from`, then TEST. A person with an unknown time is UNUSED
     altogether, since nothing shows on which side of the split their events lie.
     person: `person_fraction` of the people with two events or more are held out for VALID and as many for TEST; their
@@ -29,7 +31,8 @@ def assign_roles(dataset: Dataset, split: SplitConfig, seed: int) -> np.ndarray:
       InputError: a date that is no ISO date, or dates out of order.
     """
     if split.kind == "leave_one_out":
-        return _leave_one_out(dataset, split.per_service)
+        roles = _leave_one_out(dataset, split.per_service)
+        return _forget_future(dataset.log, roles) if split.past_only else roles
     if split.kind == "time":
         return _split_by_time(dataset.log, split)
     return _split_by_person(dataset.log, split.person_fraction, seed)
@@ -47,6 +50,20 @@ def _leave_one_out(dataset: Dataset, per_service: bool) -> np.ndarray:
     roles[order[end - 1]] = TEST
     roles[order[end - 2]] = VALID
     return roles
+
+
+def _forget_future(log: EventLog, roles: np.ndarray) -> np.ndarray:
+    """The roles with UNUSED for the TRAIN events that are not before all held-out ones of their person."""
+    held_out = np.flatnonzero(roles != TRAIN)
+    person, first = np.unique(log.person[held_out], return_index=True)
+    first_row = np.full(log.n_people, log.n_events)
+    first_row[person] = held_out[first]
+    of_event = first_row[log.person]
+    is_held_out = of_event < log.n_events
+    time = np.where(is_held_out, log.time[np.minimum(of_event, log.n_events - 1)], UNKNOWN_TIME)
+    tied = (log.time == time) & (time != UNKNOWN_TIME)
+    later = np.arange(log.n_events) >= of_event
+    return np.where((roles == TRAIN) & is_held_out & (tied | later), UNUSED, roles).astype(np.int8)
 
 
 def _split_by_time(log: EventLog, split: SplitConfig) -> np.ndarray:

@@ -52,6 +52,21 @@ def rows_of(dataset, p):
 
 @settings(max_examples=60, deadline=None)
 @given(datasets(), st.booleans())
+def test_past_only_learns_from_nothing_at_or_after_the_first_held_out_event(dataset, per_service):
+    whole = splits.assign_roles(dataset, SplitConfig(per_service=per_service), 0)
+    roles = splits.assign_roles(dataset, SplitConfig(per_service=per_service, past_only=True), 0)
+    for p in range(dataset.log.n_people):
+        rows = list(rows_of(dataset, p))
+        first = next((row for row in rows if whole[row] in (splits.VALID, splits.TEST)), None)
+        for row in rows:
+            time = dataset.log.time[row]
+            after = first is not None and (row >= first or (time == dataset.log.time[first] and time != UNKNOWN_TIME))
+            expected = splits.UNUSED if after and whole[row] == splits.TRAIN else whole[row]
+            assert roles[row] == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(datasets(), st.booleans())
 def test_leave_one_out_takes_the_last_two_of_each_group(dataset, per_service):
     roles = splits.assign_roles(dataset, SplitConfig(per_service=per_service), 0)
     expected = {}
