@@ -1,8 +1,8 @@
 """Histories of 2,000 events whose targets hang on what lies 500 to 2,000 events back: attention, a window, a profile.
 
 Each service in turn is closed to a person for 500 events, and the last event is the return to one; the context tells
-what is open. Tastes are private to a service (rho = 0), so that nothing nearer tells what they like there. Validation is
-on the events before the last, which are ordinary ones; it selects nothing, since it is made once.
+what is open. Tastes are private to a service (rho = 0), so that nothing nearer tells what they like there. Validation
+is on the events before the last, which are ordinary ones; it selects nothing, since it is made once.
 
 Command: python -m experiments.train --config=configs/city_long.py --workdir=runs/city_long, with
     --config.model.window=0 --config.model.personal.memory=null for attention over everything, or
