@@ -21,6 +21,7 @@ from moerec.shapes import ItemTable
 
 N_TOKENS = 3  # attributes that name an aspect
 LEAST_SHARE = 0.005  # of all that is written, of an attribute that may name one
+N_VALUES = 6  # of a feature of the context that is varied
 
 
 class Aspect(NamedTuple):
@@ -73,7 +74,8 @@ def portray(
 
     Args:
       times: of the requests, unix seconds; none: a Monday's morning and a Saturday's evening after the last event.
-      context: of all requests; what is not named is as at the last event. feature: of the context, to be varied.
+      context: of all requests; what is not named is as at the last event. feature: of the context, whose first
+        `N_VALUES` values are tried; the empty string varies nothing.
 
     Raises:
       InputError: the run keeps no aspects, or has no such feature; or as `recommend`.
@@ -81,7 +83,7 @@ def portray(
     dataset, model = trained.data.dataset, trained.model
     if not isinstance(model.profile, MemoryParams):
         raise InputError("--workdir: this run keeps no profile of aspects (model.personal.memory of ema or delta)")
-    if feature not in dataset.context:
+    if feature and feature not in dataset.context:
         raise InputError(f"--vary: {feature!r} is none of {', '.join(dataset.context) or 'no features'}")
     asked = make_requests(trained, person, times, context)
     answers = [recommend(trained, person, request, top_k) for request in asked]
@@ -184,8 +186,8 @@ def _vary(trained: Trained, person: str, request: Request, feature: str, top_k: 
     catalogue = trained.data.dataset.catalogue
     rank: dict[str, dict[int, int]] = {}
     log_p: dict[str, dict[int, float]] = {}
-    for value in trained.data.dataset.context[feature]:
-        varied = request._replace(context={**request.context, feature: value})
+    for value in trained.data.dataset.context[feature][:N_VALUES] if feature else ("",):
+        varied = request._replace(context={**request.context, feature: value}) if feature else request
         answer = recommend(trained, person, varied, catalogue.n_items)
         rank[value] = {int(item): place for place, item in enumerate(answer.item, 1)}
         log_p[value] = dict(zip(answer.item.tolist(), answer.log_p.tolist(), strict=True))
@@ -235,7 +237,8 @@ def render_portrait(portrait: Portrait) -> str:
     told = "  ".join(f"{r:{len(head)}.2f}" for r, head in zip(portrait.field_relevance, heads, strict=True))
     lines += [f"fields                                         {told}", ""]
     values = list(portrait.wishes[0].rank) if portrait.wishes else []
-    lines.append(f"{portrait.requests[0] or 'any time'}, rank and p by {portrait.feature}")
+    by = f" by {portrait.feature}" if portrait.feature else ""
+    lines.append(f"{portrait.requests[0] or 'any time'}, rank and p{by}")
     lines.append("".join(f"{value:>14s}" for value in values))
     for wish in portrait.wishes:
         cells = "".join(f"{wish.rank[value]:6d} {wish.p[value]:7.4f}" for value in values)

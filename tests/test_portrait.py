@@ -109,6 +109,13 @@ def test_an_aspect_is_named_by_what_writes_more_into_it_than_into_others(trained
     assert "kind=tea" not in second
 
 
+def test_without_a_feature_there_is_one_list(trained):
+    name = str(trained.data.dataset.people[2])
+    found = portray(trained, name, [], {}, "", 3)
+    assert [wish.rank for wish in found.wishes] == [{"": 1}, {"": 2}, {"": 3}]
+    assert "rank and p\n" in render_portrait(found)
+
+
 @pytest.mark.parametrize("personal", [PersonalConfig(), PersonalConfig(layers=(1,), memory="low_rank")])
 def test_a_run_without_aspects_has_no_portrait(tmp_path, personal):
     trained = make_trained(tmp_path, personal)
