@@ -1,4 +1,4 @@
-"""Histories of 2,000 events whose targets hang on what lies 500 to 2,000 events back: attention, a window, a profile.
+"""Histories of about 2,000 events whose targets hang on what lies 500 to 2,000 back: attention, a window, a profile.
 
 Each service in turn is closed to a person for 500 events, and the last event is the return to one; the context tells
 what is open. Tastes are private to a service (rho = 0), so that nothing nearer tells what they like there. Validation

@@ -20,12 +20,9 @@ def main(config, flags):
         raise InputError(f"--slots: {','.join(flags.slots)!r} are not lengths of rows, such as 512,1024")
     with tempfile.TemporaryDirectory() as folder:
         rows = measure_histories(config, Path(flags.workdir or folder), [int(length) for length in flags.slots])
-    first: dict[int, dict] = {}
     for row in rows:
-        whole = first.setdefault(row["n_slots"], row)
-        ratios = (row[name] / whole[name] for name in ("step_ms", "temporary_mb"))
-        told = "  ".join(f"{ratio:6.3f}" for ratio in ratios)
-        print(f"{row['n_slots']:6d}  {row['arm']:20s} {row['step_ms']:9.1f} ms {row['temporary_mb']:9.1f} MB  {told}")
+        ratios = f"{row['ratio']:6.3f} of the time, {row['memory_ratio']:6.3f} of the memory of the first"
+        print(f"{row['n_slots']:6d}  {row['arm']:20s} {row['step_ms']:9.1f} ms {row['temporary_mb']:9.1f} MB  {ratios}")
     return {"rows": rows}
 
 

@@ -1,12 +1,13 @@
 """Shows one person's profile: its aspects, how much they matter to two requests, and what the context changes.
 
 python -m experiments.portrait --workdir=runs/demo [--person=NAME] [--time=2024-05-01T09:00,2024-05-04T20:00]
-    [--context=holiday=yes] [--vary=weather] [--top_k=5] [--json]
+    [--context=holiday=eve] [--vary=weather] [--top_k=5] [--json]
 
 Without `--time` the requests are on the Monday morning and on the Saturday evening after the last event; what
 `--context` does not name is as at that event.
 """
 
+import sys
 from pathlib import Path
 
 from moerec import cli
@@ -15,11 +16,13 @@ from moerec import cli
 def main(_, flags):
     """Prints the portrait."""
     from moerec.portrait import describe_portrait, portray, render_portrait
-    from moerec.recommend import load_run, read_request
+    from moerec.recommend import list_unseen, load_run, read_request
 
     context = read_request(flags.context, "", "").context
     times = [when for text in flags.time if (when := read_request([], text, "").time) is not None]
     trained = load_run(Path(flags.workdir))
+    for note in list_unseen(trained, context):
+        print(note, file=sys.stderr)
     dataset = trained.data.dataset
     person = flags.person or str(dataset.people[0])
     feature = flags.vary or next(iter(dataset.context), "")

@@ -60,8 +60,7 @@ def describe_aspects(
     personal = model.config.personal
     _, first = np.unique(np.searchsorted(dataset.log.offsets, rows, side="right"), return_index=True)
     relevance_QM, rows = relevance_QM[first], rows[first]
-    share_IA = np.asarray(share_items(model, table), np.float64)
-    written_IA = share_IA * np.asarray(table.count_I)[:, None]
+    written_IA = written_by_items(model, table)
     writes_AW = np.zeros((personal.n_aspects, len(names.ASPECTS)))
     np.add.at(writes_AW.T, aspect_of_items(world, dataset), written_IA)
     writes_AW /= writes_AW.sum(axis=1, keepdims=True)
@@ -81,6 +80,11 @@ def describe_aspects(
         "names": list(names.ASPECTS),
         "writes": writes_AW.tolist(),
     }
+
+
+def written_by_items(model: SequenceModel, table: ItemTable) -> np.ndarray:
+    """`[I, A]` float64, how many events' worth the training events of each item wrote into each aspect."""
+    return np.asarray(share_items(model, table), np.float64) * np.asarray(table.count_I)[:, None]
 
 
 @jax.jit

@@ -96,27 +96,28 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
 
 HISTORIES: dict[str, dict[str, Any]] = {
     "all weights at once": {"window": 0, "memory": "null", "attention": "reference"},
-    "in blocks": {"window": 0, "memory": "null"},
-    "window": {"memory": "null"},
-    "window and profile": {},
+    "in blocks": {"window": 0, "memory": "null", "attention": "xla_blocks"},
+    "window": {"memory": "null", "attention": "xla_blocks"},
+    "window and profile": {"attention": "xla_blocks"},
 }
 
 
 def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], repeats: int = 5) -> list[dict[str, Any]]:
-    """Rows of `{n_slots, arm, step_ms, temporary_mb}`: the step by the slots of a row and by what sees them.
+    """Rows of `{n_slots, arm, step_ms, temporary_mb, ratio, memory_ratio}`: the step by the slots of a row, and by what
+    sees them; ratios are to the first arm.
 
-    A batch has `data.seq_len * train.batch_size` slots whatever their rows' length; people have as many events as a row
-    has slots. The arms (`HISTORIES`) take turns.
+    A batch has `data.seq_len * train.batch_size` slots whatever their rows' length, and each row is the history of one
+    person, who has more events than fit. The arms (`HISTORIES`) take turns.
 
     Raises:
       InputError: the model has no personal layer or no window, or the data are not the built-in world's.
     """
     if not config.model.personal.layers or not config.model.window or config.data.source != "city":
-        raise InputError("config.model.window: a model with a window and a profile, on the built-in world, is needed")
+        raise InputError("config: a model with personal layers and a window, on the built-in world, is needed")
     rows = []
     for length in lengths:
         n_rows = max(config.data.seq_len * config.train.batch_size // length, 1)
-        city = dataclasses.replace(config.data.city, n_people=4 * n_rows, events_per_person=length)
+        city = dataclasses.replace(config.data.city, n_people=8 * n_rows, events_per_person=4 * length)
         data_config = dataclasses.replace(config.data, city=city, seq_len=length, history_len=length)
         data, steps, held = load_data(data_config, workdir), {}, {}
         for name, change in HISTORIES.items():
@@ -130,8 +131,17 @@ def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], rep
                 steps[name] = _Steps(setup, next(stream))
             held[name] = steps[name].temporary_bytes()
         times = time_in_turns(steps, repeats)
+        first = next(iter(steps))
         rows += [
-            {"n_slots": length, "arm": name, "step_ms": times[name], "temporary_mb": held[name] / 1e6} for name in steps
+            {
+                "n_slots": length,
+                "arm": name,
+                "step_ms": times[name],
+                "temporary_mb": held[name] / 1e6,
+                "ratio": times[name] / times[first],
+                "memory_ratio": held[name] / held[first],
+            }
+            for name in steps
         ]
     return rows
 

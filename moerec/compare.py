@@ -21,7 +21,8 @@ class Difference(NamedTuple):
 
     Attributes:
       first, second: means over the pairs. difference: mean of first - second, with its 95 % interval `low` to `high`
-        and two-sided p-value, of Student's t over the pairs. n_better: pairs in which the first is better.
+        and two-sided p-value: of Student's t over pairs of runs, or as `moerec.ranks` says over pairs of targets.
+      n_better: pairs in which the first is better.
     """
 
     part: str

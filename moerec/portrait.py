@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moerec.aspects import share_items
+from moerec.aspects import written_by_items
 from moerec.data.dataset import UNKNOWN_TIME, Catalogue
 from moerec.data.packing import device_time
 from moerec.errors import InputError
@@ -21,6 +21,7 @@ from moerec.shapes import ItemTable
 
 N_TOKENS = 3  # attributes that name an aspect
 LEAST_SHARE = 0.005  # of all that is written, of an attribute that may name one
+LEAST_EVENTS = 20  # of an item that may, where there are no attributes
 N_VALUES = 6  # of a feature of the context that is varied
 
 
@@ -96,7 +97,7 @@ def portray(
         person=person,
         fields={name: str(values[at]) for name, values in dataset.profile.items() if values[at]},
         n_events=dict(zip(dataset.catalogue.services, services.tolist(), strict=True)),
-        requests=[_say_time(request.time) for request in asked],
+        requests=[_say_time(int(request.time or 0)) for request in asked],
         context=dict(asked[0].context),
         aspects=sorted(aspects, key=lambda aspect: -aspect.relevance[0]),
         field_relevance=relevance_QM[:, -1].tolist(),
@@ -130,9 +131,8 @@ def next_time(after: int, weekday: int, hour: int) -> int:
 def _list_aspects(trained: Trained, rows: np.ndarray, request: Request, relevance_QM: np.ndarray) -> list[Aspect]:
     model, personal = trained.model, trained.config.model.personal
     assert isinstance(model.profile, MemoryParams)
-    time = UNKNOWN_TIME if request.time is None else request.time
     state = observe_history(trained, rows)
-    at = jnp.asarray(device_time(np.array([time]))[0])
+    at = jnp.asarray(device_time(np.array([request.time]))[0])
     shape = (personal.n_aspects, personal.n_scales)
     evidence_AS = np.asarray(evidence(model.profile, state, at)).reshape(shape)
     half_life_AS = np.log(2) / np.asarray(decay_rates(model.profile)).reshape(shape)
@@ -166,7 +166,7 @@ def name_aspects(catalogue: Catalogue, model: SequenceModel, table: ItemTable) -
 
     Where the catalogue has no attributes, the items themselves are named.
     """
-    written_IA = np.asarray(share_items(model, table), np.float64) * np.asarray(table.count_I)[:, None]
+    written_IA = written_by_items(model, table)
     tokens = [text.split() or [str(name)] for text, name in zip(catalogue.attributes, catalogue.ids, strict=True)]
     known, code = np.unique(np.concatenate(tokens), return_inverse=True)
     owner = np.repeat(np.arange(len(tokens)), [len(found) for found in tokens])
@@ -174,7 +174,9 @@ def name_aspects(catalogue: Catalogue, model: SequenceModel, table: ItemTable) -
     total_X = of_token_XA.sum(axis=1)
     everything_A = np.maximum(written_IA.sum(axis=0), 1e-30)
     lift_XA = (of_token_XA / everything_A) / np.maximum(total_X / everything_A.sum(), 1e-30)[:, None]
-    lift_XA = np.where((total_X >= LEAST_SHARE * everything_A.sum())[:, None], lift_XA, 0)
+    is_attribute_X = np.isin(known, np.concatenate([text.split() for text in catalogue.attributes]))
+    least_X = np.where(is_attribute_X, LEAST_SHARE * everything_A.sum(), LEAST_EVENTS)
+    lift_XA = np.where((total_X >= least_X)[:, None], lift_XA, 0)
     best_XA = np.argsort(-lift_XA, axis=0, kind="stable")[:N_TOKENS]
     return [
         {str(known[x]): float(lift_XA[x, a]) for x in best_X if lift_XA[x, a] > 1} for a, best_X in enumerate(best_XA.T)
@@ -207,8 +209,8 @@ def _vary(trained: Trained, person: str, request: Request, feature: str, top_k: 
     ]
 
 
-def _say_time(time: int | None) -> str:
-    return "" if time is None else f"{datetime.datetime.fromtimestamp(time, datetime.UTC):%a %Y-%m-%d %H:%M}"
+def _say_time(time: int) -> str:
+    return f"{datetime.datetime.fromtimestamp(time, datetime.UTC):%a %Y-%m-%d %H:%M}"
 
 
 def describe_portrait(portrait: Portrait) -> dict[str, Any]:
@@ -222,23 +224,24 @@ def render_portrait(portrait: Portrait) -> str:
     services = ", ".join(f"{name} {n}" for name, n in portrait.n_events.items())
     fields = ", ".join(f"{name} {value}" for name, value in portrait.fields.items()) or "no fields"
     context = ", ".join(f"{name}={value}" for name, value in portrait.context.items()) or "context not known"
-    heads = [when[:3] + when[-6:] if when else "any time" for when in portrait.requests]
+    heads = [when[:3] + when[-6:] for when in portrait.requests]
+    lives = [", ".join(map(_say_hours, aspect.half_lives)) for aspect in portrait.aspects]
+    width = max(14, *map(len, lives))
     lines = [
         f"{portrait.person}: {fields}; {sum(portrait.n_events.values())} events ({services})",
-        "requests: " + "; ".join(when or "time not known" for when in portrait.requests) + f" UTC; {context}",
+        "requests: " + "; ".join(portrait.requests) + f" UTC; {context}",
         "",
-        f"aspect  evidence  half-lives      relevance to {'  '.join(heads)}   holds",
+        f"aspect  evidence  {'half-lives':{width}s}  relevance to {'  '.join(heads)}   holds",
     ]
-    for aspect in portrait.aspects:
+    for aspect, lived in zip(portrait.aspects, lives, strict=True):
         told = "  ".join(f"{r:{len(head)}.2f}" for r, head in zip(aspect.relevance, heads, strict=True))
-        lives = ", ".join(map(_say_hours, aspect.half_lives))
         holds = ", ".join(f"{token} x{lift:.1f}" for token, lift in aspect.holds.items())
-        lines.append(f"{aspect.number:6d}  {aspect.evidence:8.1f}  {lives:14s}               {told}   {holds}")
+        lines.append(f"{aspect.number:6d}  {aspect.evidence:8.1f}  {lived:{width}s}               {told}   {holds}")
     told = "  ".join(f"{r:{len(head)}.2f}" for r, head in zip(portrait.field_relevance, heads, strict=True))
-    lines += [f"fields                                         {told}", ""]
+    lines += [f"{'fields':{width + 33}s}{told}", ""]
     values = list(portrait.wishes[0].rank) if portrait.wishes else []
     by = f" by {portrait.feature}" if portrait.feature else ""
-    lines.append(f"{portrait.requests[0] or 'any time'}, rank and p{by}")
+    lines.append(f"{portrait.requests[0]}, rank and p{by}")
     lines.append("".join(f"{value:>14s}" for value in values))
     for wish in portrait.wishes:
         cells = "".join(f"{wish.rank[value]:6d} {wish.p[value]:7.4f}" for value in values)

@@ -83,8 +83,9 @@ def describe_effects(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """`{part: {edit: {"ndcg@10", "difference", "p_value"}}}` in the union; `difference` is what the model loses by it.
 
-    The mean profile is that of all slots of the batch. A missing context means something to a model only if some was
-    missing in training, or hidden by `model.context_dropout`; to another it is as if nothing had been learnt of it.
+    The mean profile is that of all slots of the batch. What is open (`data.city.n_closed`) is context like any other. A
+    missing context means something to a model only if some was missing in training, or hidden by
+    `model.context_dropout`; to another it is as if nothing had been learnt of it.
 
     Args:
       own: `[targets]`, NDCG@10 of the model as it is.

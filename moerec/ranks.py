@@ -3,7 +3,6 @@
 Of one run each: what is tested is the two trained models over the targets, not their trainings over seeds.
 """
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,11 +62,15 @@ def read_ranks(folder: Path) -> TargetRanks:
     path = folder / FILE
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            return TargetRanks(**{name: stored[name] for name in TargetRanks._fields})
+            ranks = TargetRanks(**{name: stored[name] for name in TargetRanks._fields})
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the run is not finished, or older than this file") from None
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive is found out by zipfile, zlib, numpy or the parser of its headers
         raise InputError(f"{path}: holds no ranks ({type(error).__name__}: {error})") from None
+    n = len(ranks.person)
+    if any(column.shape != (n, 2)[: column.ndim] for column in ranks):
+        raise InputError(f"{path}: holds no ranks (its columns are not of one length)")
+    return ranks
 
 
 class TargetComparison(NamedTuple):
@@ -85,26 +88,30 @@ def compare_targets(first: Path, second: Path) -> TargetComparison:
     """Two runs over the same targets; intervals by bootstrap and p-values by sign flips, both over whole people.
 
     Raises:
-      InputError: a run has no ranks, or the two were tested on other targets.
+      InputError: a run has no ranks, or the two were tested on other targets or by another rule.
     """
-    names = config_name(read_run(first)), config_name(read_run(second))
+    runs = [read_run(folder) for folder in (first, second)]
+    rules = [(run["dataset"], run["config"]["eval"]["mask_seen"]) for run in runs]
+    if rules[0] != rules[1]:
+        raise InputError(f"{first}: another data set or eval.mask_seen than {second}")
     a, b = read_ranks(first), read_ranks(second)
     for name in ("person", "service", "item"):
         if not np.array_equal(getattr(a, name), getattr(b, name)):
             raise InputError(f"{first}: tested on other targets than {second} (their {name} differs)")
     person = np.unique(a.person, return_inverse=True)[1]
-    everything = np.ones(len(person), bool)
+    everything, travels = np.ones(len(person), bool), a.travels | b.travels
     parts = [("union all", "union", everything)]
     for service in dict.fromkeys(a.service.tolist()):
         own = a.service == service
         parts.append((service, "in_service", own))
-        if 0 < (own & a.travels).sum() < own.sum():
-            parts.append((f"{service}, several services", "in_service", own & a.travels))
+        if 0 < (own & travels).sum() < own.sum():
+            parts.append((f"{service}, several services", "in_service", own & travels))
     values = {part: (a.metric(part), b.metric(part)) for part in ("in_service", "union")}
     rows = []
     for title, part, chosen in parts:
         own, other = values[part]
         rows.append(_compare(title, own[chosen], other[chosen], person[chosen]))
+    names = config_name(runs[0]), config_name(runs[1])
     return TargetComparison(names, rows, [int(chosen.sum()) for _, _, chosen in parts])
 
 

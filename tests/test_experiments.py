@@ -139,7 +139,7 @@ def test_bench_history_measures_every_arm_at_each_length(call):
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
-    [(("--slots=16",), "config.model.window"), (("--slots=long",), "--slots: 'long'")],
+    [(("--slots=16",), "config: a model with personal layers and a window"), (("--slots=long",), "--slots: 'long'")],
     ids=("no window", "word"),
 )
 def test_bench_history_refuses_what_it_cannot_measure(call, arguments, line):

@@ -33,7 +33,8 @@ LAYERS = (
         "moerec.train",
         "moerec.transfer",
     ),
-    ("moerec.recommend", "moerec.results"),
+    ("moerec.ranks", "moerec.recommend"),
+    ("moerec.portrait", "moerec.results"),
     ("moerec.bench", "moerec.bench_prepare", "moerec.run"),
     ("experiments",),
 )

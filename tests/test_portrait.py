@@ -98,7 +98,8 @@ def test_an_aspect_is_named_by_what_writes_more_into_it_than_into_others(trained
     attributes = np.array(["kind=tea brand=a", "kind=tea brand=b", "kind=toy brand=a", ""])
     catalogue = Catalogue(("z",), np.array([0, 4]), np.array(["1", "2", "3", "x4"]), np.array([""] * 4), attributes)
     share_IA = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
-    monkeypatch.setattr("moerec.portrait.share_items", lambda *_: share_IA)
+    monkeypatch.setattr("moerec.aspects.share_items", lambda *_: share_IA)
+    monkeypatch.setattr("moerec.portrait.LEAST_EVENTS", 2)
     table = trained.table._replace(count_I=jnp.array([4, 2, 4, 2]))
     first, second = name_aspects(catalogue, trained.model, table)
     # Aspect 0 gets 3.6 + 1.8 + .8 + 1 = 7.2 of 12, of which tea 5.4 of 6 events.
@@ -107,6 +108,21 @@ def test_an_aspect_is_named_by_what_writes_more_into_it_than_into_others(trained
     assert next(iter(second)) == "kind=toy"
     assert second["x4"] == pytest.approx((1 / 4.8) / (2 / 12))
     assert "kind=tea" not in second
+
+
+def test_items_of_a_large_catalogue_name_aspects_where_there_are_no_attributes(trained, monkeypatch):
+    n = 3000
+    ids, blank = np.array([f"i{k}" for k in range(n)]), np.array([""] * n)
+    catalogue = Catalogue(("z",), np.array([0, n]), ids, blank, blank)
+    share_IA = np.full((n, 2), 0.5)
+    share_IA[7], share_IA[8] = (1, 0), (1, 0)
+    monkeypatch.setattr("moerec.aspects.share_items", lambda *_: share_IA)
+    count = np.full(n, 30)
+    count[8] = 3  # too few to tell
+    first, second = name_aspects(catalogue, trained.model, trained.table._replace(count_I=jnp.asarray(count)))
+    assert next(iter(first)) == "i7"
+    assert not {"i7", "i8"} & set(second)
+    assert "i8" not in first
 
 
 def test_without_a_feature_there_is_one_list(trained):

@@ -1,5 +1,6 @@
 """`ranks.npz` against the run's own table, and comparisons target by target against what they are made of."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -83,12 +84,26 @@ def test_other_targets_and_what_is_no_file_of_ranks_are_refused(folders, tmp_pat
     (tmp_path / "metrics.json").write_bytes((folders[0] / "metrics.json").read_bytes())
     with pytest.raises(InputError, match="no such file"):
         compare_targets(folders[0], tmp_path)
+    masked = json.loads((folders[0] / "metrics.json").read_text())
+    masked["config"]["eval"]["mask_seen"] = not masked["config"]["eval"]["mask_seen"]
+    np.savez(tmp_path / "ranks.npz", allow_pickle=False, **stored._asdict())
+    (tmp_path / "metrics.json").write_text(json.dumps(masked))
+    with pytest.raises(InputError, match=r"another data set or eval\.mask_seen"):
+        compare_targets(folders[0], tmp_path)
+    (tmp_path / "metrics.json").write_bytes((folders[0] / "metrics.json").read_bytes())
     np.savez(tmp_path / "ranks.npz", allow_pickle=False, **stored._replace(item=stored.item[::-1])._asdict())
     with pytest.raises(InputError, match=r"tested on other targets than .*their item differs"):
         compare_targets(folders[0], tmp_path)
-    for content in (b"", b"PK\x03\x04", b"abc"):
+    whole = (folders[0] / "ranks.npz").read_bytes()
+    damaged = [whole[:k] + bytes([whole[k] ^ 255]) + whole[k + 1 :] for k in range(40, len(whole), len(whole) // 40)]
+    np.savez(tmp_path / "uneven.npz", allow_pickle=False, **stored._replace(union=stored.union[:3])._asdict())
+    for content in (b"", b"PK\x03\x04", b"abc", (tmp_path / "uneven.npz").read_bytes()):
         (tmp_path / "ranks.npz").write_bytes(content)
         with pytest.raises(InputError, match="holds no ranks"):
+            read_ranks(tmp_path)
+    for content in damaged:
+        (tmp_path / "ranks.npz").write_bytes(content)
+        with contextlib.suppress(InputError):  # and nothing else
             read_ranks(tmp_path)
 
 

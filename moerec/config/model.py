@@ -128,7 +128,7 @@ class ModelConfig:
     copy: str = "none"  # pointers into the person's history: none, all (over all of it), or services (and one for each)
     d_copy: int = 32  # width of a pointer's queries and keys
     window: int = 0  # slots that a slot attends to at most, itself among them; 0 is all
-    attention: str = "auto"  # in blocks where rows are long; reference: all weights at once; or a backend by name
+    attention: str = "auto"  # in blocks where rows are long; reference: all weights at once; or xla_blocks
     time: TimeConfig = dataclasses.field(default_factory=TimeConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     personal: PersonalConfig = dataclasses.field(default_factory=PersonalConfig)
@@ -146,7 +146,7 @@ class ModelConfig:
         require(self.item_row or self.item_text, "model.item_row", "an event needs the item's row or its text")
         one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
         one_of(self.copy, "model.copy", ("none", "all", "services"))
-        one_of(self.attention, "model.attention", ("auto", "reference", "xla_blocks", "pallas_tpu"))
+        one_of(self.attention, "model.attention", ("auto", "reference", "xla_blocks"))
         require(self.window >= 0, "model.window", "must not be negative")
         for name in ("moe", "personal"):
             outside = [layer for layer in getattr(self, name).layers if not 0 <= layer < self.n_layers]

@@ -112,7 +112,7 @@ class _Filter:
         self.service = dataset.event_service
         self.position = self.item - world.catalogue.offsets[self.service]
         self.need_logits = need_logits(world, log.time, log.context)
-        self.open_EZ = timeline.read_openings(log.context, len(self.choice.ranges))
+        self.open_EZ = timeline.read_openings(dataset.context, log.context, len(self.choice.ranges))
         self.recency = recency(world, log.time, log.offsets)
         self.need_after = world.need_after_NN.astype(np.float32)
         self.service_DNZ = service_probabilities(world)

@@ -20,8 +20,8 @@ def assign_roles(dataset: Dataset, split: SplitConfig, seed: int) -> np.ndarray:
 
     leave_one_out: the last event of each person (with `per_service` of each person and service) is TEST, the one
     before it VALID, the rest TRAIN; groups of fewer than three events are TRAIN. With `past_only`, what a person does
-    at or after their first held-out event is UNUSED: with `per_service` a model could learn from their other services
-    what follows on the very history that it is tested on.
+    at or after their first held-out event is UNUSED, but for what is held out itself: with `per_service` a model could
+    learn from their other services what follows on the very history that it is tested on.
     time: TRAIN before `valid_from`, VALID before `test_from`, then TEST. A person with an unknown time is UNUSED
     altogether, since nothing shows on which side of the split their events lie.
     person: `person_fraction` of the people with two events or more are held out for VALID and as many for TEST; their

@@ -14,7 +14,9 @@ from moerec.nn.temporal import N_GAPS
 from moerec.sharding import ROW_AXES
 from pallas_kernels.attention import attend, attend_few, merge
 
-BLOCKED_FROM = 256  # slots of a row from which on attention in blocks takes half the time of all at once, on a CPU
+# Slots of a row from which on attention in blocks is faster than all at once, on two CPU cores; elsewhere it is not
+# measured, and taken for what it does not hold in memory.
+BLOCKED_FROM = 256
 
 
 def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
@@ -45,12 +47,11 @@ class View(NamedTuple):
     """What the personal layers see beside the states.
 
     Attributes:
-      segment_BT: int32, 0 is padding. time_BT: int32 times of the events. service_BT: int32, their services.
+      time_BT: int32 times of the events. service_BT: int32, their services.
       slots: the memory slots of the profile before each event. log_relevance_BTM: logs of what they matter.
       summary_BTD: the profile as one vector.
     """
 
-    segment_BT: jax.Array
     time_BT: jax.Array
     service_BT: jax.Array
     slots: Slots
@@ -109,13 +110,15 @@ class PersonalBias(nnx.Module):
             bias = bias + gate_BTN[..., None] * pair_BTNZ
         return bias
 
-    def __call__(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, view: View) -> jax.Array:
-        """Args: queries and keys after rotation. Returns `[B, T, N, H]`."""
+    def __call__(
+        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array, view: View
+    ) -> jax.Array:
+        """Args: queries and keys after rotation; int32 segments, 0 is padding. Returns `[B, T, N, H]`."""
         q_BTNH = self.scale(q_BTNH, view)
         kind_bias_BTNZ = self.kind_bias(view)
         time = (None, None) if self.time_bias_NR is None else (view.time_BT, self.time_bias_NR[...])
         kind = (None, None) if kind_bias_BTNZ is None else (view.service_BT, kind_bias_BTNZ)
-        out, lse = _attend(q_BTNH, k_BTKH, v_BTKH, view.segment_BT, self.window, self.backend, time, kind)
+        out, lse = _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, self.window, self.backend, time, kind)
         if self.read_NHD is None:
             return out
         assert self.value_NDH is not None
@@ -145,7 +148,7 @@ def attend_plain(
 
 
 def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=(None, None), kind=(None, None)):
-    """`pallas_kernels.attention.attend`; on a mesh each device has its own rows, and all heads.
+    """`pallas_kernels.attention.attend`; on a mesh each device has its own rows, and own heads where they divide.
 
     Args: `time` and `kind` are pairs of codes `[B, T]` and biases, `[N, R]` and `[B, T, N or 1, Z]`.
     """
@@ -175,8 +178,10 @@ def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=
     n_batch = q_BTNH.shape[0]
     spare = -n_batch % (mesh.shape["data"] * mesh.shape["expert"])
     rows = jax.tree.map(lambda a: jnp.pad(a, ((0, spare), *((0, 0),) * (a.ndim - 1))), rows)
-    by_row, everywhere = PartitionSpec(ROW_AXES), PartitionSpec()
-    out, lse = jax.shard_map(run, mesh=mesh, in_specs=(by_row, everywhere), out_specs=by_row)(rows, time[1])
+    heads = None if k_BTKH.shape[2] % mesh.shape["model"] else "model"
+    by_row, by_head = PartitionSpec(ROW_AXES), PartitionSpec(ROW_AXES, None, heads)
+    specs = (by_head, by_head, by_head, by_row, by_row, by_row, by_head), PartitionSpec(heads)
+    out, lse = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=by_head)(rows, time[1])
     return out[:n_batch], lse[:n_batch]
 
 
@@ -207,7 +212,7 @@ class Attention(nnx.Module):
         q, k = rotate(q, position_BT, self.rope_theta), rotate(k, position_BT, self.rope_theta)
         if self.personal is not None:
             assert view is not None
-            out = self.personal(q, k, v, view)
+            out = self.personal(q, k, v, segment_BT, view)
         else:
             out = attend_plain(q, k, v, segment_BT, self.window, self.backend)
         return jnp.einsum("BTNH,NHD->BTD", out, self.o_NHD[...].astype(dtype))

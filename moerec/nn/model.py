@@ -142,8 +142,7 @@ class SequenceModel(nnx.Module):
         if self.profile_router is not None:
             relevance_BTM, log_relevance_BTM, read_BTD = self.profile_router(x_BTD, slots)
         service_BT = table.service_I[batch.item_BT]
-        seen = (batch.segment_BT, batch.time_BT, service_BT)
-        return read_BTD, relevance_BTM, View(*seen, slots, log_relevance_BTM, condition.summary_D)
+        return read_BTD, relevance_BTM, View(batch.time_BT, service_BT, slots, log_relevance_BTM, condition.summary_D)
 
     def item_vectors(self, item_X: jax.Array, table: ItemTable) -> tuple[jax.Array, jax.Array]:
         """Vectors `[..., D]` and biases `[...]` of candidates; a state's score is its dot product plus the bias."""

@@ -159,7 +159,7 @@ def test_people_come_back_to_each_service_after_it_was_closed_to_them():
             assert len(set(own[at - 15 : at])) == 2
         assert all(a != b for a, b in itertools.pairwise(own[returns]))
     assert last == {0, 1, 2}
-    opened = read_openings(dataset.log.context, 3)
+    opened = read_openings(dataset.context, dataset.log.context, 3)
     assert np.all(opened[np.arange(len(service)), service])
     assert {n: int((opened.sum(axis=1) == n).sum()) for n in (0, 3)} == {0: 0, 3: 0}
     told = [dataset.context["open"][code - 1] for code in dataset.log.context[offsets[1:] - 1, 3]]

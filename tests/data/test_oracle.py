@@ -147,7 +147,7 @@ def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
         log=EventLog(longer, *(x[: longer[-1]].copy() for x in (log.item, log.action, np.sort(log.time), log.context))),
     )
     if "n_closed" in fields:  # as drawn, but never the event's own service
-        opened = read_openings(dataset.log.context, 3)
+        opened = read_openings(dataset.context, dataset.log.context, 3)
         is_closed = ~opened[np.arange(len(opened)), dataset.event_service]
         assert not opened[~is_closed].all()
         dataset.log.context[is_closed, 3] = 0
@@ -158,6 +158,14 @@ def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
             exact = expected.predict(person, t)
             got = np.exp(predicted[longer[person] + t].astype(float))
             np.testing.assert_allclose(got, exact, rtol=2e-5, atol=1e-9)
+
+
+def test_another_feature_of_the_context_says_nothing_of_what_is_open():
+    dataset, world = generate(CityConfig(**TINY), 5)
+    device = np.arange(dataset.log.n_events, dtype=np.int16)[:, None] % 2 + 1
+    log = dataclasses.replace(dataset.log, context=np.hstack([dataset.log.context, device]))
+    more = dataclasses.replace(dataset, log=log, context={**dataset.context, "device": ("phone", "watch")})
+    np.testing.assert_array_equal(posterior_predictive(world, more), posterior_predictive(world, dataset))
 
 
 def test_without_the_context_it_is_the_mean_over_the_days_of_the_month():

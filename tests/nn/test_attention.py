@@ -1,13 +1,16 @@
 """Attention against loops over slots and heads; positions, causality and padding as properties."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moerec.nn.attention import BLOCKED_FROM, Attention, attend_plain, rotate
+from moerec.sharding import ROW_AXES, batch_sharding, make_mesh
 from tests.nn import numpy_model as oracle
 from tests.small_model import fill, make_config
 
@@ -78,6 +81,30 @@ def test_short_and_long_rows_equal_a_softmax_over_the_mask(n_slots, backend, win
     np.testing.assert_allclose(out[:, :-3], by_hand(q, k, v)[:, :-3], atol=2e-5)
     weights, found = dict(zip("qkv", (q, k, v), strict=True)), dict(zip("qkv", map(np.asarray, slopes), strict=True))
     oracle.assert_slopes(lambda w: np.sum(by_hand(w["q"], w["k"], w["v"]) * cotangent), weights, found, 1e-4)
+
+
+@pytest.mark.parametrize(("n_model", "n_gathers"), [(2, 0), (4, 1)])
+def test_on_a_mesh_each_device_has_its_own_rows_and_heads(n_model, n_gathers):
+    """Two key heads: four devices cannot share them, and have all heads each."""
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.standard_normal((4, 12, heads, 4)).astype(np.float32) for heads in (4, 2, 2))
+    segment = np.repeat([[1, 2, 0]], 4, axis=0).repeat(4, axis=1).astype(np.int32)
+
+    def run(*operands):
+        return attend_plain(*operands, window=3, backend="xla_blocks")
+
+    alone = jax.jit(run)(q, k, v, segment)
+    mesh = make_mesh(2, 1, n_model)
+    by_head, by_row = (NamedSharding(mesh, PartitionSpec(ROW_AXES, None, name)) for name in ("model", None))
+    spread = [jax.device_put(x, by_head if x.shape[2] % n_model == 0 else by_row) for x in (q, k, v)]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(run).lower(*spread, jax.device_put(segment, batch_sharding(mesh))).compile()
+    text = compiled.as_text()
+    assert (len(re.findall(r" all-gather\(", text)) > 0) == (n_gathers > 0)
+    out = compiled(*spread, jax.device_put(segment, batch_sharding(mesh)))
+    np.testing.assert_allclose(out, alone, atol=1e-6)
+    heads = {shard.data.shape[2] for shard in out.addressable_shards}
+    assert heads == {4 if n_gathers else 2}
 
 
 def test_rotation_turns_pairs_of_halves_as_complex_numbers():

@@ -186,6 +186,9 @@ def test_attention_to_the_parts_of_slots_is_attention_to_the_slots(dtype):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance, rtol=tolerance)
 
 
+SEGMENT_9 = np.array([1, 1, 1, 2, 2, 2, 2, 2, 0], np.int32)
+
+
 def attend_by_hand(w, q, k, v, view: View, window: int, own_only: bool):
     """One row, one head and slot at a time, in float64."""
     t, n, h = q.shape
@@ -198,7 +201,7 @@ def attend_by_hand(w, q, k, v, view: View, window: int, own_only: bool):
         logits, values = [], []
         for j in range(i + 1):
             service_i, service_j = view.service_BT[0, i], view.service_BT[0, j]
-            hidden = view.segment_BT[0, i] != view.segment_BT[0, j] or i - j >= window
+            hidden = SEGMENT_9[i] != SEGMENT_9[j] or i - j >= window
             if hidden or (own_only and service_i != service_j):
                 continue
             times = int(view.time_BT[0, j]), int(view.time_BT[0, i])
@@ -229,7 +232,6 @@ def test_attention_is_that_of_loops_in_value_and_gradient(own_only):
     t, n, k, h, d, m = 9, config.n_heads, config.n_kv_heads, config.d_head, config.d_model, 3
     time = np.cumsum(rng.integers(0, 10**6, t)) * rng.integers(0, 2, t)
     view = View(
-        segment_BT=np.array([[1, 1, 1, 2, 2, 2, 2, 2, 0]], np.int32),
         time_BT=np.where(rng.random((1, t)) < 0.2, NO_TIME, time).astype(np.int32),
         service_BT=rng.integers(0, SIZES.n_services, (1, t)).astype(np.int32),
         slots=draw_slots(rng, (1, t), m, d),
@@ -242,7 +244,7 @@ def test_attention_is_that_of_loops_in_value_and_gradient(own_only):
     def total(module, q, key, value, summary, *slots):
         # Times that do not rise within a person, too: the gap is then none.
         seen = view._replace(slots=Slots(Basis(*slots[:3]), *slots[3:]), summary_BTD=summary)
-        out = module(*(x.astype(jnp.float32) for x in (q, key, value)), seen)
+        out = module(*(x.astype(jnp.float32) for x in (q, key, value)), SEGMENT_9[None], seen)
         return jnp.sum(out * cotangent), out
 
     inputs = (q, key, value, view.summary_BTD, *view.slots.basis, *view.slots[1:])

@@ -27,7 +27,8 @@ def generate(config: CityConfig, seed: int) -> tuple[Dataset, World]:
         features[timeline.OPEN] = timeline.name_openings(services)
         opened = timeline.draw_openings(rng, offsets, len(services), config.n_closed)
         context = np.column_stack([context, opened])
-    need, item = _draw_events(world, rng, type_PZ, offsets, time, context)
+    open_EZ = timeline.read_openings(features, context, len(services))
+    need, item = _draw_events(world, rng, type_PZ, offsets, time, context, open_EZ)
     dataset = Dataset(
         catalogue=world.catalogue,
         log=EventLog(offsets, item, np.zeros(len(item), np.int16), time, context),
@@ -62,6 +63,7 @@ def _draw_events(
     offsets: np.ndarray,
     time: np.ndarray,
     context: np.ndarray,
+    open_EZ: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`[events]` needs (int16) and items (int32)."""
     choice = ItemChoice(world)
@@ -72,7 +74,6 @@ def _draw_events(
     after = world.need_after_NN.astype(np.float32)
     service_DNZ = service_probabilities(world)
     daypart = timeline.clock_of(time)[0]
-    open_EZ = timeline.read_openings(context, len(choice.ranges))
     lengths = np.diff(offsets)
     people = np.argsort(-lengths, kind="stable")  # so that those who still have events are always the first
     last_PZC = choice.empty_past(len(people))

@@ -3,6 +3,8 @@
 Times are local unix seconds within 2024 and do not depend on the latents, so a posterior may treat them as given.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 DAYPARTS = ("night", "morning", "day", "evening")  # by hour: 0-5, 6-10, 11-16, 17-23
@@ -90,11 +92,14 @@ def name_openings(services: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{word} {name}" for word in ("only", "not") for name in services)
 
 
-def read_openings(context: np.ndarray, n_services: int) -> np.ndarray | None:
-    """`[events, Z]` bool, the services to choose from, all where that is missing; None where no column tells."""
-    if context.shape[1] == len(CONTEXT):
+def read_openings(features: Iterable[str], context: np.ndarray, n_services: int) -> np.ndarray | None:
+    """`[events, Z]` bool, the services to choose from, all where that is missing; None where no feature tells.
+
+    Args: names of the features of the context; their codes `[events, C]`.
+    """
+    if OPEN not in (order := list(features)):
         return None
-    code = context[:, len(CONTEXT), None]
+    code = context[:, order.index(OPEN), None]
     is_named = (code - 1) % n_services == np.arange(n_services)
     return (code == 0) | (is_named == (code <= n_services))
 

@@ -88,7 +88,7 @@ class Slots(NamedTuple):
         return shared_XNM + jnp.concatenate([written_XNW, field_XN1], axis=-1)
 
     def read(self, weight_XNM: jax.Array) -> jax.Array:
-        """float32 `[X, N, D]`, sums of the slots with these weights, float32."""
+        """float32 `[X, N, D]`, sums of the slots with these float32 weights."""
         base_MD, mass_WD, read_PD = self.basis
         weight_XNW = weight_XNM[..., :-1]
         held_XNP = _einsum("...nw,...wp->...np", weight_XNW, self.mean_XWP)
