@@ -141,7 +141,7 @@ class SplitConfig:
 
     kind: str = "leave_one_out"  # leave_one_out, time or person
     per_service: bool = False  # leave_one_out: the last two of each person *and service*
-    past_only: bool = False  # leave_one_out: learn only from what a person does before all that is held out
+    past_only: bool = False  # per_service: learn only from what is earlier than all that the other services hold out
     valid_from: str = ""  # time: ISO dates (UTC)
     test_from: str = ""
     person_fraction: float = 0.1  # person: share of people held out for validation, and as many for the test
@@ -149,8 +149,8 @@ class SplitConfig:
 
     def __post_init__(self):
         one_of(self.kind, "data.split.kind", ("leave_one_out", "time", "person"))
-        is_for_all = not self.past_only or self.kind == "leave_one_out"
-        require(is_for_all, "data.split.past_only", f"a split by {self.kind} does not have it")
+        is_fit = not self.past_only or (self.kind == "leave_one_out" and self.per_service)
+        require(is_fit, "data.split.past_only", "belongs to leave_one_out with per_service")
         require(0 < self.person_fraction < 0.5, "data.split.person_fraction", "must lie in (0, .5)")
         if self.kind == "time":
             require(bool(self.valid_from and self.test_from), "data.split.valid_from", "a time split needs both dates")

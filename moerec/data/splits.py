@@ -19,9 +19,9 @@ def assign_roles(dataset: Dataset, split: SplitConfig, seed: int) -> np.ndarray:
     """`[events]` int8: TRAIN, VALID, TEST, or UNUSED (seen as history only, never learnt from and never a target).
 
     leave_one_out: the last event of each person (with `per_service` of each person and service) is TEST, the one
-    before it VALID, the rest TRAIN; groups of fewer than three events are TRAIN. With `past_only`, what a person does
-    at or after their first held-out event is UNUSED, but for what is held out itself: with `per_service` a model could
-    learn from their other services what follows on the very history that it is tested on.
+    before it VALID, the rest TRAIN; groups of fewer than three events are TRAIN. With `per_service` a model can learn
+    from a person's other services what follows on the very history that it is tested on; with `past_only` TRAIN events
+    are UNUSED that do not stand in the histories of all that other services hold out (`gather_histories`).
     time: TRAIN before `valid_from`, VALID before `test_from`, then TEST. A person with an unknown time is UNUSED
     altogether, since nothing shows on which side of the split their events lie.
     person: `person_fraction` of the people with two events or more are held out for VALID and as many for TEST; their
@@ -32,7 +32,7 @@ def assign_roles(dataset: Dataset, split: SplitConfig, seed: int) -> np.ndarray:
     """
     if split.kind == "leave_one_out":
         roles = _leave_one_out(dataset, split.per_service)
-        return _forget_future(dataset.log, roles) if split.past_only else roles
+        return _forget_future(dataset, roles) if split.past_only else roles
     if split.kind == "time":
         return _split_by_time(dataset.log, split)
     return _split_by_person(dataset.log, split.person_fraction, seed)
@@ -52,18 +52,19 @@ def _leave_one_out(dataset: Dataset, per_service: bool) -> np.ndarray:
     return roles
 
 
-def _forget_future(log: EventLog, roles: np.ndarray) -> np.ndarray:
-    """The roles with UNUSED for the TRAIN events that are not before all held-out ones of their person."""
+def _forget_future(dataset: Dataset, roles: np.ndarray) -> np.ndarray:
+    """The roles with UNUSED for TRAIN events that stand not before all that their person's other services hold out."""
+    log, n_services = dataset.log, dataset.catalogue.n_services
+    never = np.iinfo(np.int64).max
+    first_PZ = np.full((log.n_people, n_services), never)
     held_out = np.flatnonzero(roles != TRAIN)
-    person, first = np.unique(log.person[held_out], return_index=True)
-    first_row = np.full(log.n_people, log.n_events)
-    first_row[person] = held_out[first]
-    of_event = first_row[log.person]
-    is_held_out = of_event < log.n_events
-    time = np.where(is_held_out, log.time[np.minimum(of_event, log.n_events - 1)], UNKNOWN_TIME)
-    tied = (log.time == time) & (time != UNKNOWN_TIME)
-    later = np.arange(log.n_events) >= of_event
-    return np.where((roles == TRAIN) & is_held_out & (tied | later), UNUSED, roles).astype(np.int8)
+    np.minimum.at(first_PZ, (log.person[held_out], dataset.event_service[held_out]), log.time[held_out])
+    earliest_P2 = np.sort(np.column_stack([first_PZ, np.full(log.n_people, never)]), axis=1)[:, :2]
+    own = first_PZ[log.person, dataset.event_service]
+    # Of the others': the earliest of all, or, where that is the own service's, the next.
+    of_others = np.where(own == earliest_P2[log.person, 0], earliest_P2[log.person, 1], earliest_P2[log.person, 0])
+    is_past = (of_others == never) | ((log.time != UNKNOWN_TIME) & (log.time < of_others))
+    return np.where((roles == TRAIN) & ~is_past, UNUSED, roles).astype(np.int8)
 
 
 def _split_by_time(log: EventLog, split: SplitConfig) -> np.ndarray:

@@ -51,18 +51,20 @@ def rows_of(dataset, p):
 
 
 @settings(max_examples=60, deadline=None)
-@given(datasets(), st.booleans())
-def test_past_only_learns_from_nothing_at_or_after_the_first_held_out_event(dataset, per_service):
-    whole = splits.assign_roles(dataset, SplitConfig(per_service=per_service), 0)
-    roles = splits.assign_roles(dataset, SplitConfig(per_service=per_service, past_only=True), 0)
-    for p in range(dataset.log.n_people):
-        rows = list(rows_of(dataset, p))
-        first = next((row for row in rows if whole[row] in (splits.VALID, splits.TEST)), None)
-        for row in rows:
-            time = dataset.log.time[row]
-            after = first is not None and (row >= first or (time == dataset.log.time[first] and time != UNKNOWN_TIME))
-            expected = splits.UNUSED if after and whole[row] == splits.TRAIN else whole[row]
-            assert roles[row] == expected
+@given(datasets())
+def test_past_only_learns_from_what_all_that_is_held_out_may_see(dataset):
+    whole = splits.assign_roles(dataset, SplitConfig(per_service=True), 0)
+    roles = splits.assign_roles(dataset, SplitConfig(per_service=True, past_only=True), 0)
+    held_out = np.flatnonzero((whole == splits.VALID) | (whole == splits.TEST))
+    offsets, rows = splits.gather_histories(dataset, held_out, True)
+    seen = {row: set(rows[lo:hi]) for row, lo, hi in zip(held_out, offsets[:-1], offsets[1:], strict=True)}
+    for row in range(dataset.log.n_events):
+        if whole[row] != splits.TRAIN:
+            assert roles[row] == whole[row]
+            continue
+        others = [at for at in held_out if dataset.log.person[at] == dataset.log.person[row]]
+        others = [at for at in others if dataset.event_service[at] != dataset.event_service[row]]
+        assert roles[row] == (splits.TRAIN if all(row in seen[at] for at in others) else splits.UNUSED)
 
 
 @settings(max_examples=60, deadline=None)
