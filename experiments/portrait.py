@@ -3,8 +3,8 @@
 python -m experiments.portrait --workdir=runs/demo [--person=NAME] [--time=2024-05-01T09:00,2024-05-04T20:00]
     [--context=holiday=eve] [--vary=weather] [--top_k=5] [--json]
 
-Without `--time` the requests are on the Monday morning and on the Saturday evening after the last event; what
-`--context` does not name is as at that event.
+Without `--time` the requests are on the Saturday evening and on the Monday morning after the last event; what
+`--context` does not name is as at that event. The context is varied in the first request.
 """
 
 import sys

@@ -74,7 +74,7 @@ def portray(
     """The portrait of a person.
 
     Args:
-      times: of the requests, unix seconds; none: a Monday's morning and a Saturday's evening after the last event.
+      times: of the requests, unix seconds; none: a Saturday's evening and a Monday's morning after the last event.
       context: of all requests; what is not named is as at the last event. feature: of the context, whose first
         `N_VALUES` values are tried; the empty string varies nothing.
 
@@ -114,7 +114,7 @@ def make_requests(trained: Trained, person: str, times: list[int], context: Mapp
     if not times:
         if time == UNKNOWN_TIME:
             raise InputError(f"--time: is needed, as the last event of {person!r} has none")
-        times = [next_time(time, 0, 8), next_time(time, 5, 20)]
+        times = [next_time(time, 5, 20), next_time(time, 0, 8)]
     known = zip(dataset.context.items(), dataset.log.context[last], strict=True)
     before = {name: values[code - 1] for (name, values), code in known if 0 < code <= len(values)}
     return [Request(when, {**before, **context}) for when in times]

@@ -81,11 +81,11 @@ def test_lists_are_those_that_are_asked_for_in_each_context(trained):
     assert {wish.text for wish in found.wishes} == listed
 
 
-def test_requests_are_a_monday_morning_and_a_saturday_evening_after_the_last_event(trained):
+def test_requests_are_a_saturday_evening_and_a_monday_morning_after_the_last_event(trained):
     dataset = trained.data.dataset
     found = portray(trained, str(dataset.people[0]), [], {}, "weather", 1)
     last = dataset.log.time[dataset.log.offsets[1] - 1]
-    for text, weekday, hour in zip(found.requests, (0, 5), (8, 20), strict=True):
+    for text, weekday, hour in zip(found.requests, (5, 0), (20, 8), strict=True):
         when = datetime.datetime.strptime(text + "+0000", "%a %Y-%m-%d %H:%M%z")
         assert (when.weekday(), when.hour) == (weekday, hour)
         assert 0 < when.timestamp() - last <= 7 * 86400
