@@ -14,7 +14,7 @@ from moerec.config import BASELINES, Config, PersonalConfig
 def get_config() -> Config:
     """The configuration of this file."""
     base = city_moe.get_config()
-    # Fewer steps than the study's, which close 82 % of the gap: the whole demo is to end in minutes.
+    # Fewer steps than the study's: the whole demo is to end in minutes.
     train = dataclasses.replace(base.train, steps=300, eval_every=150, save_every=150)
     model = dataclasses.replace(base.model, personal=PersonalConfig(layers=(1,)))
     return dataclasses.replace(base, name="demo", model=model, train=train, baselines=BASELINES)

@@ -1,4 +1,4 @@
-"""One person's profile in words: its aspects, what matters to two requests, and how the list hangs on the context."""
+"""One person's profile in words: how much of which aspect, what matters to two requests, what the context changes."""
 
 import datetime
 from collections.abc import Mapping
@@ -28,14 +28,15 @@ N_VALUES = 6  # of a feature of the context that is varied
 class Aspect(NamedTuple):
     """Attributes:
     number: from 0. evidence: events' worth that its slots hold at the first request. half_lives: hours, of its slots.
-    holds: attributes whose items write most into it, as a multiple of what they write on the average.
+    stands_for: attributes whose items write most into it, as a multiple of what they write on the average; it is the
+      model's, and the same for everybody.
     relevance: to each request, of all its slots.
     """
 
     number: int
     evidence: float
     half_lives: list[float]
-    holds: dict[str, float]
+    stands_for: dict[str, float]
     relevance: list[float]
 
 
@@ -75,15 +76,16 @@ def portray(
 
     Args:
       times: of the requests, unix seconds; none: a Saturday's evening and a Monday's morning after the last event.
-      context: of all requests; what is not named is as at the last event. feature: of the context, whose first
-        `N_VALUES` values are tried; the empty string varies nothing.
+      context: of all requests; what is not named is as at the last event before the first of them.
+      feature: of the context, whose own value and then others, `N_VALUES` in all, are tried; the empty string varies
+        nothing.
 
     Raises:
       InputError: the run keeps no aspects, or has no such feature; or as `recommend`.
     """
     dataset, model = trained.data.dataset, trained.model
     if not isinstance(model.profile, MemoryParams):
-        raise InputError("--workdir: this run keeps no profile of aspects (model.personal.memory of ema or delta)")
+        raise InputError("--workdir: this run keeps no profile of aspects; train it with model.personal.layers")
     if feature and feature not in dataset.context:
         raise InputError(f"--vary: {feature!r} is none of {', '.join(dataset.context) or 'no features'}")
     asked = make_requests(trained, person, times, context)
@@ -109,7 +111,7 @@ def portray(
 def make_requests(trained: Trained, person: str, times: list[int], context: Mapping[str, str]) -> list[Request]:
     """The requests of `portray`."""
     dataset = trained.data.dataset
-    last = find_history(trained, person, Request())[-1]
+    last = find_history(trained, person, Request(times[0] if times else None))[-1]
     time = int(dataset.log.time[last])
     if not times:
         if time == UNKNOWN_TIME:
@@ -137,8 +139,8 @@ def _list_aspects(trained: Trained, rows: np.ndarray, request: Request, relevanc
     evidence_AS = np.asarray(evidence(model.profile, state, at)).reshape(shape)
     half_life_AS = np.log(2) / np.asarray(decay_rates(model.profile)).reshape(shape)
     relevance_QA = relevance_QM[:, :-1].reshape(-1, *shape).sum(axis=2)
-    holds = name_aspects(trained.data.dataset.catalogue, model, trained.table)
-    columns = (evidence_AS.sum(axis=1).tolist(), half_life_AS.tolist(), holds, relevance_QA.T.tolist())
+    meanings = name_aspects(trained.data.dataset.catalogue, model, trained.table)
+    columns = (evidence_AS.sum(axis=1).tolist(), half_life_AS.tolist(), meanings, relevance_QA.T.tolist())
     return [Aspect(number, *values) for number, values in enumerate(zip(*columns, strict=True))]
 
 
@@ -188,7 +190,9 @@ def _vary(trained: Trained, person: str, request: Request, feature: str, top_k: 
     catalogue = trained.data.dataset.catalogue
     rank: dict[str, dict[int, int]] = {}
     log_p: dict[str, dict[int, float]] = {}
-    for value in trained.data.dataset.context[feature][:N_VALUES] if feature else ("",):
+    values = trained.data.dataset.context[feature] if feature else ("",)
+    now = [value for value in values if value == request.context.get(feature)]
+    for value in [*now, *(value for value in values if value not in now)][:N_VALUES]:
         varied = request._replace(context={**request.context, feature: value}) if feature else request
         answer = recommend(trained, person, varied, catalogue.n_items)
         rank[value] = {int(item): place for place, item in enumerate(answer.item, 1)}
@@ -231,12 +235,12 @@ def render_portrait(portrait: Portrait) -> str:
         f"{portrait.person}: {fields}; {sum(portrait.n_events.values())} events ({services})",
         "requests: " + "; ".join(portrait.requests) + f" UTC; {context}",
         "",
-        f"aspect  evidence  {'half-lives':{width}s}  relevance to {'  '.join(heads)}   holds",
+        f"aspect  evidence  {'half-lives':{width}s}  relevance to {'  '.join(heads)}   stands for",
     ]
     for aspect, lived in zip(portrait.aspects, lives, strict=True):
         told = "  ".join(f"{r:{len(head)}.2f}" for r, head in zip(aspect.relevance, heads, strict=True))
-        holds = ", ".join(f"{token} x{lift:.1f}" for token, lift in aspect.holds.items())
-        lines.append(f"{aspect.number:6d}  {aspect.evidence:8.1f}  {lived:{width}s}               {told}   {holds}")
+        meaning = ", ".join(f"{token} x{lift:.1f}" for token, lift in aspect.stands_for.items())
+        lines.append(f"{aspect.number:6d}  {aspect.evidence:8.1f}  {lived:{width}s}               {told}   {meaning}")
     told = "  ".join(f"{r:{len(head)}.2f}" for r, head in zip(portrait.field_relevance, heads, strict=True))
     lines += [f"{'fields':{width + 33}s}{told}", ""]
     values = list(portrait.wishes[0].rank) if portrait.wishes else []

@@ -13,7 +13,6 @@ from moerec.compare import METRIC, Difference, format_rows, read_run
 from moerec.data.dataset import Dataset, find_travellers
 from moerec.errors import InputError
 from moerec.metrics import RankCounts, per_target_metrics
-from moerec.report.table import config_name
 from moerec.significance import bootstrap_intervals, paired_test
 from moerec.writer import replacing
 
@@ -75,7 +74,7 @@ def read_ranks(folder: Path) -> TargetRanks:
 
 class TargetComparison(NamedTuple):
     """Attributes:
-    names: of the two configurations. rows: the union first, then each service ranked among its own items, and those of
+    names: of the two directories. rows: the union first, then each service ranked among its own items, and those of
       its targets whose people use several services. n: targets of each row.
     """
 
@@ -111,8 +110,7 @@ def compare_targets(first: Path, second: Path) -> TargetComparison:
     for title, part, chosen in parts:
         own, other = values[part]
         rows.append(_compare(title, own[chosen], other[chosen], person[chosen]))
-    names = config_name(runs[0]), config_name(runs[1])
-    return TargetComparison(names, rows, [int(chosen.sum()) for _, _, chosen in parts])
+    return TargetComparison((first.name, second.name), rows, [int(chosen.sum()) for _, _, chosen in parts])
 
 
 def _compare(title: str, first: np.ndarray, second: np.ndarray, person: np.ndarray) -> Difference:

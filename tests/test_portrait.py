@@ -94,6 +94,19 @@ def test_requests_are_a_saturday_evening_and_a_monday_morning_after_the_last_eve
     assert next_time(monday_8 - 1, 0, 8) == monday_8
 
 
+def test_a_request_in_the_past_has_the_context_of_the_event_before_it(trained):
+    dataset = trained.data.dataset
+    rows = np.arange(*dataset.log.offsets[4:6])
+    before = rows[np.flatnonzero(np.diff(dataset.log.time[rows]) > 60)[0]]
+    found = portray(trained, str(dataset.people[4]), [int(dataset.log.time[before]) + 30], {}, "weather", 1)
+    told = {
+        name: values[code - 1]
+        for (name, values), code in zip(dataset.context.items(), dataset.log.context[before], strict=True)
+    }
+    assert found.context == told
+    assert next(iter(found.wishes[0].rank)) == told["weather"]  # the value in force comes first
+
+
 def test_an_aspect_is_named_by_what_writes_more_into_it_than_into_others(trained, monkeypatch):
     attributes = np.array(["kind=tea brand=a", "kind=tea brand=b", "kind=toy brand=a", ""])
     catalogue = Catalogue(("z",), np.array([0, 4]), np.array(["1", "2", "3", "x4"]), np.array([""] * 4), attributes)
