@@ -4,7 +4,7 @@ python -m experiments.portrait --workdir=runs/demo [--person=NAME] [--time=2024-
     [--context=holiday=eve] [--vary=weather] [--top_k=5] [--json]
 
 Without `--time` the requests are on the Saturday evening and on the Monday morning after the last event; what
-`--context` does not name is as at that event. The context is varied in the first request.
+`--context` does not name is as at the last event before the first request, in which the context is varied.
 """
 
 import sys
