@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moerec.config import PersonalConfig
 from moerec.data.city import names
 from moerec.data.city.choice import softmax
 from moerec.data.city.world import World
@@ -64,7 +65,7 @@ def describe_aspects(
     writes_AW = np.zeros((personal.n_aspects, len(names.ASPECTS)))
     np.add.at(writes_AW.T, aspect_of_items(world, dataset), written_IA)
     writes_AW /= writes_AW.sum(axis=1, keepdims=True)
-    relevance_QA = relevance_QM[:, :-1].reshape(len(rows), personal.n_aspects, personal.n_scales).sum(axis=2)
+    relevance_QA = relevance_of_aspects(relevance_QM, personal)
     relevance_QA = relevance_QA / np.maximum(relevance_QA.sum(axis=1, keepdims=True), 1e-30)
     truth_QW = aspects_of_needs(world)[world.truth.need[rows]]
     value_QA = truth_QW @ writes_AW.T
@@ -80,6 +81,11 @@ def describe_aspects(
         "names": list(names.ASPECTS),
         "writes": writes_AW.tolist(),
     }
+
+
+def relevance_of_aspects(relevance_QM: np.ndarray, personal: PersonalConfig) -> np.ndarray:
+    """`[Q, A]`, the sums over the time scales of each aspect; without that of the static fields, the last slot."""
+    return relevance_QM[:, :-1].reshape(len(relevance_QM), personal.n_aspects, personal.n_scales).sum(axis=2)
 
 
 def written_by_items(model: SequenceModel, table: ItemTable) -> np.ndarray:

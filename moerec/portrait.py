@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moerec.aspects import written_by_items
+from moerec.aspects import relevance_of_aspects, written_by_items
 from moerec.data.dataset import UNKNOWN_TIME, Catalogue
 from moerec.data.packing import device_time
 from moerec.errors import InputError
@@ -138,7 +138,7 @@ def _list_aspects(trained: Trained, rows: np.ndarray, request: Request, relevanc
     shape = (personal.n_aspects, personal.n_scales)
     evidence_AS = np.asarray(evidence(model.profile, state, at)).reshape(shape)
     half_life_AS = np.log(2) / np.asarray(decay_rates(model.profile)).reshape(shape)
-    relevance_QA = relevance_QM[:, :-1].reshape(-1, *shape).sum(axis=2)
+    relevance_QA = relevance_of_aspects(relevance_QM, personal)
     meanings = name_aspects(trained.data.dataset.catalogue, model, trained.table)
     columns = (evidence_AS.sum(axis=1).tolist(), half_life_AS.tolist(), meanings, relevance_QA.T.tolist())
     return [Aspect(number, *values) for number, values in enumerate(zip(*columns, strict=True))]
@@ -229,6 +229,7 @@ def render_portrait(portrait: Portrait) -> str:
     fields = ", ".join(f"{name} {value}" for name, value in portrait.fields.items()) or "no fields"
     context = ", ".join(f"{name}={value}" for name, value in portrait.context.items()) or "context not known"
     heads = [when[:3] + when[-6:] for when in portrait.requests]
+    heads = heads if len(set(heads)) == len(heads) else portrait.requests  # on the same days of two weeks
     lives = [", ".join(map(_say_hours, aspect.half_lives)) for aspect in portrait.aspects]
     width = max(14, *map(len, lives))
     lines = [
@@ -249,7 +250,7 @@ def render_portrait(portrait: Portrait) -> str:
     lines.append("".join(f"{value:>14s}" for value in values))
     for wish in portrait.wishes:
         cells = "".join(f"{wish.rank[value]:6d} {wish.p[value]:7.4f}" for value in values)
-        lines.append(f"{cells}  {wish.service:<12s} {wish.text or wish.id}")
+        lines.append(f"{cells}  {wish.service:<12s} {wish.id:<10s} {wish.text}".rstrip())
     return "\n".join(lines)
 
 

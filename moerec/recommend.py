@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moerec.aspects import relevance_of_aspects
 from moerec.checkpoint import Checkpoints
 from moerec.config import Config
 from moerec.config.stored import read_config
@@ -22,6 +23,7 @@ from moerec.data.zones import find_zones
 from moerec.errors import InputError
 from moerec.evaluate import catalogue_vectors, score_output
 from moerec.nn.model import SequenceModel
+from moerec.nn.personalization import MemoryParams
 from moerec.shapes import NO_TIME, Batch, ItemTable
 from moerec.sharding import make_mesh, param_shardings, replicated
 from moerec.state import evaluated_model, init_state
@@ -242,6 +244,15 @@ def read_request(context: list[str], time: str, service: str) -> Request:
     return Request(parse_date(time, "--time") if time else None, features, service)
 
 
+def _name_relevance(trained: Trained, relevance_M: np.ndarray) -> dict[str, float]:
+    """By aspects, as a portrait numbers them; by slots where a memory has no aspects."""
+    *of_slots, of_fields = relevance_M.tolist()
+    kind, parts = "slot", of_slots
+    if isinstance(trained.model.profile, MemoryParams):
+        kind, parts = "aspect", relevance_of_aspects(relevance_M[None], trained.config.model.personal)[0].tolist()
+    return {**{f"{kind} {k}": x for k, x in enumerate(parts)}, "fields": of_fields}
+
+
 def describe_answer(trained: Trained, answer: Answer) -> dict[str, Any]:
     """The answer by names, and as `lines` of text."""
     catalogue = trained.data.dataset.catalogue
@@ -263,6 +274,8 @@ def describe_answer(trained: Trained, answer: Answer) -> dict[str, Any]:
         found["weight"] = dict(zip(names, answer.weight.tolist(), strict=True))
         lines.append("weights of the answers: " + ", ".join(f"{name} {w:.2f}" for name, w in found["weight"].items()))
     if answer.relevance is not None:
-        found["relevance"] = answer.relevance.tolist()
-        lines.append("relevance of the profile's slots: " + " ".join(f"{x:.2f}" for x in answer.relevance))
+        found["relevance"] = _name_relevance(trained, answer.relevance)
+        lines.append(
+            "relevance of the profile: " + ", ".join(f"{name} {x:.2f}" for name, x in found["relevance"].items())
+        )
     return {**found, "lines": lines}

@@ -107,6 +107,19 @@ def test_a_request_in_the_past_has_the_context_of_the_event_before_it(trained):
     assert next(iter(found.wishes[0].rank)) == told["weather"]  # the value in force comes first
 
 
+def test_columns_of_requests_are_told_apart(trained):
+    name, monday_8 = (
+        str(trained.data.dataset.people[1]),
+        int(datetime.datetime(2025, 1, 6, 8, tzinfo=datetime.UTC).timestamp()),
+    )
+    for second, heads in ((86400, "Mon 08:00  Tue 08:00"), (7 * 86400, "Mon 2025-01-06 08:00  Mon 2025-01-13 08:00")):
+        found = portray(trained, name, [monday_8, monday_8 + second], {}, "weather", 1)
+        head, *rows = render_portrait(found).splitlines()[3 : 3 + 1 + N_ASPECTS + 1]
+        assert f"relevance to {heads} " in head
+        right = [head.index(heads) + len(part) for part in (heads.split("  ")[0], heads)]
+        assert all(row[end - 3 : end - 2] == "." for row in rows for end in right)
+
+
 def test_an_aspect_is_named_by_what_writes_more_into_it_than_into_others(trained, monkeypatch):
     attributes = np.array(["kind=tea brand=a", "kind=tea brand=b", "kind=toy brand=a", ""])
     catalogue = Catalogue(("z",), np.array([0, 4]), np.array(["1", "2", "3", "x4"]), np.array([""] * 4), attributes)

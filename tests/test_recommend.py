@@ -143,6 +143,9 @@ def test_an_answer_in_words(trained):
     assert len(found["lines"]) == 7
     assert set(found["weight"]) == {"catalogue", "own history", *(f"own {z}" for z in found["domain"])}
     assert found["items"][0]["text"] in found["lines"][1]
+    slots = answer.relevance.tolist()  # two aspects of two scales, and the fields
+    by_aspect = {"aspect 0": slots[0] + slots[1], "aspect 1": slots[2] + slots[3], "fields": slots[4]}
+    assert found["relevance"] == pytest.approx(by_aspect)
     assert json.loads(json.dumps(to_plain(found)))["domain"].keys() == set(trained.data.dataset.catalogue.services)
 
 
