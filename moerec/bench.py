@@ -5,6 +5,7 @@ import dataclasses
 import resource
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moerec.evaluate import rank_batch, rank_targets
 from moerec.nn.model import SequenceModel, count_active_params
 from moerec.nn.personalization import Event, Request
 from moerec.nn.personalization.profile import make_personalizer
+from moerec.nn.personalization.recurrence import Writes, chunked_before, scan_before
 from moerec.results import make_test_set
 from moerec.shapes import Batch
 from moerec.sharding import mesh_of
@@ -110,10 +112,10 @@ def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], rep
     person, who has more events than fit. The arms (`HISTORIES`) take turns.
 
     Raises:
-      InputError: the model has no personal layer or no window, or the data are not the built-in world's.
+      InputError: the model has no profile or no window, or the data are not the built-in world's.
     """
-    if not config.model.personal.layers or not config.model.window or config.data.source != "city":
-        raise InputError("config: a model with personal layers and a window, on the built-in world, is needed")
+    if not config.model.personal.n_slots or not config.model.window or config.data.source != "city":
+        raise InputError("config: a model with a profile and a window, on the built-in world, is needed")
     rows = []
     for length in lengths:
         n_rows = max(config.data.seq_len * config.train.batch_size // length, 1)
@@ -130,20 +132,64 @@ def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], rep
             with contextlib.closing(iter(setup.stream)) as stream:
                 steps[name] = _Steps(setup, next(stream))
             held[name] = steps[name].temporary_bytes()
-        times = time_in_turns(steps, repeats)
-        first = next(iter(steps))
-        rows += [
-            {
-                "n_slots": length,
-                "arm": name,
-                "step_ms": times[name],
-                "temporary_mb": held[name] / 1e6,
-                "ratio": times[name] / times[first],
-                "memory_ratio": held[name] / held[first],
-            }
-            for name in steps
-        ]
+        rows += _list_arms(length, time_in_turns(steps, repeats), held)
     return rows
+
+
+def _list_arms(length: int, times: dict[str, float], held: dict[str, int]) -> list[dict[str, Any]]:
+    """Args: milliseconds, and bytes of temporaries, by arm."""
+    first = next(iter(times))
+    return [
+        {
+            "n_slots": length,
+            "arm": name,
+            "step_ms": times[name],
+            "temporary_mb": held[name] / 1e6,
+            "ratio": times[name] / times[first],
+            "memory_ratio": held[name] / held[first],
+        }
+        for name in times
+    ]
+
+
+def measure_recurrences(config: Config, lengths: Sequence[int], repeats: int = 5) -> list[dict[str, Any]]:
+    """Rows as those of `measure_histories`: the recurrence under the memory alone, all its states and their gradients.
+
+    The associative scan against chunks of several sizes, over batches of as many slots as in `measure_histories`.
+    """
+    forms = {"associative scan": scan_before}
+    for chunk in sorted({16, 64, config.model.personal.chunk}):
+        forms[f"chunks of {chunk}"] = partial(chunked_before, chunk=chunk)
+    rows = []
+    for length in lengths:
+        operands = _draw_writes(config, max(config.data.seq_len * config.train.batch_size // length, 1), length)
+        compiled = {name: _slopes_of(form).lower(*operands).compile() for name, form in forms.items()}
+        calls = {name: partial(program, *operands) for name, program in compiled.items()}
+        held = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
+        rows += _list_arms(length, time_in_turns(calls, repeats), held)
+    return rows
+
+
+def _slopes_of(form: Callable[[Writes], jax.Array]) -> Any:
+    """Gradients of what `_draw_writes` returns, but for the times and starts."""
+
+    def total(log_keep_BTM, gain_BTM, value_BTP, rate_M, elapsed_BT, first_BT):
+        def of_row(elapsed_T, log_keep_TM, gain_TM, value_TP, first_T):
+            return jnp.sum(jnp.square(form(Writes(elapsed_T, rate_M, log_keep_TM, gain_TM, value_TP, first_T))))
+
+        return jnp.sum(jax.vmap(of_row)(elapsed_BT, log_keep_BTM, gain_BTM, value_BTP, first_BT))
+
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))
+
+
+def _draw_writes(config: Config, n_rows: int, length: int) -> tuple[jax.Array, ...]:
+    personal, rng = config.model.personal, np.random.default_rng(0)
+    m, shape = personal.n_slots - 1, (n_rows, length)
+    floats = (-rng.random((*shape, m)), rng.random((*shape, m)), rng.standard_normal((*shape, personal.d_memory)))
+    elapsed = np.cumsum(rng.integers(0, 100_000, shape), axis=1).astype(np.uint32)
+    first = np.broadcast_to(np.arange(length) == 0, shape)
+    rate = np.geomspace(1e-4, 1, m)
+    return *(jnp.asarray(x, jnp.float32) for x in (*floats, rate)), jnp.asarray(elapsed), jnp.asarray(first)
 
 
 def measure_profiles(model: SequenceModel, n_people: int = 4096, repeats: int = 9) -> dict[str, float]:

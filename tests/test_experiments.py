@@ -131,16 +131,19 @@ def test_bench_history_measures_every_arm_at_each_length(call):
     personal = ("--config.model.personal.layers=(1,)", "--config.model.window=8")
     done = call("bench_history", "--slots=32", "--json", *personal)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows, recurrences = found["rows"], found["recurrence"]
     arms = ["all weights at once", "in blocks", "window", "window and profile"]
     assert [(row["n_slots"], row["arm"]) for row in rows] == [(32, arm) for arm in arms]
     assert all(row["step_ms"] > 0 and row["temporary_mb"] > 0 for row in rows)
     assert (rows[0]["ratio"], rows[0]["memory_ratio"]) == (1, 1)
+    assert [row["arm"] for row in recurrences] == ["associative scan", "chunks of 16", "chunks of 64"]
+    assert all(row["step_ms"] > 0 and row["temporary_mb"] > 0 for row in recurrences)
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
-    [(("--slots=16",), "config: a model with personal layers and a window"), (("--slots=long",), "--slots: 'long'")],
+    [(("--slots=16",), "config: a model with a profile and a window"), (("--slots=long",), "--slots: 'long'")],
     ids=("no window", "word"),
 )
 def test_bench_history_refuses_what_it_cannot_measure(call, arguments, line):
