@@ -1,10 +1,11 @@
 """Lists what a person most probably wants next, by the best parameters of a run.
 
 python -m experiments.recommend --workdir=runs/demo --person=NAME [--context=weather=rain,holiday=yes]
-    [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--json]
+    [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--profiles=DIR] [--json]
 
 Without `--time` and `--context` they are not known; `--time` is UTC. `p` is the probability that the item is what the
-person takes next, of all items of all services, if that is what the model was trained for (`loss.scope=union`).
+person takes next, of all items of all services, if that is what the model was trained for (`loss.scope=union`). With
+`--profiles`, a store that `experiments.observe` filled, the person's whole past counts, and not only what a row holds.
 """
 
 import sys
@@ -15,13 +16,19 @@ from moerec import cli
 
 def main(_, flags):
     """Prints the list, and what the analyser and the profile router say of the request."""
+    from moerec.profiles import open_profiles, read_profile
     from moerec.recommend import describe_answer, list_unseen, load_run, read_request, recommend
 
     request = read_request(flags.context, flags.time, flags.service)
     trained = load_run(Path(flags.workdir))
     for note in list_unseen(trained, request.context):
         print(note, file=sys.stderr)
-    answer = recommend(trained, flags.person or str(trained.data.dataset.people[0]), request, flags.top_k)
+    person = flags.person or str(trained.data.dataset.people[0])
+    profile = None
+    if flags.profiles:
+        store = open_profiles(Path(flags.profiles), trained.model)
+        profile = read_profile(store, trained.model, trained.data.dataset, person)
+    answer = recommend(trained, person, request, flags.top_k, profile)
     found = describe_answer(trained, answer)
     for line in found["lines"]:
         print(line)
@@ -33,6 +40,7 @@ FLAGS = {
     "context": ((), "features of the request, as name=value,name=value; may be given several times"),
     "time": ("", "when it is wanted: an ISO date and time, UTC; later events are no history"),
     "service": ("", "a service, for a list of its items alone"),
+    "profiles": ("", "a store of profiles, made by experiments.observe"),
     "top_k": (10, "items of the list"),
 }
 

@@ -13,9 +13,9 @@ from moerec.data.dataset import UNKNOWN_TIME, Catalogue
 from moerec.data.packing import device_time
 from moerec.errors import InputError
 from moerec.nn.model import SequenceModel
-from moerec.nn.personalization import Event, MemoryParams, UserState
+from moerec.nn.personalization import MemoryParams, UserState
 from moerec.nn.personalization.memory import decay_rates, evidence
-from moerec.nn.personalization.profile import make_personalizer
+from moerec.profiles import observe_events, start_profile
 from moerec.recommend import Request, Trained, find_history, recommend
 from moerec.shapes import ItemTable
 
@@ -145,22 +145,12 @@ def _list_aspects(trained: Trained, rows: np.ndarray, request: Request, relevanc
 
 
 def observe_history(trained: Trained, rows: np.ndarray) -> UserState:
-    """The person's state after these rows of the log, event by event, as a service would keep it."""
+    """The person's state after these rows of the log."""
+    rows, nobody = rows[-trained.config.data.history_len :], start_profile(trained.model)
+    start = jax.tree.map(lambda leaf: leaf[None], nobody)
     log = trained.data.dataset.log
-    rows = rows[-trained.config.data.history_len :]
-    times = jnp.asarray(device_time(log.time[rows]))
-    return _observe(trained.model, jnp.asarray(log.item[rows]), jnp.asarray(log.action[rows]), times, trained.table)
-
-
-@jax.jit
-def _observe(model: SequenceModel, item_T: jax.Array, action_T: jax.Array, time_T: jax.Array, table: ItemTable):
-    personalizer = make_personalizer(model.config, model.field_sizes)
-    x_TD = model.event_vectors(item_T, action_T, table)
-
-    def step(state, event):
-        return personalizer.observe(model.profile, state, Event(*event)), None
-
-    return jax.lax.scan(step, personalizer.init_user(), (x_TD, time_T))[0]
+    states = observe_events(trained.model, trained.table, log, start, rows[:1], np.array([len(rows)]))
+    return jax.tree.map(lambda leaf: leaf[0], states)
 
 
 def name_aspects(catalogue: Catalogue, model: SequenceModel, table: ItemTable) -> list[dict[str, float]]:

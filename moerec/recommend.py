@@ -23,7 +23,8 @@ from moerec.data.zones import find_zones
 from moerec.errors import InputError
 from moerec.evaluate import catalogue_vectors, score_output
 from moerec.nn.model import SequenceModel
-from moerec.nn.personalization import MemoryParams
+from moerec.nn.personalization import MemoryParams, UserState
+from moerec.profiles import observe_events
 from moerec.shapes import NO_TIME, Batch, ItemTable
 from moerec.sharding import make_mesh, param_shardings, replicated
 from moerec.state import evaluated_model, init_state
@@ -96,13 +97,15 @@ def load_run(workdir: Path) -> Trained:
     return Trained(config, data, evaluated_model(state), jax.device_put(data.item_table, replicated(mesh)), known)
 
 
-def recommend(trained: Trained, person: str, request: Request, n: int) -> Answer:
+def recommend(trained: Trained, person: str, request: Request, n: int, profile: UserState | None = None) -> Answer:
     """The `n` items that a person most probably wants next, after all of their events before the request.
 
-    Items that they had by then are no candidates where the configuration says so (`eval.mask_seen`).
+    Items that they had by then are no candidates where the configuration says so (`eval.mask_seen`). Of the events the
+    model is given the last `data.history_len`; with a `profile`, those that it has not seen, and it beside them.
 
     Raises:
-      InputError: `n` below 1; nobody is called so, or has events before; an unknown feature or service; no such time.
+      InputError: `n` below 1; nobody is called so, or has events before; an unknown feature or service; no such time;
+        the profile has seen all events before the request.
     """
     config, dataset = trained.config, trained.data.dataset
     if n < 1:
@@ -115,17 +118,37 @@ def recommend(trained: Trained, person: str, request: Request, n: int) -> Answer
         allowed = dataset.catalogue.service == dataset.catalogue.services.index(request.service)
     if config.eval.mask_seen:
         allowed[dataset.log.item[rows]] = False
-    score_I, found = _score(trained.model, *_make_batch(trained, rows, request), trained.table)
+    n_before = 0
+    if profile is not None:
+        rows, profile = _continue_profile(trained, rows, profile)
+        # As in a row with the whole past, or where that is longer than a row, in one with the last of it.
+        n_before = min(int(profile.n_events[0]), config.data.history_len - len(rows))
+    score_I, found = _score(trained.model, *_make_batch(trained, rows, request, n_before), trained.table, profile)
     log_p_I = np.asarray(jax.nn.log_softmax(score_I), np.float64)
     best = np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
     return Answer(best, log_p_I[best], *(None if x is None else np.asarray(x) for x in found))
 
 
+def _continue_profile(trained: Trained, rows: np.ndarray, profile: UserState) -> tuple[np.ndarray, UserState]:
+    """The rows that the model is given, and the profile before them, `[1, ...]`."""
+    rest, start = rows[int(profile.n_events) :], jax.tree.map(lambda leaf: leaf[None], profile)
+    if not len(rest):
+        raise InputError(
+            "--profiles: the profile has seen all events before the request; "
+            "experiments.observe leaves some to the request (--recent)"
+        )
+    n_old = max(len(rest) - trained.config.data.history_len, 0)  # which a row does not hold
+    if n_old:
+        log = trained.data.dataset.log
+        start = observe_events(trained.model, trained.table, log, start, rest[:1], np.array([n_old]))
+    return rest[n_old:], start
+
+
 @jax.jit
-def _score(model: SequenceModel, batch: Batch, slot: jax.Array, table: ItemTable):
+def _score(model: SequenceModel, batch: Batch, slot: jax.Array, table: ItemTable, start_B: UserState | None = None):
     """Scores `[I]` of all items at a flat slot, and what else the model says there."""
     vectors = catalogue_vectors(model, table)
-    output = model.encode(batch, table, vector_ID=vectors[0])
+    output = model.encode(batch, table, vector_ID=vectors[0], start_B=start_B)
     score_QI = score_output(output, batch, slot[None], vectors)
 
     def pick(x_BTX, is_log):
@@ -158,8 +181,8 @@ def find_history(trained: Trained, person: str, request: Request) -> np.ndarray:
     return rows
 
 
-def _make_batch(trained: Trained, rows: np.ndarray, request: Request) -> tuple[Batch, int]:
-    """The last events of a history in one row, and the slot whose request this is."""
+def _make_batch(trained: Trained, rows: np.ndarray, request: Request, n_before: int = 0) -> tuple[Batch, int]:
+    """The last events of a history in one row, and the slot whose request this is; their places begin at `n_before`."""
     data, dataset = trained.config.data, trained.data.dataset
     rows = rows[-data.history_len :]
     n, last = len(rows), len(rows) - 1
@@ -169,7 +192,7 @@ def _make_batch(trained: Trained, rows: np.ndarray, request: Request) -> tuple[B
         slot=np.arange(n),
         source=rows,
         following=np.append(rows[1:], rows[-1]),
-        position=np.arange(n),
+        position=n_before + np.arange(n),
         segment=np.ones(n, np.int32),
         weight=np.zeros(n, np.float32),
         shape=(1, data.seq_len),

@@ -15,7 +15,7 @@ from moerec.nn.events import ItemEncoder, SlotEncoder
 from moerec.nn.experts import DomainExperts, Request
 from moerec.nn.layers import RMSNorm, declare, dropout
 from moerec.nn.personalization import Request as ProfileRequest
-from moerec.nn.personalization import Slots
+from moerec.nn.personalization import Slots, UserState
 from moerec.nn.personalization.profile import ProfileRouter, condition_slots, exchange, make_personalizer
 from moerec.shapes import NO_TIME, Batch, ItemTable, Output, Routing
 
@@ -75,13 +75,15 @@ class SequenceModel(nnx.Module):
         key: jax.Array | None = None,
         vector_ID: jax.Array | None = None,
         donor_BT: jax.Array | None = None,
+        start_B: UserState | None = None,
     ) -> Output:
         """States from which the next item is predicted; `key` switches dropout and jitter on.
 
         The targets (`batch.target_BT`, where the weight is not 0) decide only under which domain a slot is counted.
         `vector_ID` of `item_vectors`, where those of the whole catalogue are there already, saves encoding the items of
         the slots; it is used where inputs and answers share their items' vectors. `donor_BT` gives the slots other
-        profiles than their own, see `exchange`.
+        profiles than their own, see `exchange`. `start_B` are the states `[B, ...]` that the past has left in the
+        people whose sequences are the rows' first; None: they are nobody yet.
         """
         config = self.config
         k_input, k_context, k_blocks = None, None, None
@@ -104,7 +106,7 @@ class SequenceModel(nnx.Module):
         if self.blocks is not None:
             x_BTD, _ = advance(self.blocks, x_BTD, trunk)
         if config.personal.layers:
-            read_BTD, relevance_BTM, view = self._read_profile(x_BTD, item_BTD, batch, table, donor_BT)
+            read_BTD, relevance_BTM, view = self._read_profile(x_BTD, item_BTD, batch, table, donor_BT, start_B)
             x_BTD = x_BTD + read_BTD.astype(x_BTD.dtype)
         if self.analyser is not None:
             log_domain_BTZ = self.analyser(x_BTD)
@@ -125,13 +127,19 @@ class SequenceModel(nnx.Module):
         return Output(state_BTD, log_domain_BTZ, routing, relevance_BTM, answers)
 
     def _read_profile(
-        self, x_BTD: jax.Array, item_BTD: jax.Array, batch: Batch, table: ItemTable, donor_BT: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        item_BTD: jax.Array,
+        batch: Batch,
+        table: ItemTable,
+        donor_BT: jax.Array | None,
+        start_B: UserState | None,
     ) -> tuple[jax.Array, jax.Array | None, View]:
         """What is added to the states, the relevance of the memory slots, and what the personal layers see."""
         personal = self.config.personal
         personalizer = make_personalizer(self.config, self.field_sizes)
         event_BTD = item_BTD + self.slot_encoder.of_event(batch.item_BT, batch.action_BT, table)
-        condition = condition_slots(personalizer, self.profile, batch, event_BTD, personal.fields)
+        condition = condition_slots(personalizer, self.profile, batch, event_BTD, personal.fields, start_B)
         if donor_BT is not None:
             no_fields = jnp.zeros(len(self.field_sizes) if personal.fields else 0, jnp.int32)
             nobody = ProfileRequest(jnp.asarray(NO_TIME), no_fields)

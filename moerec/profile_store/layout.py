@@ -41,20 +41,22 @@ class Layout:
 
     Attributes:
       people_per_shard: of one file; people_per_chunk of them, which divides it, are read together.
+      label: what the states are, to whoever made the store.
     """
 
     leaves: tuple[Leaf, ...]
     people_per_shard: int
     people_per_chunk: int
+    label: str = ""
 
     @classmethod
-    def of(cls, template: Any, people_per_shard: int) -> "Layout":
+    def of(cls, template: Any, people_per_shard: int, label: str = "") -> "Layout":
         """Chunks get as near to 4 KiB as they can. Raises InputError for what cannot be stored."""
         if people_per_shard < 1:
             raise InputError(f"people_per_shard is {people_per_shard}; at least 1 is needed")
         leaves = describe(template)
         wanted = max(_CHUNK_BYTES // sum(leaf.n_bytes for leaf in leaves), 1)
-        return cls(leaves, people_per_shard, math.gcd(people_per_shard, 1 << (wanted.bit_length() - 1)))
+        return cls(leaves, people_per_shard, math.gcd(people_per_shard, 1 << (wanted.bit_length() - 1)), label)
 
     @property
     def n_bytes(self) -> int:
@@ -91,7 +93,7 @@ class Layout:
             if version != FORMAT_VERSION:
                 raise InputError(f"{path}: format version {version!r} is unknown; this program knows {FORMAT_VERSION}")
             leaves = tuple(Leaf(**leaf | {"shape": tuple(leaf["shape"])}) for leaf in fields["leaves"])
-            layout = cls(leaves, fields["people_per_shard"], fields["people_per_chunk"])
+            layout = cls(leaves, fields["people_per_shard"], fields["people_per_chunk"], fields.get("label", ""))
             if not layout._is_sound():
                 raise ValueError("a leaf, or the number of people in a shard or chunk, makes no sense")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -107,6 +109,7 @@ class Layout:
             len(self.leaves) > 0
             and all(isinstance(size, int) and size > 0 for size in sizes)
             and all(isinstance(leaf.name, str) and leaf.dtype in DTYPES for leaf in self.leaves)
+            and isinstance(self.label, str)
             and self.people_per_shard % self.people_per_chunk == 0
         )
 

@@ -36,16 +36,19 @@ class ProfileStore:
         self._mutex = threading.Lock()
 
     @classmethod
-    def create(cls, folder: Path | str, template: Any, people_per_shard: int = PEOPLE_PER_SHARD) -> "ProfileStore":
+    def create(
+        cls, folder: Path | str, template: Any, people_per_shard: int = PEOPLE_PER_SHARD, label: str = ""
+    ) -> "ProfileStore":
         """Makes an empty store, and opens it.
 
         folder: must not exist, or be an empty directory.
         template: one person's state; of its leaves only shape and dtype count.
         people_per_shard: rows of one file; each batch flushes every file that it touches.
+        label: what the states are, such as the model that they belong to; `label` gives it back.
         Raises InputError for a template that cannot be stored, and where the folder is taken.
         """
         folder = Path(folder).absolute()
-        layout = Layout.of(template, people_per_shard)
+        layout = Layout.of(template, people_per_shard, label)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder}: exists and is not empty")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +89,11 @@ class ProfileStore:
             store._shards.check(store._people.n_rows)
         return store
 
+    @property
+    def label(self) -> str:
+        """What `create` was told."""
+        return self._layout.label
+
     def __len__(self) -> int:
         """How many people there are."""
         with self._locked():
@@ -122,10 +130,10 @@ class ProfileStore:
         versions[order] = change.records["version"]
         return versions
 
-    def read(self, ids: Sequence[str]) -> tuple[Any, np.ndarray, np.ndarray]:
+    def read(self, ids: Sequence[str], default: Any = None) -> tuple[Any, np.ndarray, np.ndarray]:
         """States of people as one batch left them, a tree of [P, ...]; versions int64 [P]; whether found, bool [P].
 
-        Who is not in the store has zeros and version 0. An id may occur twice.
+        Who is not in the store has the state `default`, or zeros, and version 0. An id may occur twice.
         """
         names = check_ids(ids)
         with self._locked():
@@ -133,7 +141,11 @@ class ProfileStore:
             versions = self._people.versions(rows)
             states = np.zeros((len(rows), self._layout.n_bytes), np.uint8)
             states[rows >= 0] = self._shards.read(rows[rows >= 0])
-        return jax.tree.unflatten(self._treedef, self._layout.unpack(states)), versions, rows >= 0
+        found = jax.tree.unflatten(self._treedef, self._layout.unpack(states))
+        if default is not None:
+            for leaf_P, nothing in zip(jax.tree.leaves(found), jax.tree.leaves(default), strict=True):
+                leaf_P[rows < 0] = nothing
+        return found, versions, rows >= 0
 
     def delete(self, ids: Sequence[str]) -> np.ndarray:
         """Removes people, all or none; returns who was there, bool [P].

@@ -100,6 +100,36 @@ def test_serving_keeps_the_state_that_training_saw(name):
         state = observe(params, state, jax.tree.map(lambda x, t=t: x[t], event))
 
 
+@settings(max_examples=10)
+@given(st.integers(0, 99), st.integers(1, 11), st.sampled_from([*MEMORIES, "null"]))
+def test_a_row_that_goes_on_from_a_state_is_the_rest_of_the_whole_one(seed, cut, name):
+    """Values, and gradients with respect to what came before, of a first person cut anywhere and a second one."""
+    personalizer = {**MEMORIES, "null": null}[name](SIZES, 3)
+    params = () if name == "null" else make_params(name)
+    event, first = draw_row(seed, (12, 3))
+    unroll, observe = jax.jit(personalizer.unroll), jax.jit(personalizer.observe)
+
+    def go_on(x_D):
+        start = personalizer.init_user()
+        for t in range(cut):
+            start = observe(params, start, Event(x_D[t], event.time[t]))
+        rest = jax.tree.map(lambda leaf: leaf[cut:], event._replace(x_D=x_D))
+        is_first = jnp.asarray(first[cut:]).at[0].set(True)  # of the row, whoever goes on in it
+        return unroll(params, rest, is_first, start)
+
+    whole = unroll(params, event, first)
+    for found, expected in zip(go_on(event.x_D), whole, strict=True):
+        np.testing.assert_allclose(found, expected[cut:], atol=2e-5)
+    slopes = [
+        jax.grad(lambda x_D, run=run: jnp.sum(run(x_D).memory_MP ** 2))(event.x_D)
+        for run in (
+            go_on,
+            lambda x: jax.tree.map(lambda leaf: leaf[cut:], unroll(params, event._replace(x_D=x), first)),
+        )
+    ]
+    np.testing.assert_allclose(*slopes, atol=1e-3 * max(np.abs(slopes[1]).max(), 1))
+
+
 def draw_writes(seed: int, lengths, m: int = 3, p: int = 2) -> Writes:
     rng = np.random.default_rng(seed)
     event, first = draw_row(seed, lengths)

@@ -109,8 +109,9 @@ class Personalizer(NamedTuple):
       init_user: `() -> UserState`, of somebody of whom nothing is known.
       observe: `(params, UserState, Event) -> UserState`, O(1).
       condition: `(params, UserState, Request) -> Condition`.
-      unroll: `(params, Event of [T, ...], first_T) -> UserState of [T, ...]`, the states *before* each slot of a packed
-        row, as `observe` would give them one after the other; `first_T` says where a new person starts.
+      unroll: `(params, Event of [T, ...], first_T, start=None) -> UserState of [T, ...]`, the states *before* each slot
+        of a packed row, as `observe` would give them one after the other; `first_T` says where a new person starts. The
+        first of the row has the state `start` before their first slot, or is nobody yet.
       basis: `(params) -> Basis`.
       n_slots: M of `Slots`.
     """
@@ -119,6 +120,6 @@ class Personalizer(NamedTuple):
     init_user: Callable[[], UserState]
     observe: Callable[[Params, UserState, Event], UserState]
     condition: Callable[[Params, UserState, Request], Condition]
-    unroll: Callable[[Params, Event, jax.Array], UserState]
+    unroll: Callable[..., UserState]
     basis: Callable[[Params], Basis]
     n_slots: int

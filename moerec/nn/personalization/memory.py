@@ -14,8 +14,10 @@ from moerec.nn.personalization.recurrence import (
     HOUR,
     Writes,
     accumulate_elapsed,
+    carried_before,
     chunked_before,
     elapsed_since,
+    is_continued,
     last_known,
 )
 from moerec.shapes import NO_TIME
@@ -119,10 +121,10 @@ def null(sizes: Sizes, chunk: int = 64) -> Personalizer:
         nothing_D = jnp.zeros(sizes.d_model)
         return Condition(jnp.zeros((0, 0)), jnp.zeros(0), nothing_D, nothing_D)
 
-    def unroll(params: Any, event: Event, first_T: jax.Array) -> UserState:
+    def unroll(params: Any, event: Event, first_T: jax.Array, start: UserState | None = None) -> UserState:
         t = first_T.shape[0]
         time_T = jnp.full(t, NO_TIME)
-        return UserState(jnp.zeros((t, 0, 0)), time_T, _count_before(first_T))
+        return UserState(jnp.zeros((t, 0, 0)), time_T, _count_before(first_T, start))
 
     def basis(params: Any) -> Basis:
         return Basis(jnp.zeros((0, sizes.d_model)), jnp.zeros((0, sizes.d_model)), jnp.zeros((0, sizes.d_model)))
@@ -240,13 +242,18 @@ def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
         time = jnp.where(event.time == NO_TIME, state.time, event.time)
         return UserState(memory_XP, time, state.n_events + 1)
 
-    def unroll(params: Any, event: Event, first_T: jax.Array) -> UserState:
+    def unroll(params: Any, event: Event, first_T: jax.Array, start: UserState | None = None) -> UserState:
         write_T = jax.vmap(lambda x_D: kind.write(params, x_D))(event.x_D)
-        elapsed_T = accumulate_elapsed(event.time, first_T)
-        memory_TXP = chunked_before(Writes(elapsed_T, kind.rates(params), *write_T, first_T), chunk)
-        known_T = last_known(event.time, first_T)
-        before_T = jnp.where(first_T, NO_TIME, jnp.pad(known_T[:-1], (1, 0), constant_values=NO_TIME))
-        return UserState(memory_TXP, before_T, _count_before(first_T))
+        # The time of the state that the row begins with, and then the events'.
+        time_S = jnp.append(init_user().time if start is None else start.time, event.time)
+        first_S = jnp.append(jnp.array([True, False]), first_T[1:])
+        writes = Writes(accumulate_elapsed(time_S, first_S)[1:], kind.rates(params), *write_T, first_T)
+        memory_TXP = chunked_before(writes, chunk)
+        if start is not None:
+            memory_TXP += carried_before(writes, start.memory_MP)
+        known_T = last_known(time_S, first_S)[:-1]
+        before_T = jnp.where(first_S[1:], NO_TIME, known_T)
+        return UserState(memory_TXP, before_T, _count_before(first_T, start))
 
     def condition(params: Any, state: UserState, request: Request) -> Condition:
         left_X = _forget(kind.rates(params), state.time, request.time)
@@ -264,7 +271,8 @@ def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
     return Personalizer(kind.init, init_user, observe, condition, unroll, basis, n_written + 1)
 
 
-def _count_before(first_T: jax.Array) -> jax.Array:
-    """How many slots of the same sequence stand before each."""
+def _count_before(first_T: jax.Array, start: UserState | None) -> jax.Array:
+    """How many events of the same sequence stand before each slot, with those that `start` has seen."""
     place_T = jnp.arange(first_T.shape[0], dtype=jnp.int32)
-    return place_T - jax.lax.cummax(jnp.where(first_T, place_T, 0))
+    count_T = place_T - jax.lax.cummax(jnp.where(first_T, place_T, 0))
+    return count_T if start is None else count_T + jnp.where(is_continued(first_T), start.n_events, 0)

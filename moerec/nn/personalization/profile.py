@@ -8,7 +8,7 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.layers import RMSNorm, declare, fan_in
-from moerec.nn.personalization.api import Condition, Event, Personalizer, Request, Slots
+from moerec.nn.personalization.api import Condition, Event, Personalizer, Request, Slots, UserState
 from moerec.nn.personalization.memory import Sizes, delta_memory, ema_memory, low_rank_memory, null
 from moerec.shapes import Batch
 
@@ -58,20 +58,28 @@ class ProfileRouter(nnx.Module):
         return Reading(relevance_BTM, log_BTM, read_BTD)
 
 
-def condition_slots(personalizer: Personalizer, params, batch: Batch, event_BTD: jax.Array, fields: bool) -> Condition:
+def condition_slots(
+    personalizer: Personalizer,
+    params,
+    batch: Batch,
+    event_BTD: jax.Array,
+    fields: bool,
+    start_B: UserState | None = None,
+) -> Condition:
     """The `Condition` of every slot, `[B, T, ...]`: the state before its event, as of its request.
 
     Args:
       event_BTD: vectors of the events. fields: whether the static profile fields are read.
+      start_B: states `[B, ...]` before the rows' first sequences; None: of nobody.
     """
     field_BTY = batch.field_BTY if fields else batch.field_BTY[..., :0]
-    first_BT = batch.position_BT == 0
+    first_BT = jnp.asarray(batch.position_BT == 0).at[:, 0].set(True)
 
-    def of_row(x_TD, time_T, first_T, request_T, field_TY):
-        states = personalizer.unroll(params, Event(x_TD, time_T), first_T)
+    def of_row(x_TD, time_T, first_T, request_T, field_TY, start):
+        states = personalizer.unroll(params, Event(x_TD, time_T), first_T, start)
         return jax.vmap(lambda s, t, f: personalizer.condition(params, s, Request(t, f)))(states, request_T, field_TY)
 
-    return jax.vmap(of_row)(event_BTD, batch.time_BT, first_BT, batch.request_time_BT, field_BTY)
+    return jax.vmap(of_row)(event_BTD, batch.time_BT, first_BT, batch.request_time_BT, field_BTY, start_B)
 
 
 def exchange(condition: Condition, donor_BT: jax.Array, is_slot_BT: jax.Array, nobody: Condition) -> Condition:

@@ -58,6 +58,22 @@ def accumulate_elapsed(time_T: jax.Array, first_T: jax.Array) -> jax.Array:
     return jnp.cumsum(elapsed_since(before_T, time_T), dtype=jnp.uint32)
 
 
+def is_continued(first_T: jax.Array) -> jax.Array:
+    """Which slots belong to the first sequence of the row."""
+    return jnp.cumsum(first_T) <= first_T[0]
+
+
+def carried_before(writes: Writes, state_MP: jax.Array) -> jax.Array:
+    """`[T, M, P]`, what is left before each slot of a state that the row's first sequence began with.
+
+    The state is as of when `elapsed_T` counts from.
+    """
+    hours_T = jnp.pad(writes.elapsed_T[:-1], (1, 0)).astype(jnp.float32) / HOUR
+    log_keep_TM = jnp.cumsum(writes.log_keep_TM, axis=0) - writes.log_keep_TM
+    left_TM = jnp.exp(log_keep_TM - writes.rate_M * hours_T[:, None])
+    return jnp.where(is_continued(writes.first_T)[:, None], left_TM, 0)[:, :, None] * state_MP
+
+
 def scan_before(writes: Writes) -> jax.Array:
     """The states `[T, M, P]` by an associative scan: log T passes over arrays of the result's size."""
     elapsed_T, rate_M, log_keep_TM, gain_TM, value_TP, first_T = writes

@@ -1,0 +1,51 @@
+"""Takes people's profiles in a store further by their events, as a service would, or removes people from it.
+
+python -m experiments.observe --workdir=runs/mine --profiles=DIR [--before=2024-05-01] [--recent=N] [--json]
+    [--forget=NAME,NAME] [--export=FILE.npz]
+
+The store is made where there is none. Each person's last events stay out (`--recent`; by default as many as an answer
+reaches by attention): `experiments.recommend --profiles=DIR` gives them to the model, and the profile what was before.
+A later call goes on from where the profiles are.
+"""
+
+from pathlib import Path
+
+from moerec import cli
+from moerec.errors import InputError
+
+EMPTY: list[str] = []
+FLAGS = {
+    "profiles": ("", "the folder of the store"),
+    "recent": (-1, "the last events of each person that stay out; -1 for those that an answer reaches"),
+    "before": ("", "an ISO date and time, UTC; events from then on stay out"),
+    "forget": (EMPTY, "people whose profiles are removed for good, and none is taken further"),
+    "export": ("", "an .npz file for all profiles afterwards"),
+}
+
+
+def main(_, flags):
+    """Prints what was done."""
+    from moerec.profiles import count_recent, feed, forget, open_profiles
+    from moerec.recommend import load_run, read_request
+
+    if not flags.profiles:
+        raise InputError(f"--profiles is missing: {FLAGS['profiles'][1]}")
+    before = read_request([], flags.before, "").time
+    trained = load_run(Path(flags.workdir))
+    store = open_profiles(Path(flags.profiles), trained.model, create=not flags.forget)
+    if flags.forget:
+        absent = forget(store, flags.forget)
+        print(f"{len(flags.forget) - len(absent)} forgotten" + (f"; not there: {', '.join(absent)}" if absent else ""))
+        found = {"n_forgotten": len(flags.forget) - len(absent), "absent": absent}
+    else:
+        recent = count_recent(trained.config) if flags.recent < 0 else flags.recent
+        done = feed(store, trained.model, trained.data.dataset, trained.table, recent, before)
+        print(f"{done.n_events:,} events of {done.n_people:,} people taken in; {len(store):,} people in the store")
+        found = done._asdict()
+    if flags.export:
+        store.export(flags.export)
+    return {**found, "n_stored": len(store)}
+
+
+if __name__ == "__main__":
+    cli.run(main, extra_flags=FLAGS, config_type=None)
