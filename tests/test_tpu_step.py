@@ -1,12 +1,14 @@
 """A whole training step of a mixture through the real TPU compiler, for sixteen chips."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from moerec.config import Config, LossConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
+from moerec.config import Config, LossConfig, ModelConfig, MoEConfig, OptimConfig, PersonalConfig, TrainConfig
 from moerec.losses import sampling_cdf
 from moerec.nn.model import Sizes
 from moerec.shapes import Batch, ItemTable
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compila
 pytest.importorskip("libtpu", reason="the TPU compiler is not here: pip install -c requirements.lock -e '.[tpu]'")
 N_ITEMS, N_SERVICES, ROWS, T = 1024, 3, 32, 128
 KERNELS = ("router_forward", "router_backward", "grouped_ffn_forward", "grouped_ffn_rows", "grouped_ffn_sides")
+ATTENTION = ("attention_forward", "attention_pull_queries", "attention_pull_keys")
 SIZES = Sizes(n_items=N_ITEMS, n_tokens=1024, n_services=N_SERVICES, n_actions=4, context_sizes=(8,))
 
 
@@ -37,13 +40,13 @@ def shaped(tree, shardings):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def compile_step(devices, shape: tuple[int, int, int], config: Config):
+def compile_step(devices, shape: tuple[int, int, int], config: Config, t: int = T):
     """The compiled step on a mesh of that shape, from shapes alone."""
     mesh = Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     state = jax.eval_shape(lambda: init_state(config, SIZES))
     placed = param_shardings(state, mesh)
-    ids, real = jax.ShapeDtypeStruct((ROWS, T), jnp.int32), jax.ShapeDtypeStruct((ROWS, T), jnp.float32)
-    context = jax.ShapeDtypeStruct((ROWS, T, 1), jnp.int32)
+    ids, real = jax.ShapeDtypeStruct((ROWS, t), jnp.int32), jax.ShapeDtypeStruct((ROWS, t), jnp.float32)
+    context = jax.ShapeDtypeStruct((ROWS, t, 1), jnp.int32)
     batch = Batch(**dict.fromkeys(Batch._fields, ids))
     batch = batch._replace(weight_BT=real, request_context_BTC=context, field_BTY=context)
     table = ItemTable(
@@ -62,6 +65,20 @@ def compile_step(devices, shape: tuple[int, int, int], config: Config):
             ),
         )
         return compiled.lower(*arguments).compile()
+
+
+def test_a_step_with_a_profile_compiles_for_sixteen_chips():
+    """Long rows, a window, all parts of a personal layer: blockwise attention with its biases, and the memory."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+    config = make_config("ring")
+    personal = PersonalConfig(layers=(1,), n_aspects=8, d_memory=32)
+    model = dataclasses.replace(config.model, personal=personal, window=128, event_time=True, copy="none")
+    compiled = compile_step(devices, (2, 8, 1), dataclasses.replace(config, model=model), t=512)
+    text = compiled.as_text()
+    assert [name for name in (*KERNELS, *ATTENTION) if name not in text] == []
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e8
 
 
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4"])

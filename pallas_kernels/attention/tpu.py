@@ -107,19 +107,24 @@ def _lay_out(operands: Operands, window: int | None, block: int | None, interpre
     return _Layout(b, n_heads, n // n_heads, h, block, n_blocks, count_most_blocks(n_blocks, block, window), t)
 
 
-# An index map here takes the grid's step and `reach`, and says which block of slots a step wants.
+# An index map here takes the grid's step and `reach`, and says which block of slots a step wants. The estimate of cost
+# asks with numpy's arrays and must have no device do it: under a mesh of TPUs that are not here none could.
+def _module_of(i):
+    return np if isinstance(i, np.ndarray) else jnp
+
+
 def _own(b, k, i, s, reach):
     return i
 
 
 def _back(b, k, i, s, reach):
     """Of keys, for queries i: from their own block back to the first that they see, and then that again."""
-    return jnp.maximum(i - s, reach[b, i])
+    return _module_of(i).maximum(i - s, reach[b, i])
 
 
 def _ahead(b, k, j, s, reach):
     """Of queries, for keys j: from their own block ahead to the last that sees them, and then that again."""
-    return jnp.minimum(j + s, reach[b, j])
+    return _module_of(j).minimum(j + s, reach[b, j])
 
 
 def _over_slots(shape: tuple[int, ...], block: int, find_block: Callable, by_head: bool = True) -> pl.BlockSpec:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moerec.nn.attention import BLOCKED_FROM, Attention, attend_plain, rotate
-from moerec.sharding import ROW_AXES, batch_sharding, make_mesh
+from moerec.nn.attention import BLOCKED_FROM, Attention, _attend, attend_plain, rotate
+from moerec.nn.temporal import N_GAPS
+from moerec.sharding import ROW_AXES, batch_sharding, make_mesh, replicated
 from tests.nn import numpy_model as oracle
 from tests.small_model import fill, make_config
 
@@ -105,6 +106,33 @@ def test_on_a_mesh_each_device_has_its_own_rows_and_heads(n_model, n_gathers):
     np.testing.assert_allclose(out, alone, atol=1e-6)
     heads = {shard.data.shape[2] for shard in out.addressable_shards}
     assert heads == {4 if n_gathers else 2}
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 2), (2, 2, 1), (1, 4, 2), (1, 2, 4)])
+def test_on_a_mesh_biases_and_gradients_are_those_of_one_device(shape):
+    """Three rows, which neither two nor four devices can share evenly; biases by time and by kind, of every head."""
+    rng = np.random.default_rng(5)
+    b, t, n = 3, 12, 4
+    q, k, v = (rng.standard_normal((b, t, heads, 4)).astype(np.float32) for heads in (n, 2, 2))
+    segment = np.sort(rng.integers(1, 3, (b, t)), axis=1).astype(np.int32)
+    time = np.cumsum(rng.integers(1, 10_000, (b, t)), axis=1).astype(np.int32)
+    kind = rng.integers(0, 3, (b, t)).astype(np.int32)
+    time_bias_NR = rng.standard_normal((n, N_GAPS + 1)).astype(np.float32)
+    kind_bias_BTNZ = rng.standard_normal((b, t, n, 3)).astype(np.float32)
+    cotangent = rng.standard_normal((b, t, n, 4)).astype(np.float32)
+
+    def run(q, k, v, time_bias, kind_bias):
+        out, lse = _attend(q, k, v, jnp.asarray(segment), 5, "xla_blocks", (time, time_bias), (kind, kind_bias))
+        return jnp.sum(out * cotangent) + jnp.sum(lse), out
+
+    operands = (q, k, v, time_bias_NR, kind_bias_BTNZ)
+    differentiate = jax.grad(run, argnums=range(5), has_aux=True)
+    alone = jax.jit(differentiate)(*operands)
+    mesh = make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        found = jax.jit(differentiate)(*(jax.device_put(x, replicated(mesh)) for x in operands))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def test_rotation_turns_pairs_of_halves_as_complex_numbers():
