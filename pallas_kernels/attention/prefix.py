@@ -25,7 +25,7 @@ def attend_few(logit_XM: jax.Array, read: Callable[[jax.Array], jax.Array]) -> t
 def attend_prefix(
     q_BTNH: jax.Array, k_BTMKH: jax.Array, v_BTMKH: jax.Array, bias_BTM: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Each slot's attention to its own M keys; plain JAX, and differentiated by it.
+    """Each slot's attention to its own M keys, with keys and values as arrays; plain JAX, and differentiated by it.
 
     Args:
       q_BTNH: queries; head n uses key head `n // (N // K)`.

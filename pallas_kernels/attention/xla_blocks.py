@@ -4,7 +4,7 @@ Forward with a running softmax (Milakov and Gimelshein 2018; Rabe and Staats 202
 with every block's weights computed anew (Dao et al. 2022, Dao 2023). Blocks without a visible pair are never visited.
 
 The bias by kind is folded into the matmul: a query gets Z more columns, its biases, a key its kind as a one-hot. All
-arithmetic is in float32: a CPU is no faster with bfloat16.
+arrays are float32: a CPU is no faster with bfloat16. Other backends round products as their default precision says.
 
 Letters beside those of `operands`: I and J blocks of queries and of keys, U and S slots of one, W = H + Z columns.
 """

@@ -111,7 +111,7 @@ def test_what_lies_before_the_window_is_still_remembered():
     batch = batch._replace(time_BT=hours_BT, request_time_BT=hours_BT + 1800)
     item_BT = batch.item_BT.copy()
     item_BT[0, 1] = (item_BT[0, 1] + 1) % SIZES.n_items
-    for memory, remembers in (("null", False), ("ema", True), ("low_rank", True)):
+    for memory, remembers in (("null", False), ("ema", True), ("delta", True), ("low_rank", True)):
         personal = PersonalConfig(layers=(0,), memory=memory, **SMALL)
         model = make_model(make_config(n_layers=1, window=2, tie_items=False, personal=personal))
         states = [encode(model, batch._replace(item_BT=x)).state_BTD for x in (batch.item_BT, item_BT)]
