@@ -65,6 +65,9 @@ class PersonalBias(nnx.Module):
     The memory slots are extra keys and values, joined by a gate a head that starts at zero (Alayrac et al. 2022); the
     queries' projections are absorbed, so that no slot is ever projected to heads (DeepSeek-AI 2024). Biases by time
     are a table over log buckets, as in Raffel et al. (2020); those of pairs of services one over (own, other).
+
+    Queries are scaled, and read the slots, after their rotation: what they get from a profile depends on their place in
+    the sequence, beside that on the distance between two of its slots.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
