@@ -4,8 +4,9 @@ python -m experiments.observe --workdir=runs/mine --profiles=DIR [--before=2024-
     [--forget=NAME,NAME] [--export=FILE.npz]
 
 The store is made where there is none. Each person's last events stay out (`--recent`; by default as many as an answer
-reaches by attention): `experiments.recommend --profiles=DIR` gives them to the model, and the profile what was before.
-A later call goes on from where the profiles are.
+reaches by attention, or as a row holds): `experiments.recommend --profiles=DIR` gives them to the model, and the
+profile what was before. A later call goes on from where the profiles are. Who is forgotten has to leave the data, too,
+or the next call begins a new profile for them; whoever has none is named.
 """
 
 from pathlib import Path
@@ -25,12 +26,15 @@ FLAGS = {
 
 def main(_, flags):
     """Prints what was done."""
+    from moerec.data.splits import parse_date
     from moerec.profiles import count_recent, feed, forget, open_profiles
-    from moerec.recommend import load_run, read_request
+    from moerec.recommend import load_run
 
     if not flags.profiles:
         raise InputError(f"--profiles is missing: {FLAGS['profiles'][1]}")
-    before = read_request([], flags.before, "").time
+    if flags.recent < -1:
+        raise InputError(f"--recent: {flags.recent} is no number of events")
+    before = parse_date(flags.before, "--before") if flags.before else None
     trained = load_run(Path(flags.workdir))
     store = open_profiles(Path(flags.profiles), trained.model, create=not flags.forget)
     if flags.forget:
@@ -41,6 +45,8 @@ def main(_, flags):
         recent = count_recent(trained.config) if flags.recent < 0 else flags.recent
         done = feed(store, trained.model, trained.data.dataset, trained.table, recent, before)
         print(f"{done.n_events:,} events of {done.n_people:,} people taken in; {len(store):,} people in the store")
+        if done.n_too_recent:
+            print(f"{done.n_too_recent:,} people have no events but the last {recent:,}, which stay out (--recent)")
         found = done._asdict()
     if flags.export:
         store.export(flags.export)

@@ -27,7 +27,9 @@ def main(_, flags):
     profile = None
     if flags.profiles:
         store = open_profiles(Path(flags.profiles), trained.model)
-        profile = read_profile(store, trained.model, trained.data.dataset, person)
+        profile, is_stored = read_profile(store, trained.model, trained.data.dataset, person)
+        if not is_stored:
+            print(f"{person}: no profile in the store; the last events alone count", file=sys.stderr)
     answer = recommend(trained, person, request, flags.top_k, profile)
     found = describe_answer(trained, answer)
     for line in found["lines"]:

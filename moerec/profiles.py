@@ -28,10 +28,13 @@ N_PEOPLE, N_EVENTS = 1024, 64  # whose states, and how many of their events, one
 
 
 class Progress(NamedTuple):
-    """What `feed` did: people whose profile was taken further, and the events that it took in."""
+    """What `feed` did: people whose profile was taken further, the events that it took in, and the people of whom no
+    event is old enough for a profile.
+    """
 
     n_people: int
     n_events: int
+    n_too_recent: int
 
 
 def count_recent(config: Config) -> int:
@@ -62,7 +65,11 @@ def open_profiles(folder: Path, model: SequenceModel, create: bool = False) -> P
       InputError: there is none, and it is not to be made; or it holds the profiles of another model, or no profiles.
     """
     template, label = start_profile(model), _digest(model)
-    if create and not (folder.is_dir() and any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--profiles: {folder} is no folder")
+    if not create and not folder.exists():
+        raise InputError(f"--profiles: there is no {folder}; experiments.observe makes a store")
+    if create and not (folder.exists() and any(folder.iterdir())):
         return ProfileStore.create(folder, template, label=label)
     store = ProfileStore.open(folder, template)
     if store.label != label:
@@ -78,16 +85,17 @@ def _digest(model: SequenceModel) -> str:
     return f"profile parameters {sha.hexdigest()}"
 
 
-def read_profile(store: ProfileStore, model: SequenceModel, dataset: Dataset, person: str) -> UserState:
-    """A person's profile, of somebody unknown where the store has none.
+def read_profile(store: ProfileStore, model: SequenceModel, dataset: Dataset, person: str) -> tuple[UserState, bool]:
+    """A person's profile, and whether the store has one; if not, it is that of somebody unknown.
 
     Raises:
       InputError: the profile has seen other events than the first of the person's in the data.
     """
-    states, _, _ = store.read([person], start_profile(model))
+    states, _, found = store.read([person], start_profile(model))
     at = np.flatnonzero(dataset.people == person)
-    _check_seen(dataset, at, states)
-    return jax.tree.map(lambda leaf: leaf[0], states)
+    if len(at):  # else `recommend` says so
+        _check_seen(dataset, at, states)
+    return jax.tree.map(lambda leaf: leaf[0], states), bool(found[0])
 
 
 def _check_seen(dataset: Dataset, people: np.ndarray, states: UserState) -> None:
@@ -131,7 +139,7 @@ def feed(
     wanted = np.maximum(end - log.offsets[:-1] - recent, 0)
     people = np.flatnonzero(wanted)
     people = people[np.argsort(-wanted[people], kind="stable")]  # batches of histories of about one length
-    done = Progress(0, 0)
+    done = Progress(0, 0, log.n_people - len(people))
     for lo in range(0, len(people), N_PEOPLE):
         chosen = people[lo : lo + N_PEOPLE]
         names = [str(name) for name in dataset.people[chosen]]
@@ -145,7 +153,7 @@ def feed(
         after = observe_events(model, table, log, states, first, n_new)
         moved = jax.tree.map(lambda leaf, is_new=is_new: leaf[is_new], after)
         store.update([name for name, new in zip(names, is_new, strict=True) if new], moved, versions[is_new])
-        done = Progress(done.n_people + int(is_new.sum()), done.n_events + int(n_new.sum()))
+        done = done._replace(n_people=done.n_people + int(is_new.sum()), n_events=done.n_events + int(n_new.sum()))
     return done
 
 

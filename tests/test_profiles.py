@@ -69,10 +69,11 @@ def test_the_last_events_and_a_profile_answer_as_the_whole_history_does(tmp_path
     store = open_profiles(tmp_path / "store", trained.model, create=True)
     done = feed_all(trained, store, recent)
     lengths = np.diff(dataset.log.offsets)
-    assert done == (np.sum(lengths > recent), np.sum(np.maximum(lengths - recent, 0)))
+    assert done == (np.sum(lengths > recent), np.sum(np.maximum(lengths - recent, 0)), np.sum(lengths <= recent))
     request = ask_later(trained)
     for person in dataset.people[:6]:
-        profile = read_profile(store, trained.model, dataset, str(person))
+        profile, is_stored = read_profile(store, trained.model, dataset, str(person))
+        assert is_stored
         whole = recommend(trained, str(person), request, 20)
         found = recommend(trained, str(person), request, 20, profile)
         np.testing.assert_array_equal(found.item, whole.item)
@@ -111,7 +112,7 @@ def test_profiles_go_on_where_they_are(trained, tmp_path):
     first = feed_all(trained, steps, 0, middle)
     assert first.n_events == np.sum(log.time < middle)
     assert first.n_events + feed_all(trained, steps, 0).n_events == log.n_events
-    assert feed_all(trained, steps, 0) == (0, 0)
+    assert feed_all(trained, steps, 0) == (0, 0, 0)
     assert feed_all(trained, once, 0).n_people == log.n_people
     personalizer = make_personalizer(trained.config.model, model.field_sizes)
     names = [str(name) for name in dataset.people]
@@ -131,7 +132,7 @@ def test_profiles_go_on_where_they_are(trained, tmp_path):
 
 def test_a_store_belongs_to_one_run_and_one_log(trained, tmp_path):
     dataset, model = trained.data.dataset, trained.model
-    with pytest.raises(InputError, match="not a profile store"):
+    with pytest.raises(InputError, match="makes a store"):
         open_profiles(tmp_path / "none", model)
     store = open_profiles(tmp_path / "store", model, create=True)
     feed_all(trained, store, 0)
@@ -144,7 +145,7 @@ def test_a_store_belongs_to_one_run_and_one_log(trained, tmp_path):
     changed = dataclasses.replace(dataset, log=dataclasses.replace(log, time=time))
     with pytest.raises(InputError, match="has seen other events"):
         read_profile(store, model, changed, str(dataset.people[3]))
-    assert read_profile(store, model, changed, str(dataset.people[4])).n_events
+    assert read_profile(store, model, changed, str(dataset.people[4]))[0].n_events
     with pytest.raises(InputError, match="has seen other events"):
         feed(store, model, changed, trained.table, 0)
 
@@ -155,10 +156,11 @@ def test_who_is_forgotten_is_nobody(trained, tmp_path):
     feed_all(trained, store, 3)
     one, two = map(str, dataset.people[:2])
     assert forget(store, [one, "x"]) == ["x"]
-    found, nobody = read_profile(store, model, dataset, one), start_profile(model)
+    (found, is_stored), nobody = read_profile(store, model, dataset, one), start_profile(model)
+    assert not is_stored
     for a, b in zip(found, nobody, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert read_profile(store, model, dataset, two).n_events > 0
+    assert read_profile(store, model, dataset, two)[0].n_events > 0
 
 
 def test_a_profile_that_has_seen_everything_leaves_nothing_to_ask_with(trained):
@@ -197,7 +199,7 @@ def test_the_commands(trained, tmp_path, monkeypatch, capsys):
     assert call(recommend_command, store)[0] == 2
     n_events, n_people = trained.data.dataset.log.n_events, trained.data.dataset.log.n_people
     left_out = count_recent(trained.config) * n_people
-    done = {"n_people": n_people, "n_events": n_events - left_out, "n_stored": n_people}
+    done = {"n_people": n_people, "n_events": n_events - left_out, "n_too_recent": 0, "n_stored": n_people}
     assert call(observe_command, store, f"--export={tmp_path / 'all.npz'}") == (0, done)
     with np.load(tmp_path / "all.npz") as found:
         assert set(found["ids"]) == set(trained.data.dataset.people)
@@ -214,3 +216,18 @@ def test_the_commands(trained, tmp_path, monkeypatch, capsys):
     assert call(observe_command, store, f"--forget={person},x") == (0, forgotten)
     code, error = call(observe_command)
     assert (code, error.startswith("error: --profiles is missing: ")) == (2, True)
+    (tmp_path / "file").write_text("")
+    wrong = {
+        f"--profiles={tmp_path / 'file'}": "is no folder",
+        "--recent=-5": "--recent: -5 is no number",
+        "--before=soon": "--before: 'soon' is no ISO date",
+    }
+    for flag, words in wrong.items():
+        code, error = call(observe_command, f"--profiles={tmp_path / 'new'}", flag)
+        assert (code, words in error, error.count("\n")) == (2, True, 1)
+    assert not (tmp_path / "new").exists()
+    arguments = ["command", "--workdir=run", store, f"--person={person}"]
+    assert cli.execute(recommend_command.main, arguments, extra_flags=recommend_command.FLAGS, config_type=None) == 0
+    assert capsys.readouterr().err == f"{person}: no profile in the store; the last events alone count\n"
+    code, answer = call(observe_command, store, "--recent=100")
+    assert (code, answer["n_too_recent"]) == (0, n_people)
