@@ -118,12 +118,9 @@ def recommend(trained: Trained, person: str, request: Request, n: int, profile: 
         allowed = dataset.catalogue.service == dataset.catalogue.services.index(request.service)
     if config.eval.mask_seen:
         allowed[dataset.log.item[rows]] = False
-    n_before = 0
     if profile is not None:
         rows, profile = _continue_profile(trained, rows, profile)
-        # As in a row with the whole past, or where that is longer than a row, in one with the last of it.
-        n_before = min(int(profile.n_events[0]), config.data.history_len - len(rows))
-    score_I, found = _score(trained.model, *_make_batch(trained, rows, request, n_before), trained.table, profile)
+    score_I, found = _score(trained.model, *_make_batch(trained, rows, request), trained.table, profile)
     log_p_I = np.asarray(jax.nn.log_softmax(score_I), np.float64)
     best = np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
     return Answer(best, log_p_I[best], *(None if x is None else np.asarray(x) for x in found))
@@ -181,8 +178,8 @@ def find_history(trained: Trained, person: str, request: Request) -> np.ndarray:
     return rows
 
 
-def _make_batch(trained: Trained, rows: np.ndarray, request: Request, n_before: int = 0) -> tuple[Batch, int]:
-    """The last events of a history in one row, and the slot whose request this is; their places begin at `n_before`."""
+def _make_batch(trained: Trained, rows: np.ndarray, request: Request) -> tuple[Batch, int]:
+    """The last events of a history in one row, and the slot whose request this is."""
     data, dataset = trained.config.data, trained.data.dataset
     rows = rows[-data.history_len :]
     n, last = len(rows), len(rows) - 1
@@ -192,7 +189,7 @@ def _make_batch(trained: Trained, rows: np.ndarray, request: Request, n_before: 
         slot=np.arange(n),
         source=rows,
         following=np.append(rows[1:], rows[-1]),
-        position=n_before + np.arange(n),
+        position=np.arange(n),
         segment=np.ones(n, np.int32),
         weight=np.zeros(n, np.float32),
         shape=(1, data.seq_len),

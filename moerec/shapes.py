@@ -25,7 +25,7 @@ class Batch(NamedTuple):
       action_BT: int32.
       time_BT: int32 seconds since 2000, UTC, or `NO_TIME`.
       shift_BT: int32 seconds that clocks at the event's place are ahead of UTC.
-      position_BT: int32 place within its own sequence, from 0 (or more, where one began before its row).
+      position_BT: int32 place within its own sequence, from 0.
       segment_BT: int32 from 1 in each row; 0 is padding.
       request_time_BT: int32 seconds since 2000, UTC, or `NO_TIME`.
       request_shift_BT: int32, as `shift_BT`.

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moerec.config import ModelConfig
-from moerec.nn.layers import declare, fan_in, fan_in_heads, fan_in_second
+from moerec.nn.layers import declare, fan_in, fan_in_heads
 from moerec.nn.personalization import Slots
 from moerec.nn.temporal import N_GAPS
 from moerec.sharding import ROW_AXES
@@ -62,33 +62,33 @@ class View(NamedTuple):
 class PersonalBias(nnx.Module):
     """What a personal layer adds to attention. All of it is neutral at first, so that an imported model is unchanged.
 
-    The memory slots are extra keys and values, joined by a gate a head that starts at zero (Alayrac et al. 2022); the
-    queries' projections are absorbed, so that no slot is ever projected to heads (DeepSeek-AI 2024). Biases by time
-    are a table over log buckets, as in Raffel et al. (2020); those of pairs of services one over (own, other).
+    The memory slots are extra keys and values, joined by a gate a head that starts at zero (Alayrac et al. 2022); what
+    is projected to heads is what all people's slots are made of, and no slot of anybody (DeepSeek-AI 2024). Biases by
+    time are a table over log buckets, as in Raffel et al. (2020); those of pairs of services one over (own, other).
 
-    Queries are scaled, and read the slots, after their rotation: what they get from a profile depends on their place in
-    the sequence, beside that on the distance between two of its slots.
+    A profile has no place in the sequence: queries are scaled, and read the slots, before they are rotated, so that an
+    answer depends on distances alone.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
         d, n, h = config.d_model, config.n_heads, config.d_head
         personal = config.personal
-        k_read, k_value = jax.random.split(key)
+        k_key, k_value = jax.random.split(key)
         zeros = jax.nn.initializers.zeros
 
         def table(on: bool, shape: tuple[int, ...], axes: tuple[str | None, ...], decay: str = "none"):
             return declare(key, shape, axes, zeros, decay=decay) if on else None
 
         has_slots = personal.prefix and personal.memory != "null"
-        self.read_NHD = declare(k_read, (n, h, d), ("heads", None, "embed"), fan_in_second) if has_slots else None
-        self.value_NDH = declare(k_value, (n, d, h), ("heads", "embed", None), fan_in_second) if has_slots else None
+        self.key_DNH = declare(k_key, (d, n, h), ("embed", "heads", None), fan_in) if has_slots else None
+        self.value_DNH = declare(k_value, (d, n, h), ("embed", "heads", None), fan_in) if has_slots else None
         self.gate_N = table(has_slots, (n,), ("heads",))
         self.scale_DNH = table(personal.query_scale, (d, n, h), ("embed", "heads", None), "matrix")
         self.time_bias_NR = table(personal.time_bias, (n, N_GAPS + 1), ("heads", None))
         self.pair_NZZ = table(personal.pair_bias, (n, n_services, n_services), ("heads", None, None))
         self.pair_gate_DN = table(personal.pair_bias, (d, n), ("embed", "heads"), "matrix")
         self.other_services, self.n_services = personal.other_services, n_services
-        self.window, self.backend = config.window, config.attention
+        self.rope_theta, self.window, self.backend = config.rope_theta, config.window, config.attention
 
     def scale(self, q_BTNH: jax.Array, view: View) -> jax.Array:
         """The queries, scaled by the profile."""
@@ -114,25 +114,30 @@ class PersonalBias(nnx.Module):
         return bias
 
     def __call__(
-        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array, view: View
+        self,
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        position_BT: jax.Array,
+        segment_BT: jax.Array,
+        view: View,
     ) -> jax.Array:
-        """Args: queries and keys after rotation; int32 segments, 0 is padding. Returns `[B, T, N, H]`."""
+        """Args: queries and keys before rotation; int32 segments, 0 is padding. Returns `[B, T, N, H]`."""
         q_BTNH = self.scale(q_BTNH, view)
         kind_bias_BTNZ = self.kind_bias(view)
         time = (None, None) if self.time_bias_NR is None else (view.time_BT, self.time_bias_NR[...])
         kind = (None, None) if kind_bias_BTNZ is None else (view.service_BT, kind_bias_BTNZ)
-        out, lse = _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, self.window, self.backend, time, kind)
-        if self.read_NHD is None:
+        q, k = (rotate(x, position_BT, self.rope_theta) for x in (q_BTNH, k_BTKH))
+        out, lse = _attend(q, k, v_BTKH, segment_BT, self.window, self.backend, time, kind)
+        if self.key_DNH is None:
             return out
-        assert self.value_NDH is not None
+        assert self.value_DNH is not None
         assert self.gate_N is not None
-        dtype = q_BTNH.dtype
-        q_BTND = jnp.einsum("BTNH,NHD->BTND", q_BTNH, self.read_NHD[...].astype(dtype))
-        logit_BTNM = view.slots.score(q_BTND) * q_BTND.shape[-1] ** -0.5 + view.log_relevance_BTM[:, :, None]
-        read_BTND, prefix_lse = attend_few(logit_BTNM, view.slots.read)
-        prefix = jnp.einsum("BTND,NDH->BTNH", read_BTND.astype(dtype), self.value_NDH[...].astype(dtype))
-        joined, _ = merge([(out, lse), (prefix, prefix_lse)])
-        return out + (jnp.tanh(self.gate_N[...])[:, None] * (joined - out)).astype(dtype)
+        logit_BTNM = view.slots.project(self.key_DNH[...]).score(q_BTNH) * q_BTNH.shape[-1] ** -0.5
+        logit_BTNM += view.log_relevance_BTM[:, :, None]
+        prefix = attend_few(logit_BTNM, view.slots.project(self.value_DNH[...]).read)
+        joined, _ = merge([(out, lse), prefix])
+        return out + (jnp.tanh(self.gate_N[...])[:, None] * (joined - out)).astype(out.dtype)
 
 
 def attend_plain(
@@ -212,10 +217,10 @@ class Attention(nnx.Module):
         q = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...].astype(dtype)) + self.q_bias_NH[...].astype(dtype)
         k = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH[...].astype(dtype)) + self.k_bias_KH[...].astype(dtype)
         v = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH[...].astype(dtype)) + self.v_bias_KH[...].astype(dtype)
-        q, k = rotate(q, position_BT, self.rope_theta), rotate(k, position_BT, self.rope_theta)
         if self.personal is not None:
             assert view is not None
-            out = self.personal(q, k, v, segment_BT, view)
+            out = self.personal(q, k, v, position_BT, segment_BT, view)
         else:
+            q, k = rotate(q, position_BT, self.rope_theta), rotate(k, position_BT, self.rope_theta)
             out = attend_plain(q, k, v, segment_BT, self.window, self.backend)
         return jnp.einsum("BTNH,NHD->BTD", out, self.o_NHD[...].astype(dtype))

@@ -145,7 +145,8 @@ class SequenceModel(nnx.Module):
             nobody = ProfileRequest(jnp.asarray(NO_TIME), no_fields)
             nothing = personalizer.condition(self.profile, personalizer.init_user(), nobody)
             condition = exchange(condition, donor_BT, batch.segment_BT > 0, nothing)
-        slots = Slots(personalizer.basis(self.profile), *condition[:3])
+        of_fields_BT1D = condition.field_D[:, :, None]
+        slots = Slots(personalizer.basis(self.profile), condition.mean_WP, condition.evidence_W, of_fields_BT1D)
         read_BTD, relevance_BTM, log_relevance_BTM = jnp.zeros(()), None, jnp.zeros((*batch.item_BT.shape, 0))
         if self.profile_router is not None:
             relevance_BTM, log_relevance_BTM, read_BTD = self.profile_router(x_BTD, slots)

@@ -74,8 +74,7 @@ def last_times(time_BT: jax.Array, service_BT: jax.Array, position_BT: jax.Array
     own_BTZ = service_BT[..., None] == jnp.arange(n_services)
     last_BTZ = jax.lax.cummax(jnp.where(own_BTZ, slot_T[:, None], -1), axis=1)
     time_BTZ = jnp.take_along_axis(time_BT[..., None], jnp.maximum(last_BTZ, 0), axis=1)
-    first_BT = jnp.maximum(slot_T - position_BT, 0)  # a sequence may have begun before its row
-    return jnp.where(last_BTZ >= first_BT[..., None], time_BTZ, NO_TIME)
+    return jnp.where(last_BTZ >= (slot_T - position_BT)[..., None], time_BTZ, NO_TIME)
 
 
 class TimeEmbedding(nnx.Module):

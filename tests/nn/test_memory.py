@@ -203,9 +203,9 @@ def test_without_events_a_memory_is_forgotten_at_its_half_life():
 
 def form_slots(personalizer, params, condition) -> np.ndarray:
     """The memory slots as vectors `[M, D]`."""
-    basis = personalizer.basis(params)
-    written = condition.mean_WP @ basis.read_PD + condition.evidence_W[:, None] * basis.mass_WD
-    return np.asarray(basis.base_MD + np.concatenate([written, condition.field_D[None]]))
+    base_MD, mass_WD, read_PD = (part[:, 0] for part in personalizer.basis(params))
+    written = condition.mean_WP @ read_PD + condition.evidence_W[:, None] * mass_WD
+    return np.asarray(base_MD + np.concatenate([written, condition.field_D[None]]))
 
 
 @pytest.mark.parametrize("name", MEMORIES)

@@ -2,7 +2,7 @@
 
 After the grammar of optax: a variant is a function that returns a `Personalizer`; parameters and states are pytrees
 that the caller holds, and everything is written for one person, to be vmapped. Letters: D model width, M memory slots,
-W of them that are written to, P width of the memory, T slots, Y static profile fields.
+W of them that are written to, P width of the memory, T slots, Y static profile fields, N heads, H their width.
 """
 
 from collections.abc import Callable
@@ -43,11 +43,11 @@ class Request(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """What the memory slots of all people have in common: see `Slots`."""
+    """What the memory slots of all people have in common: see `Slots`. A personaliser's own has N 1 and H D."""
 
-    base_MD: jax.Array
-    mass_WD: jax.Array
-    read_PD: jax.Array
+    base_MNH: jax.Array
+    mass_WNH: jax.Array
+    read_PNH: jax.Array
 
 
 class Condition(NamedTuple):
@@ -68,33 +68,41 @@ class Condition(NamedTuple):
 class Slots(NamedTuple):
     """The memory slots of many places X as vectors, `base + mean @ read + evidence * mass`, the last `base + field`.
 
-    They are attended to by their parts: `[X, M, D]` would be most of what a training pass over a profile holds, and
-    P is smaller than D (what DeepSeek-AI 2024 does with low-rank keys).
+    Each head has vectors of its own, or all have one (N is 1). They are attended to by their parts: `[X, M, N, H]`
+    would be most of what a training pass over a profile holds, and P is smaller than N H (what DeepSeek-AI 2024 does
+    with low-rank keys).
     """
 
     basis: Basis
     mean_XWP: jax.Array
     evidence_XW: jax.Array
-    field_XD: jax.Array
+    field_XNH: jax.Array
 
-    def score(self, query_XND: jax.Array) -> jax.Array:
+    def project(self, w_DNH: jax.Array) -> "Slots":
+        """The slots as keys or values of heads. Of what is a person's own, only the static fields are multiplied."""
+        basis, field_XNH = Basis(*(x[:, 0] for x in self.basis)), self.field_XNH[..., 0, :]
+        basis, field_XNH = jax.tree.map(lambda x: jnp.tensordot(x, w_DNH, 1), (basis, field_XNH))
+        return self._replace(basis=basis, field_XNH=field_XNH)
+
+    def score(self, query_XNH: jax.Array) -> jax.Array:
         """float32 `[X, N, M]`, the dot products of queries with the slots of their place."""
-        base_MD, mass_WD, read_PD = (x.astype(query_XND.dtype) for x in self.basis)
-        mean_XWP, field_XD = (x.astype(query_XND.dtype) for x in (self.mean_XWP, self.field_XD))
-        written_XNW = _einsum("...np,...wp->...nw", query_XND @ read_PD.T, mean_XWP)
-        written_XNW += self.evidence_XW[..., None, :] * _einsum("...nd,wd->...nw", query_XND, mass_WD)
-        field_XN1 = _einsum("...nd,...d->...n", query_XND, field_XD)[..., None]
-        shared_XNM = _einsum("...nd,md->...nm", query_XND, base_MD)
+        (base_MNH, mass_WNH, read_PNH), mean_XWP, _, field_XNH = jax.tree.map(lambda x: x.astype(query_XNH.dtype), self)
+        read_XNP = _einsum("...nh,pnh->...np", query_XNH, read_PNH).astype(query_XNH.dtype)
+        written_XNW = _einsum("...np,...wp->...nw", read_XNP, mean_XWP)
+        written_XNW += self.evidence_XW[..., None, :] * _einsum("...nh,wnh->...nw", query_XNH, mass_WNH)
+        field_XN1 = _einsum("...nh,...nh->...n", query_XNH, field_XNH)[..., None]
+        shared_XNM = _einsum("...nh,mnh->...nm", query_XNH, base_MNH)
         return shared_XNM + jnp.concatenate([written_XNW, field_XN1], axis=-1)
 
     def read(self, weight_XNM: jax.Array) -> jax.Array:
-        """float32 `[X, N, D]`, sums of the slots with these float32 weights."""
-        base_MD, mass_WD, read_PD = self.basis
+        """float32 `[X, N, H]`, sums of the slots with these float32 weights."""
+        base_MNH, mass_WNH, read_PNH = self.basis
         weight_XNW = weight_XNM[..., :-1]
         held_XNP = _einsum("...nw,...wp->...np", weight_XNW, self.mean_XWP)
         counted_XNW = weight_XNW * self.evidence_XW[..., None, :]
-        of_fields_XND = weight_XNM[..., -1:] * self.field_XD[..., None, :]
-        return weight_XNM @ base_MD + held_XNP @ read_PD + counted_XNW @ mass_WD + of_fields_XND
+        sums = ((weight_XNM, base_MNH), (held_XNP, read_PNH), (counted_XNW, mass_WNH))
+        of_fields_XNH = weight_XNM[..., -1:] * self.field_XNH
+        return of_fields_XNH + sum(_einsum("...nx,xnh->...nh", weight, part) for weight, part in sums)
 
 
 def _einsum(spec: str, *operands: jax.Array) -> jax.Array:

@@ -127,7 +127,8 @@ def null(sizes: Sizes, chunk: int = 64) -> Personalizer:
         return UserState(jnp.zeros((t, 0, 0)), time_T, _count_before(first_T, start))
 
     def basis(params: Any) -> Basis:
-        return Basis(jnp.zeros((0, sizes.d_model)), jnp.zeros((0, sizes.d_model)), jnp.zeros((0, sizes.d_model)))
+        nothing_X1D = jnp.zeros((0, 1, sizes.d_model))
+        return Basis(nothing_X1D, nothing_X1D, nothing_X1D)
 
     return Personalizer(lambda key: (), init_user, observe, condition, unroll, basis, 0)
 
@@ -261,12 +262,13 @@ def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
         rows_Y = request.field_Y + jnp.asarray(offsets, jnp.int32)
         field_D = jnp.sum(jnp.where(request.field_Y[:, None] > 0, params.field_XD[...][rows_Y], 0), axis=0)
         known_M = jnp.append(jnp.full(n_written, state.n_events > 0), jnp.any(request.field_Y > 0))
-        slots = Slots(basis(params), mean_WP, jnp.log1p(mass_W), field_D)
+        slots = Slots(basis(params), mean_WP, jnp.log1p(mass_W), field_D[None])
         summary_D = slots.read(known_M[None] / (n_written + 1))[0]
-        return Condition(*slots[1:], summary_D)
+        return Condition(mean_WP, slots.evidence_XW, field_D, summary_D)
 
     def basis(params: Any) -> Basis:
-        return Basis(params.slot_MD[...], params.mass_MD[...], params.read_PD[...])
+        parts = params.slot_MD, params.mass_MD, params.read_PD
+        return Basis(*(x_XD[...][:, None] for x_XD in parts))
 
     return Personalizer(kind.init, init_user, observe, condition, unroll, basis, n_written + 1)
 
