@@ -274,11 +274,15 @@ def test_as_a_process(tmp_path):
     assert refused.stderr == "error: --config.model.n_layer: no such field; did you mean config.model.n_layers?\n"
 
 
+# Children of a shell's background job would ignore interruptions.
+HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def test_an_interruption_ends_a_process_at_once(tmp_path):
     """Even one that hits a callback of the garbage collector, which ignores it, and beside an endless thread."""
     script = tmp_path / "command.py"
     script.write_text(
-        "import gc, os, signal, threading, time, weakref\n"
+        HEED + "import gc, os, threading, time, weakref\n"
         "from moerec import cli\n"
         "class Thing: pass\n"
         "def main(config, flags):\n"
@@ -295,7 +299,7 @@ def test_an_interruption_ends_a_process_at_once(tmp_path):
 
 
 def test_an_interruption_while_importing_is_one_line():
-    code = "import experiments, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    code = HEED + "import experiments, os; os.kill(os.getpid(), signal.SIGINT)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=40)
     assert (done.returncode != 0, done.stderr) == (True, "error: interrupted\n")

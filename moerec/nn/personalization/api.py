@@ -86,23 +86,27 @@ class Slots(NamedTuple):
 
     def score(self, query_XNH: jax.Array) -> jax.Array:
         """float32 `[X, N, M]`, the dot products of queries with the slots of their place."""
-        (base_MNH, mass_WNH, read_PNH), mean_XWP, _, field_XNH = jax.tree.map(lambda x: x.astype(query_XNH.dtype), self)
-        read_XNP = _einsum("...nh,pnh->...np", query_XNH, read_PNH).astype(query_XNH.dtype)
-        written_XNW = _einsum("...np,...wp->...nw", read_XNP, mean_XWP)
-        written_XNW += self.evidence_XW[..., None, :] * _einsum("...nh,wnh->...nw", query_XNH, mass_WNH)
+        basis, mean_XWP, _, field_XNH = jax.tree.map(lambda x: x.astype(query_XNH.dtype), self)
+        found_XNB = _einsum("...nh,bnh->...nb", query_XNH, jnp.concatenate(basis))
+        shared_XNM, counted_XNW, read_XNP = self._split(found_XNB)
+        written_XNW = _einsum("...np,...wp->...nw", read_XNP.astype(query_XNH.dtype), mean_XWP)
+        written_XNW += self.evidence_XW[..., None, :] * counted_XNW
         field_XN1 = _einsum("...nh,...nh->...n", query_XNH, field_XNH)[..., None]
-        shared_XNM = _einsum("...nh,mnh->...nm", query_XNH, base_MNH)
         return shared_XNM + jnp.concatenate([written_XNW, field_XN1], axis=-1)
 
     def read(self, weight_XNM: jax.Array) -> jax.Array:
         """float32 `[X, N, H]`, sums of the slots with these float32 weights."""
-        base_MNH, mass_WNH, read_PNH = self.basis
         weight_XNW = weight_XNM[..., :-1]
-        held_XNP = _einsum("...nw,...wp->...np", weight_XNW, self.mean_XWP)
         counted_XNW = weight_XNW * self.evidence_XW[..., None, :]
-        sums = ((weight_XNM, base_MNH), (held_XNP, read_PNH), (counted_XNW, mass_WNH))
+        held_XNP = _einsum("...nw,...wp->...np", weight_XNW, self.mean_XWP)
+        weight_XNB = jnp.concatenate([weight_XNM, counted_XNW, held_XNP], axis=-1)
         of_fields_XNH = weight_XNM[..., -1:] * self.field_XNH
-        return of_fields_XNH + sum(_einsum("...nx,xnh->...nh", weight, part) for weight, part in sums)
+        return of_fields_XNH + _einsum("...nb,bnh->...nh", weight_XNB, jnp.concatenate(self.basis))
+
+    def _split(self, x_XNB: jax.Array) -> list[jax.Array]:
+        """By the parts of the basis."""
+        n_slots, n_written = len(self.basis.base_MNH), len(self.basis.mass_WNH)
+        return jnp.split(x_XNB, [n_slots, n_slots + n_written], axis=-1)
 
 
 def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
