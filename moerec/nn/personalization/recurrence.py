@@ -132,5 +132,5 @@ def chunked_before(writes: Writes, chunk: int = 64) -> jax.Array:
     parts = tuple(split(x) for name, x in writes._asdict().items() if name != "rate_M")
     zero = jnp.zeros((m, writes.value_TP.shape[1]), writes.value_TP.dtype)
     # Backward keeps the states at the chunks' ends and forms the rest anew: memory stays that of the result.
-    _, before = jax.lax.scan(jax.checkpoint(step), (zero, writes.elapsed_T[0]), parts)
+    _, before = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), (zero, writes.elapsed_T[0]), parts)
     return before.reshape(-1, m, writes.value_TP.shape[1])[:t]
