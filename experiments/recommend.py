@@ -6,6 +6,10 @@ python -m experiments.recommend --workdir=runs/demo --person=NAME [--context=wea
 Without `--time` and `--context` they are not known; `--time` is UTC. `p` is the probability that the item is what the
 person takes next, of all items of all services, if that is what the model was trained for (`loss.scope=union`). With
 `--profiles`, a store that `experiments.observe` filled, the person's whole past counts, and not only what a row holds.
+
+Below the list stands what the model made of the request: the services that its need may belong to (the semantic
+analyser), how much each answer counts in the mixture (the aggregator: the catalogue, and pointers into the person's own
+history), and what of the profile matters (the profile router).
 """
 
 import sys

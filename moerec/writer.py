@@ -141,8 +141,9 @@ class MetricWriter:
         suffix = f".{resume_step:09d}"  # else a second start within one second overwrites the first one's file
         folder = str(workdir / "tensorboard")
         self._events = SummaryWriter(folder, purge_step=purge_step, flush_secs=30, filename_suffix=suffix)
-        self._total_steps, self._first_step = total_steps, resume_step
-        self._started, self._last_line, self._width = time.monotonic(), -math.inf, 0
+        self._total_steps = total_steps
+        self._since: tuple[int, float] | None = None  # the first step shown and when: compilation lies before it
+        self._last_line, self._width = -math.inf, 0
         self._tty = sys.stderr.isatty()
         self._label = f"{name}  " if name else ""
         if 0 < resume_step < total_steps:
@@ -158,16 +159,20 @@ class MetricWriter:
                 self._events.add_scalar(name, value, int(step))
 
     def progress(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Shows the step, the scalars (`*_per_s` as rates) and the time left, at a rate that a reader can follow."""
+        """Shows the step, the scalars (`*_per_s` as rates) and from the second time on the time left.
+
+        Lines come at a rate that a reader can follow.
+        """
         now = time.monotonic()
         last = step >= self._total_steps
+        first_step, started = self._since = self._since or (step, now)
         if now - self._last_line < (_TTY_EVERY_S if self._tty else _PLAIN_EVERY_S) and not last:
             return
         self._last_line = now
         parts = [f"{self._label}step {step}/{self._total_steps}"]
         parts += [_format_scalar(name, float(value)) for name, value in scalars.items()]
-        if step > self._first_step:
-            per_step = (now - self._started) / (step - self._first_step)
+        if step > first_step:
+            per_step = (now - started) / (step - first_step)
             parts.append(f"{format_duration(per_step * (self._total_steps - step))} left")
         line = "  ".join(parts)
         if self._tty:

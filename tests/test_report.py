@@ -141,6 +141,14 @@ def test_many_services_wrap_and_none_is_lost():
     assert "gap" not in text
 
 
+def test_a_model_without_rivals_is_not_the_best():
+    metrics = full_metrics()
+    metrics["baselines"] = {}
+    text = format_table(metrics)
+    assert "*" not in text
+    assert "130 targets; seen items are no candidates" in text
+
+
 def test_missing_numbers_are_dashes_and_ties_are_both_best():
     metrics = make_metrics()
     metrics["config"] = "demo"

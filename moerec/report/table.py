@@ -38,7 +38,7 @@ class Cell(NamedTuple):
     value: float | None
     low: float | None = None  # 95 % bootstrap interval, where the metric has one
     high: float | None = None
-    best: bool = False  # of all rows but the ceiling's
+    best: bool = False  # of two rows or more, the ceiling's aside
 
 
 class Row(NamedTuple):
@@ -106,7 +106,7 @@ def build_table(metrics: Mapping[str, Any]) -> Table:
     best: list[float | None] = []
     for c in range(len(columns)):
         known = [value for row in attained if (value := row[c]) is not None]
-        best.append(max(known) if known else None)
+        best.append(max(known) if len(attained) > 1 and known else None)
     rows = []
     for (label, kind, _, intervals), row in zip(results, values, strict=True):
         cells = []
@@ -145,7 +145,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     """The table as text, at most 100 columns wide: services that do not fit side by side follow below.
 
     Metrics are at 10 over full rankings; a service's columns rank its own items only. `*` marks the best row in each
-    column (the ceiling aside), and the first row is the model.
+    column (the ceiling aside, and where there is another), and the first row is the model.
     """
     table = build_table(metrics)
     label_width = min(max(len(row.label) for row in table.rows), 28)
@@ -180,11 +180,11 @@ def _format_block(table: Table, block: Sequence[int], label_width: int) -> list[
 
 def _caption(metrics: Mapping[str, Any]) -> str:
     n = metric_at(metrics["test"], "union", "all", "n")
-    text = "* best but for the ceiling" if metrics.get("ceiling") else "* best"
-    if seen_rule(metrics):
-        text = f"{seen_rule(metrics)}; {text}"
-    if n is not None:
-        text = f"{n:,.0f} targets; {text}"
+    parts = [] if n is None else [f"{n:,.0f} targets"]
+    parts += [seen_rule(metrics)] if seen_rule(metrics) else []
+    if metrics.get("baselines"):
+        parts.append("* best but for the ceiling" if metrics.get("ceiling") else "* best")
+    text = "; ".join(parts)
     share = gap_closed(metrics)
     if share is not None:
         text += f"\n{100 * share:.0f} % of the gap from popularity to the ceiling is closed (union NDCG@10)"
