@@ -34,7 +34,7 @@ from moerec.train import make_sizes
 class Trained(NamedTuple):
     """A run's configuration, data, best parameters, and what those need of the catalogue.
 
-    `known` has for each feature of the context the codes that events have.
+    `known` has for each feature of the context the codes that events have; `vectors` are the `catalogue_vectors`.
     """
 
     config: Config
@@ -42,6 +42,7 @@ class Trained(NamedTuple):
     model: SequenceModel
     table: ItemTable
     known: tuple[np.ndarray, ...]
+    vectors: tuple[jax.Array, jax.Array]
 
 
 class Request(NamedTuple):
@@ -94,7 +95,8 @@ def load_run(workdir: Path) -> Trained:
     finally:
         checkpoints.close()
     known = tuple(np.unique(column) for column in data.dataset.log.context.T)
-    return Trained(config, data, evaluated_model(state), jax.device_put(data.item_table, replicated(mesh)), known)
+    model, table = evaluated_model(state), jax.device_put(data.item_table, replicated(mesh))
+    return Trained(config, data, model, table, known, catalogue_vectors(model, table))
 
 
 def recommend(trained: Trained, person: str, request: Request, n: int, profile: UserState | None = None) -> Answer:
@@ -120,7 +122,8 @@ def recommend(trained: Trained, person: str, request: Request, n: int, profile: 
         allowed[dataset.log.item[rows]] = False
     if profile is not None:
         rows, profile = _continue_profile(trained, rows, profile)
-    score_I, found = _score(trained.model, *_make_batch(trained, rows, request), trained.table, profile)
+    asked = _make_batch(trained, rows, request)
+    score_I, found = _score(trained.model, *asked, trained.table, trained.vectors, profile)
     log_p_I = np.asarray(jax.nn.log_softmax(score_I), np.float64)
     best = np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
     return Answer(best, log_p_I[best], *(None if x is None else np.asarray(x) for x in found))
@@ -142,9 +145,8 @@ def _continue_profile(trained: Trained, rows: np.ndarray, profile: UserState) ->
 
 
 @jax.jit
-def _score(model: SequenceModel, batch: Batch, slot: jax.Array, table: ItemTable, start_B: UserState | None = None):
+def _score(model: SequenceModel, batch: Batch, slot: jax.Array, table: ItemTable, vectors, start_B: UserState | None):
     """Scores `[I]` of all items at a flat slot, and what else the model says there."""
-    vectors = catalogue_vectors(model, table)
     output = model.encode(batch, table, vector_ID=vectors[0], start_B=start_B)
     score_QI = score_output(output, batch, slot[None], vectors)
 

@@ -14,6 +14,7 @@ from moerec import cli
 from moerec.config import Config, PersonalConfig
 from moerec.data.load import load_data
 from moerec.errors import InputError
+from moerec.evaluate import catalogue_vectors
 from moerec.nn.personalization import Event
 from moerec.nn.personalization.profile import make_personalizer
 from moerec.profiles import count_recent, feed, forget, observe_events, open_profiles, read_profile, start_profile
@@ -40,7 +41,8 @@ def make_trained(folder, config: Config, seed: int = 0) -> Trained:
     data = load_data(config.data, folder)
     model = fill(init_state(config, make_sizes(data)).model, seed, stddev=0.3)
     known = tuple(np.unique(column) for column in data.dataset.log.context.T)
-    return Trained(config, data, model, jax.tree.map(jnp.asarray, data.item_table), known)
+    table = jax.tree.map(jnp.asarray, data.item_table)
+    return Trained(config, data, model, table, known, catalogue_vectors(model, table))
 
 
 @pytest.fixture(scope="module")
