@@ -41,10 +41,12 @@ def count_recent(config: Config) -> int:
     """The last events of a person that are to stay out of the store, for the row that the model is given.
 
     With a window those that an answer reaches by attention, and one more, whose gap to the event before is not known;
-    without one as many as a row holds. Answers are then what they would be if the row held the whole past.
+    as many as a row holds without one, and where each event knows the last ones in all services. Answers are then what
+    they would be if the row held the whole past.
     """
     model, most = config.model, config.data.history_len
-    return min(model.n_layers * (model.window - 1) + 2, most) if model.window else most
+    looks_far_back = not model.window or model.time.service_gap
+    return most if looks_far_back else min(model.n_layers * (model.window - 1) + 2, most)
 
 
 def start_profile(model: SequenceModel) -> UserState:

@@ -1,5 +1,7 @@
 """A trained run that answers: what one person wants next, at some time and in some context, and why."""
 
+import dataclasses
+import functools
 import re
 import types
 from collections.abc import Mapping
@@ -31,18 +33,24 @@ from moerec.state import evaluated_model, init_state
 from moerec.train import make_sizes
 
 
-class Trained(NamedTuple):
-    """A run's configuration, data, best parameters, and what those need of the catalogue.
-
-    `known` has for each feature of the context the codes that events have; `vectors` are the `catalogue_vectors`.
-    """
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run's configuration, data, best parameters, and what those need of the catalogue."""
 
     config: Config
     data: Prepared
     model: SequenceModel
     table: ItemTable
-    known: tuple[np.ndarray, ...]
-    vectors: tuple[jax.Array, jax.Array]
+
+    @functools.cached_property
+    def known(self) -> tuple[np.ndarray, ...]:
+        """For each feature of the context the codes that events have."""
+        return tuple(np.unique(column) for column in self.data.dataset.log.context.T)
+
+    @functools.cached_property
+    def vectors(self) -> tuple[jax.Array, jax.Array]:
+        """`catalogue_vectors`, which every request is scored against."""
+        return catalogue_vectors(self.model, self.table)
 
 
 class Request(NamedTuple):
@@ -94,9 +102,7 @@ def load_run(workdir: Path) -> Trained:
         state, _ = checkpoints.restore_best(like)
     finally:
         checkpoints.close()
-    known = tuple(np.unique(column) for column in data.dataset.log.context.T)
-    model, table = evaluated_model(state), jax.device_put(data.item_table, replicated(mesh))
-    return Trained(config, data, model, table, known, catalogue_vectors(model, table))
+    return Trained(config, data, evaluated_model(state), jax.device_put(data.item_table, replicated(mesh)))
 
 
 def recommend(trained: Trained, person: str, request: Request, n: int, profile: UserState | None = None) -> Answer:
@@ -145,8 +151,8 @@ def _continue_profile(trained: Trained, rows: np.ndarray, profile: UserState) ->
 
 
 @jax.jit
-def _score(model: SequenceModel, batch: Batch, slot: jax.Array, table: ItemTable, vectors, start_B: UserState | None):
-    """Scores `[I]` of all items at a flat slot, and what else the model says there."""
+def _score(model, batch: Batch, slot: jax.Array, table: ItemTable, vectors, start_B: UserState | None):
+    """Scores `[I]` of all items, whose `catalogue_vectors` are given, at a flat slot; and what else the model says."""
     output = model.encode(batch, table, vector_ID=vectors[0], start_B=start_B)
     score_QI = score_output(output, batch, slot[None], vectors)
 

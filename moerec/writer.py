@@ -142,7 +142,7 @@ class MetricWriter:
         folder = str(workdir / "tensorboard")
         self._events = SummaryWriter(folder, purge_step=purge_step, flush_secs=30, filename_suffix=suffix)
         self._total_steps = total_steps
-        self._since: tuple[int, float] | None = None  # the first step shown and when: compilation lies before it
+        self._since: tuple[int, float] | None = None  # the first step shown, and when: the step's compilation is over
         self._last_line, self._width = -math.inf, 0
         self._tty = sys.stderr.isatty()
         self._label = f"{name}  " if name else ""
@@ -165,7 +165,9 @@ class MetricWriter:
         """
         now = time.monotonic()
         last = step >= self._total_steps
-        first_step, started = self._since = self._since or (step, now)
+        if self._since is None:
+            self._since = (step, now)
+        first_step, started = self._since
         if now - self._last_line < (_TTY_EVERY_S if self._tty else _PLAIN_EVERY_S) and not last:
             return
         self._last_line = now

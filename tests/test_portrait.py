@@ -15,7 +15,6 @@ from moerec.config import PersonalConfig
 from moerec.data.dataset import Catalogue
 from moerec.data.load import load_data
 from moerec.errors import InputError
-from moerec.evaluate import catalogue_vectors
 from moerec.nn.personalization.memory import decay_rates
 from moerec.portrait import describe_portrait, name_aspects, next_time, portray, render_portrait
 from moerec.recommend import Request, Trained, recommend
@@ -31,9 +30,7 @@ def make_trained(folder, personal: PersonalConfig) -> Trained:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, personal=personal))
     data = load_data(config.data, folder)
     model = init_state(config, make_sizes(data)).model
-    known = tuple(np.unique(column) for column in data.dataset.log.context.T)
-    table = jax.tree.map(jnp.asarray, data.item_table)
-    return Trained(config, data, model, table, known, catalogue_vectors(model, table))
+    return Trained(config, data, model, jax.tree.map(jnp.asarray, data.item_table))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from moerec import cli
 from moerec.config import Config, PersonalConfig
 from moerec.data.load import load_data
 from moerec.errors import InputError
-from moerec.evaluate import catalogue_vectors
 from moerec.nn.personalization import Event
 from moerec.nn.personalization.profile import make_personalizer
 from moerec.profiles import count_recent, feed, forget, observe_events, open_profiles, read_profile, start_profile
@@ -40,9 +39,7 @@ def make_long_config(memory: str = "ema", window: int = WINDOW) -> Config:
 def make_trained(folder, config: Config, seed: int = 0) -> Trained:
     data = load_data(config.data, folder)
     model = fill(init_state(config, make_sizes(data)).model, seed, stddev=0.3)
-    known = tuple(np.unique(column) for column in data.dataset.log.context.T)
-    table = jax.tree.map(jnp.asarray, data.item_table)
-    return Trained(config, data, model, table, known, catalogue_vectors(model, table))
+    return Trained(config, data, model, jax.tree.map(jnp.asarray, data.item_table))
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +86,11 @@ def test_the_last_events_and_a_profile_answer_as_the_whole_history_does(tmp_path
 
 
 def test_events_that_a_row_does_not_hold_go_into_the_profile(tmp_path):
-    """A history longer than a row, without a store: what does not fit is observed first.
-
-    The queries that read a profile, or are scaled by it, know the place in a row: without both, the answer is that of a
-    row that holds everything.
-    """
+    """A history longer than a row, without a store: what does not fit is observed first."""
     config = make_long_config()
-    personal = dataclasses.replace(config.model.personal, prefix=False, query_scale=False)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, personal=personal))
     trained = make_trained(tmp_path, config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, history_len=6))
-    short, request = trained._replace(config=config), ask_later(trained)
+    short, request = dataclasses.replace(trained, config=config), ask_later(trained)
     person, nobody = str(trained.data.dataset.people[1]), start_profile(trained.model)
     whole = recommend(trained, person, request, 9)
     np.testing.assert_allclose(recommend(short, person, request, 9, nobody).log_p, whole.log_p, atol=1e-5)

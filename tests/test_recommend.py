@@ -99,9 +99,8 @@ def test_a_service_and_seen_items_narrow_the_list(trained):
     service = dataset.catalogue.services[1]
     own = recommend(trained, person, Request(service=service), 10_000).item
     assert own.tolist() == [i for i in everything.item if dataset.catalogue.service[i] == 1]
-    masked = trained._replace(
-        config=dataclasses.replace(trained.config, eval=dataclasses.replace(trained.config.eval, mask_seen=True))
-    )
+    masking = dataclasses.replace(trained.config.eval, mask_seen=True)
+    masked = dataclasses.replace(trained, config=dataclasses.replace(trained.config, eval=masking))
     rest = recommend(masked, person, Request(), 10_000).item
     seen = set(dataset.log.item[lo:hi].tolist())
     assert rest.tolist() == [i for i in everything.item if i not in seen]

@@ -63,8 +63,8 @@ class PersonalBias(nnx.Module):
     """What a personal layer adds to attention. All of it is neutral at first, so that an imported model is unchanged.
 
     The memory slots are extra keys and values, joined by a gate a head that starts at zero (Alayrac et al. 2022); what
-    is projected to heads is what all people's slots are made of, and no slot of anybody (DeepSeek-AI 2024). Biases by
-    time are a table over log buckets, as in Raffel et al. (2020); those of pairs of services one over (own, other).
+    is projected to heads is what all people's slots are made of, and no slot (DeepSeek-AI 2024). Biases by time are a
+    table over log buckets, as in Raffel et al. (2020); those of pairs of services one over (own, other).
 
     A profile has no place in the sequence: queries are scaled, and read the slots, before they are rotated, so that an
     answer depends on distances alone.
@@ -83,18 +83,18 @@ class PersonalBias(nnx.Module):
         self.key_DNH = declare(k_key, (d, n, h), ("embed", "heads", None), fan_in) if has_slots else None
         self.value_DNH = declare(k_value, (d, n, h), ("embed", "heads", None), fan_in) if has_slots else None
         self.gate_N = table(has_slots, (n,), ("heads",))
-        self.scale_DNH = table(personal.query_scale, (d, n, h), ("embed", "heads", None), "matrix")
+        self.query_scale_DNH = table(personal.query_scale, (d, n, h), ("embed", "heads", None), "matrix")
         self.time_bias_NR = table(personal.time_bias, (n, N_GAPS + 1), ("heads", None))
         self.pair_NZZ = table(personal.pair_bias, (n, n_services, n_services), ("heads", None, None))
         self.pair_gate_DN = table(personal.pair_bias, (d, n), ("embed", "heads"), "matrix")
         self.other_services, self.n_services = personal.other_services, n_services
-        self.rope_theta, self.window, self.backend = config.rope_theta, config.window, config.attention
+        self.window, self.backend = config.window, config.attention
 
     def scale(self, q_BTNH: jax.Array, view: View) -> jax.Array:
         """The queries, scaled by the profile."""
-        if self.scale_DNH is None:
+        if self.query_scale_DNH is None:
             return q_BTNH
-        scale = 1 + jnp.einsum("BTD,DNH->BTNH", view.summary_BTD, self.scale_DNH[...])
+        scale = 1 + jnp.einsum("BTD,DNH->BTNH", view.summary_BTD, self.query_scale_DNH[...])
         return (q_BTNH * scale).astype(q_BTNH.dtype)
 
     def kind_bias(self, view: View) -> jax.Array | None:
@@ -116,26 +116,28 @@ class PersonalBias(nnx.Module):
     def __call__(
         self,
         q_BTNH: jax.Array,
+        rotated_BTNH: jax.Array,
         k_BTKH: jax.Array,
         v_BTKH: jax.Array,
-        position_BT: jax.Array,
         segment_BT: jax.Array,
         view: View,
     ) -> jax.Array:
-        """Args: queries and keys before rotation; int32 segments, 0 is padding. Returns `[B, T, N, H]`."""
-        q_BTNH = self.scale(q_BTNH, view)
+        """`[B, T, N, H]`, attention over the events and, as far as the gates are open, the memory slots.
+
+        Args: queries after `scale`, for the slots, and those after rotation, for the events; keys after rotation; int32
+          segments, 0 is padding.
+        """
         kind_bias_BTNZ = self.kind_bias(view)
         time = (None, None) if self.time_bias_NR is None else (view.time_BT, self.time_bias_NR[...])
         kind = (None, None) if kind_bias_BTNZ is None else (view.service_BT, kind_bias_BTNZ)
-        q, k = (rotate(x, position_BT, self.rope_theta) for x in (q_BTNH, k_BTKH))
-        out, lse = _attend(q, k, v_BTKH, segment_BT, self.window, self.backend, time, kind)
+        out, lse = _attend(rotated_BTNH, k_BTKH, v_BTKH, segment_BT, self.window, self.backend, time, kind)
         if self.key_DNH is None:
             return out
         assert self.value_DNH is not None
         assert self.gate_N is not None
-        logit_BTNM = view.slots.project(self.key_DNH[...]).score(q_BTNH) * q_BTNH.shape[-1] ** -0.5
-        logit_BTNM += view.log_relevance_BTM[:, :, None]
-        prefix = attend_few(logit_BTNM, view.slots.project(self.value_DNH[...]).read)
+        keys, values = (view.slots.project(w[...], q_BTNH.dtype) for w in (self.key_DNH, self.value_DNH))
+        logit_BTNM = keys.score(q_BTNH) * q_BTNH.shape[-1] ** -0.5 + view.log_relevance_BTM[:, :, None]
+        prefix = attend_few(logit_BTNM, values.read)
         joined, _ = merge([(out, lse), prefix])
         return out + (jnp.tanh(self.gate_N[...])[:, None] * (joined - out)).astype(out.dtype)
 
@@ -219,8 +221,11 @@ class Attention(nnx.Module):
         v = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH[...].astype(dtype)) + self.v_bias_KH[...].astype(dtype)
         if self.personal is not None:
             assert view is not None
-            out = self.personal(q, k, v, position_BT, segment_BT, view)
+            q = self.personal.scale(q, view)
+        rotated, k = rotate(q, position_BT, self.rope_theta), rotate(k, position_BT, self.rope_theta)
+        if self.personal is not None:
+            assert view is not None
+            out = self.personal(q, rotated, k, v, segment_BT, view)
         else:
-            q, k = rotate(q, position_BT, self.rope_theta), rotate(k, position_BT, self.rope_theta)
-            out = attend_plain(q, k, v, segment_BT, self.window, self.backend)
+            out = attend_plain(rotated, k, v, segment_BT, self.window, self.backend)
         return jnp.einsum("BTNH,NHD->BTD", out, self.o_NHD[...].astype(dtype))

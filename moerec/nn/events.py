@@ -129,7 +129,7 @@ class SlotEncoder(nnx.Module):
 
 
 def _previous(x_BTX: jax.Array, position_BT: jax.Array, first) -> jax.Array:
-    """`x` of the slot before within the sequence; its first slot, and that of the row, gets `first`."""
+    """`x` of the slot before within the sequence; its first slot gets `first`."""
     shifted = jnp.concatenate([x_BTX[:, :1], x_BTX[:, :-1]], axis=1)
-    is_first = jnp.asarray(position_BT == 0).at[:, 0].set(True).reshape(position_BT.shape + (1,) * (x_BTX.ndim - 2))
+    is_first = (position_BT == 0).reshape(position_BT.shape + (1,) * (x_BTX.ndim - 2))
     return jnp.where(is_first, first, shifted)

@@ -15,7 +15,7 @@ from moerec.nn.events import ItemEncoder, SlotEncoder
 from moerec.nn.experts import DomainExperts, Request
 from moerec.nn.layers import RMSNorm, declare, dropout
 from moerec.nn.personalization import Request as ProfileRequest
-from moerec.nn.personalization import Slots, UserState
+from moerec.nn.personalization import UserState
 from moerec.nn.personalization.profile import ProfileRouter, condition_slots, exchange, make_personalizer
 from moerec.shapes import NO_TIME, Batch, ItemTable, Output, Routing
 
@@ -145,8 +145,7 @@ class SequenceModel(nnx.Module):
             nobody = ProfileRequest(jnp.asarray(NO_TIME), no_fields)
             nothing = personalizer.condition(self.profile, personalizer.init_user(), nobody)
             condition = exchange(condition, donor_BT, batch.segment_BT > 0, nothing)
-        of_fields_BT1D = condition.field_D[:, :, None]
-        slots = Slots(personalizer.basis(self.profile), condition.mean_WP, condition.evidence_W, of_fields_BT1D)
+        slots = condition.slots(personalizer.basis(self.profile))
         read_BTD, relevance_BTM, log_relevance_BTM = jnp.zeros(()), None, jnp.zeros((*batch.item_BT.shape, 0))
         if self.profile_router is not None:
             relevance_BTM, log_relevance_BTM, read_BTD = self.profile_router(x_BTD, slots)

@@ -51,6 +51,11 @@ class Table(NamedTuple):
     columns: list[Column]
     rows: list[Row]
 
+    @property
+    def has_best(self) -> bool:
+        """Whether any cell is marked."""
+        return any(cell.best for row in self.rows for cell in row.cells)
+
 
 def config_name(metrics: Mapping[str, Any]) -> str:
     """The name of the run's configuration; `metrics["config"]` is the configuration or its name."""
@@ -106,7 +111,7 @@ def build_table(metrics: Mapping[str, Any]) -> Table:
     best: list[float | None] = []
     for c in range(len(columns)):
         known = [value for row in attained if (value := row[c]) is not None]
-        best.append(max(known) if len(attained) > 1 and known else None)
+        best.append(max(known) if len(known) > 1 else None)
     rows = []
     for (label, kind, _, intervals), row in zip(results, values, strict=True):
         cells = []
@@ -159,7 +164,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     for block in blocks:
         lines += [""] * bool(lines) + _format_block(table, block, label_width)
     lines.append("")
-    lines.append(_caption(metrics))
+    lines.append(_caption(metrics, table.has_best))
     return "\n".join(lines)
 
 
@@ -178,11 +183,11 @@ def _format_block(table: Table, block: Sequence[int], label_width: int) -> list[
     return lines
 
 
-def _caption(metrics: Mapping[str, Any]) -> str:
+def _caption(metrics: Mapping[str, Any], has_best: bool) -> str:
     n = metric_at(metrics["test"], "union", "all", "n")
     parts = [] if n is None else [f"{n:,.0f} targets"]
     parts += [seen_rule(metrics)] if seen_rule(metrics) else []
-    if metrics.get("baselines"):
+    if has_best:
         parts.append("* best but for the ceiling" if metrics.get("ceiling") else "* best")
     text = "; ".join(parts)
     share = gap_closed(metrics)

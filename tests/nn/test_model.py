@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.config import LossConfig, MoEConfig
+from moerec.config import LossConfig, MoEConfig, PersonalConfig
 from moerec.losses import all_candidates, sum_losses
 from tests.nn import numpy_model as oracle
 from tests.small_model import (
@@ -134,11 +134,18 @@ def test_the_answer_is_no_input():
 
 
 # A slot goes to all experts: which of several it goes to may hang on a rounding.
-@pytest.mark.parametrize("moe", [MoEConfig(), MoEConfig(layers=(1,), n_per_group=1, n_active=4, d_expert=8, tile=8)])
-def test_bfloat16_is_close_and_weights_and_gradients_stay_float32(moe):
-    config = make_config(compute_dtype="bfloat16", moe=moe, **ON)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"moe": MoEConfig(layers=(1,), n_per_group=1, n_active=4, d_expert=8, tile=8)},
+        {"personal": PersonalConfig(layers=(1,), n_aspects=3, d_memory=4)},
+    ],
+)
+def test_bfloat16_is_close_and_weights_and_gradients_stay_float32(parts):
+    config = make_config(compute_dtype="bfloat16", **parts, **ON)
     batch = make_packed()
-    full, half = make_model(make_config(moe=moe, **ON)), make_model(config)
+    full, half = make_model(make_config(**parts, **ON)), make_model(config)
     states = encode(half, batch, TABLE)
     assert states.dtype == jnp.float32
     gap = np.asarray(states - encode(full, batch, TABLE))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Params = Any
 
@@ -55,14 +56,19 @@ class Condition(NamedTuple):
 
     Attributes:
       mean_WP: what each slot holds. evidence_W: logarithm of one more than the events' worth that it holds.
-      field_D: what the static fields say.
+      field_D: what the static fields say; None where the schema has none.
       summary_D: the profile as one vector; zero where nothing is known.
     """
 
     mean_WP: jax.Array
     evidence_W: jax.Array
-    field_D: jax.Array
+    field_D: jax.Array | None
     summary_D: jax.Array
+
+    def slots(self, basis: Basis) -> "Slots":
+        """The memory slots; works on conditions of many places, too."""
+        field_1D = None if self.field_D is None else self.field_D[..., None, :]
+        return Slots(basis, self.mean_WP, self.evidence_W, field_1D)
 
 
 class Slots(NamedTuple):
@@ -76,22 +82,26 @@ class Slots(NamedTuple):
     basis: Basis
     mean_XWP: jax.Array
     evidence_XW: jax.Array
-    field_XNH: jax.Array
+    field_XNH: jax.Array | None
 
-    def project(self, w_DNH: jax.Array) -> "Slots":
+    def project(self, w_DNH: jax.Array, dtype: DTypeLike) -> "Slots":
         """The slots as keys or values of heads. Of what is a person's own, only the static fields are multiplied."""
-        basis, field_XNH = Basis(*(x[:, 0] for x in self.basis)), self.field_XNH[..., 0, :]
-        basis, field_XNH = jax.tree.map(lambda x: jnp.tensordot(x, w_DNH, 1), (basis, field_XNH))
+        basis = Basis(*(jnp.einsum("XD,DNH->XNH", part.squeeze(1), w_DNH) for part in self.basis))
+        if self.field_XNH is None:
+            return self._replace(basis=basis)
+        field_XNH = jnp.einsum("...D,DNH->...NH", self.field_XNH.squeeze(-2).astype(dtype), w_DNH.astype(dtype))
         return self._replace(basis=basis, field_XNH=field_XNH)
 
     def score(self, query_XNH: jax.Array) -> jax.Array:
         """float32 `[X, N, M]`, the dot products of queries with the slots of their place."""
-        basis, mean_XWP, _, field_XNH = jax.tree.map(lambda x: x.astype(query_XNH.dtype), self)
-        found_XNB = _einsum("...nh,bnh->...nb", query_XNH, jnp.concatenate(basis))
-        shared_XNM, counted_XNW, read_XNP = self._split(found_XNB)
-        written_XNW = _einsum("...np,...wp->...nw", read_XNP.astype(query_XNH.dtype), mean_XWP)
+        dtype, (n_slots, n_written, _) = query_XNH.dtype, map(len, self.basis)
+        found_XNB = _einsum("...nh,bnh->...nb", query_XNH, jnp.concatenate(self.basis).astype(dtype))
+        shared_XNM, counted_XNW, read_XNP = jnp.split(found_XNB, [n_slots, n_slots + n_written], axis=-1)
+        written_XNW = _einsum("...np,...wp->...nw", read_XNP.astype(dtype), self.mean_XWP.astype(dtype))
         written_XNW += self.evidence_XW[..., None, :] * counted_XNW
-        field_XN1 = _einsum("...nh,...nh->...n", query_XNH, field_XNH)[..., None]
+        field_XN1 = jnp.zeros_like(written_XNW[..., :1])
+        if self.field_XNH is not None:
+            field_XN1 = _einsum("...nh,...nh->...n", query_XNH, self.field_XNH.astype(dtype))[..., None]
         return shared_XNM + jnp.concatenate([written_XNW, field_XN1], axis=-1)
 
     def read(self, weight_XNM: jax.Array) -> jax.Array:
@@ -100,13 +110,8 @@ class Slots(NamedTuple):
         counted_XNW = weight_XNW * self.evidence_XW[..., None, :]
         held_XNP = _einsum("...nw,...wp->...np", weight_XNW, self.mean_XWP)
         weight_XNB = jnp.concatenate([weight_XNM, counted_XNW, held_XNP], axis=-1)
-        of_fields_XNH = weight_XNM[..., -1:] * self.field_XNH
-        return of_fields_XNH + _einsum("...nb,bnh->...nh", weight_XNB, jnp.concatenate(self.basis))
-
-    def _split(self, x_XNB: jax.Array) -> list[jax.Array]:
-        """By the parts of the basis."""
-        n_slots, n_written = len(self.basis.base_MNH), len(self.basis.mass_WNH)
-        return jnp.split(x_XNB, [n_slots, n_slots + n_written], axis=-1)
+        read_XNH = _einsum("...nb,bnh->...nh", weight_XNB, jnp.concatenate(self.basis))
+        return read_XNH if self.field_XNH is None else weight_XNM[..., -1:] * self.field_XNH + read_XNH
 
 
 def _einsum(spec: str, *operands: jax.Array) -> jax.Array:

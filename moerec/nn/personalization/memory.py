@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moerec.nn.layers import RMSNorm, declare, fan_in, fan_in_second, normal
-from moerec.nn.personalization.api import Basis, Condition, Event, Personalizer, Request, Slots, UserState
+from moerec.nn.personalization.api import Basis, Condition, Event, Personalizer, Request, UserState
 from moerec.nn.personalization.recurrence import (
     HOUR,
     Writes,
@@ -118,8 +118,7 @@ def null(sizes: Sizes, chunk: int = 64) -> Personalizer:
         return state._replace(n_events=state.n_events + 1)
 
     def condition(params: Any, state: UserState, request: Request) -> Condition:
-        nothing_D = jnp.zeros(sizes.d_model)
-        return Condition(jnp.zeros((0, 0)), jnp.zeros(0), nothing_D, nothing_D)
+        return Condition(jnp.zeros((0, 0)), jnp.zeros(0), None, jnp.zeros(sizes.d_model))
 
     def unroll(params: Any, event: Event, first_T: jax.Array, start: UserState | None = None) -> UserState:
         t = first_T.shape[0]
@@ -259,12 +258,14 @@ def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
     def condition(params: Any, state: UserState, request: Request) -> Condition:
         left_X = _forget(kind.rates(params), state.time, request.time)
         mean_WP, mass_W = kind.read(params, left_X[:, None] * state.memory_MP)
-        rows_Y = request.field_Y + jnp.asarray(offsets, jnp.int32)
-        field_D = jnp.sum(jnp.where(request.field_Y[:, None] > 0, params.field_XD[...][rows_Y], 0), axis=0)
+        field_D = None
+        if offsets:
+            rows_Y = request.field_Y + jnp.asarray(offsets, jnp.int32)
+            field_D = jnp.sum(jnp.where(request.field_Y[:, None] > 0, params.field_XD[...][rows_Y], 0), axis=0)
         known_M = jnp.append(jnp.full(n_written, state.n_events > 0), jnp.any(request.field_Y > 0))
-        slots = Slots(basis(params), mean_WP, jnp.log1p(mass_W), field_D[None])
-        summary_D = slots.read(known_M[None] / (n_written + 1))[0]
-        return Condition(mean_WP, slots.evidence_XW, field_D, summary_D)
+        held = Condition(mean_WP, jnp.log1p(mass_W), field_D, jnp.zeros(sizes.d_model))
+        summary_D = held.slots(basis(params)).read(known_M[None] / (n_written + 1))[0]
+        return held._replace(summary_D=summary_D)
 
     def basis(params: Any) -> Basis:
         parts = params.slot_MD, params.mass_MD, params.read_PD

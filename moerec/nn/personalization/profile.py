@@ -73,7 +73,7 @@ def condition_slots(
       start_B: states `[B, ...]` before the rows' first sequences; None: of nobody.
     """
     field_BTY = batch.field_BTY if fields else batch.field_BTY[..., :0]
-    first_BT = jnp.asarray(batch.position_BT == 0).at[:, 0].set(True)
+    first_BT = batch.position_BT == 0
 
     def of_row(x_TD, time_T, first_T, request_T, field_TY, start):
         states = personalizer.unroll(params, Event(x_TD, time_T), first_T, start)
