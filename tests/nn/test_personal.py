@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +192,32 @@ def test_attention_to_the_parts_of_slots_is_attention_to_the_slots(dtype, projec
     found, expected = pull(by_parts), pull(by_vectors)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance, rtol=tolerance)
+
+
+def test_no_slot_and_no_query_is_as_wide_as_all_heads_times_the_model():
+    """Of what attention to the parts of slots holds, backward included, the greatest is what it is given or returns."""
+    b, t, n, h, d, m = 2, 16, 4, 4, 64, 7
+    slots = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), draw_slots(np.random.default_rng(3), (b, t), m, d))
+    query, maps = jnp.ones((b, t, n, h)), jnp.ones((2, d, n, h))
+
+    def total(slots, query, maps):
+        keys, values = (slots.project(w, jnp.float32) for w in maps)
+        read, lse = attend_few(keys.score(query), values.read)
+        return jnp.sum(read**2) + jnp.sum(lse**2)
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(slots, query, maps))
+    sizes = [np.prod([int(x) for x in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]+)\]", jaxpr)]
+    assert max(sizes) == max(b * t * d, maps.size)
+    assert max(sizes) < b * t * n * d
+
+
+def test_slots_without_fields_are_those_with_nothing_in_them():
+    slots = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), draw_slots(np.random.default_rng(4), (2, 5), 7, 6))
+    nothing = slots._replace(field_XNH=jnp.zeros_like(slots.field_XNH))
+    query, w, weight = jnp.ones((2, 5, 3, 4)), jnp.ones((6, 3, 4)), jnp.ones((2, 5, 3, 7))
+    with_zeros, without = (x.project(w, jnp.float32) for x in (nothing, slots._replace(field_XNH=None)))
+    np.testing.assert_array_equal(without.score(query), with_zeros.score(query))
+    np.testing.assert_array_equal(without.read(weight), with_zeros.read(weight))
 
 
 SEGMENT_9 = np.array([1, 1, 1, 2, 2, 2, 2, 2, 0], np.int32)
