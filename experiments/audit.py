@@ -8,11 +8,11 @@ its limit in `config.audit`.
 
 from pathlib import Path
 
-from moerec import cli
-from moerec.audit import run_audit
+from moerec.config import cli
 from moerec.data.load import load_data
-from moerec.data.prepare import describe_quarantine
-from moerec.writer import write_json
+from moerec.data.prepare.prepare import describe_quarantine
+from moerec.eval.audit import run_audit
+from moerec.files import write_json
 
 
 def main(config, flags):

@@ -6,12 +6,12 @@ python -m experiments.bench --config=configs/demo.py [--json]
 import tempfile
 from pathlib import Path
 
-from moerec import cli
+from moerec.config import cli
 
 
 def main(config, flags):
     """Prints one figure a line."""
-    from moerec.bench import measure
+    from moerec.eval.bench.step import measure
 
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(config, Path(flags.workdir or folder))

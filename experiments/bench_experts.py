@@ -6,13 +6,13 @@ python -m experiments.bench_experts --config=configs/city_moe.py [--sizes=8,16,3
 import tempfile
 from pathlib import Path
 
-from moerec import cli
+from moerec.config import cli
 from moerec.errors import InputError
 
 
 def main(config, flags):
     """Prints a line for each size."""
-    from moerec.bench import measure_experts
+    from moerec.eval.bench.step import measure_experts
 
     if not all(size.isdecimal() for size in flags.sizes) or not flags.sizes:
         raise InputError(f"--sizes: {','.join(flags.sizes)!r} are not numbers of experts, such as 8,16")

@@ -9,13 +9,13 @@ On an otherwise idle machine; the arms of a length take turns.
 import tempfile
 from pathlib import Path
 
-from moerec import cli
+from moerec.config import cli
 from moerec.errors import InputError
 
 
 def main(config, flags):
     """Prints a line for each length and arm."""
-    from moerec.bench import measure_histories, measure_recurrences
+    from moerec.eval.bench.step import measure_histories, measure_recurrences
 
     if not all(length.isdecimal() and int(length) > 1 for length in flags.slots) or not flags.slots:
         raise InputError(f"--slots: {','.join(flags.slots)!r} are not lengths of rows, such as 512,1024")

@@ -8,8 +8,8 @@ The target: ten million events in under 4 GiB and 120 s on two cores.
 import tempfile
 from pathlib import Path
 
-from moerec import cli
-from moerec.bench_prepare import measure
+from moerec.config import cli
+from moerec.eval.bench.prepare import measure
 
 
 def main(_, flags):

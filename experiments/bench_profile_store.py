@@ -8,8 +8,8 @@ The target: 10,000 random people of 100,000 read in under a second on two cores.
 import tempfile
 from pathlib import Path
 
-from moerec import cli
-from moerec.profile_store.bench import measure
+from moerec.config import cli
+from moerec.serve.profile_store.bench import measure
 
 
 def main(_, flags):

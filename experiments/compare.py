@@ -8,10 +8,10 @@ each edit of `eval.effects`.
 
 from pathlib import Path
 
-from moerec import cli
-from moerec.compare import Comparison, Effects, compare, compare_effects, render, render_effects
+from moerec.config import cli
 from moerec.errors import InputError
-from moerec.ranks import TargetComparison, compare_targets, render_targets
+from moerec.eval.compare import Comparison, Effects, compare, compare_effects, render, render_effects
+from moerec.eval.per_target import TargetComparison, compare_targets, render_targets
 
 EMPTY: list[str] = []
 FLAGS = {

@@ -11,7 +11,7 @@ or the next call begins a new profile for them; whoever has none is named.
 
 from pathlib import Path
 
-from moerec import cli
+from moerec.config import cli
 from moerec.errors import InputError
 
 EMPTY: list[str] = []
@@ -27,8 +27,8 @@ FLAGS = {
 def main(_, flags):
     """Prints what was done."""
     from moerec.data.splits import parse_date
-    from moerec.profiles import count_recent, feed, forget, open_profiles
-    from moerec.recommend import load_run
+    from moerec.serve.profiles import count_recent, feed, forget, open_profiles
+    from moerec.serve.recommender import load_run
 
     if not flags.profiles:
         raise InputError(f"--profiles is missing: {FLAGS['profiles'][1]}")

@@ -9,8 +9,8 @@ rows into quarantine.jsonl in the folder instead, and the counts by reason are p
 import dataclasses
 from pathlib import Path
 
-from moerec import cli
-from moerec.data.prepare import describe, prepare
+from moerec.config import cli
+from moerec.data.prepare.prepare import describe, prepare
 from moerec.errors import InputError
 
 

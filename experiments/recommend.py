@@ -15,13 +15,13 @@ history), and what of the profile matters (the profile router).
 import sys
 from pathlib import Path
 
-from moerec import cli
+from moerec.config import cli
 
 
 def main(_, flags):
     """Prints the list, and what the analyser and the profile router say of the request."""
-    from moerec.profiles import open_profiles, read_profile
-    from moerec.recommend import describe_answer, list_unseen, load_run, read_request, recommend
+    from moerec.serve.profiles import open_profiles, read_profile
+    from moerec.serve.recommender import describe_answer, list_unseen, load_run, read_request, recommend
 
     request = read_request(flags.context, flags.time, flags.service)
     trained = load_run(Path(flags.workdir))

@@ -5,8 +5,8 @@ python -m experiments.report --workdir=runs/demo
 
 from pathlib import Path
 
-from moerec import cli
-from moerec.report import write_report
+from moerec.config import cli
+from moerec.eval.report import write_report
 
 
 def main(config, flags):

@@ -7,13 +7,13 @@ The same command again goes on where it was interrupted.
 
 from pathlib import Path
 
-from moerec import cli
+from moerec.config import cli
 
 
 def main(config, flags):
     """Runs one config and prints its table."""
-    from moerec.report import format_table
-    from moerec.run import run
+    from moerec.eval.report import format_table
+    from moerec.eval.run import run
 
     metrics = run(config, Path(flags.workdir))
     print(format_table(metrics))

@@ -8,7 +8,7 @@ import numpy as np
 
 from moerec.config import ModelConfig
 from moerec.nn.model import SequenceModel, Sizes
-from moerec.shapes import NO_TIME, Batch, ItemTable
+from moerec.types import NO_TIME, Batch, ItemTable
 
 SIZES = Sizes(n_items=13, n_tokens=12, n_services=3, n_actions=3, context_sizes=(3, 4), field_sizes=(3, 2))
 EPOCH = datetime.datetime(2000, 1, 1)

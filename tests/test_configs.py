@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import configs
-from moerec import cli
 from moerec.config import (
     CityConfig,
     Config,
@@ -19,11 +18,12 @@ from moerec.config import (
     TimeConfig,
     TrainConfig,
     checked,
+    cli,
 )
 from moerec.data.load import load_data
 from moerec.errors import InputError
 from moerec.nn.model import SequenceModel, Sizes, count_active_params
-from moerec.train import fit
+from moerec.train.loop import fit
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))

@@ -1,15 +1,6 @@
 """A run that is over in seconds: the built-in world, shrunk."""
 
-from moerec.config import (
-    CityConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from moerec.config import CityConfig, Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 
 
 def make_config(**train) -> Config:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moerec.config import Config
-from moerec.config.types import require_type
+from moerec.config.value_types import require_type
 from moerec.errors import InputError
 
 

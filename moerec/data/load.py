@@ -11,13 +11,13 @@ from moerec.config import DataConfig
 from moerec.data import city
 from moerec.data.dataset import Dataset, mark_unseen, permute_items
 from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
-from moerec.data.prepare import is_current, prepare
+from moerec.data.prepare.prepare import is_current, prepare
 from moerec.data.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.splits import TRAIN, assign_roles, shuffle_ties
+from moerec.data.timezones import find_zones
 from moerec.data.tokenizer import TokenTable, tokenize
-from moerec.data.zones import find_zones
 from moerec.errors import InputError
-from moerec.shapes import ItemTable
+from moerec.types import ItemTable
 
 DIGEST = "data.json"  # in the directory of a run: {"sha256": the digest of its data}
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moerec.data.dataset import UNKNOWN_TIME, EventLog
-from moerec.shapes import EPOCH_2000, NO_TIME, Batch
+from moerec.types import EPOCH_2000, NO_TIME, Batch
 
 
 class Placement(NamedTuple):

@@ -14,7 +14,7 @@ from moerec.data.dataset import EventLog
 from moerec.data.packing import fill_batch, place_sequences
 from moerec.data.shards import PeopleSource, read_people
 from moerec.errors import InputError
-from moerec.shapes import Batch
+from moerec.types import Batch
 
 
 class EventReader(Protocol):

@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec
 
 from moerec.config import ModelConfig
 from moerec.nn.layers import declare, fan_in, fan_in_heads
-from moerec.nn.personalization import Slots
+from moerec.nn.profile import Slots
+from moerec.nn.sharding import ROW_AXES
 from moerec.nn.temporal import N_GAPS
-from moerec.sharding import ROW_AXES
 from pallas_kernels.attention import attend, attend_few, merge
 
 # Slots of a row from which on attention in blocks is faster than all at once, on two CPU cores; elsewhere it is not

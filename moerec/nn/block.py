@@ -8,9 +8,9 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.attention import Attention, PersonalBias, View
-from moerec.nn.experts import DomainExperts, Request
 from moerec.nn.layers import RMSNorm, SwiGLU, dropout
-from moerec.shapes import Routing
+from moerec.nn.moe.experts import DomainExperts, Request
+from moerec.types import Routing
 
 
 class Run(NamedTuple):

@@ -12,10 +12,10 @@ Initializer = Callable[..., jax.Array]
 def declare(
     key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer, decay: str = "matrix"
 ) -> nnx.Param:
-    """One declaration gives a weight's shape, logical axes (`moerec.sharding`), initialiser and decay class.
+    """One declaration gives a weight's shape, logical axes (`moerec.nn.sharding`), initialiser and decay class.
 
     Args:
-      decay: `matrix`, `embedding` or `none`; `moerec.optim` decides from it what weight decay touches.
+      decay: `matrix`, `embedding` or `none`; `moerec.train.optim` decides from it what weight decay touches.
     """
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and axes {axes} differ in length")

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moerec.config import ModelConfig
-from moerec.nn.aggregator import Aggregator
-from moerec.nn.analyser import Analyser
 from moerec.nn.attention import View, segment_mask
 from moerec.nn.block import run_blocks, split_layers, stack_blocks
-from moerec.nn.events import ItemEncoder, SlotEncoder
-from moerec.nn.experts import DomainExperts, Request
+from moerec.nn.embeddings import ItemEncoder, SlotEncoder
 from moerec.nn.layers import RMSNorm, declare, dropout
-from moerec.nn.personalization import Request as ProfileRequest
-from moerec.nn.personalization import UserState
-from moerec.nn.personalization.profile import ProfileRouter, condition_slots, exchange, make_personalizer
-from moerec.shapes import NO_TIME, Batch, ItemTable, Output, Routing
+from moerec.nn.moe.analyser import Analyser
+from moerec.nn.moe.experts import DomainExperts, Request
+from moerec.nn.pointer import Aggregator
+from moerec.nn.profile import Request as ProfileRequest
+from moerec.nn.profile import UserState
+from moerec.nn.profile.profile_router import ProfileRouter, condition_slots, exchange, make_personalizer
+from moerec.types import NO_TIME, Batch, ItemTable, Output, Routing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from flax import nnx
 
 from moerec.config import TimeConfig
 from moerec.nn.layers import declare, normal
-from moerec.shapes import NO_TIME
+from moerec.types import NO_TIME
 from pallas_kernels.attention import find_bucket
 
 DAY = 86_400

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moerec.data.dataset import UNKNOWN_TIME, EventLog
 from moerec.data.packing import device_time, fill_batch, place_sequences
-from moerec.shapes import NO_TIME
+from moerec.types import NO_TIME
 
 
 def place_by_hand(lengths, n_rows, row_len):

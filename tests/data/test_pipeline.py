@@ -18,7 +18,7 @@ from moerec.data.shards import open_source, write_dataset
 from moerec.data.splits import TRAIN
 from moerec.data.tokenizer import TokenTable
 from moerec.errors import InputError
-from moerec.shapes import EPOCH_2000, NO_TIME
+from moerec.types import EPOCH_2000, NO_TIME
 from tests.random_dataset import make_dataset
 
 

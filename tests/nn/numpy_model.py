@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 
-from moerec.shapes import NO_TIME
+from moerec.types import NO_TIME
 
 EPOCH = datetime.datetime(2000, 1, 1)
 Weights = dict[str, np.ndarray]

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moerec.nn.attention import BLOCKED_FROM, Attention, _attend, attend_plain, rotate
+from moerec.nn.sharding import ROW_AXES, batch_sharding, make_mesh, replicated
 from moerec.nn.temporal import N_GAPS
-from moerec.sharding import ROW_AXES, batch_sharding, make_mesh, replicated
 from tests.nn import numpy_model as oracle
 from tests.small_model import fill, make_config
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moerec.config import LossConfig, MoEConfig, PersonalConfig
-from moerec.losses import all_candidates, sum_losses
+from moerec.tasks.losses import all_candidates, sum_losses
 from tests.nn import numpy_model as oracle
 from tests.small_model import (
     SIZES,

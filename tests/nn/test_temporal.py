@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 
 from moerec.config import TimeConfig
-from moerec.nn.temporal import (
-    N_CODES,
-    N_GAPS,
-    N_WAVES,
-    TimeEmbedding,
-    calendar_codes,
-    calendar_waves,
-    last_times,
-)
-from moerec.shapes import NO_TIME
+from moerec.nn.temporal import N_CODES, N_GAPS, N_WAVES, TimeEmbedding, calendar_codes, calendar_waves, last_times
+from moerec.types import NO_TIME
 from pallas_kernels.attention import find_bucket
 from tests.nn import numpy_model as oracle
 from tests.small_model import draw_times, fill

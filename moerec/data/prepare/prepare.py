@@ -1,0 +1,314 @@
+"""Tables to a prepared folder, streaming: batch by batch into codes, the codes onto disk by blocks of people, block by
+block into shards.
+
+Peak memory: one batch of the columns in use, about 150 bytes for each different user and item, the texts of the item
+table, the profiles, and one block of `spill.PEOPLE_PER_BLOCK` people's events while it is sorted.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from moerec.config import DataConfig
+from moerec.data import shards
+from moerec.data.binning import find_ranges, name_ranges
+from moerec.data.dataset import TOTAL, UNKNOWN_TIME
+from moerec.data.prepare import row_validation as defects
+from moerec.data.prepare import spill
+from moerec.data.prepare.row_validation import DefectLog, RowCheck
+from moerec.data.prepare.tables import Batch, Table, read_batches
+from moerec.data.prepare.vocab import (
+    MAX_CODE,
+    Codes,
+    ItemCodes,
+    item_service,
+    open_tables,
+    read_columns,
+    read_items,
+    read_profiles,
+)
+from moerec.errors import InputError
+
+QUARANTINE = "quarantine.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareReport:
+    """Counts of what was written, and whether it replaced another prepared folder.
+
+    `quarantined` maps file and reason to a number of rows.
+    """
+
+    folder: str
+    n_people: int
+    n_items: int
+    n_events: int
+    services: dict[str, dict[str, int]]  # name -> people, items, events
+    quarantined: dict[str, dict[str, int]]
+    wall_s: float
+    replaced: bool
+
+
+class InteractionCoder:
+    """Checks the interaction rows and turns the good ones into coded events (`spill.event_dtype`)."""
+
+    def __init__(self, table: Table, config: DataConfig, items: ItemCodes | None, log: DefectLog):
+        self.table, self.schema, self.files, self.log = table, config.schema, config.tables, log
+        schema = self.schema
+        self.closed = items is not None
+        self.items = items or ItemCodes()
+        self.people = Codes()
+        self.actions = Codes()
+        self.edges = schema.edges
+        self.context = {column: _open_codes(self.edges.get(column)) for column in schema.context}
+        self.dtype = spill.event_dtype(len(schema.context))
+        text = (schema.user, schema.item, schema.service, schema.action, *schema.context)
+        self.text_columns = [column for column in dict.fromkeys(text) if column]
+        self.columns = list(dict.fromkeys([*self.text_columns, *([schema.time] if schema.time else [])]))
+
+    def encode(self, batch: Batch) -> np.ndarray:
+        """`[good rows]` coded events, in the order of the rows."""
+        schema = self.schema
+        self.log.add_ragged(self.table, batch)
+        values = read_columns(self.table, batch, self.text_columns)
+        check = RowCheck(self.log, self.table, batch.rows)
+        for column in self.text_columns:
+            check.utf8(column, values[column])
+        for what in ("user", "item", "service", "action"):
+            if getattr(schema, what):
+                check.filled(getattr(schema, what), values[getattr(schema, what)], what)
+        micros = np.full(len(batch.rows), UNKNOWN_TIME)
+        if schema.time:
+            keep = self.files.unknown_time == "keep"
+            micros = check.times(schema.time, batch.columns[schema.time], schema.time_unit, keep)
+        ranges = {column: self._find_ranges(check, column, values[column]) for column in self.edges}
+        values = {column: array.filter(pa.array(check.good)) for column, array in values.items()}
+        check2, service, item = self._encode_items(values, batch.rows[check.good])
+        events = np.empty(int(check2.good.sum()), self.dtype)
+        events["row"], events["micros"] = check2.rows[check2.good], micros[check.good][check2.good]
+        events["service"], events["item"] = service[check2.good], item[check2.good]
+        values = {column: array.filter(pa.array(check2.good)) for column, array in values.items()}
+        events["person"] = self.people.encode(values[schema.user])
+        events["action"] = self._encode_narrow(self.actions, values, schema.action) if schema.action else 0
+        for k, (column, codes) in enumerate(self.context.items()):
+            is_numeric = column in ranges
+            events["context"][:, k] = (
+                ranges[column][check.good][check2.good] if is_numeric else self._encode_narrow(codes, values, column)
+            )
+        return events
+
+    def _find_ranges(self, check: RowCheck, column: str, values: pa.Array) -> np.ndarray:
+        """`[rows]` code of each number's range, 0 where there is none."""
+        return find_ranges(check.numbers(column, values), self.edges[column])
+
+    def _encode_items(self, values: dict[str, pa.Array], rows: np.ndarray) -> tuple[RowCheck, np.ndarray, np.ndarray]:
+        schema, services = self.schema, self.items.services
+        check = RowCheck(self.log, self.table, rows)
+        if not schema.service:
+            service = np.full(len(rows), services[schema.service_name.encode()])
+        elif self.closed:
+            service = services.find(values[schema.service])
+            names = values[schema.service]
+            check.refuse(
+                service < 0, defects.UNKNOWN_SERVICE, schema.service,
+                lambda k: f"the item table has no service {defects.printed(names[k].as_py())}",
+            )  # fmt: skip
+        else:
+            service = self._encode_narrow(services, values, schema.service)
+        ids = values[schema.item]
+        if not self.closed:
+            return check, service, self.items.encode(service, ids, new=True)
+        item = self.items.encode(np.where(check.good, service, 0), ids, new=False)
+        check.refuse(
+            item < 0, defects.UNKNOWN_ITEM, schema.item,
+            lambda k: f"the item table has no item {defects.printed(ids[k].as_py())} of this service",
+        )  # fmt: skip
+        return check, service, item
+
+    def _encode_narrow(self, codes: Codes, values: dict[str, pa.Array], column: str) -> np.ndarray:
+        found = codes.encode(values[column])
+        if len(codes) > MAX_CODE:
+            raise InputError(f"{self.table.label}, column {column}: more than {MAX_CODE} different values")
+        return found
+
+
+def _open_codes(edges: tuple[float, ...] | None) -> Codes:
+    """Codes of a context column: of "missing" alone, or, with edges, of all ranges too."""
+    if edges is None:
+        return Codes({b"": 0})
+    return Codes({b"": 0} | {name.encode(): k for k, name in enumerate(name_ranges(edges), 1)})
+
+
+class _ServiceCounts:
+    """People and events of each service."""
+
+    def __init__(self, n_services: int):
+        self.people = np.zeros(n_services, np.int64)
+        self.events = np.zeros(n_services, np.int64)
+
+    def add(self, events: np.ndarray):
+        n = len(self.people)
+        person = (events["person"] - events["person"][0]).astype(np.int64)
+        counts = np.bincount(person * n + events["service"])
+        pairs = np.pad(counts, (0, -len(counts) % n)).reshape(-1, n)
+        self.people += (pairs > 0).sum(0)
+        self.events += pairs.sum(0)
+
+
+def describe(report: PrepareReport) -> str:
+    """The report as lines of text."""
+    lines = [f"{'service':<16}{'people':>12}{'items':>12}{'events':>14}"]
+    rows = [*report.services.items()]
+    rows.append(("all", {"people": report.n_people, "items": report.n_items, "events": report.n_events}))
+    lines += [f"{name:<16}{n['people']:>12,}{n['items']:>12,}{n['events']:>14,}" for name, n in rows]
+    lines += describe_quarantine(report.quarantined)
+    done = "replaced what was prepared there," if report.replaced else "written"
+    return "\n".join([*lines, f"{report.folder}: {done} in {report.wall_s:.1f} s"])
+
+
+def describe_quarantine(quarantined: dict[str, dict[str, int]]) -> list[str]:
+    """A line for each file and reason of the rows that were put aside."""
+    return [
+        f"quarantined from {file}: {n:,} {'row' if n == 1 else 'rows'}, {reason}"
+        for file, counts in quarantined.items()
+        for reason, n in sorted(counts.items())
+    ]
+
+
+def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None = None) -> PrepareReport:
+    """Writes the tables of `config` as a prepared folder. Raises InputError at bad input, as `config.tables` says.
+
+    `accept` sees the new folder before it takes the place of an old one, and refuses it by an exception.
+    """
+    start = time.monotonic()
+    if config.source != "tables":
+        raise InputError(f'config.data.source: is "{config.source}", but only "tables" can be prepared')
+    tables = open_tables(config)
+    log = DefectLog(config.tables.on_bad_rows == "quarantine")
+    replaced = (Path(out) / shards.META).is_file()
+    with shards.replace_folder(out) as folder:
+        items, catalogue = read_items(tables.items, config.schema, log) if tables.items else (None, None)
+        coder = InteractionCoder(tables.interactions, config, items, log)
+        events = spill.Spill(folder / "spill", len(config.schema.context))
+        for batch in read_batches(tables.interactions, coder.columns):
+            events.append(coder.encode(batch))
+        if TOTAL in coder.items.services.names():
+            table, column = tables.interactions, config.schema.service
+            if tables.items:
+                table, column = tables.items, item_service(config.schema)
+            raise InputError(f'{table.label}, column {column}: no service can be called "{TOTAL}"')
+        if not coder.people:
+            log.check(tables.interactions)
+            raise InputError(f"{tables.interactions.label}: no good row is left")
+        with shards.ShardWriter(folder, len(coder.people), config.n_shards) as writer:
+            lengths, counts = _write_events(events, coder, writer)
+        log.check(tables.interactions)
+        profile = read_profiles(tables.users, config.schema, coder.people, log) if tables.users else {}
+        (folder / "spill").rmdir()
+        log.write_quarantine(tables.all, folder / QUARANTINE)
+        _write_tables(folder, coder, catalogue, lengths, profile)
+        meta = _describe(config, coder, int(lengths.sum()), writer.shards, log, tuple(profile))
+        shards.write_meta(folder, meta)
+        if accept is not None:
+            accept(folder)
+    sizes = np.diff(coder.items.offsets).tolist()
+    return PrepareReport(
+        folder=str(out),
+        n_people=meta.n_people,
+        n_items=meta.n_items,
+        n_events=meta.n_events,
+        services={
+            name: {"people": int(counts.people[z]), "items": sizes[z], "events": int(counts.events[z])}
+            for z, name in enumerate(meta.services)
+        },
+        quarantined=log.counts,
+        wall_s=round(time.monotonic() - start, 2),
+        replaced=replaced,
+    )
+
+
+def describe_source(config: DataConfig) -> dict:
+    """What a prepared folder is made from: the config that matters, and each input file's size and time of change."""
+    files = {}
+    for name in (config.tables.interactions, config.tables.items, config.tables.users):
+        path = Path(config.tables.folder) / name
+        if name and path.is_file():
+            files[name] = [path.stat().st_size, path.stat().st_mtime_ns]
+    schema = {name: value for name, value in dataclasses.asdict(config.schema).items() if not name.startswith("zone")}
+    used = {"tables": dataclasses.asdict(config.tables), "schema": schema, "files": files}
+    return json.loads(json.dumps(used))  # as it will be read back
+
+
+def is_current(config: DataConfig, folder: Path) -> bool:
+    """Whether the folder was prepared whole, from these files, with this config."""
+    return (folder / "meta.json").exists() and shards.Meta.load(folder).extra.get("source") == describe_source(config)
+
+
+def _write_events(
+    events: spill.Spill, coder: InteractionCoder, writer: shards.ShardWriter
+) -> tuple[np.ndarray, _ServiceCounts]:
+    """Sorts and writes block by block; returns `[people]` numbers of events."""
+    offsets = coder.items.offsets
+    counts = _ServiceCounts(len(offsets) - 1)
+    lengths = []
+    for first in range(0, len(coder.people), spill.PEOPLE_PER_BLOCK):
+        block = events.read(first // spill.PEOPLE_PER_BLOCK)
+        block = block[spill.order_by_person(block)]
+        if coder.files.duplicates == "refuse":
+            block = _drop_duplicates(block, coder)
+        if coder.log.failed:
+            continue  # nothing will be kept, but the lowest bad row is still to be found
+        n = min(spill.PEOPLE_PER_BLOCK, len(coder.people) - first)
+        lengths.append(np.bincount(block["person"] - first, minlength=n))
+        records = np.empty(len(block), shards.record_dtype(len(coder.context)))
+        records["item"] = offsets[block["service"]] + block["item"]
+        records["time"] = np.where(block["micros"] == UNKNOWN_TIME, UNKNOWN_TIME, block["micros"] // 1_000_000)
+        records["action"], records["context"] = block["action"], block["context"]
+        writer.write(records, lengths[-1])
+        counts.add(block)
+    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64), counts
+
+
+def _drop_duplicates(block: np.ndarray, coder: InteractionCoder) -> np.ndarray:
+    again, first = spill.find_duplicates(block)
+    schema = coder.schema
+    columns = ", ".join(filter(None, (schema.user, schema.service, schema.item, schema.action, schema.time)))
+    row = block["row"]
+    coder.log.add(
+        coder.table, defects.DUPLICATE_EVENT, columns, row[again], lambda k: f"the same event as row {row[first[k]]}"
+    )
+    return np.delete(block, again) if len(again) else block
+
+
+def _write_tables(
+    folder: Path, coder: InteractionCoder, catalogue: pa.Table | None, lengths: np.ndarray, profile: dict[str, pa.Array]
+):
+    if catalogue is None:
+        ids = pa.array([name for codes in coder.items.items for name in codes.names()], pa.string())
+        empty = pa.array([""] * len(ids), pa.string())
+        columns = {"id": ids, "text": empty, "attributes": empty}
+    else:
+        columns = {name: catalogue[name] for name in ("id", "text", "attributes")}
+    shards.write_items(folder, coder.items.services.names(), coder.items.offsets, columns)
+    shards.write_people(folder, pa.array(coder.people, pa.binary()).cast(pa.string()), lengths, profile)
+
+
+def _describe(
+    config: DataConfig, coder: InteractionCoder, n_events: int, files: tuple[dict, ...], log: DefectLog, profile: tuple
+) -> shards.Meta:
+    return shards.Meta(
+        services=tuple(coder.items.services.names()),
+        actions=tuple(coder.actions.names()) or ("event",),
+        context={column: tuple(codes.names()[1:]) for column, codes in coder.context.items()},
+        profile=profile,
+        n_people=len(coder.people),
+        n_events=n_events,
+        n_items=int(coder.items.offsets[-1]),
+        shards=files,
+        extra={"source": describe_source(config), "quarantined": log.counts},
+    )

@@ -1,0 +1,260 @@
+"""Checks of table rows, and what becomes of the bad ones: the first is an error, or all go to a quarantine file.
+
+A row counts once, under the first check that it fails. Every check is a boolean column over a batch.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from moerec.data.binning import NUMBER
+from moerec.data.dataset import UNKNOWN_TIME
+from moerec.data.prepare.tables import Batch, Table, as_binary, read_batches
+from moerec.errors import InputError
+
+RAGGED = "wrong number of fields"
+BROKEN = "value of several lines"
+NUL = "NUL character"
+BAD_UTF8 = "bad UTF-8"
+BAD_TIME = "unparsable time"
+NO_TIME = "empty time"
+BAD_NUMBER = "unparsable number"
+EMPTY = {name: f"empty {name}" for name in ("user", "item", "service", "action")}
+UNKNOWN_SERVICE = "unknown service"
+UNKNOWN_ITEM = "unknown item"
+DUPLICATE_EVENT = "duplicate event"
+DUPLICATE_ITEM = "duplicate item"
+DUPLICATE_USER = "duplicate user"
+
+_UNITS = {"s": ("seconds", 1_000_000), "ms": ("milliseconds", 1_000), "day": ("days", 86_400_000_000)}
+_YEAR_1_US, _YEAR_9999_US = -62_135_596_800_000_000, 253_402_300_799_999_999
+_INTEGER = r"^-?[0-9]{1,18}$"
+_DECIMAL = r"^-?[0-9]+\.?[0-9]*([eE][+-]?[0-9]{1,3})?$"
+_ISO = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?"
+
+
+def _say(text: str, _: int) -> str:
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+    row: int
+    message: str
+
+
+class DefectLog:
+    """Collects the defects of all tables.
+
+    With `quarantine` the numbers of the bad rows are kept (8 bytes each), otherwise only counts and the lowest row.
+    """
+
+    def __init__(self, quarantine: bool):
+        self.quarantine = quarantine
+        self.counts: dict[str, dict[str, int]] = {}  # label -> reason -> rows
+        self._first: dict[str, _First] = {}
+        self._rows: dict[str, list[tuple[str, str, np.ndarray]]] = {}
+
+    @property
+    def failed(self) -> bool:
+        """Whether `check` is going to raise."""
+        return bool(self.counts) and not self.quarantine
+
+    def add(self, table: Table, reason: str, column: str, rows: np.ndarray, describe: Callable[[int], str]):
+        """Notes bad rows (`[n]` int64 row numbers); `describe(k)` says what is wrong with the k-th of them."""
+        if not len(rows):
+            return
+        counts = self.counts.setdefault(table.label, {})
+        counts[reason] = counts.get(reason, 0) + len(rows)
+        k = int(np.argmin(rows))
+        first = self._first.get(table.label)
+        if first is None or rows[k] < first.row:
+            where = f"column {column}: " if column else ""
+            self._first[table.label] = _First(int(rows[k]), where + describe(k))
+        if self.quarantine:
+            self._rows.setdefault(table.label, []).append((reason, column, np.asarray(rows, np.int64)))
+
+    def add_ragged(self, table: Table, batch: Batch):
+        """Notes the rows that the reader left out."""
+        ragged = [row for row in batch.ragged if not row.column]
+        rows = np.asarray([row.row for row in ragged], np.int64)
+        self.add(
+            table, RAGGED, "", rows, lambda k: f"{ragged[k].n_found} fields, the header has {ragged[k].n_expected}"
+        )
+        for row in batch.ragged:
+            if row.column:
+                text = f"{printed(row.text.encode())} has several lines; is a quote not closed?"
+                self.add(table, BROKEN, row.column, np.array([row.row]), functools.partial(_say, text))
+
+    def check(self, table: Table):
+        """Raises InputError at the table's lowest bad row, unless bad rows go to quarantine."""
+        first = self._first.get(table.label)
+        if first is None or self.quarantine:
+            return
+        counts = self.counts[table.label]
+        total = sum(counts.values())
+        kinds = ", ".join(f"{n:,} {reason}" for reason, n in sorted(counts.items()))
+        more = f" (bad rows in all: {total:,}: {kinds})" if total > 1 else ""
+        raise InputError(f"{table.label}, row {first.row}, {first.message}{more}")
+
+    def write_quarantine(self, tables: list[Table], path: Path):
+        """Writes a JSON object per bad row: file, row, column, reason and the raw row. Reads the tables again."""
+        tables = [table for table in tables if table.label in self._rows]
+        if not tables:
+            return
+        with path.open("w", encoding="utf-8") as out:
+            for table in tables:
+                for row in self._quarantined(table):
+                    out.write(json.dumps({"file": table.label, **row}, ensure_ascii=False) + "\n")
+
+    def _quarantined(self, table: Table) -> Iterator[dict]:
+        parts = self._rows[table.label]
+        rows = np.concatenate([part[2] for part in parts])
+        kind = np.repeat(np.arange(len(parts)), [len(part[2]) for part in parts])
+        order = np.argsort(rows, kind="stable")
+        rows, kind = rows[order], kind[order]
+        for batch in read_batches(table, list(dict.fromkeys(table.columns))):
+            for ragged in batch.ragged:
+                reason = BROKEN if ragged.column else RAGGED
+                yield {"row": ragged.row, "column": ragged.column, "reason": reason, "raw": ragged.text}
+            if not len(batch.rows):
+                continue
+            lo, hi = np.searchsorted(rows, [batch.rows[0], batch.rows[-1] + 1])
+            at = np.searchsorted(batch.rows, rows[lo:hi])
+            here = batch.rows[at] == rows[lo:hi]  # a ragged row is in none
+            at, kinds = at[here], kind[lo:hi][here]
+            values = {name: as_binary(array.take(pa.array(at))).to_pylist() for name, array in batch.columns.items()}
+            for k in range(len(at)):
+                reason, column, _ = parts[kinds[k]]
+                raw = {name: value[k].decode("utf-8", "backslashreplace") for name, value in values.items()}
+                yield {"row": int(batch.rows[at[k]]), "column": column, "reason": reason, "raw": raw}
+
+
+class RowCheck:
+    """Runs checks over the rows of a batch; `good` (`[n]` bool) is what is left after them."""
+
+    def __init__(self, log: DefectLog, table: Table, rows: np.ndarray):
+        self.log, self.table, self.rows = log, table, rows
+        self.good = np.ones(len(rows), bool)
+
+    def refuse(self, bad: np.ndarray, reason: str, column: str, describe: Callable[[int], str]):
+        """Notes rows that are bad (`[n]` bool) and were good so far; `describe` is given a position in the batch."""
+        at = np.flatnonzero(bad & self.good)
+        self.good[at] = False
+        self.log.add(self.table, reason, column, self.rows[at], lambda k: describe(int(at[k])))
+
+    def utf8(self, column: str, values: pa.Array):
+        bad = ~castable(values, pa.string())
+        self.refuse(bad, BAD_UTF8, column, lambda k: f"bad UTF-8 in {printed(values[k].as_py())}")
+
+    def filled(self, column: str, values: pa.Array, what: str):
+        """Refuses values of a user, item, service or action that are empty or hold a NUL (unicode arrays drop it)."""
+        bad = pc.equal(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
+        self.refuse(bad, EMPTY[what], column, lambda k: f"the {what} is empty")
+        bad = pc.match_substring(values, b"\0").to_numpy(zero_copy_only=False)
+        self.refuse(bad, NUL, column, lambda k: f"the {what} {printed(values[k].as_py())} holds a NUL character")
+
+    def first(self, repeated: np.ndarray, reason: str, column: str, ids: pa.Array):
+        """Refuses the rows of a keyed table whose id had a row before."""
+        self.refuse(repeated, reason, column, lambda k: f"{printed(ids[k].as_py())} has an earlier row")
+
+    def times(self, column: str, values: pa.Array, unit: str, keep_unknown: bool) -> np.ndarray:
+        """`[n]` int64 microseconds since 1970 UTC, UNKNOWN_TIME where empty; refuses what cannot be read."""
+        try:
+            micros, bad = parse_times(values, unit)
+        except pa.ArrowException as error:
+            raise InputError(f"{self.table.label}, column {column}: {values.type} is no type of a time") from error
+        name = _UNITS[unit][0] if unit in _UNITS else "an ISO date or time"
+        self.refuse(bad, BAD_TIME, column, lambda k: f"cannot read {printed(as_binary(values)[k].as_py())} as {name}")
+        if not keep_unknown:
+            self.refuse(micros == UNKNOWN_TIME, NO_TIME, column, lambda k: "the time is empty")
+        return micros
+
+    def numbers(self, column: str, values: pa.Array) -> np.ndarray:
+        """`[n]` float64, NaN where empty or "nan" (a missing float of pandas); refuses what is no finite number."""
+        filled = ~_matches(values, r"^([nN]a[nN])?$")
+        is_number = _matches(values, NUMBER)
+        numbers = np.full(len(values), np.nan)
+        texts = values.filter(pa.array(is_number)).cast(pa.string())
+        numbers[is_number] = texts.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        bad = filled & ~np.isfinite(numbers)
+        self.refuse(bad, BAD_NUMBER, column, lambda k: f"cannot read {printed(values[k].as_py())} as a number")
+        return numbers
+
+
+def printed(value: bytes) -> str:
+    """A value as messages show it."""
+    text = repr(value.decode("utf-8", "backslashreplace"))
+    return text if len(text) <= 60 else text[:56] + "...'"
+
+
+def castable(array: pa.Array, target: pa.DataType) -> np.ndarray:
+    """`[n]` bool: which values arrow casts to `target`. Halves the array around those it refuses."""
+    good = np.ones(len(array), bool)
+    parts = [(0, len(array))]
+    while parts:
+        lo, n = parts.pop()
+        try:
+            array.slice(lo, n).cast(target)
+        except pa.ArrowInvalid:
+            if n == 1:
+                good[lo] = False
+            else:
+                parts += [(lo, n // 2), (lo + n // 2, n - n // 2)]
+    return good
+
+
+def parse_times(values: pa.Array, unit: str) -> tuple[np.ndarray, np.ndarray]:
+    """Microseconds since 1970 UTC (`[n]` int64, UNKNOWN_TIME where empty or bad) and which are bad (`[n]` bool).
+
+    `unit` is s, ms, day or iso (without an offset: UTC); a column of dates or timestamps says its own. Times
+    outside the years 1 to 9999 are bad: they are in another unit.
+    """
+    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
+        zone = values.type.tz if pa.types.is_timestamp(values.type) else None
+        stamps = values.cast(pa.timestamp("us", zone), safe=False)
+        filled = stamps.is_valid().to_numpy(zero_copy_only=False)
+        micros = stamps.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+        bad = np.zeros(len(values), bool)
+    else:
+        text = as_binary(values)
+        filled = pc.greater(pc.binary_length(text), 0).to_numpy(zero_copy_only=False)
+        micros, read = _parse_iso(text) if unit == "iso" else _parse_numbers(text, _UNITS[unit][1])
+        bad = filled & ~read
+    bad |= filled & ((micros < _YEAR_1_US) | (micros > _YEAR_9999_US))
+    return np.where(filled & ~bad, micros, UNKNOWN_TIME), bad
+
+
+def _matches(text: pa.Array, pattern: str) -> np.ndarray:
+    return pc.match_substring_regex(text, pattern).to_numpy(zero_copy_only=False)
+
+
+def _parse_numbers(text: pa.Array, scale: int) -> tuple[np.ndarray, np.ndarray]:
+    micros = np.zeros(len(text), np.int64)
+    whole = _matches(text, _INTEGER)
+    numbers = text.filter(pa.array(whole)).cast(pa.string()).cast(pa.int64()).to_numpy(zero_copy_only=False)
+    limit = np.iinfo(np.int64).max // scale  # clipped numbers are far outside the years that are allowed
+    micros[whole] = np.clip(numbers, -limit, limit) * scale
+    if whole.all():
+        return micros, whole
+    broken = ~whole & _matches(text, _DECIMAL)
+    floats = text.filter(pa.array(broken)).cast(pa.string()).cast(pa.float64()).to_numpy(zero_copy_only=False)
+    micros[broken] = np.rint(np.clip(floats * scale, -9e18, 9e18)).astype(np.int64)
+    return micros, whole | broken
+
+
+def _parse_iso(text: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    micros, read = np.zeros(len(text), np.int64), np.zeros(len(text), bool)
+    for ending, kind in (("$", pa.timestamp("us")), (r"(Z|[+-][0-9]{2}:?[0-9]{2})$", pa.timestamp("us", "UTC"))):
+        at = np.flatnonzero(_matches(text, _ISO + ending))
+        stamps = text.take(pa.array(at)).cast(pa.string())
+        good = castable(stamps, kind)  # a date such as 30 February fits the pattern
+        micros[at[good]] = stamps.filter(pa.array(good)).cast(kind).cast(pa.int64()).to_numpy(zero_copy_only=False)
+        read[at[good]] = True
+    return micros, read

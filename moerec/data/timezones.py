@@ -1,0 +1,94 @@
+"""How far the clocks of events' places are ahead of UTC, by the time zone of a city or of a person."""
+
+import datetime
+import zoneinfo
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+
+from moerec.config import SchemaConfig
+from moerec.data.dataset import Dataset
+from moerec.data.packing import device_time
+from moerec.errors import InputError
+from moerec.types import NO_TIME
+
+DAY, QUARTER = 86_400, 900  # clocks change at whole quarters of an hour of UTC
+
+
+class Zones(NamedTuple):
+    """Attributes:
+    names: of the zones. of_person: `[people]`, which of them is each person's; or
+    of_context: `[codes]`, that of each code of the context feature `feature`.
+    """
+
+    names: tuple[str, ...]
+    of_person: np.ndarray | None = None
+    of_context: np.ndarray | None = None
+    feature: int = 0
+
+    def find_shifts(self, person: np.ndarray, time: np.ndarray, context: np.ndarray) -> np.ndarray:
+        """`[n]` int32 seconds ahead of UTC, 0 where a time is unknown or too far off for the model.
+
+        Args: `[n]`; `[n]` unix seconds; and `[n, C]` codes.
+        """
+        if self.of_context is not None:
+            zone = self.of_context[context[:, self.feature]]
+        else:
+            zone = np.zeros(len(time), np.int64) if self.of_person is None else self.of_person[person]
+        shift, known = np.zeros(len(time), np.int32), device_time(time) != NO_TIME
+        for k, name in enumerate(self.names):
+            at = np.flatnonzero((zone == k) & known)
+            shift[at] = find_shifts_in(name, time[at])
+        return shift
+
+
+def find_shifts_in(zone: str, time: np.ndarray) -> np.ndarray:
+    """`[n]` int32 seconds that clocks in an IANA time zone are ahead of UTC at `[n]` unix seconds.
+
+    Python looks at the ends of each day; only where they differ it looks at the day's quarters of an hour.
+    """
+    info = zoneinfo.ZoneInfo(zone)
+
+    def ahead(moments: np.ndarray) -> np.ndarray:
+        utc = (datetime.datetime.fromtimestamp(int(m), datetime.UTC) for m in moments)
+        offsets = (moment.astimezone(info).utcoffset() for moment in utc)
+        return np.array([0 if o is None else int(o.total_seconds()) for o in offsets], np.int32)
+
+    day, which = np.unique(time // DAY, return_inverse=True)
+    first, last = ahead(day * DAY), ahead(day * DAY + DAY - QUARTER)
+    shift = first[which]
+    changing = np.flatnonzero((first != last)[which])
+    quarter, which = np.unique(time[changing] // QUARTER, return_inverse=True)
+    shift[changing] = ahead(quarter * QUARTER)[which]
+    return shift
+
+
+def find_zones(dataset: Dataset, schema: SchemaConfig) -> Zones | None:
+    """The zones of a data set, None where all clocks show UTC.
+
+    Raises:
+      InputError: the column is neither of the context nor of the profile, or has none of the values.
+    """
+    if not schema.zone_column:
+        return None if schema.zone == "UTC" else Zones((schema.zone,))
+    by_value = schema.zone_of
+    names = (schema.zone, *by_value.values())
+    number = {value: k for k, value in enumerate(by_value, 1)}
+
+    def require_values(found: Collection[str]) -> None:
+        if not any(value in found for value in by_value):
+            raise InputError(
+                f"config.data.schema.zones: {schema.zone_column} is never {' or '.join(map(repr, by_value))}"
+            )
+
+    if schema.zone_column in dataset.context:
+        require_values(dataset.context[schema.zone_column])
+        feature = list(dataset.context).index(schema.zone_column)
+        codes = [number.get(value, 0) for value in dataset.context[schema.zone_column]]
+        return Zones(names, of_context=np.array([0, *codes, 0]), feature=feature)  # missing, values, unseen
+    if schema.zone_column in dataset.profile:
+        values = dataset.profile[schema.zone_column].tolist()
+        require_values(set(values))
+        return Zones(names, of_person=np.array([number.get(value, 0) for value in values], np.int64))
+    raise InputError(f"config.data.schema.zone_column: {schema.zone_column!r} is no column of context or profile")

@@ -1,0 +1,50 @@
+"""Ties at the split points, and events from the future."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from moerec.config import AuditConfig
+from moerec.data.dataset import UNKNOWN_TIME
+from moerec.data.splits import TEST, VALID
+from moerec.eval.audit.report import AuditRow, make_row
+from moerec.eval.audit.subject import Subject
+
+
+def check_ties(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
+    """Test and validation events at the very time of the event before them: their order is the file's, not time's."""
+    for role, name, limit in ((TEST, "tied_test", limits.max_tied_test), (VALID, "tied_valid", limits.max_tied_valid)):
+        rows = np.flatnonzero((subject.roles == role) & (subject.previous >= 0))
+        for service, own in subject.split_by_service(rows):
+            text = f"of {len(own)} events with another before, those at its very time"
+            yield make_row(name, service, subject.tied[own].mean(), limit, text)
+
+
+def check_future_in_history(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
+    """Histories that hold an event later than their target."""
+    offsets, rows = subject.histories
+    time = subject.dataset.log.time
+    owner = np.repeat(np.arange(len(subject.targets)), np.diff(offsets))
+    asked = time[subject.targets]
+    later = (time[rows] > asked[owner]) & (asked[owner] != UNKNOWN_TIME)
+    value = len(np.unique(owner[later])) / len(subject.targets)
+    text = f"{int(later.sum())} events in the histories of {len(subject.targets)} test events are later than these"
+    yield make_row("future_in_history", "all", value, limits.max_future_in_history, text)
+
+
+def check_training_after_test(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
+    """Training events later than test events: anybody's, and the same person's."""
+    time = subject.dataset.log.time
+    train = subject.train[time[subject.train] != UNKNOWN_TIME]
+    targets = subject.targets[time[subject.targets] != UNKNOWN_TIME]
+    if not len(train) or not len(targets):
+        return
+    ordered = np.sort(time[train])
+    later = 1 - np.searchsorted(ordered, time[targets], side="right") / len(ordered)
+    text = f"training events later than a test event, mean; {(later > 0).mean():.4f} of the test events have any"
+    yield make_row("train_after_test", "all", later.mean(), limits.max_train_after_test, text)
+    last = np.full(subject.dataset.log.n_people, UNKNOWN_TIME)
+    np.maximum.at(last, subject.person[train], time[train])
+    own = last[subject.person[targets]] > time[targets]
+    text = f"of {len(targets)} test events, those with a later training event of the same person"
+    yield make_row("train_after_own_test", "all", own.mean(), limits.max_train_after_own_test, text)

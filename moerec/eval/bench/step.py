@@ -1,0 +1,248 @@
+"""How fast the parts of a run are, measured one after the other in one process on an otherwise idle machine."""
+
+import contextlib
+import dataclasses
+import resource
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.config import Config
+from moerec.data.load import load_data, make_reader
+from moerec.data.pipeline import PackedStream, StreamOptions
+from moerec.errors import InputError
+from moerec.eval.evaluate_run import make_test_set
+from moerec.eval.ranking import rank_batch, rank_targets
+from moerec.nn.model import SequenceModel, count_active_params
+from moerec.nn.profile import Event, Request
+from moerec.nn.profile.profile_router import make_personalizer
+from moerec.nn.profile.recurrence import Writes, chunked_before, scan_before
+from moerec.nn.sharding import mesh_of
+from moerec.train.loop import Setup, set_up
+from moerec.train.step import evaluated_model
+from moerec.types import Batch
+from pallas_kernels.bench import time_in_turns
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median time of `run`, whose result is waited for; the first call, which compiles, is not counted."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
+def count_compilations(jitted: Any) -> float:
+    """How many programs a jitted function has been compiled to."""
+    return float(jitted._cache_size())
+
+
+class _Steps:
+    """Training steps over one batch; a call makes the next, from the state that the one before it left."""
+
+    def __init__(self, setup: Setup, batch: Batch):
+        self.setup, self.batch, self.state = setup, batch, setup.state
+
+    def __call__(self) -> jax.Array:
+        with mesh_of(self.state):
+            self.state, metrics = self.setup.train_step(self.state, self.batch, self.setup.table)
+        return metrics["loss"]
+
+    def temporary_bytes(self) -> int:
+        """What the compiled step holds beside its arguments and results."""
+        train_step: Any = self.setup.train_step
+        with mesh_of(self.state):
+            compiled = train_step.lower(self.state, self.batch, self.setup.table).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+
+def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats: int = 9) -> list[dict[str, Any]]:
+    """Rows of `{n_experts, n_active_params, step_ms, ratio}`: the step by the experts of a layer, each of them alike.
+
+    A slot goes to as many experts of the same width whatever their number, so that the useful work is the same, but for
+    the router's. The steps take turns; the ratio is to the first of the sizes.
+
+    Args:
+      sizes: experts of a layer, multiples of the number of groups.
+
+    Raises:
+      InputError: the model has no mixture, or a size is no multiple.
+    """
+    if not config.model.moe.layers:
+        raise InputError("config.model.moe.layers: a dense model has no experts to count")
+    if len(set(sizes)) < len(sizes):
+        raise InputError(f"--sizes: {', '.join(map(str, sizes))}: a size is named twice")
+    data = load_data(config.data, workdir)
+    n_groups, steps, rows = data.dataset.catalogue.n_services + 1, {}, []
+    for size in sizes:
+        if size < n_groups or size % n_groups:
+            raise InputError(f"--sizes: {size} experts cannot be split evenly over {n_groups} groups")
+        moe = dataclasses.replace(config.model.moe, n_per_group=size // n_groups)
+        setup = set_up(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), data)
+        rows.append({"n_experts": size, "n_active_params": count_active_params(setup.state.model)})
+        with contextlib.closing(iter(setup.stream)) as stream:
+            steps[str(size)] = _Steps(setup, next(stream))
+    times = time_in_turns(steps, repeats)
+    first_ms = times[str(sizes[0])]
+    return [{**row, "step_ms": ms, "ratio": ms / first_ms} for row, ms in zip(rows, times.values(), strict=True)]
+
+
+HISTORIES: dict[str, dict[str, Any]] = {
+    "all weights at once": {"window": 0, "memory": "null", "attention": "reference"},
+    "in blocks": {"window": 0, "memory": "null", "attention": "xla_blocks"},
+    "window": {"memory": "null", "attention": "xla_blocks"},
+    "window and profile": {"attention": "xla_blocks"},
+}
+
+
+def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], repeats: int = 5) -> list[dict[str, Any]]:
+    """Rows of `{n_slots, arm, step_ms, temporary_mb, ratio, memory_ratio}`: the step by the slots of a row, and by what
+    sees them; ratios are to the first arm.
+
+    A batch has `data.seq_len * train.batch_size` slots whatever their rows' length, and each row is the history of one
+    person, who has more events than fit. The arms (`HISTORIES`) take turns.
+
+    Raises:
+      InputError: the model has no profile or no window, or the data are not the built-in world's.
+    """
+    if not config.model.personal.n_slots or not config.model.window or config.data.source != "city":
+        raise InputError("config: a model with a profile and a window, on the built-in world, is needed")
+    rows = []
+    for length in lengths:
+        n_rows = max(config.data.seq_len * config.train.batch_size // length, 1)
+        city = dataclasses.replace(config.data.city, n_people=8 * n_rows, events_per_person=4 * length)
+        data_config = dataclasses.replace(config.data, city=city, seq_len=length, history_len=length)
+        data, steps, held = load_data(data_config, workdir), {}, {}
+        for name, change in HISTORIES.items():
+            fields = dict(change)
+            memory = fields.pop("memory", config.model.personal.memory)
+            personal = dataclasses.replace(config.model.personal, memory=memory)
+            model = dataclasses.replace(config.model, personal=personal, **fields)
+            train = dataclasses.replace(config.train, batch_size=n_rows)
+            setup = set_up(dataclasses.replace(config, model=model, data=data_config, train=train), data)
+            with contextlib.closing(iter(setup.stream)) as stream:
+                steps[name] = _Steps(setup, next(stream))
+            held[name] = steps[name].temporary_bytes()
+        rows += _list_arms(length, time_in_turns(steps, repeats), held)
+    return rows
+
+
+def _list_arms(length: int, times: dict[str, float], held: dict[str, int]) -> list[dict[str, Any]]:
+    """Args: milliseconds, and bytes of temporaries, by arm."""
+    first = next(iter(times))
+    return [
+        {
+            "n_slots": length,
+            "arm": name,
+            "step_ms": times[name],
+            "temporary_mb": held[name] / 1e6,
+            "ratio": times[name] / times[first],
+            "memory_ratio": held[name] / held[first],
+        }
+        for name in times
+    ]
+
+
+def measure_recurrences(config: Config, lengths: Sequence[int], repeats: int = 5) -> list[dict[str, Any]]:
+    """Rows as those of `measure_histories`: the recurrence under the memory alone, all its states and their gradients.
+
+    The associative scan against chunks of several sizes, over batches of as many slots as in `measure_histories`.
+    """
+    forms = {"associative scan": scan_before}
+    for chunk in sorted({16, 64, config.model.personal.chunk}):
+        forms[f"chunks of {chunk}"] = partial(chunked_before, chunk=chunk)
+    rows = []
+    for length in lengths:
+        operands = _draw_writes(config, max(config.data.seq_len * config.train.batch_size // length, 1), length)
+        compiled = {name: _slopes_of(form).lower(*operands).compile() for name, form in forms.items()}
+        calls = {name: partial(program, *operands) for name, program in compiled.items()}
+        held = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
+        rows += _list_arms(length, time_in_turns(calls, repeats), held)
+    return rows
+
+
+def _slopes_of(form: Callable[[Writes], jax.Array]) -> Any:
+    """Gradients of what `_draw_writes` returns, but for the times and starts."""
+
+    def total(log_keep_BTM, gain_BTM, value_BTP, rate_M, elapsed_BT, first_BT):
+        def of_row(elapsed_T, log_keep_TM, gain_TM, value_TP, first_T):
+            return jnp.sum(jnp.square(form(Writes(elapsed_T, rate_M, log_keep_TM, gain_TM, value_TP, first_T))))
+
+        return jnp.sum(jax.vmap(of_row)(elapsed_BT, log_keep_BTM, gain_BTM, value_BTP, first_BT))
+
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))
+
+
+def _draw_writes(config: Config, n_rows: int, length: int) -> tuple[jax.Array, ...]:
+    personal, rng = config.model.personal, np.random.default_rng(0)
+    m, shape = personal.n_slots - 1, (n_rows, length)
+    floats = (-rng.random((*shape, m)), rng.random((*shape, m)), rng.standard_normal((*shape, personal.d_memory)))
+    elapsed = np.cumsum(rng.integers(0, 100_000, shape), axis=1).astype(np.uint32)
+    first = np.broadcast_to(np.arange(length) == 0, shape)
+    rate = np.geomspace(1e-4, 1, m)
+    return *(jnp.asarray(x, jnp.float32) for x in (*floats, rate)), jnp.asarray(elapsed), jnp.asarray(first)
+
+
+def measure_profiles(model: SequenceModel, n_people: int = 4096, repeats: int = 9) -> dict[str, float]:
+    """People per second whose profile takes in an event, and whose profile conditions a request; batches of people."""
+    personalizer = make_personalizer(model.config, model.field_sizes)
+    rng = np.random.default_rng(0)
+    x_PD = jnp.asarray(rng.standard_normal((n_people, model.config.d_model)), jnp.float32)
+    time_P = jnp.asarray(rng.integers(0, 10**9, n_people), jnp.int32)
+    n_fields = len(model.field_sizes) if model.config.personal.fields else 0
+    request = Request(time_P, jnp.zeros((n_people, n_fields), jnp.int32))
+    states = jax.vmap(lambda _: personalizer.init_user())(time_P)
+    over_people, profile = (None, 0, 0), model.profile
+    observe = jax.jit(lambda s: jax.vmap(personalizer.observe, over_people)(profile, s, Event(x_PD, time_P)))
+    condition = jax.jit(lambda s: jax.vmap(personalizer.condition, over_people)(profile, s, request))
+    states = observe(states)
+    seconds = {"observe": lambda: observe(states), "condition": lambda: condition(states)}
+    found = {f"{name}_people_per_s": n_people / median_seconds(run, repeats) for name, run in seconds.items()}
+    return {**found, "profile_bytes": float(sum(x.nbytes for x in jax.tree.leaves(states)) / n_people)}
+
+
+def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4000) -> dict[str, float]:
+    """Slots per second of the step and of the loader, their ratio, targets per second of evaluation, peak memory.
+
+    With a profile also the people per second whose state takes in an event, and its bytes.
+    """
+    started = time.perf_counter()
+    data = load_data(config.data, workdir)
+    load_s = time.perf_counter() - started
+    setup = set_up(config, data)
+    stream = iter(setup.stream)
+    batch = next(stream)
+    slots = float(batch.weight_BT.sum())
+    steps = _Steps(setup, batch)
+    step_s = median_seconds(steps, repeats)
+    options = StreamOptions(config.train.batch_size, config.data.seq_len, config.data.history_len, config.seed)
+    loader = iter(PackedStream(make_reader(config.data, data), options))
+    loader_s = median_seconds(lambda: next(loader).item_BT, 5 * repeats)
+    some = dataclasses.replace(config, eval=dataclasses.replace(config.eval, n_test=n_targets))
+    examples = make_test_set(some, data).examples
+    model = evaluated_model(steps.state)
+    eval_s = median_seconds(lambda: rank_targets(model, examples, setup.table)[0].greater, 3)
+    n_rows = config.train.batch_size * config.data.seq_len
+    return {
+        "load_s": load_s,
+        "step_ms": 1e3 * step_s,
+        "step_slots_per_s": slots / step_s,
+        "packing": slots / n_rows,
+        "loader_slots_per_s": slots / loader_s,
+        "loader_over_step": step_s / loader_s,
+        "eval_targets_per_s": len(examples.targets) / eval_s,
+        "eval_scores_per_s": len(examples.targets) * data.dataset.catalogue.n_items / eval_s,
+        **(measure_profiles(model) if config.model.personal.n_slots else {}),
+        "step_compilations": count_compilations(setup.train_step),
+        "eval_compilations": count_compilations(rank_batch),
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }

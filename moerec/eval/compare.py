@@ -1,0 +1,202 @@
+"""Two configurations over several seeds: differences of their runs, paired by seed, and how sure they are."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from moerec.config.stored import list_differences
+from moerec.errors import InputError
+from moerec.eval.report.table import config_name
+
+METRIC = "ndcg@10"
+
+
+class Difference(NamedTuple):
+    """Of one part of the table, such as `union all` or `kuper` (ranked among its own items).
+
+    Attributes:
+      first, second: means over the pairs. difference: mean of first - second, with its 95 % interval `low` to `high`
+        and two-sided p-value: of Student's t over pairs of runs, or as `moerec.eval.per_target` says over pairs of targets.
+      n_better: pairs in which the first is better.
+    """
+
+    part: str
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    n_better: int
+
+
+class Comparison(NamedTuple):
+    """Attributes:
+    names: of the two configurations. seeds: `(seed, data.seed)` of each pair. rows: the union first.
+    n_active_params, steps: most of each. wall_s: mean seconds of training and validation of each.
+    """
+
+    names: tuple[str, str]
+    seeds: list[tuple[int, int]]
+    rows: list[Difference]
+    n_active_params: tuple[int, int]
+    steps: tuple[int, int]
+    wall_s: tuple[float, float]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """`metrics.json` of a finished run. Raises InputError where there is none, or it is of no use."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; is the run finished?")
+    try:
+        metrics = json.loads(path.read_text())
+        _ = metrics["test"]["union"]["all"][METRIC], metrics["config"]["data"]["seed"], metrics["seed"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is no result of a run ({type(error).__name__}: {error})") from None
+    return metrics
+
+
+def compare(first: Sequence[Path], second: Sequence[Path]) -> Comparison:
+    """Pairs the runs by their seeds of training and of data.
+
+    Raises:
+      InputError: a run is missing or has no partner, two have the same seeds, runs of a side differ in their
+        configuration, pairs were tested on other data, or there are fewer than two pairs.
+    """
+    sides = [_by_seed(folders) for folders in (first, second)]
+    for own, other in (sides, sides[::-1]):
+        for (seed, data_seed), (folder, _) in own.items():
+            if (seed, data_seed) not in other:
+                raise InputError(f"{folder}: no run with seed {seed} and data.seed {data_seed} on the other side")
+    seeds = sorted(sides[0])
+    if len(seeds) < 2:
+        raise InputError(f"{next(iter(sides[0].values()))[0]}: a comparison needs at least two seeds")
+    pairs = [(sides[0][s][1], sides[1][s][1]) for s in seeds]
+    for s, (a, b) in zip(seeds, pairs, strict=True):
+        if a["test"]["union"]["all"]["n"] != b["test"]["union"]["all"]["n"] or a["dataset"] != b["dataset"]:
+            raise InputError(f"{sides[0][s][0]}: another data set than {sides[1][s][0]}")
+    rows = [_compare_part("union all", pairs, "union", "all")]
+    rows += [_compare_part(service, pairs, "in_service", service) for service in pairs[0][0]["test"]["in_service"]]
+
+    def most(name: str) -> tuple[int, int]:
+        return max(a[name] for a, _ in pairs), max(b[name] for _, b in pairs)
+
+    names = (config_name(pairs[0][0]), config_name(pairs[0][1]))
+    wall_s = tuple(float(np.mean([pair[side]["wall_s"] for pair in pairs])) for side in (0, 1))
+    return Comparison(names, seeds, rows, most("n_active_params"), most("steps"), (wall_s[0], wall_s[1]))
+
+
+def _by_seed(folders: Sequence[Path]) -> dict[tuple[int, int], tuple[Path, dict[str, Any]]]:
+    found: dict[tuple[int, int], tuple[Path, dict[str, Any]]] = {}
+    for folder in folders:
+        metrics = read_run(folder)
+        seeds = metrics["seed"], metrics["config"]["data"]["seed"]
+        if seeds in found:
+            raise InputError(f"{folder}: the same seeds as {found[seeds][0]}")
+        found[seeds] = folder, metrics
+    first, *others = [(folder, _without_seeds(metrics["config"])) for folder, metrics in found.values()]
+    for folder, config in others:
+        for difference in list_differences(first[1], config, "config"):
+            raise InputError(f"{folder}: differs from {first[0]} in more than its seeds: {difference}")
+    return found
+
+
+def _without_seeds(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "seed": None, "data": {**config["data"], "seed": None}}
+
+
+def _compare_part(title: str, pairs: list[tuple[dict, dict]], part: str, key: str) -> Difference:
+    return _test(title, np.array([[side["test"][part][key][METRIC] for side in pair] for pair in pairs]))
+
+
+def _test(title: str, values: np.ndarray) -> Difference:
+    """Args: `[pairs, 2]`."""
+    gap = values[:, 0] - values[:, 1]
+    n, mean, error = len(gap), float(gap.mean()), float(gap.std(ddof=1)) / math.sqrt(len(gap))
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    # Where all differences are the same, the statistic is 0 / 0 or infinite.
+    p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    first, second = map(float, values.mean(axis=0))
+    return Difference(title, first, second, mean, mean - half, mean + half, p_value, int(np.sum(gap > 0)))
+
+
+class Effects(NamedTuple):
+    """What the answers of one configuration lose without the own profile and context, over several seeds.
+
+    Attributes:
+      rows: the runs as they are against the same with an edit (`profile swapped`), in union NDCG@10.
+      attainable: on the built-in world, union NDCG@10 of the exact posterior by what it knows (means over the seeds).
+    """
+
+    name: str
+    seeds: list[tuple[int, int]]
+    rows: list[Difference]
+    attainable: dict[str, float]
+
+
+def compare_effects(folders: Sequence[Path]) -> Effects:
+    """Raises: InputError, as `compare`, or where a run was made without `eval.effects`."""
+    found = _by_seed(folders)
+    if len(found) < 2:
+        raise InputError(f"{folders[0]}: a comparison needs at least two seeds")
+    runs = [found[seeds][1] for seeds in sorted(found)]
+    for folder, metrics in found.values():
+        if not metrics.get("proofs"):
+            raise InputError(f"{folder}: measured no effects; train it with --config.eval.effects=true")
+    own = [metrics["test"]["union"]["all"][METRIC] for metrics in runs]
+    edits = {f"{part} {edit}": (part, edit) for part, edits in runs[0]["proofs"].items() for edit in edits}
+    rows = []
+    for title, (part, edit) in edits.items():
+        edited = [metrics["proofs"][part][edit][METRIC] for metrics in runs]
+        rows.append(_test(title, np.stack([own, edited], axis=1)))
+    known = [metrics.get("attainable", {}) for metrics in runs]
+    attainable = {name: float(np.mean([k[name] for k in known])) for name in known[0] if all(name in k for k in known)}
+    return Effects(config_name(runs[0]), sorted(found), rows, attainable)
+
+
+def format_rows(rows: Sequence[Difference], names: tuple[str, str], counts: Sequence[int], last: str) -> list[str]:
+    """Lines of a table: a head, and a line a row; `counts` of pairs, of which `last` says what is counted."""
+    width = max(16, *(len(row.part) for row in rows))
+    lines = [f"{'':{width}}  {names[0]:>12}  {names[1]:>12}  difference      95 % interval       p  {last}"]
+    for row, n in zip(rows, counts, strict=True):
+        interval = f"{row.low:+.4f} to {row.high:+.4f}"
+        lines.append(
+            f"{row.part:{width}}  {row.first:12.4f}  {row.second:12.4f}  {row.difference:+10.4f}"
+            f"  {interval:>18}  {row.p_value:6.4f}  {row.n_better} of {n}"
+        )
+    return lines
+
+
+def render_effects(effects: Effects) -> str:
+    """The table for a terminal."""
+    n = len(effects.seeds)
+    lines = [
+        f"{effects.name}, union {METRIC}, means of {n} seeds"
+        f" (seed/data.seed {', '.join(f'{a}/{b}' for a, b in effects.seeds)})",
+        *format_rows(effects.rows, ("own", "edit"), [n] * len(effects.rows), "less"),
+    ]
+    if effects.attainable:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in effects.attainable.items())
+        lines.append(f"the exact posterior, by what it knows: {told}")
+    return "\n".join(lines)
+
+
+def render(comparison: Comparison) -> str:
+    """The table for a terminal."""
+    n = len(comparison.seeds)
+    lines = [
+        f"{METRIC}, means of {n} seeds (seed/data.seed {', '.join(f'{a}/{b}' for a, b in comparison.seeds)})",
+        *format_rows(comparison.rows, comparison.names, [n] * len(comparison.rows), "better"),
+    ]
+    width = max(16, *(len(row.part) for row in comparison.rows))
+    budgets = (comparison.n_active_params, comparison.steps, comparison.wall_s)
+    for title, (a, b) in zip(("active params", "steps", "seconds"), budgets, strict=True):
+        a, b = round(a), round(b)
+        lines.append(f"{title:{width}}  {a:12,}  {b:12,}")
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""What a trained model's answers owe to the profile and to the context: they are taken from others, or taken away.
+
+The parameters stay as they are, so that a difference is what this model makes of the knowledge, not what another model
+would make without it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moerec.config import Config
+from moerec.eval.metrics import per_target_metrics
+from moerec.eval.ranking import EvaluationSet, rank_targets
+from moerec.eval.significance import paired_test
+from moerec.nn.model import SequenceModel
+from moerec.nn.profile.profile_router import MEAN_PROFILE, NO_PROFILE
+from moerec.types import Batch, ItemTable
+
+Edit = Callable[[Batch, np.ndarray], tuple[Batch, np.ndarray | None]]
+
+
+def swap_profiles(batch: Batch, person: np.ndarray) -> np.ndarray:
+    """`[B, T]` flat slot whose profile each slot gets: that of the next person in the batch, as far into their history.
+
+    Where theirs is shorter, it is their last one. The last person gets the first one's; one alone keeps their own.
+
+    Args:
+      person: `[sequences]`, whose each is, in the order of the batch; those of a person stand together.
+    """
+    donor = np.arange(batch.segment_BT.size)
+    slot = np.flatnonzero(batch.segment_BT > 0)
+    position = batch.position_BT.reshape(-1)[slot]
+    sequence = np.cumsum(position == 0) - 1
+    start, length = slot[position == 0], np.bincount(sequence)
+    is_first = np.append(True, person[1:] != person[:-1])[: len(person)]
+    first = np.flatnonzero(is_first)  # the first sequence of each person
+    other = first[np.cumsum(is_first) % len(first)][sequence] if len(first) else sequence
+    donor[slot] = start[other] + np.minimum(position, length[other] - 1)
+    return donor.reshape(batch.segment_BT.shape).astype(np.int32)
+
+
+def permute_context(batch: Batch, rng: np.random.Generator) -> Batch:
+    """The batch with the context of every sequence's requests in a random order; clocks stay as they are."""
+    segment = batch.segment_BT.reshape(-1)
+    slot = np.flatnonzero(segment > 0)
+    person = np.cumsum(batch.position_BT.reshape(-1)[slot] == 0)
+    context = batch.request_context_BTC.copy()
+    flat = context.reshape(-1, context.shape[-1])
+    flat[slot] = flat[slot[np.lexsort((rng.random(len(slot)), person))]]
+    return batch._replace(request_context_BTC=context)
+
+
+def _edits(config: Config, examples: EvaluationSet) -> dict[str, dict[str, Edit]]:
+    """What is done to what, where the model has it."""
+    rng = np.random.default_rng(config.seed)
+
+    def give(donor: int) -> Edit:
+        return lambda batch, _: (batch, np.full(batch.segment_BT.shape, donor, np.int32))
+
+    profile: dict[str, Edit] = {
+        "swapped": lambda batch, person: (batch, swap_profiles(batch, person)),
+        "mean": give(MEAN_PROFILE),
+        "empty": give(NO_PROFILE),
+    }
+    context: dict[str, Edit] = {
+        "permuted": lambda batch, _: (permute_context(batch, rng), None),
+        "missing": lambda batch, _: (
+            batch._replace(request_context_BTC=np.zeros_like(batch.request_context_BTC)),
+            None,
+        ),
+    }
+    edits = {}
+    if config.model.personal.n_slots:
+        edits["profile"] = profile
+    if config.model.request_context and examples.dataset.context:
+        edits["context"] = context
+    return edits
+
+
+def describe_effects(
+    config: Config, model: SequenceModel, examples: EvaluationSet, table: ItemTable, own: np.ndarray
+) -> dict[str, dict[str, dict[str, float]]]:
+    """`{part: {edit: {"ndcg@10", "difference", "p_value"}}}` in the union; `difference` is what the model loses by it.
+
+    The mean profile is that of all slots of the batch. What is open (`data.city.n_closed`) is context like any other. A
+    missing context means something to a model only if some was missing in training, or hidden by
+    `model.context_dropout`; to another it is as if nothing had been learnt of it.
+
+    Args:
+      own: `[targets]`, NDCG@10 of the model as it is.
+    """
+    person = examples.dataset.log.person[examples.targets]
+    found: dict[str, Any] = {}
+    for part, edits in _edits(config, examples).items():
+        for name, edit in edits.items():
+            union = rank_targets(model, examples, table, edit)[1]
+            other = per_target_metrics(union)["ndcg@10"]
+            test = paired_test(own, other, config.seed, person)
+            effect = {"ndcg@10": float(other.mean()), "difference": test.difference, "p_value": test.p_value}
+            found.setdefault(part, {})[name] = effect
+    return found

@@ -1,0 +1,122 @@
+"""What the routing of a trained mixture does on the test targets, and how good its analyser is."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.eval.ranking import EvaluationSet
+from moerec.nn.model import SequenceModel
+from moerec.nn.moe.balance import describe_load
+from moerec.nn.sharding import mesh_of
+from moerec.types import Batch, ItemTable, Routing
+
+N_BINS = 15  # of the calibration error
+_LOG_TEMPERATURES = np.array(sorted(np.linspace(-2, 2, 161), key=abs))  # of equals the nearest to none
+
+
+class Observed(NamedTuple):
+    """Attributes:
+    log_domain_QZ: float32, the analyser's log-posterior at each target that has a history; None in a dense model.
+    log_weight_QX: float32, logs of the weights of the mixed answers there; None where the softmax is the only one.
+    relevance_QM: float32, what each slot of the profile matters there; None in a model without one.
+    service_Q: int, its service.
+    routing: sums over all slots of the histories, each under the service of the event after it; None in a dense model.
+    """
+
+    log_domain_QZ: np.ndarray | None
+    log_weight_QX: np.ndarray | None
+    relevance_QM: np.ndarray | None
+    service_Q: np.ndarray
+    routing: Routing | None
+
+
+@jax.jit
+def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable):
+    """What of an `Observed` is the model's: the first three of each question, and the routing of the batch."""
+    counted = batch._replace(weight_BT=(batch.segment_BT > 0).astype(jnp.float32))
+    output = model.encode(counted, table)
+
+    def pick(values_BTX):
+        return values_BTX.reshape(-1, values_BTX.shape[-1])[jnp.maximum(slot_Q, 0)]
+
+    log_weight_BTX = None if output.answers is None else output.answers.log_weight_BTX
+    return *jax.tree.map(pick, (output.log_domain_BTZ, log_weight_BTX, output.relevance_BTM)), output.routing
+
+
+def observe(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> Observed:
+    """Runs a model over the targets' histories."""
+    picked, services, routings = [], [], []
+    for which, batch, asked in examples.batches():
+        with mesh_of(model):
+            *of_targets, routing = _observe_batch(model, batch, asked.slot, table)
+        known = np.flatnonzero(asked.slot >= 0)
+        picked.append([None if x is None else np.asarray(x)[known] for x in of_targets])
+        services.append(examples.target_service[which][known])
+        routings.append(jax.tree.map(lambda x: np.asarray(x, np.float64), routing))
+    log_domain_QZ, log_weight_QX, relevance_QM = jax.tree.map(lambda *parts: np.concatenate(parts), *picked)
+    total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *routings)
+    return Observed(log_domain_QZ, log_weight_QX, relevance_QM, np.concatenate(services), total)
+
+
+def macro_f1(guess: np.ndarray, truth: np.ndarray, n_classes: int) -> float:
+    """The mean over the classes that occur of `2 TP / (2 TP + FP + FN)`."""
+    confusion = np.bincount(truth * n_classes + guess, minlength=n_classes**2).reshape(n_classes, n_classes)
+    hits, wanted, named = np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    f1 = 2 * hits / np.maximum(wanted + named, 1)
+    return float(f1[wanted > 0].mean()) if len(truth) else 0.0
+
+
+def calibration_error(log_p_QZ: np.ndarray, truth: np.ndarray) -> float:
+    """Expected calibration error of the most probable class, over bins of equal width (Guo et al. 2017)."""
+    confidence = np.exp(log_p_QZ.max(axis=1))
+    hit = log_p_QZ.argmax(axis=1) == truth
+    bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
+    gap = np.bincount(bins, weights=hit - confidence, minlength=N_BINS)
+    return float(np.abs(gap).sum() / max(len(truth), 1))
+
+
+def _scale(log_p_QZ: np.ndarray, temperature: float) -> np.ndarray:
+    scaled = log_p_QZ.astype(np.float64) / temperature
+    return scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
+
+
+def fit_temperature(log_p_QZ: np.ndarray, truth: np.ndarray) -> float:
+    """The temperature of least cross-entropy (Guo et al. 2017), to 2.5 %; 1 where it makes no difference."""
+    rows = np.arange(len(truth))
+    losses = [-np.sum(_scale(log_p_QZ, np.exp(t))[rows, truth]) for t in _LOG_TEMPERATURES]
+    return float(np.exp(_LOG_TEMPERATURES[int(np.argmin(losses))]))
+
+
+def describe_routing(fitted: Observed, seen: Observed) -> dict[str, Any]:
+    """`metrics["routing"]`: the load on the test histories; the analyser's macro-F1 and calibration at the targets.
+
+    `ece` is that of the posterior under the temperature fitted on validation; `ece_raw` without it.
+
+    Args:
+      fitted: of a mixture on the validation targets. seen: on the test targets.
+    """
+    assert fitted.log_domain_QZ is not None
+    assert seen.log_domain_QZ is not None
+    assert seen.routing is not None
+    temperature = fit_temperature(fitted.log_domain_QZ, fitted.service_Q)
+    log_p_QZ, truth = seen.log_domain_QZ, seen.service_Q
+    analyser = {
+        "macro_f1": macro_f1(log_p_QZ.argmax(axis=1), truth, log_p_QZ.shape[1]),
+        "ece": calibration_error(_scale(log_p_QZ, temperature), truth),
+        "ece_raw": calibration_error(log_p_QZ, truth),
+        "temperature": temperature,
+    }
+    return {**describe_load(seen.routing), "analyser": analyser}
+
+
+def describe_answers(seen: Observed, n_services: int) -> list[list[float] | None]:
+    """`metrics["answers"]`: for each service, mean weights of the mixed answers at its targets that have a history.
+
+    First the softmax over the catalogue, then the pointers; None for a service without such a target.
+    """
+    assert seen.log_weight_QX is not None
+    weight_QX = np.exp(seen.log_weight_QX)
+    by_service = (weight_QX[seen.service_Q == z] for z in range(n_services))
+    return [w_QX.mean(axis=0).tolist() if len(w_QX) else None for w_QX in by_service]

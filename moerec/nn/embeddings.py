@@ -1,0 +1,135 @@
+"""Vectors of items and of slots: sums of parts, each with its switch."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moerec.config import ModelConfig
+from moerec.nn.layers import RMSNorm, declare, fan_in, normal
+from moerec.nn.temporal import TimeEmbedding, last_times
+from moerec.types import NO_TIME, Batch, ItemTable
+
+STDDEV = 0.02
+
+
+class TextEncoder(nnx.Module):
+    """An item's text as the mean of its token embeddings, plus a one-layer gate over it, projected to the model width.
+
+    Order is ignored: titles and attribute lists are short, and a bag needs no attention.
+    """
+
+    def __init__(self, key: jax.Array, n_tokens: int, d_text: int, d_model: int, eps: float):
+        k_table, k_up, k_out = jax.random.split(key, 3)
+        self.table_VD = declare(k_table, (n_tokens, d_text), ("vocab", None), normal(1.0), decay="embedding")
+        self.norm = RMSNorm(d_text, eps)
+        self.gate_DD = declare(k_up, (d_text, d_text), (None, None), fan_in)
+        self.out_DD = declare(k_out, (d_text, d_model), (None, "embed"), normal(STDDEV * d_text**-0.5))
+
+    def __call__(self, token_XW: jax.Array) -> jax.Array:
+        """Args: token ids `[..., W]`, 0 is padding. Returns `[..., D]`; items without any token get a constant."""
+        present = (token_XW > 0).astype(jnp.float32)[..., None]
+        total = jnp.sum(self.table_VD[...][token_XW] * present, axis=-2)
+        mean = self.norm(total / jnp.maximum(jnp.sqrt(jnp.sum(present, axis=-2)), 1))
+        return (mean + jax.nn.silu(mean @ self.gate_DD[...])) @ self.out_DD[...]
+
+
+class ItemEncoder(nnx.Module):
+    """An item's vector: its own row, plus its text. A new item without a trained row still has its text."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig, n_items: int, n_tokens: int):
+        k_row, k_text = jax.random.split(key)
+        self.row_ID = (
+            declare(k_row, (n_items, config.d_model), ("items", "embed"), normal(STDDEV), decay="embedding")
+            if config.item_row
+            else None
+        )
+        self.text = (
+            TextEncoder(k_text, n_tokens, config.d_text, config.d_model, config.norm_eps) if config.item_text else None
+        )
+
+    def __call__(self, item_X: jax.Array, table: ItemTable) -> jax.Array:
+        """Args: catalogue indices of any shape `[...]`. Returns `[..., D]` float32."""
+        parts = []
+        if self.row_ID is not None:
+            parts.append(self.row_ID[...][item_X])
+        if self.text is not None:
+            parts.append(self.text(table.token_IW[item_X]))
+        return sum(parts[1:], parts[0])
+
+
+class SlotEncoder(nnx.Module):
+    """What a slot adds to its item's vector: service, action, its time, and the next request's time and context."""
+
+    def __init__(
+        self, key: jax.Array, config: ModelConfig, n_services: int, n_actions: int, context_sizes: tuple[int, ...]
+    ):
+        keys = jax.random.split(key, 5)
+        d = config.d_model
+
+        def table(k, n, zero_rows=()):
+            def init(key, shape, dtype):
+                return normal(STDDEV)(key, shape, dtype).at[jnp.array(zero_rows, int)].set(0)
+
+            return declare(k, (n, d), (None, "embed"), init, decay="embedding")
+
+        self.service = table(keys[0], n_services) if config.service else None
+        self.action = table(keys[1], n_actions) if config.action else None
+        self.event_time = TimeEmbedding(keys[2], d, STDDEV, config.time) if config.event_time else None
+        # Which service the request will go to is not known, so that it has the gaps of all.
+        self.request_time = TimeEmbedding(keys[3], d, STDDEV, config.time, n_services) if config.request_time else None
+        # One table for all features: feature c owns rows offset_c .. offset_c + size_c, the first of them "missing",
+        # and one behind those of all features, "unseen". Perhaps no event trains these two: they start at zero.
+        n_features, n_rows = len(context_sizes), sum(context_sizes) + len(context_sizes)
+        missing = [sum(context_sizes[:c]) for c in range(n_features)]
+        zero_rows = (*missing, *range(n_rows - n_features, n_rows))
+        self.context = table(keys[4], n_rows, zero_rows) if config.request_context and n_features else None
+        self.n_gap_services = n_services if config.time.service_gap else 0
+        self.context_sizes, self.context_dropout = context_sizes, config.context_dropout
+
+    def of_event(self, item: jax.Array, action: jax.Array, table: ItemTable) -> jax.Array:
+        """What service and action add, `[..., D]`: all of an event that does not depend on what comes next."""
+        parts = []
+        if self.service is not None:
+            parts.append(self.service[...][table.service_I[item]])
+        if self.action is not None:
+            parts.append(self.action[...][action])
+        return sum(parts, jnp.zeros((), jnp.float32))
+
+    def _context_rows(self, code_BTC: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Rows of the context table; with a key some features are hidden, half of them as missing, half as unseen."""
+        size_C = jnp.asarray(self.context_sizes, jnp.int32)
+        if key is not None and self.context_dropout:
+            u_BTC = jax.random.uniform(key, code_BTC.shape)
+            hidden_BTC = jnp.where(u_BTC < self.context_dropout / 2, 0, size_C)
+            code_BTC = jnp.where(u_BTC < self.context_dropout, hidden_BTC, code_BTC)
+        unseen_C = jnp.sum(size_C) + jnp.arange(len(self.context_sizes))
+        return jnp.where(code_BTC < size_C, jnp.cumsum(size_C) - size_C + code_BTC, unseen_C)
+
+    def __call__(self, batch: Batch, table: ItemTable, key: jax.Array | None = None) -> jax.Array:
+        """`[B, T, D]`; `key` switches the hiding of context features on."""
+        parts = [self.of_event(batch.item_BT, batch.action_BT, table)]
+        last_BTZ = None
+        if self.n_gap_services:
+            service_BT = table.service_I[batch.item_BT]
+            last_BTZ = last_times(batch.time_BT, service_BT, batch.position_BT, self.n_gap_services)
+        if self.event_time is not None:
+            own_BT1 = None
+            if last_BTZ is not None:
+                before_BTZ = _previous(last_BTZ, batch.position_BT, NO_TIME)
+                own_BT1 = jnp.take_along_axis(before_BTZ, service_BT[..., None], axis=-1)
+            since_BT = _previous(batch.time_BT, batch.position_BT, batch.time_BT)
+            parts.append(self.event_time(batch.time_BT, batch.shift_BT, since_BT, own_BT1))
+        if self.request_time is not None:
+            request = (batch.request_time_BT, batch.request_shift_BT)
+            parts.append(self.request_time(*request, batch.time_BT, last_BTZ))
+        if self.context is not None:
+            rows_BTC = self._context_rows(batch.request_context_BTC, key)
+            parts.append(jnp.sum(self.context[...][rows_BTC], axis=-2))
+        return sum(parts, jnp.zeros((), jnp.float32))
+
+
+def _previous(x_BTX: jax.Array, position_BT: jax.Array, first) -> jax.Array:
+    """`x` of the slot before within the sequence; its first slot gets `first`."""
+    shifted = jnp.concatenate([x_BTX[:, :1], x_BTX[:, :-1]], axis=1)
+    is_first = (position_BT == 0).reshape(position_BT.shape + (1,) * (x_BTX.ndim - 2))
+    return jnp.where(is_first, first, shifted)

@@ -1,0 +1,121 @@
+"""The experts' answers on a mesh: two ways to bring rows and experts together, inside `shard_map`.
+
+`ring`: every device of the expert axis gathers the rows of all, answers with its own experts, and the answers are
+summed back to where the rows came from. Nothing is dropped for want of buffers; the traffic is that of all rows.
+`all_to_all`: only the rows that an expert was chosen for travel to it. Traffic and memory follow the load; buffers
+have a static size, so a bound on them may drop assignments, which is counted.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moerec.config import MoEConfig
+from moerec.nn.moe.all_to_all import Exchange
+from moerec.nn.sharding import MESH_AXES, ROW_AXES
+from pallas_kernels.combine import combine_rows, gather_rows
+from pallas_kernels.dispatch import make_plan
+from pallas_kernels.grouped_ffn import grouped_ffn
+from pallas_kernels.varying import vary
+
+
+class Chosen(NamedTuple):
+    """What the router chose for the rows of one device.
+
+    Attributes:
+      expert_SA: int32, from 0 to E - 1 over all devices; E is nowhere. weight_SA: float. capacity: int32 scalar, most
+        rows of an expert, or None.
+    """
+
+    expert_SA: jax.Array
+    weight_SA: jax.Array
+    capacity: jax.Array | None
+
+
+class Answer(NamedTuple):
+    """Attributes:
+    y_SD: weighted sums of the experts' answers. dropped: int32, assignments of this device, or of its experts, that
+      found no place: for want of an expert's capacity, of the sender's and of the receiver's buffer.
+    """
+
+    y_SD: jax.Array
+    dropped: jax.Array
+
+
+Matrices = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def answer_alone(x_SD: jax.Array, chosen: Chosen, matrices: Matrices, config: MoEConfig) -> Answer:
+    """All experts are on this device."""
+    plan = make_plan(chosen.expert_SA, matrices[0].shape[0], config.tile, chosen.capacity)
+    y_SD = grouped_ffn(x_SD, chosen.weight_SA, *matrices, plan, config.backend)
+    dropped = jnp.sum(plan.demand_E - plan.size_E)
+    return Answer(y_SD, jnp.stack([dropped, jnp.zeros_like(dropped), jnp.zeros_like(dropped)]))
+
+
+def answer_by_ring(x_SD: jax.Array, chosen: Chosen, matrices: Matrices, config: MoEConfig, axis: str) -> Answer:
+    """All-gather of the rows, own experts, and a psum-scatter of what they answer."""
+    n_local = matrices[0].shape[0]
+
+    def gather(x):
+        return jax.lax.all_gather(x, axis, tiled=True)
+
+    own = gather(chosen.expert_SA) - jax.lax.axis_index(axis) * n_local
+    here = (own >= 0) & (own < n_local)
+    all_rows = Chosen(jnp.where(here, own, n_local), gather(chosen.weight_SA), chosen.capacity)
+    answer = answer_alone(gather(x_SD), all_rows, matrices, config)
+    return Answer(jax.lax.psum_scatter(answer.y_SD, axis, tiled=True), answer.dropped)
+
+
+def size_exchange(n_rows: int, n_choices: int, n_local: int, n: int, config: MoEConfig) -> tuple[int, int]:
+    """Most rows from one device to one other, and most that a device takes; without factors none can be lost."""
+    most = n_rows * min(n_choices, n_local)
+
+    def bound(factor: float, even: float, most: int) -> int:
+        return max(min(math.ceil(factor * even), most), 1) if factor else most
+
+    send = bound(config.send_factor, n_rows * n_choices / n, most)
+    return send, bound(config.receive_factor, n_rows * n_choices, n * send)
+
+
+def answer_by_all_to_all(
+    x_SD: jax.Array, chosen: Chosen, matrices: Matrices, config: MoEConfig, axis: str, ragged: bool
+) -> Answer:
+    """Rows to their experts' devices and answers back; weights never travel."""
+    n_local, n = matrices[0].shape[0], jax.lax.axis_size(axis)
+    n_rows, n_choices = chosen.expert_SA.shape
+    plan = make_plan(chosen.expert_SA // n_local, n, tile=1)
+    n_send, n_receive = size_exchange(n_rows, n_choices, n_local, n, config)
+    exchange = Exchange(axis, n, n_send, n_receive, plan.row_P.shape[0], ragged)
+    traffic = exchange.plan(plan)
+    rows_RD = exchange.there(gather_rows(x_SD, plan), traffic)
+    # Numbers from 1, because 0 arrives where nothing does.
+    own_P = chosen.expert_SA[plan.row_P, plan.choice_P] % n_local + 1
+    own_R = exchange.there(jnp.where(plan.used_P, own_P, 0), traffic)
+    expert_R1 = jnp.where(own_R > 0, own_R - 1, n_local)[:, None]
+    ones_R1 = vary(jnp.ones_like(expert_R1, rows_RD.dtype), MESH_AXES)
+    answer = answer_alone(rows_RD, Chosen(expert_R1, ones_R1, chosen.capacity), matrices, config)
+    y_SD = combine_rows(exchange.back(answer.y_SD, traffic), chosen.weight_SA, plan)
+    drops = jnp.stack([jnp.zeros_like(traffic.sender_drops), traffic.sender_drops, traffic.receiver_drops])
+    return Answer(y_SD, answer.dropped + drops)
+
+
+def answer_on_mesh(x_SD: jax.Array, chosen: Chosen, matrices: Matrices, config: MoEConfig) -> Answer:
+    """The answers to this device's rows under the config's strategy; call inside `shard_map` over `MESH_AXES`.
+
+    Args:
+      matrices: this device's experts, and of their width its part; the parts' answers are summed over `model`.
+    """
+    # Typed as different on every device, so that gradients are summed over those that hold the same value.
+    gate, up, down = (vary(m, MESH_AXES) for m in matrices)
+    own = (gate, up, down)
+    x_SD, chosen = vary(x_SD, MESH_AXES), chosen._replace(weight_SA=vary(chosen.weight_SA, MESH_AXES))
+    if config.strategy == "ring":
+        answer = answer_by_ring(x_SD, chosen, own, config, "expert")
+    elif config.strategy == "all_to_all":
+        answer = answer_by_all_to_all(x_SD, chosen, own, config, "expert", ragged=False)
+    else:
+        answer = answer_by_all_to_all(x_SD, chosen, own, config, "expert", ragged=True)
+    return Answer(jax.lax.psum(answer.y_SD, "model"), jax.lax.psum(answer.dropped, ROW_AXES))

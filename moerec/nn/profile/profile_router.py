@@ -1,0 +1,102 @@
+"""The profile in the model: every person's state before each slot, and which of its aspects matter to the request."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moerec.config import ModelConfig
+from moerec.nn.layers import RMSNorm, declare, fan_in
+from moerec.nn.profile.api import Condition, Event, Personalizer, Request, Slots, UserState
+from moerec.nn.profile.memory import Sizes, delta_memory, ema_memory, low_rank_memory, null
+from moerec.types import Batch
+
+NO_PROFILE, MEAN_PROFILE = -1, -2  # in the place of a slot whose profile is given
+VARIANTS = {"null": null, "ema": ema_memory, "delta": delta_memory, "low_rank": low_rank_memory}
+
+
+def make_personalizer(config: ModelConfig, field_sizes: tuple[int, ...]) -> Personalizer:
+    """The variant that the config names."""
+    personal = config.personal
+    fields = field_sizes if personal.fields else ()
+    sizes = Sizes(config.d_model, personal.n_aspects, personal.n_scales, personal.d_memory, fields, personal.rank)
+    return VARIANTS[personal.memory](sizes, personal.chunk)
+
+
+class Reading(NamedTuple):
+    """What the profile router makes of the profile.
+
+    Attributes:
+      relevance_BTM: float32, adds up to one over the memory slots. log_relevance_BTM: its logarithm.
+      read_BTD: what is added to the states; zero at first.
+    """
+
+    relevance_BTM: jax.Array
+    log_relevance_BTM: jax.Array
+    read_BTD: jax.Array
+
+
+class ProfileRouter(nnx.Module):
+    """Attention of each slot over the memory slots of its person's profile."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        d = config.d_model
+        self.norm = RMSNorm(d, config.norm_eps)
+        self.query_DD = declare(key, (d, d), ("embed", None), fan_in)
+        zeros = jax.nn.initializers.zeros
+        self.out_DD = declare(key, (d, d), (None, "embed"), zeros) if config.personal.read else None
+
+    def __call__(self, x_BTD: jax.Array, slots: Slots) -> Reading:
+        d = x_BTD.shape[-1]
+        query_BTD = self.norm(x_BTD.astype(jnp.float32)) @ self.query_DD[...]
+        log_BTM = jax.nn.log_softmax(slots.score(query_BTD[:, :, None])[:, :, 0] * d**-0.5)
+        relevance_BTM = jnp.exp(log_BTM)
+        read_BTD = jnp.zeros_like(query_BTD)
+        if self.out_DD is not None:
+            read_BTD = slots.read(relevance_BTM[:, :, None])[:, :, 0] @ self.out_DD[...]
+        return Reading(relevance_BTM, log_BTM, read_BTD)
+
+
+def condition_slots(
+    personalizer: Personalizer,
+    params,
+    batch: Batch,
+    event_BTD: jax.Array,
+    fields: bool,
+    start_B: UserState | None = None,
+) -> Condition:
+    """The `Condition` of every slot, `[B, T, ...]`: the state before its event, as of its request.
+
+    Args:
+      event_BTD: vectors of the events. fields: whether the static profile fields are read.
+      start_B: states `[B, ...]` before the rows' first sequences; None: of nobody.
+    """
+    field_BTY = batch.field_BTY if fields else batch.field_BTY[..., :0]
+    first_BT = batch.position_BT == 0
+
+    def of_row(x_TD, time_T, first_T, request_T, field_TY, start):
+        states = personalizer.unroll(params, Event(x_TD, time_T), first_T, start)
+        return jax.vmap(lambda s, t, f: personalizer.condition(params, s, Request(t, f)))(states, request_T, field_TY)
+
+    return jax.vmap(of_row)(event_BTD, batch.time_BT, first_BT, batch.request_time_BT, field_BTY, start_B)
+
+
+def exchange(condition: Condition, donor_BT: jax.Array, is_slot_BT: jax.Array, nobody: Condition) -> Condition:
+    """Other profiles in the place of the slots' own.
+
+    Args:
+      donor_BT: int32 flat slot whose profile each slot gets, or `NO_PROFILE`, or `MEAN_PROFILE`: that of all slots.
+      is_slot_BT: which slots count for the mean. nobody: of a person of whom nothing is known.
+    """
+
+    def pick(own_BTX: jax.Array, nothing_X: jax.Array) -> jax.Array:
+        def over(mask_BT):
+            return mask_BT.reshape(mask_BT.shape + (1,) * nothing_X.ndim)
+
+        given = own_BTX.reshape(donor_BT.size, *nothing_X.shape)[jnp.maximum(donor_BT, 0)]
+        mean = jnp.sum(jnp.where(over(is_slot_BT), own_BTX, 0), axis=(0, 1)) / jnp.maximum(jnp.sum(is_slot_BT), 1)
+        given = jnp.where(over(donor_BT == MEAN_PROFILE), mean, given)
+        return jnp.where(over(donor_BT == NO_PROFILE), nothing_X, given)
+
+    return jax.tree.map(pick, condition, nobody)

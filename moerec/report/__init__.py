@@ -1,6 +1,0 @@
-"""The result of a run for readers: the text table that commands print, and the offline page `report.html`."""
-
-from moerec.report.page import write_report
-from moerec.report.table import format_table
-
-__all__ = ["format_table", "write_report"]

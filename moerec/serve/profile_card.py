@@ -1,0 +1,248 @@
+"""One person's profile in words: how much of which aspect, what matters to two requests, what the context changes."""
+
+import datetime
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.data.dataset import UNKNOWN_TIME, Catalogue
+from moerec.data.packing import device_time
+from moerec.errors import InputError
+from moerec.eval.probes.profile_aspects import relevance_of_aspects, written_by_items
+from moerec.nn.model import SequenceModel
+from moerec.nn.profile import MemoryParams, UserState
+from moerec.nn.profile.memory import decay_rates, evidence
+from moerec.serve.profiles import observe_events, start_profile
+from moerec.serve.recommender import Request, Trained, find_history, recommend
+from moerec.types import ItemTable
+
+N_TOKENS = 3  # attributes that name an aspect
+LEAST_SHARE = 0.005  # of all that is written, of an attribute that may name one
+LEAST_EVENTS = 20  # of an item that may, where there are no attributes
+N_VALUES = 6  # of a feature of the context that is varied
+
+
+class Aspect(NamedTuple):
+    """Attributes:
+    number: from 0. evidence: events' worth that its slots hold at the first request. half_lives: hours, of its slots.
+    stands_for: attributes whose items write most into it, as a multiple of what they write on the average; it is the
+      model's, and the same for everybody.
+    relevance: to each request, of all its slots.
+    """
+
+    number: int
+    evidence: float
+    half_lives: list[float]
+    stands_for: dict[str, float]
+    relevance: list[float]
+
+
+class Wish(NamedTuple):
+    """An item that some of the lists hold; its rank (from 1) and probability by the value of the feature."""
+
+    service: str
+    id: str
+    text: str
+    rank: dict[str, int]
+    p: dict[str, float]
+
+
+class Portrait(NamedTuple):
+    """Attributes:
+    person, fields: name, and the static profile fields that are known. n_events: by service.
+    requests: times, UTC, and the context of all of them. aspects: by what they matter to the first request.
+    field_relevance: to each request, of the slot of static fields.
+    feature, wishes: the feature of the context that is varied in the first request, and what is then in the lists.
+    """
+
+    person: str
+    fields: dict[str, str]
+    n_events: dict[str, int]
+    requests: list[str]
+    context: dict[str, str]
+    aspects: list[Aspect]
+    field_relevance: list[float]
+    feature: str
+    wishes: list[Wish]
+
+
+def portray(
+    trained: Trained, person: str, times: list[int], context: Mapping[str, str], feature: str, top_k: int
+) -> Portrait:
+    """The portrait of a person.
+
+    Args:
+      times: of the requests, unix seconds; none: a Saturday's evening and a Monday's morning after the last event.
+      context: of all requests; what is not named is as at the last event before the first of them.
+      feature: of the context, whose own value and then others, `N_VALUES` in all, are tried; the empty string varies
+        nothing.
+
+    Raises:
+      InputError: the run keeps no aspects, or has no such feature; or as `recommend`.
+    """
+    dataset, model = trained.data.dataset, trained.model
+    if not isinstance(model.profile, MemoryParams):
+        raise InputError("--workdir: this run keeps no profile of aspects; train it with model.personal.layers")
+    if feature and feature not in dataset.context:
+        raise InputError(f"--vary: {feature!r} is none of {', '.join(dataset.context) or 'no features'}")
+    asked = make_requests(trained, person, times, context)
+    answers = [recommend(trained, person, request, top_k) for request in asked]
+    rows = find_history(trained, person, asked[0])
+    relevance_QM = np.stack([np.asarray(answer.relevance) for answer in answers])
+    aspects = _list_aspects(trained, rows, asked[0], relevance_QM)
+    at = int(np.flatnonzero(dataset.people == person)[0])
+    services = np.bincount(dataset.event_service[rows], minlength=dataset.catalogue.n_services)
+    return Portrait(
+        person=person,
+        fields={name: str(values[at]) for name, values in dataset.profile.items() if values[at]},
+        n_events=dict(zip(dataset.catalogue.services, services.tolist(), strict=True)),
+        requests=[_say_time(int(request.time or 0)) for request in asked],
+        context=dict(asked[0].context),
+        aspects=sorted(aspects, key=lambda aspect: -aspect.relevance[0]),
+        field_relevance=relevance_QM[:, -1].tolist(),
+        feature=feature,
+        wishes=_vary(trained, person, asked[0], feature, top_k),
+    )
+
+
+def make_requests(trained: Trained, person: str, times: list[int], context: Mapping[str, str]) -> list[Request]:
+    """The requests of `portray`."""
+    dataset = trained.data.dataset
+    last = find_history(trained, person, Request(times[0] if times else None))[-1]
+    time = int(dataset.log.time[last])
+    if not times:
+        if time == UNKNOWN_TIME:
+            raise InputError(f"--time: is needed, as the last event of {person!r} has none")
+        times = [next_time(time, 5, 20), next_time(time, 0, 8)]
+    known = zip(dataset.context.items(), dataset.log.context[last], strict=True)
+    before = {name: values[code - 1] for (name, values), code in known if 0 < code <= len(values)}
+    return [Request(when, {**before, **context}) for when in times]
+
+
+def next_time(after: int, weekday: int, hour: int) -> int:
+    """Unix seconds of the first such hour, UTC, on such a day of the week (0 is Monday) after a time."""
+    when = datetime.datetime.fromtimestamp(after, datetime.UTC)
+    days = (weekday - when.weekday()) % 7
+    found = when.replace(hour=hour, minute=0, second=0, microsecond=0) + datetime.timedelta(days=days)
+    return int((found if found > when else found + datetime.timedelta(days=7)).timestamp())
+
+
+def _list_aspects(trained: Trained, rows: np.ndarray, request: Request, relevance_QM: np.ndarray) -> list[Aspect]:
+    model, personal = trained.model, trained.config.model.personal
+    assert isinstance(model.profile, MemoryParams)
+    state = observe_history(trained, rows)
+    at = jnp.asarray(device_time(np.array([request.time]))[0])
+    shape = (personal.n_aspects, personal.n_scales)
+    evidence_AS = np.asarray(evidence(model.profile, state, at)).reshape(shape)
+    half_life_AS = np.log(2) / np.asarray(decay_rates(model.profile)).reshape(shape)
+    relevance_QA = relevance_of_aspects(relevance_QM, personal)
+    meanings = name_aspects(trained.data.dataset.catalogue, model, trained.table)
+    columns = (evidence_AS.sum(axis=1).tolist(), half_life_AS.tolist(), meanings, relevance_QA.T.tolist())
+    return [Aspect(number, *values) for number, values in enumerate(zip(*columns, strict=True))]
+
+
+def observe_history(trained: Trained, rows: np.ndarray) -> UserState:
+    """The person's state after these rows of the log."""
+    rows, nobody = rows[-trained.config.data.history_len :], start_profile(trained.model)
+    start = jax.tree.map(lambda leaf: leaf[None], nobody)
+    log = trained.data.dataset.log
+    states = observe_events(trained.model, trained.table, log, start, rows[:1], np.array([len(rows)]))
+    return jax.tree.map(lambda leaf: leaf[0], states)
+
+
+def name_aspects(catalogue: Catalogue, model: SequenceModel, table: ItemTable) -> list[dict[str, float]]:
+    """For each aspect the attributes that stand out in what is written into it, items weighed by their training count.
+
+    Where the catalogue has no attributes, the items themselves are named.
+    """
+    written_IA = written_by_items(model, table)
+    tokens = [text.split() or [str(name)] for text, name in zip(catalogue.attributes, catalogue.ids, strict=True)]
+    known, code = np.unique(np.concatenate(tokens), return_inverse=True)
+    owner = np.repeat(np.arange(len(tokens)), [len(found) for found in tokens])
+    of_token_XA = np.stack([np.bincount(code, column[owner], len(known)) for column in written_IA.T], axis=1)
+    total_X = of_token_XA.sum(axis=1)
+    everything_A = np.maximum(written_IA.sum(axis=0), 1e-30)
+    lift_XA = (of_token_XA / everything_A) / np.maximum(total_X / everything_A.sum(), 1e-30)[:, None]
+    is_attribute_X = np.isin(known, np.concatenate([text.split() for text in catalogue.attributes]))
+    least_X = np.where(is_attribute_X, LEAST_SHARE * everything_A.sum(), LEAST_EVENTS)
+    lift_XA = np.where((total_X >= least_X)[:, None], lift_XA, 0)
+    best_XA = np.argsort(-lift_XA, axis=0, kind="stable")[:N_TOKENS]
+    return [
+        {str(known[x]): float(lift_XA[x, a]) for x in best_X if lift_XA[x, a] > 1} for a, best_X in enumerate(best_XA.T)
+    ]
+
+
+def _vary(trained: Trained, person: str, request: Request, feature: str, top_k: int) -> list[Wish]:
+    """What is among the first in the list of some value of the feature, and where it stands for each."""
+    catalogue = trained.data.dataset.catalogue
+    rank: dict[str, dict[int, int]] = {}
+    log_p: dict[str, dict[int, float]] = {}
+    values = trained.data.dataset.context[feature] if feature else ("",)
+    now = [value for value in values if value == request.context.get(feature)]
+    for value in [*now, *(value for value in values if value not in now)][:N_VALUES]:
+        varied = request._replace(context={**request.context, feature: value}) if feature else request
+        answer = recommend(trained, person, varied, catalogue.n_items)
+        rank[value] = {int(item): place for place, item in enumerate(answer.item, 1)}
+        log_p[value] = dict(zip(answer.item.tolist(), answer.log_p.tolist(), strict=True))
+    listed = sorted(
+        {item for places in rank.values() for item, place in places.items() if place <= top_k},
+        key=lambda item: [places[item] for places in rank.values()],
+    )
+    return [
+        Wish(
+            catalogue.services[catalogue.service[item]],
+            str(catalogue.ids[item]),
+            str(catalogue.text[item]),
+            {value: places[item] for value, places in rank.items()},
+            {value: float(np.exp(found[item])) for value, found in log_p.items()},
+        )
+        for item in listed
+    ]
+
+
+def _say_time(time: int) -> str:
+    return f"{datetime.datetime.fromtimestamp(time, datetime.UTC):%a %Y-%m-%d %H:%M}"
+
+
+def describe_portrait(portrait: Portrait) -> dict[str, Any]:
+    """Nested dictionaries and lists, for JSON."""
+    plain = portrait._asdict()
+    return {**plain, **{name: [x._asdict() for x in plain[name]] for name in ("aspects", "wishes")}}
+
+
+def render_portrait(portrait: Portrait) -> str:
+    """The portrait for a terminal."""
+    services = ", ".join(f"{name} {n}" for name, n in portrait.n_events.items())
+    fields = ", ".join(f"{name} {value}" for name, value in portrait.fields.items()) or "no fields"
+    context = ", ".join(f"{name}={value}" for name, value in portrait.context.items()) or "context not known"
+    heads = [when[:3] + when[-6:] for when in portrait.requests]
+    heads = heads if len(set(heads)) == len(heads) else portrait.requests  # on the same days of two weeks
+    lives = [", ".join(map(_say_hours, aspect.half_lives)) for aspect in portrait.aspects]
+    width = max(14, *map(len, lives))
+    lines = [
+        f"{portrait.person}: {fields}; {sum(portrait.n_events.values())} events ({services})",
+        "requests: " + "; ".join(portrait.requests) + f" UTC; {context}",
+        "",
+        f"aspect  evidence  {'half-lives':{width}s}  relevance to {'  '.join(heads)}   stands for",
+    ]
+    for aspect, lived in zip(portrait.aspects, lives, strict=True):
+        told = "  ".join(f"{r:{len(head)}.2f}" for r, head in zip(aspect.relevance, heads, strict=True))
+        meaning = ", ".join(f"{token} x{lift:.1f}" for token, lift in aspect.stands_for.items())
+        lines.append(f"{aspect.number:6d}  {aspect.evidence:8.1f}  {lived:{width}s}               {told}   {meaning}")
+    told = "  ".join(f"{r:{len(head)}.2f}" for r, head in zip(portrait.field_relevance, heads, strict=True))
+    lines += [f"{'fields':{width + 33}s}{told}", ""]
+    values = list(portrait.wishes[0].rank) if portrait.wishes else []
+    by = f" by {portrait.feature}" if portrait.feature else ""
+    lines.append(f"{portrait.requests[0]}, rank and p{by}")
+    lines.append("".join(f"{value:>14s}" for value in values))
+    for wish in portrait.wishes:
+        cells = "".join(f"{wish.rank[value]:6d} {wish.p[value]:7.4f}" for value in values)
+        lines.append(f"{cells}  {wish.service:<12s} {wish.id:<10s} {wish.text}".rstrip())
+    return "\n".join(lines)
+
+
+def _say_hours(hours: float) -> str:
+    return f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} d"

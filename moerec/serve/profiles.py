@@ -1,0 +1,201 @@
+"""Profiles of people between runs of a program: taken further event by event, and kept in a store.
+
+A profile in the store has seen the first `n_events` of its person's events. What came later stands in the row that the
+model is given, and the profile is the state that this row begins with: so nothing is counted twice, and a person's
+whole past counts at the cost of the last events.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.config import Config
+from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog
+from moerec.data.packing import device_time
+from moerec.errors import InputError
+from moerec.nn.model import SequenceModel
+from moerec.nn.profile import Event, UserState
+from moerec.nn.profile.profile_router import make_personalizer
+from moerec.serve.profile_store import ProfileStore
+from moerec.types import NO_TIME, ItemTable
+
+N_PEOPLE, N_EVENTS = 1024, 64  # whose states, and how many of their events, one compiled call takes
+
+
+class Progress(NamedTuple):
+    """What `feed` did: people whose profile was taken further, the events that it took in, and the people of whom no
+    event is old enough for a profile.
+    """
+
+    n_people: int
+    n_events: int
+    n_too_recent: int
+
+
+def count_recent(config: Config) -> int:
+    """The last events of a person that are to stay out of the store, for the row that the model is given.
+
+    With a window those that an answer reaches by attention, and one more, whose gap to the event before is not known;
+    as many as a row holds without one, and where each event knows the last ones in all services. Answers are then what
+    they would be if the row held the whole past.
+    """
+    model, most = config.model, config.data.history_len
+    looks_far_back = not model.window or model.time.service_gap
+    return most if looks_far_back else min(model.n_layers * (model.window - 1) + 2, most)
+
+
+def start_profile(model: SequenceModel) -> UserState:
+    """The state of somebody of whom nothing is known, as numpy arrays.
+
+    Raises:
+      InputError: the model keeps no profile.
+    """
+    if not model.config.personal.n_slots:
+        raise InputError("--workdir: this run keeps no profile; train it with model.personal.layers")
+    return jax.tree.map(np.asarray, make_personalizer(model.config, model.field_sizes).init_user())
+
+
+def open_profiles(folder: Path, model: SequenceModel, create: bool = False) -> ProfileStore:
+    """The store of a model's profiles.
+
+    Raises:
+      InputError: there is none, and it is not to be made; or it holds the profiles of another model, or no profiles.
+    """
+    template, label = start_profile(model), _digest(model)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--profiles: {folder} is no folder")
+    if not create and not folder.exists():
+        raise InputError(f"--profiles: there is no {folder}; experiments.observe makes a store")
+    if create and not (folder.exists() and any(folder.iterdir())):
+        return ProfileStore.create(folder, template, label=label)
+    store = ProfileStore.open(folder, template)
+    if store.label != label:
+        raise InputError(f"{folder}: holds the profiles of another run; those of each need a store of their own")
+    return store
+
+
+def _digest(model: SequenceModel) -> str:
+    """Tells runs apart by the parameters that a state is written and read with."""
+    sha = hashlib.sha256()
+    for leaf in jax.tree.leaves(model.profile):
+        sha.update(np.asarray(leaf).tobytes())
+    return f"profile parameters {sha.hexdigest()}"
+
+
+def read_profile(store: ProfileStore, model: SequenceModel, dataset: Dataset, person: str) -> tuple[UserState, bool]:
+    """A person's profile, and whether the store has one; if not, it is that of somebody unknown.
+
+    Raises:
+      InputError: the profile has seen other events than the first of the person's in the data.
+    """
+    states, _, found = store.read([person], start_profile(model))
+    at = np.flatnonzero(dataset.people == person)
+    if len(at):  # else `recommend` says so
+        _check_seen(dataset, at, states)
+    return jax.tree.map(lambda leaf: leaf[0], states), bool(found[0])
+
+
+def _check_seen(dataset: Dataset, people: np.ndarray, states: UserState) -> None:
+    """Refuses states whose count of events and time are not those of a beginning of the people's histories."""
+    log = dataset.log
+    seen = np.asarray(states.n_events, np.int64)
+    known = np.where(log.time == UNKNOWN_TIME, -1, np.arange(log.n_events))
+    latest = np.maximum.accumulate(known) if log.n_events else known  # the last row up to each whose time is known
+    start = log.offsets[people]
+    row = np.where(seen > 0, latest[np.minimum(start + seen, log.n_events) - 1], -1)
+    time = np.where(row >= start, device_time(log.time[np.maximum(row, 0)]), NO_TIME)
+    wrong = (seen > log.offsets[people + 1] - start) | (time != states.time)
+    if wrong.any():
+        name = str(dataset.people[people[np.argmax(wrong)]])
+        raise InputError(f"--profiles: the profile of {name!r} has seen other events than those in the data")
+
+
+def feed(
+    store: ProfileStore,
+    model: SequenceModel,
+    dataset: Dataset,
+    table: ItemTable,
+    recent: int,
+    before: int | None = None,
+) -> Progress:
+    """Takes everybody's profile in the store further, in batches that are on disk or not there at all.
+
+    A call after an interruption, or after new events, goes on where the profiles are.
+
+    Args:
+      recent: the last events of each person that stay out. before: unix seconds; events from then on stay out, too.
+
+    Raises:
+      InputError: a profile has seen other events than those of its person in the data.
+      VersionConflict: somebody else wrote to the store in the meantime; what is written stays.
+    """
+    log = dataset.log
+    is_out = np.zeros(log.n_events, bool) if before is None else (log.time >= before) & (log.time != UNKNOWN_TIME)
+    out = np.append(np.flatnonzero(is_out), log.n_events)
+    end = np.minimum(out[np.searchsorted(out, log.offsets[:-1])], log.offsets[1:])
+    wanted = np.maximum(end - log.offsets[:-1] - recent, 0)
+    people = np.flatnonzero(wanted)
+    people = people[np.argsort(-wanted[people], kind="stable")]  # batches of histories of about one length
+    done = Progress(0, 0, log.n_people - len(people))
+    for lo in range(0, len(people), N_PEOPLE):
+        chosen = people[lo : lo + N_PEOPLE]
+        names = [str(name) for name in dataset.people[chosen]]
+        states, versions, _ = store.read(names, start_profile(model))
+        _check_seen(dataset, chosen, states)
+        first = log.offsets[chosen] + states.n_events
+        n_new = np.maximum(log.offsets[chosen] + wanted[chosen] - first, 0)
+        is_new = n_new > 0
+        if not is_new.any():
+            continue
+        after = observe_events(model, table, log, states, first, n_new)
+        moved = jax.tree.map(lambda leaf, is_new=is_new: leaf[is_new], after)
+        store.update([name for name, new in zip(names, is_new, strict=True) if new], moved, versions[is_new])
+        done = done._replace(n_people=done.n_people + int(is_new.sum()), n_events=done.n_events + int(n_new.sum()))
+    return done
+
+
+def observe_events(
+    model: SequenceModel, table: ItemTable, log: EventLog, states: UserState, first: np.ndarray, n_new: np.ndarray
+) -> UserState:
+    """States `[P, ...]` after each person's next events, one after the other, as a service would keep them.
+
+    Args:
+      first, n_new: `[P]`, the rows of the log `first .. first + n_new`.
+    """
+    place = np.arange(-(-int(n_new.max(initial=0)) // N_EVENTS) * N_EVENTS)
+    for lo in range(0, len(place), N_EVENTS):
+        part = place[lo : lo + N_EVENTS]
+        is_event = part[:, None] < n_new
+        row = np.where(is_event, first + part[:, None], 0)
+        events = (log.item[row], log.action[row], device_time(log.time[row]), is_event)
+        states = _observe(model, states, tuple(map(jnp.asarray, events)), table)
+    return jax.tree.map(np.asarray, states)
+
+
+@jax.jit
+def _observe(model: SequenceModel, states: UserState, events: tuple[jax.Array, ...], table: ItemTable) -> UserState:
+    """Args: `events` are item, action, time and whether there is one, each `[T, P]`."""
+    personalizer = make_personalizer(model.config, model.field_sizes)
+    observe = jax.vmap(personalizer.observe, (None, 0, 0))
+
+    def step(states, event):
+        item_P, action_P, time_P, is_event_P = event
+        after = observe(model.profile, states, Event(model.event_vectors(item_P, action_P, table), time_P))
+
+        def choose(new, old):
+            return jnp.where(is_event_P.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        return jax.tree.map(choose, after, states), None
+
+    return jax.lax.scan(step, states, events)[0]
+
+
+def forget(store: ProfileStore, people: Sequence[str]) -> list[str]:
+    """Removes people's profiles for good; returns the names of those who had none."""
+    there = store.delete(people)
+    return [name for name, found in zip(people, there, strict=True) if not found]

@@ -1,0 +1,261 @@
+"""The training loop, from a config and its data to the parameters that did best on validation."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.config import Config
+from moerec.data.load import Prepared, make_reader
+from moerec.data.pipeline import PackedStream, StreamOptions
+from moerec.data.splits import TEST, VALID, select_targets
+from moerec.errors import InputError, WorkError
+from moerec.eval.metrics import per_target_metrics
+from moerec.eval.ranking import EvaluationSet, rank_targets
+from moerec.nn.model import SequenceModel, Sizes
+from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
+from moerec.tasks.losses import sampling_cdf
+from moerec.train.checkpoint import Checkpoints, Progress
+from moerec.train.malloc import keep_freed_memory
+from moerec.train.metric_writer import MetricWriter
+from moerec.train.step import TrainState, evaluated_model, init_state, make_train_step
+from moerec.types import Batch, ItemTable
+
+
+class Fitted(NamedTuple):
+    """What training gives.
+
+    Attributes:
+      model: the parameters that did best on validation. table: what they need of the catalogue.
+      step: the step they are from. steps: steps done. wall_s: time of training and validation, set-up aside.
+      slots_per_s: trained slots per second of training (the first step's compilation counts, validation does not).
+      valid: validation metrics at `step`. examples: the validation targets they are of.
+    """
+
+    model: SequenceModel
+    table: ItemTable
+    step: int
+    steps: int
+    wall_s: float
+    slots_per_s: float
+    valid: dict[str, float]
+    examples: EvaluationSet
+
+
+class Setup(NamedTuple):
+    """What is fixed before the first step: compiled functions, the data stream, the validation targets."""
+
+    state: TrainState
+    train_step: Callable[[TrainState, Batch, ItemTable], tuple[TrainState, dict[str, jax.Array]]]
+    table: ItemTable
+    stream: grain.IterDataset
+    valid: EvaluationSet
+
+
+def make_sizes(data: Prepared) -> Sizes:
+    """What the data fixes about the model."""
+    dataset = data.dataset
+    return Sizes(
+        n_items=dataset.catalogue.n_items,
+        n_tokens=data.tokens.n_tokens,
+        n_services=dataset.catalogue.n_services,
+        n_actions=len(dataset.actions),
+        context_sizes=tuple(len(values) + 1 for values in dataset.context.values()),
+        field_sizes=dataset.profile_codes[1],
+    )
+
+
+def set_up(config: Config, data: Prepared) -> Setup:
+    """Makes the state straight into its shards, and the stream of batches onto the mesh."""
+    if jax.process_count() > 1:
+        raise InputError("training runs in one process so far (config.train.mesh_data splits it over its devices)")
+    keep_freed_memory()
+    mesh = make_mesh(config.train.mesh_data, config.train.mesh_expert, config.train.mesh_model)
+    sizes = make_sizes(data)
+
+    def init() -> TrainState:
+        return init_state(config, sizes)
+
+    placed = param_shardings(jax.eval_shape(init), mesh)
+    # A program that runs once: without this, compiling it takes twice as long on a CPU.
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    quick = {"xla_backend_optimization_level": 0} if is_cpu else {}
+    state = jax.jit(init, out_shardings=placed, compiler_options=quick)()
+    table = jax.device_put(data.item_table, replicated(mesh))
+    cdf_I = jax.device_put(jnp.asarray(sampling_cdf(data.item_table.count_I, config.loss.sampling_power)))
+    # Without the placement of the results the second step would be compiled anew, for another placement.
+    out = (placed, replicated(mesh))
+    train_step = jax.jit(make_train_step(config, cdf_I), donate_argnums=0, out_shardings=out)
+    rows = batch_sharding(mesh)
+
+    def to_device(batch: Batch) -> Batch:
+        return jax.device_put(batch, rows)
+
+    options = StreamOptions(
+        n_rows=config.train.batch_size,
+        row_len=config.data.seq_len,
+        history_len=config.data.history_len,
+        seed=config.seed,
+    )
+    batches = PackedStream(make_reader(config.data, data), options).map(to_device)
+    stream = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+    targets = select_targets(data.dataset, data.roles, VALID)
+    if not len(targets):
+        raise InputError("data: the split leaves no validation target")
+    sample = np.random.default_rng([config.data.seed, VALID]).permutation(targets)[: config.train.n_valid]
+    # What picks the step must not see a test event, not even as the history of another service.
+    valid = EvaluationSet(data.dataset, np.sort(sample), config, visible=data.roles != TEST)
+    return Setup(state, train_step, table, stream, valid)
+
+
+def validate(model: SequenceModel, setup: Setup, selection: str) -> tuple[float, dict[str, float]]:
+    """The score that picks the best step, and the validation metrics."""
+    in_service, union = (per_target_metrics(x) for x in rank_targets(model, setup.valid, setup.table))
+    services = setup.valid.dataset.catalogue.services
+    metrics = {f"valid/union/{name}": float(union[name].mean()) for name in ("ndcg@10", "recall@10")}
+    own = {}
+    for code, service in enumerate(services):
+        rows = setup.valid.target_service == code
+        if rows.any():
+            own[service] = float(in_service["ndcg@10"][rows].mean())
+            metrics[f"valid/in_service/{service}/ndcg@10"] = own[service]
+    score = metrics["valid/union/ndcg@10"] if selection == "union" else float(np.mean(list(own.values())))
+    return score, metrics
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState, stream) -> tuple[TrainState, Progress]:
+    if checkpoints.last_step() is None:
+        return state, Progress()
+    state, progress = checkpoints.restore_last(state)
+    stream.set_state(progress.stream)
+    return state, progress
+
+
+class Telemetry:
+    """Writes the metrics of log steps one step late, when the next step is already under way."""
+
+    def __init__(self, writer: MetricWriter, progress: Progress, log_every: int):
+        self._writer, self._progress, self._log_every = writer, progress, log_every
+        self._slots: list[jax.Array] = []
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._clock = time.monotonic()
+        self.shown: dict[str, float] = {}
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step that has been dispatched, without waiting for it."""
+        self._flush()
+        self._slots.append(metrics["slots"])
+        if step % self._log_every == 0:
+            self._pending = (step, metrics)
+
+    def settle(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Waits for the step, so that what is evaluated or saved after it is whole and finite."""
+        self._flush()
+        self._count_slots()
+        if not np.isfinite(float(metrics["loss"])):
+            raise WorkError(f"step {step}: the loss is {float(metrics['loss'])}")
+
+    def pause(self) -> None:
+        """Leaves out the time since `settle`, in which nothing was trained."""
+        self._clock = time.monotonic()
+
+    def _count_slots(self) -> None:
+        self._progress.n_slots += float(sum(float(x) for x in jax.device_get(self._slots)))
+        self._slots = []
+        now = time.monotonic()
+        self._progress.train_s += now - self._clock
+        self._clock = now
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        self._count_slots()
+        values = {name: float(x) for name, x in metrics.items() if name != "slots"}
+        if not np.isfinite(values["loss"]):
+            raise WorkError(f"step {step}: the loss is {values['loss']}")
+        self.shown.update(loss=values["loss"], slots_per_s=self._progress.slots_per_s)
+        self._writer.write(step, {**values, "slots_per_s": self._progress.slots_per_s})
+        self._writer.progress(step, self.shown)
+
+
+def fit(config: Config, data: Prepared, workdir: Path) -> Fitted:
+    """Trains until `train.steps`, or until validation stops improving; goes on from the last checkpoint there is.
+
+    The same command after a kill gives the same result to the bit: every random number is a function of the seed and
+    the step, and the position of the data stream is part of the checkpoint.
+
+    Raises:
+      WorkError: the loss is not finite. InputError: `workdir` holds checkpoints of another model.
+    """
+    setup = set_up(config, data)
+    with (
+        contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
+        contextlib.closing(iter(setup.stream)) as stream,
+    ):
+        state, progress = _resume(checkpoints, setup.state, stream)
+        with MetricWriter(workdir, config.train.steps, int(state.step), config.name) as writer, mesh_of(state):
+            state = _run_steps(config, setup, state, progress, stream, checkpoints, writer)
+        checkpoints.wait()
+        best, at_best = checkpoints.restore_best(state)
+    if at_best.best_step != progress.best_step:
+        raise WorkError(f"{workdir}: the best step is {progress.best_step}, but {at_best.best_step} was kept")
+    model = evaluated_model(best)
+    _, valid = validate(model, setup, config.eval.selection)
+    return Fitted(
+        model,
+        setup.table,
+        at_best.best_step,
+        int(state.step),
+        progress.wall_s,
+        progress.slots_per_s,
+        valid,
+        setup.valid,
+    )
+
+
+def _run_steps(
+    config: Config,
+    setup: Setup,
+    state: TrainState,
+    progress: Progress,
+    stream: grain.DatasetIterator,
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+) -> TrainState:
+    options, step = config.train, int(state.step)
+    started, earlier_s = time.monotonic(), progress.wall_s
+    telemetry = Telemetry(writer, progress, options.log_every)
+    stopped = bool(options.patience) and progress.n_worse >= options.patience
+    while step < options.steps and not stopped:
+        state, metrics = setup.train_step(state, next(stream), setup.table)
+        step += 1
+        telemetry.add(step, metrics)
+        last = step == options.steps
+        evaluate = last or (bool(options.eval_every) and step % options.eval_every == 0)
+        if not evaluate and step % options.save_every:
+            continue
+        telemetry.settle(step, metrics)
+        progress.stream = stream.get_state()
+        progress.wall_s = earlier_s + time.monotonic() - started
+        if evaluate:
+            score, valid = validate(evaluated_model(state), setup, config.eval.selection)
+            writer.write(step, valid)
+            telemetry.shown["valid/ndcg@10"] = score
+            progress.wall_s = earlier_s + time.monotonic() - started
+            if score > progress.best:
+                progress.best, progress.best_step, progress.n_worse = score, step, 0
+                checkpoints.save_best(step, state, progress)
+            else:
+                progress.n_worse += 1
+                stopped = bool(options.patience) and progress.n_worse >= options.patience
+        if last or stopped or step % options.save_every == 0:
+            checkpoints.save_last(step, state, progress)
+        telemetry.pause()
+    return state

@@ -1,0 +1,363 @@
+"""The oracle against enumeration of every latent path, and the properties an exact posterior must have."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from moerec.config import CityConfig
+from moerec.data.city import generate, names
+from moerec.data.city.oracle import posterior_predictive, predict_targets
+from moerec.data.city.timeline import read_openings
+from moerec.data.dataset import EventLog, permute_items
+from moerec.errors import InputError
+
+TINY = {"n_people": 6, "events_per_person": 3, "items_per_service": 4, "n_types": 2, "n_needs": 3}
+SMALL = {"n_people": 60, "events_per_person": 14, "items_per_service": 40, "n_types": 4, "n_needs": 8}
+CATEGORIES = list(names.CATEGORIES.values())
+
+
+def normalise(logits):
+    weights = [math.exp(x) for x in logits]
+    return [x / sum(weights) for x in weights]
+
+
+class Enumeration:
+    """The module docstring of `city/world.py` in scalars: sums over shared type, types by service and needs."""
+
+    def __init__(self, world, dataset, use_profile=False):
+        self.world, self.log, self.use_profile, self.profile = world, dataset.log, use_profile, dataset.profile
+        self.config, self.n = world.config, world.config.items_per_service
+        self.openings = dataset.context.get("open", ())
+        self.n_needs, self.n_types = len(world.need_base_N), len(world.type_prior_K)
+
+    def values(self, e):
+        stamp = self.log.time[e].astype("datetime64[s]").item()
+        hour, month = stamp.hour, stamp.month
+        weather, temperature, holiday = (int(c) for c in self.log.context[e, :3])
+        return {
+            "daypart": 0 if hour < 6 else 1 if hour < 11 else 2 if hour < 17 else 3,
+            "weekday": int(stamp.weekday() >= 5),
+            "season": month % 12 // 3,
+            "weather": weather,
+            "temperature": temperature,
+            "holiday": holiday,
+        }
+
+    def needs(self, e, previous):
+        w, value = self.world, self.values(e)
+        gap = 0 if previous is None else (self.log.time[e] - self.log.time[e - 1]) / 86400
+        return normalise(
+            w.need_base_N[n]
+            + self.config.kappa * sum(w.need_when[f][value[f], n] for f in w.need_when)
+            + (0 if previous is None else self.config.tau / (1 + gap / 4) * w.need_after_NN[previous, n])
+            for n in range(self.n_needs)
+        )
+
+    def services(self, e, n):
+        when = self.world.service_when_DZ[self.values(e)["daypart"]]
+        opened = [True] * 3
+        if self.log.context.shape[1] > 3 and self.log.context[e, 3]:
+            word, name = self.openings[self.log.context[e, 3] - 1].split()
+            opened = [(service == name) == (word == "only") for service in ("samokat", "megamarket", "kuper")]
+        closed = [0 if is_open else -1e9 for is_open in opened]
+        return normalise(self.world.service_fit_NZ[n, z] + self.config.kappa * when[z] + closed[z] for z in range(3))
+
+    def items(self, e, start, n, z, s):
+        w, value = self.world, self.values(e)
+        last = {}
+        for i in self.log.item[start:e]:
+            if i // self.n == z:
+                last[w.category_I[i]] = i
+        logits = []
+        for i in range(z * self.n, (z + 1) * self.n):
+            c = w.category_I[i]
+            u = w.need_fit_NC[n, c] + w.brand_taste_KR[s, w.brand_I[i]] + w.popularity_I[i]
+            u += 2.8 if w.aspect_K[CATEGORIES[c].aspect][s] == w.variety_I[i] else 0
+            u -= 1.5 * abs(int(w.aspect_K["budget"][s]) - int(w.price_I[i]))
+            u += self.config.kappa * sum(table[value[f], c] for f, table in w.category_when.items())
+            if c in last:
+                u += self.config.habit * 0.8 * (w.brand_I[last[c]] == w.brand_I[i])
+                u += self.config.habit * w.repeat_C[c] * (last[c] == i)
+            logits.append(u)
+        return normalise(logits)
+
+    def fields(self, person, u):
+        noise, product = self.config.profile_noise_rate, 1.0
+        for field, values in names.ASPECTS.items():
+            if self.use_profile and self.profile[field][person]:
+                hit = self.profile[field][person] == values[self.world.aspect_K[field][u]]
+                product *= noise / len(values) + (1 - noise) * hit
+        return product
+
+    def predict(self, person, t):
+        """The predictive over all items of the person's event `t`, by sums over all latent paths."""
+        w, start = self.world, int(self.log.offsets[person])
+        prior, rho = w.type_prior_K, self.config.rho
+        events = range(start, start + t + 1)
+        total = np.zeros(3 * self.n)
+        item = [(int(self.log.item[e]) // self.n, int(self.log.item[e]) % self.n) for e in events]
+        service = {(e, n): self.services(e, n) for e in events for n in range(self.n_needs)}
+        chosen = {
+            (e, n, z, s): self.items(e, start, n, z, s)
+            for e in events for n in range(self.n_needs) for z in range(3) for s in range(self.n_types)
+        }  # fmt: skip
+        chain = {(e, p): self.needs(e, p) for e in events for p in ([None] if e == start else range(self.n_needs))}
+        for u, *types in itertools.product(range(self.n_types), repeat=4):
+            weight = prior[u] * self.fields(person, u)
+            for s in types:
+                weight *= rho * (s == u) + (1 - rho) * prior[s]
+            for path in itertools.product(range(self.n_needs), repeat=t + 1):
+                probability = weight
+                for k, e in enumerate(events):
+                    probability *= chain[e, path[k - 1] if k else None][path[k]]
+                    if k < t:
+                        z, position = item[k]
+                        probability *= service[e, path[k]][z] * chosen[e, path[k], z, types[z]][position]
+                for z in range(3):
+                    share = probability * service[e, path[t]][z]
+                    total[z * self.n : (z + 1) * self.n] += share * np.array(chosen[e, path[t], z, types[z]])
+        return total / total.sum()
+
+
+@pytest.mark.parametrize(
+    ("fields", "use_profile", "seed"),
+    [
+        ({}, False, 0),
+        ({}, True, 1),
+        ({"rho": 0.0, "habit": 2.0}, False, 2),
+        ({"rho": 1.0, "tau": 3.0}, True, 3),
+        ({"identical_services": True, "kappa": 2.0}, False, 4),
+        ({"identical_people": True}, False, 5),
+        ({"n_needs": 1, "n_types": 3}, True, 6),
+        ({"rho": 0.0, "n_closed": 2}, False, 7),
+    ],
+)
+def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
+    dataset, world = generate(CityConfig(**(TINY | fields)), seed)
+    # categories drawn from a few, so that habits come into play on four items
+    world = dataclasses.replace(world, category_I=world.category_I % 3 + 7)
+    world = dataclasses.replace(world, variety_I=world.variety_I % 3)
+    longer = np.concatenate([[0], np.cumsum([4, 4, 3, 2, 2, 3])])  # more than three events need other people's
+    log = dataset.log
+    dataset = dataclasses.replace(
+        dataset,
+        log=EventLog(longer, *(x[: longer[-1]].copy() for x in (log.item, log.action, np.sort(log.time), log.context))),
+    )
+    if "n_closed" in fields:  # as drawn, but never the event's own service
+        opened = read_openings(dataset.context, dataset.log.context, 3)
+        is_closed = ~opened[np.arange(len(opened)), dataset.event_service]
+        assert not opened[~is_closed].all()
+        dataset.log.context[is_closed, 3] = 0
+    predicted = posterior_predictive(world, dataset, use_profile=use_profile)
+    expected = Enumeration(world, dataset, use_profile)
+    for person in range(6):
+        for t in range(int(np.diff(longer)[person])):
+            exact = expected.predict(person, t)
+            got = np.exp(predicted[longer[person] + t].astype(float))
+            np.testing.assert_allclose(got, exact, rtol=2e-5, atol=1e-9)
+
+
+def test_another_feature_of_the_context_says_nothing_of_what_is_open():
+    dataset, world = generate(CityConfig(**TINY), 5)
+    device = np.arange(dataset.log.n_events, dtype=np.int16)[:, None] % 2 + 1
+    log = dataclasses.replace(dataset.log, context=np.hstack([dataset.log.context, device]))
+    more = dataclasses.replace(dataset, log=log, context={**dataset.context, "device": ("phone", "watch")})
+    np.testing.assert_array_equal(posterior_predictive(world, more), posterior_predictive(world, dataset))
+
+
+def test_without_the_context_it_is_the_mean_over_the_days_of_the_month():
+    dataset, world = generate(CityConfig(**TINY), 8)
+    target = dataset.log.offsets[1:4] - 1
+    predicted = np.exp(posterior_predictive(world, dataset, target, use_context=False).astype(float))
+    for k, row in enumerate(target):
+        first = dataset.log.time[row].astype("datetime64[s]").astype("datetime64[M]")
+        day = (first.astype("datetime64[D]") - np.datetime64("2024-01-01")).astype(int)
+        n_days = ((first + np.timedelta64(1, "M")).astype("datetime64[D]") - first.astype("datetime64[D]")).astype(int)
+        contexts, count = np.unique(world.days[day : day + n_days], axis=0, return_counts=True)
+        total = 0
+        for context, n in zip(contexts, count, strict=True):
+            changed = dataset.log.context.copy()
+            changed[row] = context
+            other = dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, context=changed))
+            exact = posterior_predictive(world, other, np.array([row]))[0]  # held against enumeration above
+            total = total + n / n_days * np.exp(exact.astype(float))
+        np.testing.assert_allclose(predicted[k], total, rtol=2e-5, atol=1e-9)
+        assert len(contexts) > 2
+
+
+@pytest.fixture(scope="module")
+def small():
+    return generate(CityConfig(**SMALL), 0)
+
+
+def with_log(dataset, **columns):
+    return dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, **columns))
+
+
+def last_events(dataset):
+    return dataset.log.offsets[1:] - 1
+
+
+def test_probabilities_sum_to_one(small):
+    dataset, world = small
+    total = np.exp(posterior_predictive(world, dataset).astype(float)).sum(axis=1)
+    np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+def test_targets_may_come_in_any_order_more_than_once_and_in_any_chunks(small):
+    dataset, world = small
+    every = posterior_predictive(world, dataset)
+    targets = np.random.default_rng(0).integers(dataset.log.n_events, size=300)
+    got, seen = np.empty((300, dataset.catalogue.n_items), np.float32), np.zeros(300, int)
+    for positions, scores in predict_targets(world, dataset, targets, people_per_chunk=7, rows_per_chunk=16):
+        assert scores.dtype == np.float32
+        assert len(positions) < 16 + 7 * 2  # a step of a chunk adds at most its people, and a target seldom repeats
+        got[positions] = scores
+        seen[positions] += 1
+    assert np.all(seen == 1)
+    np.testing.assert_allclose(got, every[targets], atol=1e-4)
+    assert list(predict_targets(world, dataset, np.zeros(0, np.int64))) == []
+
+
+def test_sees_the_past_only(small):
+    dataset, world = small
+    target = dataset.log.offsets[:-1] + 2
+    item = dataset.log.item.copy()
+    position = np.arange(len(item)) - dataset.log.offsets[:-1][dataset.log.person]
+    item[position >= 2] = (item[position >= 2] + 17) % dataset.catalogue.n_items
+    np.testing.assert_array_equal(
+        posterior_predictive(world, dataset, target), posterior_predictive(world, with_log(dataset, item=item), target)
+    )
+
+
+def test_follows_a_renumbering_of_the_items(small):
+    dataset, world = small
+    permuted = permute_items(dataset, 3)
+    targets = last_events(dataset)
+    a, b = posterior_predictive(world, dataset, targets), posterior_predictive(world, permuted, targets)
+    new = {name: k for k, name in enumerate(permuted.catalogue.ids)}
+    np.testing.assert_allclose(b[:, [new[name] for name in dataset.catalogue.ids]], a, atol=1e-5)
+
+
+def test_is_calibrated_and_scores_better_than_perturbed_predictors():
+    dataset, world = generate(CityConfig(n_people=400, events_per_person=30, items_per_service=60, n_types=4), 3)
+    log = dataset.log
+    targets = np.concatenate([last_events(dataset), last_events(dataset) - 2])
+    score = posterior_predictive(world, dataset, targets).astype(float)
+    rows, truth = np.arange(len(targets)), log.item[targets]
+    own = score[rows, truth].mean()
+    probability = np.exp(score)
+    hit = np.zeros_like(probability)
+    hit[rows, truth] = 1
+    for lo, hi in ((0.0, 0.005), (0.005, 0.02), (0.02, 0.08), (0.08, 0.3), (0.3, 1.0)):
+        cell = (probability >= lo) & (probability < hi)
+        error = hit[cell].sum() - probability[cell].sum()
+        assert abs(error) < 4.5 * np.sqrt((probability * (1 - probability))[cell].sum())
+    # the truth's expected probability under the forecast is what it gets
+    expected = (probability**2).sum(axis=1)
+    assert abs((probability[rows, truth] - expected).mean()) < 4.5 * probability[rows, truth].std() / np.sqrt(len(rows))
+    for power in (0.7, 1.4):
+        sharpened = power * score - np.log(np.exp(power * score).sum(axis=1, keepdims=True))
+        assert sharpened[rows, truth].mean() < own
+    for fields in ({"tau": 0.0}, {"kappa": 0.0}, {"habit": 0.0}, {"rho": 0.0}, {"rho": 1.0}):
+        wrong = dataclasses.replace(world, config=dataclasses.replace(world.config, **fields))
+        other = posterior_predictive(wrong, dataset, targets)[rows, truth].mean()
+        assert other < own, fields
+    popularity = np.bincount(log.item, minlength=dataset.catalogue.n_items) + 1.0
+    assert np.log(popularity / popularity.sum())[truth].mean() < own - 0.5
+
+
+def test_profiles_help_where_there_is_no_past_and_only_if_types_are_shared():
+    config = CityConfig(n_people=1500, events_per_person=3, items_per_service=60, profile_missing_rate=0.1)
+    for rho in (1.0, 0.0):
+        dataset, world = generate(dataclasses.replace(config, rho=rho), 0)
+        first = dataset.log.offsets[:-1]
+        rows, truth = np.arange(len(first)), dataset.log.item[first]
+        without, used = (posterior_predictive(world, dataset, first, use_profile=flag) for flag in (False, True))
+        if rho:
+            assert used[rows, truth].mean() > without[rows, truth].mean() + 0.1
+        else:
+            np.testing.assert_allclose(used, without, atol=1e-4)
+
+
+def test_profile_of_identical_people_tells_nothing():
+    dataset, world = generate(CityConfig(**(SMALL | {"identical_people": True})), 0)
+    a, b = (posterior_predictive(world, dataset, use_profile=flag) for flag in (False, True))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_without_kappa_time_of_day_and_context_do_not_matter():
+    dataset, world = generate(CityConfig(**(SMALL | {"kappa": 0.0})), 0)
+    before = posterior_predictive(world, dataset, last_events(dataset))
+    rng = np.random.default_rng(0)
+    shuffled = dataset.log.context[rng.permutation(dataset.log.n_events)]
+    moved = with_log(dataset, context=shuffled, time=dataset.log.time + 86400 * 100 + 3600 * 7)
+    np.testing.assert_allclose(posterior_predictive(world, moved, last_events(dataset)), before, atol=1e-5)
+    kappa = generate(CityConfig(**SMALL), 0)[1]
+    assert np.abs(posterior_predictive(kappa, moved, last_events(dataset)) - before).max() > 0.1
+
+
+def swap_first_two(dataset):
+    item = dataset.log.item.copy()
+    first = dataset.log.offsets[:-1]
+    item[first], item[first + 1] = dataset.log.item[first + 1], dataset.log.item[first]
+    return with_log(dataset, item=item)
+
+
+def test_without_tau_habit_and_kappa_the_order_of_the_past_does_not_matter():
+    off = {"tau": 0.0, "habit": 0.0, "kappa": 0.0}
+    dataset, world = generate(CityConfig(**(SMALL | off)), 0)
+    target = dataset.log.offsets[:-1] + 2
+    before = posterior_predictive(world, dataset, target)
+    np.testing.assert_allclose(posterior_predictive(world, swap_first_two(dataset), target), before, atol=1e-5)
+    for name in ("tau", "habit"):
+        on = dataclasses.replace(world, config=dataclasses.replace(world.config, **{name: 1.0}))
+        moved = posterior_predictive(on, swap_first_two(dataset), target) - posterior_predictive(on, dataset, target)
+        assert np.abs(moved).max() > 0.05
+
+
+def test_identical_people_without_tau_and_habit_have_no_use_for_the_past():
+    fields = {"identical_people": True, "tau": 0.0, "habit": 0.0}
+    dataset, world = generate(CityConfig(**(SMALL | fields)), 0)
+    other = np.random.default_rng(0).integers(dataset.catalogue.n_items, size=dataset.log.n_events).astype(np.int32)
+    np.testing.assert_allclose(
+        posterior_predictive(world, with_log(dataset, item=other), last_events(dataset)),
+        posterior_predictive(world, dataset, last_events(dataset)),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("fields", [{"rho": 0.0, "tau": 0.0}, {"rho": 0.7, "tau": 0.0}, {"rho": 0.0, "tau": 1.0}])
+def test_other_services_tell_nothing_of_a_service_exactly_when_rho_and_tau_are_zero(fields):
+    dataset, world = generate(CityConfig(**(SMALL | fields)), 0)
+    item = dataset.log.item.copy()
+    foreign = dataset.event_service != 0
+    item[foreign] = (item[foreign] - 40 + 13) % 80 + 40  # other items, none of the first service
+    one, other = (posterior_predictive(world, data)[:, :40] for data in (dataset, with_log(dataset, item=item)))
+    assert (np.abs(one - other).max() < 1e-4) == (fields["rho"] == fields["tau"] == 0)
+
+
+def test_identical_services_are_exchangeable():
+    """Exchanging two services everywhere in the past exchanges them in the prediction."""
+    dataset, world = generate(CityConfig(**(SMALL | {"identical_services": True})), 0)
+    n = world.config.items_per_service
+    exchange = np.concatenate([np.arange(n) + z * n for z in (1, 0, 2)])
+    swapped = with_log(dataset, item=exchange[dataset.log.item].astype(np.int32))
+    a, b = (posterior_predictive(world, data, last_events(dataset)) for data in (dataset, swapped))
+    np.testing.assert_allclose(b[:, exchange], a, atol=1e-4)
+
+
+def test_refuses_what_is_not_of_this_world(small):
+    dataset, world = small
+    with pytest.raises(InputError, match="targets"):
+        posterior_predictive(world, dataset, np.array([dataset.log.n_events]))
+    other = generate(CityConfig(**(SMALL | {"items_per_service": 41})), 0)[0]
+    with pytest.raises(InputError, match="catalogue"):
+        posterior_predictive(world, other)
+    ids = np.char.add("x", dataset.catalogue.ids)
+    renamed = dataclasses.replace(dataset, catalogue=dataclasses.replace(dataset.catalogue, ids=ids))
+    with pytest.raises(InputError, match="not of this world"):
+        posterior_predictive(world, renamed)

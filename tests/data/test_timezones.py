@@ -1,0 +1,131 @@
+"""Clocks of time zones against the standard library, event by event, and where their names come from."""
+
+import dataclasses
+import datetime
+import zoneinfo
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moerec.config import DataConfig, SchemaConfig, TablesConfig
+from moerec.data.dataset import UNKNOWN_TIME
+from moerec.data.load import load_data, make_reader
+from moerec.data.timezones import find_shifts_in
+from moerec.errors import InputError
+
+ZONES = ("UTC", "Europe/Moscow", "Asia/Yekaterinburg", "Europe/Berlin", "Asia/Kathmandu", "Australia/Lord_Howe")
+TIMES = st.integers(-1_200_000_000, 2**31 - 1)  # from 1931, about as far back as the model's times reach
+
+
+def shift_by_hand(zone: str, time: int) -> int:
+    moment = datetime.datetime.fromtimestamp(time, zoneinfo.ZoneInfo(zone))
+    return int(moment.utcoffset().total_seconds())
+
+
+@given(st.sampled_from(ZONES), st.lists(TIMES, max_size=20))
+def test_shifts_are_those_of_the_standard_library(zone, times):
+    found = find_shifts_in(zone, np.array(times, np.int64))
+    assert found.tolist() == [shift_by_hand(zone, time) for time in times]
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "Australia/Lord_Howe", "Europe/Moscow"])
+def test_a_day_on_which_clocks_change_is_cut_where_they_do(zone):
+    day = {"Europe/Berlin": (2024, 3, 31), "Australia/Lord_Howe": (2024, 4, 6), "Europe/Moscow": (2014, 10, 25)}[zone]
+    start = int(datetime.datetime(*day, tzinfo=datetime.UTC).timestamp())
+    times = start + 60 * np.arange(2 * 1440)
+    shifts = find_shifts_in(zone, times)
+    assert shifts.tolist() == [shift_by_hand(zone, int(time)) for time in times]
+    assert len(set(shifts.tolist())) == 2
+
+
+ROWS = """\
+user\titem\ttime\tcity
+u\ta\t1711846799\tberlin
+u\tb\t1711850400\tmoscow
+u\ta\t1711854000\t
+u\tb\t1711857600\tnowhere
+v\tb\t1711846799\tmoscow
+v\ta\t\tberlin
+v\ta\t253402214400\tberlin
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> DataConfig:
+    (tmp_path / "events.tsv").write_text(ROWS)
+    (tmp_path / "users.tsv").write_text("user\thome\nu\tmoscow\nv\tberlin\n")
+    return DataConfig(
+        source="tables",
+        tables=TablesConfig(str(tmp_path), "events.tsv", users="users.tsv", unknown_time="keep", duplicates="keep"),
+        schema=SchemaConfig(time="time", context=("city",), profile=("home",)),
+    )
+
+
+def load(config: DataConfig, folder, **schema):
+    return load_data(dataclasses.replace(config, schema=dataclasses.replace(config.schema, **schema)), folder / "run")
+
+
+def test_zones_go_by_the_city_of_the_event_or_of_the_person_or_are_everybodys(config, tmp_path):
+    zones = ("berlin=Europe/Berlin", "moscow=Europe/Moscow")
+    by_event = load(config, tmp_path, zone_column="city", zones=zones).dataset.log
+    # The first is a second before clocks in Berlin change; missing and other cities have the common zone, and times
+    # that are not known, or in the year 9999, none.
+    assert by_event.shift.tolist() == [3600, 10800, 0, 0, 10800, 0, 0]
+    assert by_event.time[-2] == UNKNOWN_TIME
+    by_person = load(config, tmp_path, zone_column="home", zones=zones).dataset.log
+    assert by_person.shift.tolist() == [10800] * 4 + [3600, 0, 0]
+    everybody = load(config, tmp_path, zone="Asia/Kathmandu").dataset.log
+    assert everybody.shift.tolist() == [20700] * 5 + [0] * 2
+    assert load(config, tmp_path).dataset.log.shift.tolist() == [0] * 7
+
+
+@pytest.mark.parametrize("column", ["city", "home"])
+def test_shards_and_memory_have_the_same_clocks(config, tmp_path, column):
+    zones = ("berlin=Europe/Berlin", "moscow=Europe/Moscow")
+    data = load(config, tmp_path, zone_column=column, zones=zones)
+    schema = dataclasses.replace(config.schema, zone_column=column, zones=zones)
+    shifts = []
+    for reader in ("memory", "shards"):
+        own = dataclasses.replace(config, schema=schema, reader=reader)
+        log, start = make_reader(own, data).fetch(np.array([1, 0]))
+        shifts.append([log.shift[lo : lo + n].tolist() for lo, n in zip(start, (1, 2), strict=True)])
+    assert shifts[0] == shifts[1] == ([[10800], [3600, 10800]] if column == "city" else [[3600], [10800, 10800]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"zone": "Moscow"}, "zone"),
+        ({"zone": "../etc/passwd"}, "zone"),
+        ({"zone_column": "city", "zones": ("berlin=Berlin",)}, "zones"),
+        ({"zone_column": "city", "zones": ("berlin",)}, "zones"),
+        ({"zone_column": "city", "zones": ("berlin=Europe/Paris", "berlin=Europe/Rome")}, "zones"),
+        ({"zone_column": "city"}, "zones"),
+        ({"zones": ("berlin=Europe/Berlin",)}, "zones"),
+    ],
+)
+def test_what_is_no_zone_is_refused(fields, field):
+    with pytest.raises(InputError, match=rf"data\.schema\.{field}: "):
+        SchemaConfig(**fields)
+
+
+def test_a_column_or_value_that_nobody_has_is_refused(config, tmp_path):
+    for source in ("tables", "prepared"):
+        folder = {"prepared": str(tmp_path / "run" / "data")} if source == "prepared" else {}
+        own = dataclasses.replace(config, source=source, **folder)
+        with pytest.raises(InputError, match=r"data\.schema\.zone_column: 'town' is no column"):
+            load(own, tmp_path, zone_column="town", zones=("berlin=Europe/Berlin",))
+        assert (tmp_path / "run" / "data").exists() == (source == "prepared")
+        load(config, tmp_path)
+    for column in ("city", "home"):
+        with pytest.raises(InputError, match=rf"data\.schema\.zones: {column} is never 'paris'"):
+            load(config, tmp_path, zone_column=column, zones=("paris=Europe/Paris",))
+
+
+def test_zones_are_no_reason_to_prepare_tables_anew(config, tmp_path):
+    load(config, tmp_path)
+    kept = (tmp_path / "run" / "data" / "meta.json").stat().st_mtime_ns
+    load(config, tmp_path, zone="Asia/Kathmandu")
+    assert (tmp_path / "run" / "data" / "meta.json").stat().st_mtime_ns == kept

@@ -1,0 +1,78 @@
+"""Transfer between services, against data sets from which the other services' events, or the own ones, are deleted."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moerec.config import SplitConfig
+from moerec.data.dataset import find_travellers
+from moerec.data.load import load_data
+from moerec.data.splits import TEST, select_targets
+from moerec.eval.metrics import per_target_metrics
+from moerec.eval.probes.transfer import describe_transfer
+from moerec.eval.ranking import EvaluationSet, rank_targets
+from moerec.train.loop import make_sizes
+from moerec.train.step import init_state
+from tests.tiny import make_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    config = make_config()
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, split=SplitConfig(kind="leave_one_out", per_service=True))
+    )
+    data = load_data(config.data, tmp_path_factory.mktemp("transfer"))
+    return config, data, init_state(config, make_sizes(data)).model
+
+
+def delete(dataset, row: int, own: bool):
+    """The person of a target alone, with the events of strictly earlier times of its service, or of the others."""
+    log, service = dataset.log, dataset.event_service
+    person = log.person[row]
+    rows = [
+        r
+        for r in range(log.offsets[person], row)
+        if (service[r] == service[row]) == own and (own or log.time[r] < log.time[row])
+    ]
+    kept = log.take(np.array([*rows, row]), np.array([0, len(rows) + 1]))
+    profile = {name: values[[person]] for name, values in dataset.profile.items()}
+    return dataclasses.replace(dataset, log=kept, people=dataset.people[[person]], profile=profile), len(rows)
+
+
+def test_metrics_are_those_of_data_without_the_other_or_the_own_events(trained):
+    config, data, model = trained
+    dataset = data.dataset
+    targets = select_targets(dataset, data.roles, TEST)[::9]
+    found = describe_transfer(config, model, dataset, data.roles, targets, data.item_table)
+    assert find_travellers(dataset)[dataset.log.person[targets]].all()
+    by_hand = {name: {"own": [], "others": []} for name in dataset.catalogue.services}
+    for row in targets:
+        for history in ("own", "others"):
+            alone, last = delete(dataset, int(row), history == "own")
+            ranks = rank_targets(model, EvaluationSet(alone, np.array([last]), config), data.item_table)[0]
+            name = dataset.catalogue.services[dataset.event_service[row]]
+            by_hand[name][history].append(float(per_target_metrics(ranks)["ndcg@10"][0]))
+    for name, values in by_hand.items():
+        assert found[name]["n"] == len(values["own"])
+        for history, ndcg in values.items():
+            assert found[name][history]["ndcg@10"] == pytest.approx(np.mean(ndcg), abs=1e-6)
+        assert found[name]["gain"]["difference"] == pytest.approx(
+            found[name]["all"]["ndcg@10"] - found[name]["own"]["ndcg@10"]
+        )
+        assert found[name]["cold"]["difference"] == pytest.approx(
+            found[name]["others"]["ndcg@10"] - found[name]["popularity"]["ndcg@10"]
+        )
+        assert 0 < found[name]["gain"]["p_value"] <= 1
+
+
+def test_who_uses_one_service_is_no_traveller(trained):
+    _, data, _ = trained
+    dataset, log = data.dataset, data.dataset.log
+    rows = np.flatnonzero((dataset.event_service == 0) | (log.person >= 3))
+    counts = np.bincount(log.person[rows], minlength=log.n_people)
+    alone = dataclasses.replace(dataset, log=log.take(rows, np.concatenate([[0], np.cumsum(counts)])))
+    assert find_travellers(alone).tolist() == [False] * 3 + [True] * (log.n_people - 3)
+    targets = np.flatnonzero(alone.log.person < 3)[-1:]
+    assert describe_transfer(*trained[:1], trained[2], alone, data.roles, targets, data.item_table) == {}

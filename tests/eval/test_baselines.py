@@ -1,0 +1,270 @@
+"""Baselines against dictionaries and loops, and against the published row of the data folder's README."""
+
+import collections
+import functools
+import itertools
+import operator
+
+import numpy as np
+import pytest
+
+from moerec.config import SplitConfig
+from moerec.data import splits
+from moerec.data.dataset import UNKNOWN_TIME, Catalogue, Dataset, EventLog
+from moerec.errors import WorkError
+from moerec.eval import baselines, metrics
+from moerec.eval.baselines.item_to_item import weigh_histories
+from tests.amazon3_tables import read_amazon3
+
+DAY = 86400
+
+
+def make_world(seed=0, n_people=40, sizes=(6, 5), dated=True):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 12, n_people)
+    n, n_items = int(lengths.sum()), sum(sizes)
+    blank = np.full(n_items, "")
+    catalogue = Catalogue(
+        tuple("ab"[: len(sizes)]), np.concatenate([[0], np.cumsum(sizes)]), np.arange(n_items).astype(str), blank, blank
+    )
+    time = np.concatenate([np.sort(rng.integers(0, 300, size)) for size in lengths]) * DAY
+    log = EventLog(
+        np.concatenate([[0], np.cumsum(lengths)]),
+        (rng.random(n) ** 2 * n_items).astype(np.int32),
+        np.zeros(n, np.int16),
+        time if dated else np.full(n, UNKNOWN_TIME),
+        np.zeros((n, 0), np.int16),
+    )
+    return Dataset(catalogue, log, np.arange(n_people).astype(str))
+
+
+def hold_out(dataset, per_service=False):
+    roles = splits.assign_roles(dataset, SplitConfig(per_service=per_service), 0)
+    targets = splits.select_targets(dataset, roles, splits.TEST)
+    return roles, targets, splits.gather_histories(dataset, targets, per_service)
+
+
+def train_sequences(dataset, roles, within_service=False):
+    """Lists of items in order, one a person (or person and service)."""
+    sequences = collections.defaultdict(list)
+    for row, (p, i) in enumerate(zip(dataset.log.person.tolist(), dataset.log.item.tolist(), strict=True)):
+        if roles[row] == splits.TRAIN:
+            sequences[p, int(dataset.catalogue.service[i]) if within_service else 0].append(i)
+    return sequences
+
+
+def history_items(dataset, histories, t):
+    offsets, rows = histories
+    return dataset.log.item[rows[offsets[t] : offsets[t + 1]]].tolist()
+
+
+def test_popularity_is_the_share_of_training_events():
+    dataset = make_world()
+    roles, targets, histories = hold_out(dataset)
+    scores = baselines.fit_popularity(dataset, roles).score(dataset, targets, histories)
+    count = collections.Counter(functools.reduce(operator.iadd, train_sequences(dataset, roles).values(), []))
+    expected = [count[i] / sum(count.values()) for i in range(dataset.catalogue.n_items)]
+    np.testing.assert_allclose(scores, np.tile(expected, (len(targets), 1)), rtol=1e-6)
+
+
+def test_service_popularity_multiplies_service_and_item():
+    dataset = make_world()
+    roles, targets, histories = hold_out(dataset)
+    histories[0][1:] -= histories[0][1]  # the first target has no history now
+    histories = (histories[0], histories[1][-histories[0][-1] :])
+    scores = baselines.fit_service_popularity(dataset, roles).score(dataset, targets, histories)
+    sequences = train_sequences(dataset, roles).values()
+    item_count = collections.Counter(functools.reduce(operator.iadd, sequences, []))
+    of = dataset.catalogue.service.tolist()
+    pairs = collections.Counter((of[i], of[j]) for s in sequences for i, j in itertools.pairwise(s))
+    service_count = collections.Counter(of[i] for i in functools.reduce(operator.iadd, sequences, []))
+    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-5)
+    for t in (0, 1, 5, 9):
+        seen = history_items(dataset, histories, t)
+        for i in range(dataset.catalogue.n_items):
+            if seen:
+                z = of[seen[-1]]
+                p_service = (1 + pairs[z, of[i]]) / (2 + pairs[z, 0] + pairs[z, 1])
+            else:
+                p_service = (1 + service_count[of[i]]) / (2 + sum(service_count.values()))
+            assert scores[t, i] == pytest.approx(p_service * item_count[i] / service_count[of[i]], rel=1e-5)
+
+
+def test_recent_popularity_decays_and_never_sees_the_future():
+    dataset = make_world()
+    roles, targets, histories = hold_out(dataset)
+    model = baselines.fit_recent_popularity(dataset, roles, half_life_days=40)
+    scores = model.score(dataset, targets, histories)
+    trained = np.flatnonzero(roles == splits.TRAIN)
+    start, width = dataset.log.time[trained].min(), 10 * DAY
+    assert (model.start, model.width) == (start, width)
+    for t in range(0, len(targets), 5):
+        bucket = min((dataset.log.time[targets[t]] - start) // width, len(model.table) - 1)
+        expected = np.zeros(dataset.catalogue.n_items)
+        for row in trained:
+            age = bucket - (dataset.log.time[row] - start) // width
+            if age > 0:
+                expected[dataset.log.item[row]] += 0.5 ** (age / 4)
+        np.testing.assert_allclose(scores[t], expected, rtol=1e-5)
+
+
+def test_recent_popularity_without_times_counts_the_last_training_events():
+    dataset = make_world(dated=False)
+    roles, targets, histories = hold_out(dataset)
+    scores = baselines.fit_recent_popularity(dataset, roles, last_share=0.2).score(dataset, targets, histories)
+    late = [i for s in train_sequences(dataset, roles).values() for i in s[-int(np.ceil(0.2 * len(s))) :]]
+    expected = np.bincount(late, minlength=dataset.catalogue.n_items)
+    np.testing.assert_array_equal(scores, np.tile(expected, (len(targets), 1)))
+
+
+def test_markov_equals_dictionaries():
+    dataset = make_world()
+    roles, targets, histories = hold_out(dataset)
+    model = baselines.fit_markov(dataset, roles, strength=2.0)
+    scores = model.score(dataset, targets, histories)
+    sequences = train_sequences(dataset, roles).values()
+    pair, source = collections.Counter(), collections.Counter()
+    for sequence in sequences:
+        for i, j in itertools.pairwise(sequence):
+            pair[i, j] += 1
+            source[i] += 1
+    count = collections.Counter(functools.reduce(operator.iadd, sequences, []))
+    for t in range(len(targets)):
+        seen = history_items(dataset, histories, t)
+        for j in range(dataset.catalogue.n_items):
+            last = seen[-1:]
+            p = count[j] / sum(count.values())
+            expected = (pair[last[0], j] + 2 * p) / (source[last[0]] + 2) if last else p
+            assert scores[t, j] == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("within_service", [False, True])
+@pytest.mark.parametrize("last_n", [None, 2])
+def test_item_knn_equals_sets(within_service, last_n):
+    dataset = make_world()
+    roles, targets, histories = hold_out(dataset)
+    model = baselines.fit_item_knn(dataset, roles, 0.6, last_n, within_service)
+    scores = model.score(dataset, targets, histories)
+    people = collections.defaultdict(set)
+    for (p, _), sequence in train_sequences(dataset, roles).items():
+        for i in sequence:
+            people[i].add(p)
+    of = dataset.catalogue.service
+
+    def similarity(i, j):
+        if not (people[i] and people[j]):
+            return 0.0
+        return len(people[i] & people[j]) / np.sqrt(len(people[i]) * len(people[j]))
+
+    for t in range(0, len(targets), 3):
+        seen = history_items(dataset, histories, t)
+        for j in range(dataset.catalogue.n_items):
+            path = [i for i in seen if not within_service or of[i] == of[j]][::-1][:last_n]
+            expected = sum(0.6**k * similarity(i, j) for k, i in enumerate(path))
+            assert scores[t, j] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_history_weights_add_up_over_repeats():
+    dataset = make_world()
+    rows = np.arange(4)
+    dataset.log.item[:4] = [1, 7, 1, 2]
+    weight = weigh_histories(dataset, (np.array([0, 4]), rows), 0.5, None, True).toarray()[0]
+    assert weight[[1, 2, 7]].tolist() == [0.5 + 0.25, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", baselines.BASELINES)
+@pytest.mark.parametrize("per_service", [False, True])
+def test_nothing_held_out_reaches_a_model(name, per_service):
+    """Other items at the held-out events change neither the fit nor the scores of targets that do not see them."""
+    dataset = make_world(3)
+    roles, _, _ = hold_out(dataset, per_service)
+    targets = splits.select_targets(dataset, roles, splits.VALID)
+    histories = splits.gather_histories(dataset, targets, False)
+    before = baselines.BASELINES[name](dataset, roles).score(dataset, targets, histories)
+    item = dataset.log.item.copy()
+    changed = np.flatnonzero(roles != splits.TRAIN)
+    in_history = np.isin(changed, histories[1])
+    service = dataset.event_service[changed[~in_history]]
+    first, last = dataset.catalogue.offsets[service], dataset.catalogue.offsets[service + 1]
+    item[changed[~in_history]] = first + (item[changed[~in_history]] - first + 1) % (last - first)
+    log = EventLog(dataset.log.offsets, item, dataset.log.action, dataset.log.time, dataset.log.context)
+    other = Dataset(dataset.catalogue, log, dataset.people)
+    after = baselines.BASELINES[name](other, roles).score(other, targets, histories)
+    assert before.dtype == np.float32
+    assert np.all(np.isfinite(before))
+    np.testing.assert_array_equal(before, after)
+
+
+class Constant:
+    def score(self, dataset, targets, histories):
+        return np.zeros((len(targets), dataset.catalogue.n_items), np.float32)
+
+
+class Table:
+    """Scores that depend on the target's row alone."""
+
+    def score(self, dataset, targets, histories):
+        return np.stack([np.random.default_rng(t).integers(0, 5, dataset.catalogue.n_items) for t in targets])
+
+
+def test_a_constant_model_scores_k_over_the_candidates():
+    dataset = make_world(sizes=(40, 30))
+    _, targets, histories = hold_out(dataset)
+    ranked = baselines.rank_targets(Constant(), dataset, targets, histories, mask_seen=False, chunk=7)
+    table = metrics.build_table(*ranked, dataset.event_service[targets], dataset.catalogue.services)
+    assert table["union"]["all"]["recall@10"] == pytest.approx(10 / 70)
+    assert table["in_service"]["a"]["recall@10"] == pytest.approx(10 / 40)
+    assert table["in_service"]["b"]["recall@5"] == pytest.approx(5 / 30)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 500])
+@pytest.mark.parametrize("mask_seen", [False, True])
+def test_ranking_equals_a_loop_over_candidates(chunk, mask_seen):
+    dataset = make_world(1)
+    _, targets, histories = hold_out(dataset)
+    ranked = baselines.rank_targets(Table(), dataset, targets, histories, mask_seen, chunk)
+    scores = Table().score(dataset, targets, histories)
+    of = dataset.catalogue.service
+    for t, target in enumerate(targets):
+        answer = dataset.log.item[target]
+        seen = set(history_items(dataset, histories, t)) if mask_seen else set()
+        if answer in seen:
+            for counts in ranked:
+                assert metrics.per_target_metrics(counts)["mrr"][t] == 0  # a miss
+            continue
+        union = [i for i in range(dataset.catalogue.n_items) if i not in seen]
+        for counts, items in ((ranked.union, union), (ranked.in_service, [i for i in union if of[i] == of[answer]])):
+            assert counts.greater[t] == sum(scores[t, i] > scores[t, answer] for i in items)
+            assert counts.equal[t] == sum(scores[t, i] == scores[t, answer] for i in items)
+
+
+def test_scores_of_another_shape_are_refused():
+    class Short:
+        def score(self, dataset, targets, histories):
+            return np.zeros((len(targets), 3))
+
+    dataset = make_world()
+    _, targets, histories = hold_out(dataset)
+    with pytest.raises(WorkError, match="scores of shape"):
+        baselines.rank_targets(Short(), dataset, targets, histories, mask_seen=False)
+
+
+PUBLISHED = {  # HR@5, HR@10, NDCG@10 of the decayed item-kNN and HR@10 of popularity
+    "beauty": (0.0475, 0.0670, 0.0388, 0.0120),
+    "sports": (0.0248, 0.0341, 0.0202, 0.0091),
+    "toys": (0.0573, 0.0771, 0.0469, 0.0090),
+}
+
+
+@pytest.mark.parametrize("service", PUBLISHED)
+def test_published_rows_of_amazon3_are_reproduced(service):
+    dataset = read_amazon3((service,))
+    roles, targets, histories = hold_out(dataset, per_service=True)
+    found = []
+    for fit in (baselines.fit_item_knn, baselines.fit_popularity):
+        ranked = baselines.rank_targets(fit(dataset, roles), dataset, targets, histories, mask_seen=True, chunk=1024)
+        found.append(metrics.summarise(metrics.per_target_metrics(ranked.in_service)))
+    knn, popularity = found
+    values = [knn["recall@5"], knn["recall@10"], knn["ndcg@10"], popularity["recall@10"]]
+    assert values == pytest.approx(PUBLISHED[service], abs=0.002)

@@ -1,0 +1,275 @@
+"""Memories against float64 loops over events; the pass over a packed row against one event after the other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moerec.nn.profile import Event, Request, Sizes, delta_memory, ema_memory, low_rank_memory, null
+from moerec.nn.profile.memory import LEAST_HOURS, MOST_GAIN, MOST_HOURS, decay_rates
+from moerec.nn.profile.recurrence import Writes, accumulate_elapsed, chunked_before, scan_before
+from moerec.types import NO_TIME
+from tests.small_model import fill, worst_gap
+
+SIZES = Sizes(d_model=6, n_aspects=2, n_scales=2, d_memory=3, field_sizes=(3, 2), rank=3)
+MEMORIES = {"ema": ema_memory, "delta": delta_memory, "low_rank": low_rank_memory}
+LENGTHS = (1, 5, 1, 9, 4)
+HOUR, YEAR = 3600, 31_557_600
+
+
+@functools.cache
+def make_params(name: str):
+    return fill(jax.eval_shape(lambda: MEMORIES[name](SIZES).init(jax.random.key(0))), stddev=0.7)
+
+
+def draw_row(seed: int, lengths=LENGTHS):
+    """Events of people one after the other in a row: times from minutes to years apart, some of them unknown."""
+    rng = np.random.default_rng(seed)
+    first = np.concatenate([np.arange(n) == 0 for n in lengths])
+    gaps = np.exp(rng.uniform(np.log(60), np.log(YEAR), len(first))).astype(np.int64)
+    gaps[rng.random(len(first)) < 0.1] = 0
+    parts = np.split(gaps, np.cumsum(lengths)[:-1])
+    time = np.concatenate([rng.integers(-(2**30), 2**30) + np.cumsum(part) for part in parts])
+    time = np.where(rng.random(len(first)) < 0.2, NO_TIME, time).astype(np.int32)
+    x = rng.standard_normal((len(first), SIZES.d_model)).astype(np.float32)
+    return Event(x, time), first
+
+
+def remember_by_hand(name: str, params, event: Event, first: np.ndarray):
+    """The states before each slot, in float64: memory, last known time, number of events."""
+    w = {
+        key: np.asarray(value[...], np.float64) for key, value in vars(params).items() if hasattr(value, "get_metadata")
+    }
+    place = 1 / (1 + np.exp(-w["half_life_AS"].reshape(-1)))
+    half_life = LEAST_HOURS * (MOST_HOURS / LEAST_HOURS) ** place
+    if name == "low_rank":
+        half_life = np.tile(half_life, SIZES.rank)
+    out = []
+    for t, (x, time) in enumerate(zip(np.asarray(event.x_D, np.float64), event.time, strict=True)):
+        if first[t]:
+            memory, last, n = np.zeros((len(half_life), 4)), None, 0
+        out.append((memory.copy(), NO_TIME if last is None else last, n))
+        x = x / np.sqrt(np.mean(x**2) + 1e-6) * np.asarray(params.norm.scale[...], np.float64)
+        if name == "low_rank":
+            gain = np.repeat([1, *(x @ w["key_DR"])], SIZES.n_scales)
+        else:
+            share = np.exp(x @ w["aspect_DA"])
+            share /= share.sum()
+            gain = np.repeat(2 / (1 + np.exp(-(x @ w["strength_D"]))) * share, SIZES.n_scales)
+        if time != NO_TIME:
+            hours = 0 if last is None else max(int(time) - int(last), 0) / HOUR
+            memory = memory * 0.5 ** (hours / half_life)[:, None]
+            last = time
+        if name == "delta":
+            gain = MOST_GAIN * np.minimum(gain, 1)
+            memory = memory * (1 - gain)[:, None]
+        memory = memory + gain[:, None] * np.append(x @ w["value_DP"], 1)
+        n += 1
+    return out
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("chunk", [3, 8, 64])
+def test_a_packed_row_holds_the_states_of_each_person_alone(name, chunk):
+    params = make_params(name)
+    event, first = draw_row(1)
+    states = jax.jit(lambda p, e, f: MEMORIES[name](SIZES, chunk).unroll(p, e, f))(params, event, first)
+    for t, (memory, last, n) in enumerate(remember_by_hand(name, params, event, first)):
+        np.testing.assert_allclose(states.memory_MP[t], memory, atol=1e-5 * max(np.abs(memory).max(), 1))
+        assert (states.time[t], states.n_events[t]) == (last, n)
+
+
+@pytest.mark.parametrize("name", [*MEMORIES, "null"])
+def test_serving_keeps_the_state_that_training_saw(name):
+    personalizer = {**MEMORIES, "null": null}[name](SIZES)
+    params = () if name == "null" else make_params(name)
+    event, first = draw_row(2)
+    states = jax.jit(personalizer.unroll)(params, event, first)
+    observe = jax.jit(personalizer.observe)
+    state = personalizer.init_user()
+    for t in range(len(first)):
+        state = personalizer.init_user() if first[t] else state
+        np.testing.assert_allclose(states.memory_MP[t], state.memory_MP, atol=1e-5)
+        assert states.n_events[t] == state.n_events
+        if name != "null":
+            assert states.time[t] == state.time
+        state = observe(params, state, jax.tree.map(lambda x, t=t: x[t], event))
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 99), st.integers(1, 11), st.sampled_from([*MEMORIES, "null"]))
+def test_a_row_that_goes_on_from_a_state_is_the_rest_of_the_whole_one(seed, cut, name):
+    """Values, and gradients with respect to what came before, of a first person cut anywhere and a second one."""
+    personalizer = {**MEMORIES, "null": null}[name](SIZES, 3)
+    params = () if name == "null" else make_params(name)
+    event, first = draw_row(seed, (12, 3))
+    unroll, observe = jax.jit(personalizer.unroll), jax.jit(personalizer.observe)
+
+    def go_on(x_D):
+        start = personalizer.init_user()
+        for t in range(cut):
+            start = observe(params, start, Event(x_D[t], event.time[t]))
+        rest = jax.tree.map(lambda leaf: leaf[cut:], event._replace(x_D=x_D))
+        is_first = jnp.asarray(first[cut:]).at[0].set(True)  # of the row, whoever goes on in it
+        return unroll(params, rest, is_first, start)
+
+    whole = unroll(params, event, first)
+    for found, expected in zip(go_on(event.x_D), whole, strict=True):
+        np.testing.assert_allclose(found, expected[cut:], atol=2e-5)
+    slopes = [
+        jax.grad(lambda x_D, run=run: jnp.sum(run(x_D).memory_MP ** 2))(event.x_D)
+        for run in (
+            go_on,
+            lambda x: jax.tree.map(lambda leaf: leaf[cut:], unroll(params, event._replace(x_D=x), first)),
+        )
+    ]
+    np.testing.assert_allclose(*slopes, atol=1e-3 * max(np.abs(slopes[1]).max(), 1))
+
+
+def draw_writes(seed: int, lengths, m: int = 3, p: int = 2) -> Writes:
+    rng = np.random.default_rng(seed)
+    event, first = draw_row(seed, lengths)
+    n = len(first)
+    keep = -rng.exponential(0.3, (n, m)) * rng.integers(0, 2, (n, m))
+    arrays = (rng.exponential(0.01, m), keep, rng.random((n, m)), rng.standard_normal((n, p)))
+    rate, keep, gain, value = (np.asarray(x, np.float32) for x in arrays)
+    return Writes(accumulate_elapsed(event.time, jnp.asarray(first)), rate, keep, gain, value, first)
+
+
+@functools.cache
+def value_and_slopes(chunk: int | None):
+    """Compiled: the states and their slopes, by chunks or (None) by the associative scan."""
+
+    def total(rate, keep, gain, value, elapsed, first, cotangent):
+        writes = Writes(elapsed, rate, keep, gain, value, first)
+        out = scan_before(writes) if chunk is None else chunked_before(writes, chunk)
+        return jnp.sum(out * cotangent), out
+
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 999), st.lists(st.integers(1, 20), max_size=6), st.sampled_from([5, 40]))
+def test_chunks_and_the_associative_scan_agree_in_value_and_gradient(seed, starts, chunk):
+    edges = np.unique([0, *np.cumsum(starts)[np.cumsum(starts) < 37], 37])
+    writes = draw_writes(seed, np.diff(edges))
+    cotangent = np.random.default_rng(seed).standard_normal((37, 3, 2))
+    operands = (*writes[1:5], writes.elapsed_T, writes.first_T, cotangent)
+    (slopes, out), (expected_slopes, expected) = (value_and_slopes(c)(*operands) for c in (chunk, None))
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    for a, b in zip(slopes, expected_slopes, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * max(float(np.abs(b).max()), 1))
+
+
+def test_a_long_gap_costs_no_digits_afterwards():
+    """A century at a rate of .7 an hour is a factor of e^-610,000, beside which seconds would drown in a sum.
+
+    It is also more seconds than an int32 holds.
+    """
+    time = (np.array([0, 10, 100 * YEAR, 100 * YEAR + 60, 100 * YEAR + 7200]) - 2**31 + 5).astype(np.int32)
+    first = np.arange(5) == 0
+    value = np.ones((5, 1), np.float32)
+    writes = Writes(
+        accumulate_elapsed(time, first), np.array([0.7], np.float32), np.zeros((5, 1), np.float32), value, value, first
+    )
+    last = 1 + np.exp(-0.7 / 60)
+    for before in (chunked_before, scan_before):
+        np.testing.assert_allclose(before(writes)[:, 0, 0], [0, 1, 1 + np.exp(-0.7 * 10 / 3600), 1, last], rtol=1e-6)
+
+
+@given(st.floats(-50, 50))
+def test_half_lives_stay_within_their_bounds(x):
+    params = make_params("ema")
+    half_life = np.log(2) / decay_rates(jax.tree.map(lambda leaf: jnp.full_like(leaf, x), params))
+    assert np.all((half_life > 0.999 * LEAST_HOURS) & (half_life < 1.001 * MOST_HOURS))
+
+
+def test_without_events_a_memory_is_forgotten_at_its_half_life():
+    personalizer, params = ema_memory(SIZES), make_params("ema")
+    event, _ = draw_row(3)
+    state = personalizer.observe(params, personalizer.init_user(), Event(event.x_D[0], jnp.int32(0)))
+    half_life = float(np.log(2) / decay_rates(params)[1])
+    later = Event(jnp.asarray(event.x_D[1]), jnp.int32(round(half_life * HOUR)))
+    after = (
+        personalizer.observe(params, state, later).memory_MP
+        - personalizer.observe(params, personalizer.init_user(), later).memory_MP
+    )
+    np.testing.assert_allclose(after[1], state.memory_MP[1] / 2, rtol=1e-4)
+
+
+def form_slots(personalizer, params, condition) -> np.ndarray:
+    """The memory slots as vectors `[M, D]`."""
+    base_MD, mass_WD, read_PD = (part[:, 0] for part in personalizer.basis(params))
+    written = condition.mean_WP @ read_PD + condition.evidence_W[:, None] * mass_WD
+    return np.asarray(base_MD + np.concatenate([written, condition.field_D[None]]))
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_condition_knows_what_is_known(name):
+    personalizer, params = MEMORIES[name](SIZES), make_params(name)
+    nobody = personalizer.init_user()
+    event, _ = draw_row(4)
+    somebody = personalizer.observe(params, nobody, Event(event.x_D[0], jnp.int32(100)))
+    nothing, fields = np.zeros(2, np.int32), np.array([2, 0], np.int32)
+
+    def condition(state, time, codes):
+        return personalizer.condition(params, state, Request(jnp.int32(time), codes))
+
+    np.testing.assert_array_equal(condition(nobody, 200, nothing).summary_D, np.zeros(6))
+    for known in (condition(nobody, 200, fields), condition(somebody, 200, nothing)):
+        assert np.abs(known.summary_D).max() > 1e-3
+
+    def slots(state, time):
+        return form_slots(personalizer, params, condition(state, time, nothing))
+
+    late, later = (slots(somebody, t) for t in (200, 200 + 20 * YEAR))
+    empty = slots(nobody, 200)
+    assert np.abs(late - empty).max() > 0.05
+    assert np.abs(later - empty).max() < 1e-3 * np.abs(late - empty).max()  # twenty years later nothing is left
+    assert worst_gap(slots(somebody, NO_TIME), slots(somebody, 100)) < 1e-6
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_slots_are_means_of_what_was_written_by_hand(name):
+    personalizer, params = MEMORIES[name](SIZES), make_params(name)
+    w = {key: np.asarray(leaf[...], np.float64) for key, leaf in vars(params).items() if hasattr(leaf, "get_metadata")}
+    event, first = draw_row(5, (7,))
+    (memory, last, _) = remember_by_hand(name, params, event, first)[-1]
+    hours = 30.0
+    place = 1 / (1 + np.exp(-w["half_life_AS"]))
+    fade = 0.5 ** (hours / (LEAST_HOURS * (MOST_HOURS / LEAST_HOURS) ** place))  # [A or 1, S]
+    rows = memory.reshape(-1, 2, 4) * fade[..., None]
+    mass, total = rows[..., -1], rows[..., :-1]
+    if name == "low_rank":
+        mass, total = np.repeat(mass[:1], 2, axis=0), np.einsum("AR,RSP->ASP", w["mix_AR"], total)
+    written = total / (mass[..., None] + 1) @ w["read_PD"]
+    written = written.reshape(4, -1) + np.log1p(mass).reshape(4, 1) * w["mass_MD"]
+    fields = w["field_XD"][2] + w["field_XD"][3 + 1]
+    expected = w["slot_MD"] + np.concatenate([written, fields[None]])
+    states = personalizer.unroll(params, event, first)
+    state = jax.tree.map(lambda x: x[-1], states)
+    request = Request(jnp.int32(int(last) + int(hours * HOUR)), np.array([2, 1], np.int32))
+    found = personalizer.condition(params, state, request)
+    np.testing.assert_allclose(form_slots(personalizer, params, found), expected, atol=1e-5)
+    np.testing.assert_allclose(found.summary_D, expected.mean(axis=0), atol=1e-5)
+
+
+def test_memory_of_the_training_pass_grows_linearly_with_the_slots():
+    def temporaries(t: int) -> int:
+        shapes = jax.eval_shape(lambda: draw_shapes(t))
+
+        def total(keep, gain, value, elapsed, first):
+            return jnp.sum(chunked_before(Writes(elapsed, jnp.ones(4), keep, gain, value, first)) ** 2)
+
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def draw_shapes(t: int):
+        return jnp.ones((t, 4)), jnp.ones((t, 4)), jnp.ones((t, 8)), jnp.ones(t, jnp.int32), jnp.ones(t, bool)
+
+    small, large = temporaries(512), temporaries(4096)
+    assert large < 10 * small

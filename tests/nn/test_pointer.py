@@ -1,0 +1,196 @@
+"""The mixed answers against float64 loops: weights, pointers, loss with all gradients, and the scores of all items."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moerec.config import Config, LossConfig, ModelConfig
+from moerec.errors import InputError
+from moerec.eval.ranking import catalogue_vectors, score_items
+from moerec.nn.attention import segment_mask
+from moerec.nn.pointer import Aggregator
+from moerec.tasks.losses import Candidates, all_candidates, sum_losses
+from moerec.types import Output
+from tests.nn import numpy_model as oracle
+from tests.small_model import SIZES, fill, make_batch, make_config, make_model, make_table
+
+TABLE = make_table()
+ON_DEVICE = jax.tree.map(jnp.asarray, TABLE)
+BATCH = make_batch(3, [[5, 3], [7]], 9)
+DEVICE_BATCH = jax.tree.map(jnp.asarray, BATCH)
+SLOTS = list(zip(*np.nonzero(BATCH.weight_BT), strict=True))
+STATE, EVENT = (np.random.default_rng(s).normal(size=(2, 9, 8)) for s in (1, 2))
+VECTOR, BIAS = np.random.default_rng(3).normal(size=(13, 8)), np.random.default_rng(4).normal(size=13)
+
+
+def make_aggregator(copy: str) -> Aggregator:
+    config = make_config(copy=copy, d_copy=6)
+    return fill(jax.eval_shape(lambda: Aggregator(jax.random.key(0), config, SIZES.n_services)))
+
+
+class Stub(NamedTuple):
+    """Stands for the model: its states, the events' vectors and the items' are parameters beside the aggregator's."""
+
+    aggregator: Aggregator
+    state: jax.Array
+    event: jax.Array
+    vector: jax.Array
+    bias: jax.Array
+
+    def encode(self, batch, table, key=None, vector_ID=None, donor_BT=None):
+        seen = (batch.position_BT, segment_mask(batch.segment_BT), table.service_I[batch.item_BT])
+        answers = self.aggregator(self.state, self.event, *seen)
+        return Output(self.state, None, None, answers=answers)
+
+    def item_vectors(self, item_X, table):
+        return self.vector[item_X], self.bias[item_X]
+
+
+def make_stub(copy: str) -> Stub:
+    return Stub(make_aggregator(copy), *(jnp.asarray(x, jnp.float32) for x in (STATE, EVENT, VECTOR, BIAS)))
+
+
+def read(stub: Stub) -> dict[str, np.ndarray]:
+    return {name.lstrip("."): w for name, w in oracle.read_weights(stub).items()}
+
+
+def answer_by_hand(w, b: int, t: int, n_services: int):
+    """Weights of the answers to slot t of row b, and the share of each event, over the events that it may see."""
+    own = [s for s in range(t + 1) if BATCH.segment_BT[b, s] == BATCH.segment_BT[b, t]]
+    logits, pointers = w["aggregator.bias_X"] + w["state"][b, t] @ w["aggregator.weight_DX"], []
+    for g in range(n_services + 1):
+        seen = [s for s in own if g == n_services or TABLE.service_I[BATCH.item_BT[b, s]] == g]
+        query = w["state"][b, t] @ w["aggregator.query_DGH"][:, g]
+        query = oracle.rope(query, BATCH.position_BT[b, t], 10_000.0)
+        keys = [w["event"][b, s] @ w["aggregator.key_DGH"][:, g] for s in seen]
+        keys = [oracle.rope(k, BATCH.position_BT[b, s], 10_000.0) for k, s in zip(keys, seen, strict=True)]
+        exps = [math.exp(query @ k / math.sqrt(6)) for k in keys]
+        pointers.append({s: e / sum(exps) for s, e in zip(seen, exps, strict=True)})
+    weight = np.exp(logits) * np.array([1, *(bool(p) for p in pointers)])
+    return weight / weight.sum(), pointers
+
+
+def distribution_by_hand(w, b: int, t: int, n_services: int) -> np.ndarray:
+    weight, pointers = answer_by_hand(w, b, t, n_services)
+    p = weight[0] * oracle.softmax(w["vector"] @ w["state"][b, t] + w["bias"])
+    for share, pointer in zip(weight[1:], pointers, strict=True):
+        for s, mass in pointer.items():
+            p[BATCH.item_BT[b, s]] += share * mass
+    return p
+
+
+COPIES = pytest.mark.parametrize(("copy", "n_services"), [("all", 0), ("services", SIZES.n_services)])
+
+
+@COPIES
+def test_weights_and_pointers_are_those_of_loops(copy, n_services):
+    stub = make_stub(copy)
+    answers, w = jax.jit(lambda s: s.encode(DEVICE_BATCH, ON_DEVICE).answers)(stub), read(stub)
+    n_closed = 0
+    for b, t in zip(*np.nonzero(BATCH.segment_BT), strict=True):
+        weight, pointers = answer_by_hand(w, b, t, n_services)
+        np.testing.assert_allclose(np.exp(answers.log_weight_BTX[b, t]), weight, atol=1e-6)
+        expected = np.zeros(9)
+        for share, pointer in zip(weight[1:], pointers, strict=True):
+            expected[list(pointer)] += share * np.array(list(pointer.values()))
+        np.testing.assert_allclose(answers.copy_BTS[b, t], expected, atol=1e-6)
+        n_closed += np.sum(weight == 0)
+    assert (n_closed > 5) == (copy == "services")
+
+
+def test_a_sampled_softmax_is_mixed_like_the_full_one():
+    """With the target and every other item drawn once, uncorrected, it is the full one."""
+    stub, full = make_stub("services"), all_candidates(13)
+    drawn = Candidates(jnp.asarray(np.random.default_rng(1).permutation(13)), full.correction_M)
+
+    @jax.jit
+    @jax.value_and_grad
+    def total(stub, candidates):
+        return sum_losses(stub, DEVICE_BATCH, ON_DEVICE, candidates, LossConfig(kind="sampled_softmax"), None).item
+
+    for found, expected in zip(*map(jax.tree.leaves, (total(stub, drawn), total(stub, full))), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
+
+
+@COPIES
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_loss_and_all_gradients_are_those_of_the_mixture(copy, n_services, chunk):
+    stub = make_stub(copy)
+
+    @jax.jit
+    @jax.value_and_grad
+    def total(stub):
+        return sum_losses(stub, DEVICE_BATCH, ON_DEVICE, all_candidates(13), LossConfig(chunk=chunk), None).item
+
+    def by_hand(w):
+        p = [distribution_by_hand(w, b, t, n_services)[BATCH.target_BT[b, t]] for b, t in SLOTS]
+        return -sum(float(BATCH.weight_BT[b, t]) * math.log(p_s) for (b, t), p_s in zip(SLOTS, p, strict=True))
+
+    loss, gradients = total(stub)
+    assert float(loss) == pytest.approx(by_hand(read(stub)), rel=1e-5)
+    oracle.assert_slopes(by_hand, read(stub), read(gradients), 1e-4)
+    hits = [BATCH.target_BT[b, t] in BATCH.item_BT[b, : t + 1] for b, t in SLOTS]
+    assert 0 < sum(hits) < len(hits)
+
+
+@COPIES
+def test_scores_are_logarithms_of_a_distribution_over_all_items(copy, n_services):
+    stub = make_stub(copy)
+    asked = jnp.asarray([4, 7, 0, 15, -1, 9])
+    score = jax.jit(lambda s: score_items(s, DEVICE_BATCH, asked, ON_DEVICE, catalogue_vectors(s, ON_DEVICE)))(stub)
+    for slot, found in zip(asked, np.asarray(score, np.float64), strict=True):
+        expected = oracle.softmax(BIAS)  # without a history only the biases speak
+        if slot >= 0:
+            expected = distribution_by_hand(read(stub), int(slot) // 9, int(slot) % 9, n_services)
+        np.testing.assert_allclose(np.exp(found), expected, rtol=1e-4)
+        assert np.exp(found).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_window_bounds_what_pointers_see():
+    model = make_model(make_config(copy="services", d_copy=6, window=3))
+    copy_BTS = np.asarray(answer(model, DEVICE_BATCH))
+    t, s = np.indices((9, 9))
+    outside = (s > t) | (s <= t - 3)
+    assert not copy_BTS[:, outside].any()
+    assert np.all(copy_BTS.sum(axis=-1)[BATCH.segment_BT > 0] > 0.01)
+
+
+def test_an_item_that_nothing_but_a_pointer_speaks_for_keeps_its_gradients():
+    """Its softmax underflows; so does the pointers' share of what was never ordered."""
+    stub = make_stub("all")._replace(bias=jnp.where(jnp.arange(13) == BATCH.item_BT[0, 0], -200.0, 0.0))
+    batch = BATCH._replace(target_BT=jnp.full((2, 9), BATCH.item_BT[0, 0]), weight_BT=(BATCH.segment_BT > 0) * 1.0)
+
+    def total(stub):
+        return sum_losses(stub, batch, ON_DEVICE, all_candidates(13), LossConfig(), None).item
+
+    loss, gradients = jax.jit(jax.value_and_grad(total))(stub)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    assert np.abs(gradients.aggregator.query_DGH[...]).max() > 1e-3
+
+
+@jax.jit
+def answer(model, batch):
+    return model.encode(batch, ON_DEVICE).answers.copy_BTS
+
+
+def test_an_event_reaches_only_later_answers_of_its_sequence():
+    model = make_model(make_config(copy="services", d_copy=6))
+    before, b, t = np.asarray(answer(model, BATCH)), 0, 2
+    reached = np.zeros(BATCH.item_BT.shape, bool)
+    reached[b, t:5] = True
+    item_BT = BATCH.item_BT.copy()
+    item_BT[b, t] = (item_BT[b, t] + 5) % 13
+    after = np.asarray(answer(model, BATCH._replace(item_BT=item_BT)))
+    np.testing.assert_array_equal(after[~reached], before[~reached])
+    assert np.all(np.abs(after - before)[reached].max(axis=-1) > 1e-6)
+
+
+@pytest.mark.parametrize("loss", [LossConfig(kind="one_negative"), LossConfig(scope="service")])
+def test_a_loss_that_is_no_softmax_over_the_union_is_refused(loss):
+    with pytest.raises(InputError, match=r"model\.copy: needs a softmax over the union"):
+        Config(model=ModelConfig(copy="all"), loss=loss)

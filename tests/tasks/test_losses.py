@@ -1,0 +1,295 @@
+"""The losses against formulas in float64, by enumeration of all draws, and by the statistics of many."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moerec.config import LossConfig
+from moerec.tasks.losses import (
+    Candidates,
+    all_candidates,
+    contrast,
+    draw_candidates,
+    draw_in_service,
+    sampling_cdf,
+    sum_losses,
+)
+from moerec.types import Batch, ItemTable, Output
+
+N_SLOTS, N_ITEMS, D = 7, 11, 4
+RNG = np.random.default_rng(0)
+H, VECTOR, BIAS = (RNG.standard_normal(shape) for shape in ((N_SLOTS, D), (N_ITEMS, D), (N_ITEMS,)))
+TARGET = np.array([0, 3, 3, 10, 5, 1, 7])
+WEIGHT = np.array([1.0, 0.0, 2.0, 1.0, 0.5, 0.0, 1.0])
+SERVICE = np.arange(N_ITEMS) % 3
+COUNT = np.array([0, 1, 2, 50, 9, 0, 3, 7, 1, 20, 4])
+
+
+class Stub(NamedTuple):
+    """Stands for the model: states, vectors and biases are its parameters."""
+
+    h_BTD: jax.Array
+    vector_ID: jax.Array
+    bias_I: jax.Array
+
+    def encode(self, batch, table, key, vector_ID=None):
+        return Output(self.h_BTD, None, None)
+
+    def item_vectors(self, item_X, table):
+        return self.vector_ID[item_X], self.bias_I[item_X]
+
+
+STUB = Stub(*(jnp.asarray(x, jnp.float32) for x in (H[None], VECTOR, BIAS)))
+EMPTY = np.zeros((1, N_SLOTS), np.int32)
+BATCH = Batch(
+    *[EMPTY] * (len(Batch._fields) - 2),
+    target_BT=TARGET[None].astype(np.int32),
+    weight_BT=WEIGHT[None].astype(np.float32),
+)
+TABLE = ItemTable(jnp.asarray(SERVICE), jnp.zeros((N_ITEMS, 1), int), jnp.asarray(COUNT, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _loss_and_gradients(candidates, kind, scope, chunk):
+    config = LossConfig(kind=kind, scope=scope, chunk=chunk)
+
+    def total(stub):
+        sums = sum_losses(stub, BATCH, TABLE, candidates, config, None)
+        return sums.item, sums.weight
+
+    return jax.value_and_grad(total, has_aux=True)(STUB)
+
+
+def loss_and_gradients(candidates: Candidates, kind: str, scope: str = "union", chunk: int = 3):
+    """Loss, weight, and the gradients of states, vectors and biases in float64."""
+    (loss, weight), gradients = _loss_and_gradients(candidates, kind, scope, chunk)
+    return float(loss), float(weight), [np.asarray(g, np.float64) for g in gradients]
+
+
+def softmax_by_hand(items, corrections, scope="union"):
+    """Sampled (or full) softmax slot by slot: loss and the gradients that follow from `p - 1` and `p`."""
+    loss, d_h, d_vector, d_bias = 0.0, np.zeros_like(H), np.zeros_like(VECTOR), np.zeros_like(BIAS)
+    for h, target, weight, d_h_s in zip(H, TARGET, WEIGHT, d_h, strict=True):
+        rivals = [
+            (j, c)
+            for j, c in zip(items, corrections, strict=True)
+            if j != target and (scope == "union" or SERVICE[j] == SERVICE[target])
+        ]
+        terms = [(target, 0.0), *rivals]
+        mass = np.exp([h @ VECTOR[j] + BIAS[j] + c for j, c in terms])
+        p = mass / mass.sum()
+        loss -= weight * np.log(p[0])
+        p[0] -= 1
+        for (j, _), p_j in zip(terms, p, strict=True):
+            d_h_s += weight * p_j * VECTOR[j]
+            d_vector[j] += weight * p_j * h
+            d_bias[j] += weight * p_j
+    return loss, [d_h[None], d_vector, d_bias]
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    loss, weight, gradients = found
+    assert loss == pytest.approx(expected[0], rel=1e-5)
+    assert weight == WEIGHT.sum()
+    for gradient, by_hand in zip(gradients, expected[1], strict=True):
+        np.testing.assert_allclose(gradient, by_hand, atol=tolerance, rtol=1e-5)
+
+
+# Chunks of one slot, of no divisor of the number of slots, of all, and of more.
+@pytest.mark.parametrize(
+    ("scope", "chunk"), [("union", 1), ("union", 3), ("union", 7), ("union", 100), ("service", 2), ("service", 7)]
+)
+def test_full_softmax_is_cross_entropy_over_the_catalogue_or_the_service(scope, chunk):
+    found = loss_and_gradients(all_candidates(N_ITEMS), "full_softmax", scope, chunk)
+    assert_same(found, softmax_by_hand(range(N_ITEMS), np.zeros(N_ITEMS), scope))
+
+
+@pytest.mark.parametrize("scope", ["union", "service"])
+def test_sampled_softmax_of_given_draws_is_the_formula(scope):
+    # A draw that comes twice, targets of several slots among the draws, and none of service 2 but item 5.
+    drawn = np.array([3, 3, 10, 6, 0, 5, 9], np.int32)
+    correction = np.linspace(-1, 2, 7).astype(np.float32)
+    found = loss_and_gradients(Candidates(jnp.asarray(drawn), jnp.asarray(correction)), "sampled_softmax", scope)
+    assert_same(found, softmax_by_hand(drawn, correction, scope))
+
+
+def logsumexp_loss(h, positive, vector, offset, weight, allowed):
+    scores = jnp.where(allowed, h @ vector.T + offset, -jnp.inf)
+    total = jax.nn.logsumexp(jnp.concatenate([positive[:, None], scores], axis=1), axis=1)
+    return jnp.sum(weight * (total - positive))
+
+
+@pytest.mark.parametrize("chunk", [2, 5])
+def test_contrast_has_the_gradients_of_logsumexp_under_any_cotangent(chunk):
+    rng = np.random.default_rng(1)
+    arrays = [rng.standard_normal(s).astype(np.float32) for s in ((N_SLOTS, D), (N_SLOTS,), (N_ITEMS, D), (N_ITEMS,))]
+    scope_s, item = SERVICE[TARGET], np.arange(N_ITEMS)
+    weight = WEIGHT.astype(np.float32)
+    allowed = (item != TARGET[:, None]) & (scope_s[:, None] == SERVICE)
+
+    def ours(*x):
+        return jnp.sin(0.1 * contrast(*x, None, TARGET, scope_s, item, (SERVICE, weight), chunk))
+
+    def plain(*x):
+        return jnp.sin(0.1 * logsumexp_loss(*x, weight, allowed))
+
+    every = (0, 1, 2, 3)
+    for found, expected in zip(
+        *(jax.tree.leaves(jax.jit(jax.value_and_grad(f, every))(*arrays)) for f in (ours, plain)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_contrast_is_finite_at_huge_scores_and_zero_without_rivals():
+    h = jnp.asarray([[1e4], [-1e4], [1.0]])
+    vector, offset = jnp.asarray([[1.0], [-1.0]]), jnp.zeros(2)
+    # The last slot's scope holds no candidate.
+    target, scope, item = jnp.asarray([0, 0, 5]), jnp.asarray([0, 0, 1]), jnp.asarray([0, 1])
+    weights = (jnp.asarray([0, 0]), jnp.ones(3))
+
+    def total(h, vector, offset):
+        positive = h[:, 0] * vector[target % 2, 0]
+        return contrast(h, positive, vector, offset, None, target, scope, item, weights, 2)
+
+    value, gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(h, vector, offset)
+    assert float(value) == pytest.approx(2e4)  # only the second slot prefers its rival, by 20,000
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert float(gradients[0][2, 0]) == 0
+
+
+@pytest.mark.parametrize("n_draws", [1, 2])
+def test_expectation_over_all_possible_draws_is_the_full_sum(n_draws):
+    cdf = sampling_cdf(np.array([0, 2, 5, 1]), 0.7)
+    q = np.diff(cdf.astype(np.float64), prepend=-1) / 2**32
+    scores = np.array([0.5, -1.0, 1.5, 0.2], np.float32)
+    draws = np.array(list(itertools.product(range(4), repeat=n_draws)))
+    target, positive = 2, 0.3
+
+    def total_of(items, corrections):
+        loss = contrast(
+            jnp.zeros((1, 1)),
+            jnp.full(1, positive),
+            jnp.zeros((n_draws, 1)),
+            jnp.asarray(scores)[items] + corrections,
+            None,
+            jnp.full(1, target),
+            jnp.zeros(1, int),
+            items,
+            (jnp.zeros(n_draws, int), jnp.ones(1)),
+            1,
+        )
+        return jnp.exp(loss + positive)
+
+    totals = jax.jit(jax.vmap(total_of))(jnp.asarray(draws), jnp.asarray(-np.log(n_draws * q[draws]), jnp.float32))
+    expectation = np.sum(np.prod(q[draws], axis=1) * np.asarray(totals))
+    exact = np.exp(positive) + np.exp(np.delete(scores.astype(np.float64), target)).sum()
+    assert expectation == pytest.approx(exact, rel=1e-5)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def draw_sets(keys, cdf, n_draws):
+    return jax.vmap(lambda key: draw_candidates(key, cdf, n_draws))(keys)
+
+
+@functools.cache
+def draw_many(power: float, n_draws: int = 20, n_sets: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+    cdf = jnp.asarray(sampling_cdf(COUNT, power))
+    keys = jax.random.split(jax.random.key(4), n_sets)
+    candidates = draw_sets(keys, cdf, n_draws)
+    return np.asarray(candidates.item_M), np.asarray(candidates.correction_M, np.float64)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
+def test_draws_follow_q_and_carry_its_correction(power):
+    items, corrections = draw_many(power)
+    weights = np.array([(1 + c) ** power for c in COUNT])
+    q = weights / weights.sum()
+    np.testing.assert_allclose(corrections, -np.log(20 * q[items]), atol=1e-4)
+    share = np.bincount(items.ravel(), minlength=N_ITEMS) / items.size
+    assert np.all(np.abs(share - q) < 5 * np.sqrt(q * (1 - q) / items.size))
+
+
+def test_sums_over_draws_estimate_the_sum_over_the_catalogue():
+    items, corrections = draw_many(0.75)
+    scores = BIAS + VECTOR @ H[0]
+    estimates = np.exp(scores[items] + corrections).sum(axis=1)
+    exact = np.exp(scores).sum()
+    assert abs(estimates.mean() - exact) < 4 * estimates.std() / np.sqrt(len(estimates))
+    assert estimates.std() > 0.05 * exact  # an estimate, so that the test could fail
+
+
+def test_gradients_of_the_sampled_softmax_converge_to_the_full_one():
+    _, exact = softmax_by_hand(range(N_ITEMS), np.zeros(N_ITEMS))
+    cdf = jnp.asarray(sampling_cdf(COUNT, 0.5))
+
+    def error(n_draws):
+        *_, gradients = loss_and_gradients(draw_candidates(jax.random.key(8), cdf, n_draws), "sampled_softmax")
+        return np.sqrt(sum(np.sum((g - e) ** 2) for g, e in zip(gradients, exact, strict=True)))
+
+    size = np.sqrt(sum(np.sum(e**2) for e in exact))
+    few, many, most = (error(m) / size for m in (30, 1000, 30_000))
+    assert few > 0.05
+    assert many < few / 2
+    assert most < many / 2
+    assert most < 0.02
+
+
+def test_cdf_ends_at_one_and_rises_with_every_item():
+    counts = np.random.default_rng(2).integers(0, 1000, 20_000)
+    for power in (0.0, 0.5, 0.75):
+        cdf = sampling_cdf(counts, power)
+        assert cdf.dtype == np.uint32
+        assert cdf[-1] == 2**32 - 1
+        assert np.all(np.diff(cdf.astype(np.int64), prepend=-1) > 0)
+
+
+def test_corrections_of_a_large_skewed_catalogue_are_those_of_the_draw():
+    """Fifty thousand items with counts of a power law: every share of the random words is what the correction says."""
+    counts = 1e6 / np.arange(1, 50_001)
+    cdf = sampling_cdf(counts, 1.0)
+    width = np.diff(cdf.astype(np.int64), prepend=-1)
+    wanted = (1 + counts) / (1 + counts).sum()
+    np.testing.assert_allclose(width / 2**32, wanted, rtol=1e-3)
+    drawn = draw_candidates(jax.random.key(0), jnp.asarray(cdf), 20_000)
+    np.testing.assert_allclose(drawn.correction_M, -np.log(20_000 * width[drawn.item_M] / 2**32), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("power", "sizes"), [(0.0, (3, 1, 7)), (1.0, (3, 1, 7)), (1.0, (11,))])
+def test_a_draw_in_the_service_follows_q_within_it(power, sizes):
+    service = np.repeat(np.arange(len(sizes)), sizes)
+    cdf, n = jnp.asarray(sampling_cdf(COUNT, power)), 20_000
+    for target in (0, 3, 10):
+        own = service == service[target]
+        items = draw_in_service(jax.random.key(target), cdf, jnp.asarray(service), jnp.full(n, target))
+        q = np.where(own, (1.0 + COUNT) ** power, 0)
+        q /= q.sum()
+        share = np.bincount(items, minlength=N_ITEMS) / n
+        assert not share[~own].any()
+        assert np.all(np.abs(share - q) <= 5 * np.sqrt(q * (1 - q) / n))
+
+
+def test_a_single_item_is_always_drawn():
+    drawn = draw_candidates(jax.random.key(0), jnp.asarray(sampling_cdf(np.array([3]), 1.0)), 5)
+    np.testing.assert_array_equal(drawn.item_M, 0)
+    np.testing.assert_allclose(drawn.correction_M, -np.log(5), rtol=1e-6)
+
+
+def test_one_negative_is_binary_cross_entropy_of_two_scores():
+    negative = np.array([4, 0, 3, 2, 9, 9, 1], np.int32)  # slot 2 drew its own target
+    loss, d_h, d_vector, d_bias = 0.0, np.zeros_like(H), np.zeros_like(VECTOR), np.zeros_like(BIAS)
+    for s, (h, weight) in enumerate(zip(H, WEIGHT, strict=True)):
+        for item, wanted in ((TARGET[s], 1.0), (negative[s], 0.0)):
+            if not wanted and item == TARGET[s]:
+                continue
+            p = 1 / (1 + np.exp(-(h @ VECTOR[item] + BIAS[item])))
+            loss -= weight * np.log(p if wanted else 1 - p)
+            d_h[s] += weight * (p - wanted) * VECTOR[item]
+            d_vector[item] += weight * (p - wanted) * h
+            d_bias[item] += weight * (p - wanted)
+    candidates = Candidates(jnp.asarray(negative), jnp.full(N_SLOTS, 3.0))  # the correction has no place here
+    assert_same(loss_and_gradients(candidates, "one_negative"), (loss, [d_h[None], d_vector, d_bias]))

@@ -1,0 +1,82 @@
+"""Freed memory stays with the process, where the C library can be told so."""
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moerec.train import malloc as memory
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Without the settings glibc maps a block of this size, and unmaps it when it is freed.
+PROBE = """
+import ctypes, sys
+from moerec.memory import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    print(keep_freed_memory())
+else:
+    print(None)
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+c.free.argtypes = [ctypes.c_void_p]
+
+def resident():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmRSS"):
+            return int(line.split()[1])
+
+size = 200 << 20
+before = resident()
+block = c.malloc(size)
+ctypes.memset(block, 1, size)
+touched = resident()
+c.free(block)
+print(touched - before >> 10, resident() - before >> 10)
+"""
+
+
+def probe(how: str) -> tuple[str, int, int]:
+    """What was returned, MiB resident when touched and when freed."""
+    out = subprocess.run(
+        [sys.executable, "-c", PROBE, how], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr
+    answer, touched, freed = out.stdout.split()
+    return answer, int(touched), int(freed)
+
+
+def test_freed_memory_is_kept():
+    _, touched, freed = probe("plain")
+    if touched < 190 or freed > 20:
+        pytest.skip("this allocator does not give freed blocks back in the first place")
+    answer, touched, freed = probe("keep")
+    assert answer == "True"
+    assert freed >= touched - 20 >= 170
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_another_c_library_is_left_alone(monkeypatch, error):
+    def refuse(name):
+        raise error
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert memory.keep_freed_memory() is False
+
+
+def test_refused_settings_are_reported(monkeypatch):
+    asked = []
+
+    class Library:
+        @staticmethod
+        def mallopt(name, value):
+            asked.append(name.value)
+            return len(asked) != 2
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
+    assert memory.keep_freed_memory() is False
+    # as malloc.h has them: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+    assert sorted(asked) == [-3, -2, -1]

@@ -1,0 +1,117 @@
+"""Schedules by value, the decay mask by name, and updates against AdamW written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moerec.config import OptimConfig
+from moerec.train.optim import decay_mask, make_optimizer, make_schedule
+from tests.small_model import make_config, make_model
+
+PEAK, STEPS, WARMUP = 0.01, 50, 10
+
+
+def learning_rate(step: int, warmup: int = WARMUP, **fields) -> float:
+    config = OptimConfig(learning_rate=PEAK, warmup_steps=warmup, **{"final_rate": 0.2, **fields})
+    return float(make_schedule(config, STEPS)(step))
+
+
+def test_warm_up_rises_by_equal_steps_from_one_step_s_worth_to_the_peak():
+    rates = [learning_rate(step) for step in range(WARMUP + 1)]
+    assert rates[0] == pytest.approx(PEAK / WARMUP)
+    assert rates[WARMUP] == pytest.approx(PEAK)
+    np.testing.assert_allclose(np.diff(rates), np.diff(rates)[0], rtol=1e-3)
+    assert learning_rate(0, warmup=0) == pytest.approx(PEAK)
+    assert learning_rate(0, warmup=1) == pytest.approx(PEAK)
+
+
+@pytest.mark.parametrize("warmup", [0, WARMUP])
+@pytest.mark.parametrize(
+    ("schedule", "halfway", "end"),
+    [("cosine", 0.6, 0.2), ("linear", 0.6, 0.2), ("constant", 1.0, 1.0)],
+)
+def test_schedule_falls_to_its_end(schedule, halfway, end, warmup):
+    middle = (warmup + STEPS) // 2
+    assert learning_rate(middle, warmup, schedule=schedule) == pytest.approx(halfway * PEAK, rel=1e-5)
+    for step in (STEPS, STEPS + 7):
+        assert learning_rate(step, warmup, schedule=schedule) == pytest.approx(end * PEAK, rel=1e-5)
+    # The last step done is the one before: within one step's fall of the end.
+    assert learning_rate(STEPS - 1, warmup, schedule=schedule) == pytest.approx(end * PEAK, rel=0.12)
+    quarter = learning_rate(warmup + (STEPS - warmup) // 4, warmup, schedule=schedule)
+    part = ((STEPS - warmup) // 4) / (STEPS - warmup)
+    by_hand = {"cosine": 0.2 + 0.8 * (1 + np.cos(np.pi * part)) / 2, "linear": 1 - 0.8 * part, "constant": 1.0}
+    assert quarter == pytest.approx(PEAK * by_hand[schedule], rel=1e-5)
+
+
+def test_a_warm_up_longer_than_the_training_only_rises():
+    rates = [learning_rate(step, warmup=2 * STEPS) for step in range(STEPS)]
+    assert np.all(np.diff(rates) > 0)
+    assert rates[-1] < PEAK
+
+
+def decays(name: str, embeddings: bool) -> bool:
+    """What should decay, by the last part of a weight's name."""
+    kind = name.removesuffix(".value").rsplit(".", 1)[-1]
+    if kind in {"scale", "item_bias_I", "q_bias_NH", "k_bias_KH", "v_bias_KH"}:
+        return False
+    if kind in {"q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD", "gate_DD", "out_DD"}:
+        return True
+    assert kind in {"row_ID", "table_VD", "service", "action", "context", "hour", "weekday", "season", "gap"}, name
+    return embeddings
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_decay_touches_matrices_and_embeddings_only_if_asked(embeddings):
+    model = make_model(make_config(tie_items=False))
+    flags = jax.tree_util.tree_flatten_with_path(decay_mask(model, embeddings))[0]
+    assert len(flags) == len(jax.tree.leaves(model))
+    for path, flag in flags:
+        name = jax.tree_util.keystr(path)
+        assert flag == decays(name, embeddings), name
+    # And so do the updates: without gradients a step is the decay alone.
+    config = OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5, decay_embeddings=embeddings)
+    optimizer = make_optimizer(config, STEPS)
+    zeros = jax.tree.map(lambda w: np.zeros(w.shape, np.float32), model)
+    updates, _ = jax.jit(lambda g, w: optimizer.update(g, optimizer.init(w), w))(zeros, model)
+    for (path, update), weight in zip(
+        jax.tree_util.tree_flatten_with_path(updates)[0], jax.tree.leaves(model), strict=True
+    ):
+        factor = -0.05 if decays(jax.tree_util.keystr(path), embeddings) else 0.0
+        np.testing.assert_allclose(update, factor * weight, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0, 1e6])
+def test_updates_are_those_of_adamw_written_out(clip_norm):
+    config = OptimConfig(
+        learning_rate=PEAK, warmup_steps=2, schedule="linear", weight_decay=0.3, clip_norm=clip_norm, b1=0.8, b2=0.95
+    )
+    rng = np.random.default_rng(9)
+    kinds = {"kernel": ((3, 4), "matrix"), "rows": ((5, 2), "embedding"), "scale": ((6,), "none")}
+    weights = {name: rng.standard_normal(shape) for name, (shape, _) in kinds.items()}
+    tree = {
+        name: nnx.Param(jnp.asarray(w, jnp.float32), axes=(None,) * w.ndim, decay=kinds[name][1])
+        for name, w in weights.items()
+    }
+    optimizer, schedule = make_optimizer(config, STEPS), make_schedule(config, STEPS)
+    update, state = jax.jit(optimizer.update), optimizer.init(tree)
+    first, second = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
+    for step in range(4):
+        raw = {name: rng.standard_normal(w.shape) for name, w in weights.items()}
+        gradients = {name: tree[name].replace(jnp.asarray(g, jnp.float32)) for name, g in raw.items()}
+        updates, state = update(gradients, state, tree)
+        tree = jax.tree.map(jnp.add, tree, updates)
+        norm = np.sqrt(sum(np.sum(g**2) for g in raw.values()))
+        assert norm > 1
+        scale = clip_norm / norm if 0 < clip_norm < norm else 1.0
+        rate = float(schedule(step))
+        for name, gradient in raw.items():
+            first[name] = 0.8 * first[name] + 0.2 * scale * gradient
+            second[name] = 0.95 * second[name] + 0.05 * (scale * gradient) ** 2
+            direction = first[name] / (1 - 0.8 ** (step + 1))
+            direction = direction / (np.sqrt(second[name] / (1 - 0.95 ** (step + 1))) + 1e-8)
+            decay = 0.3 * weights[name] if name == "kernel" else 0.0
+            weights[name] = weights[name] - rate * (direction + decay)
+    for name, expected in weights.items():
+        np.testing.assert_allclose(tree[name][...], expected, atol=2e-6, rtol=1e-5, err_msg=name)
