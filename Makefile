@@ -27,7 +27,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
 
-demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, print the table and one person's profile
+demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, print the table and one user's profile
 	$(RUN) experiments.train --config=configs/demo.py --workdir=runs/demo $(ARGS)
 	$(if $(ARGS),,$(RUN) experiments.portrait --workdir=runs/demo)
 

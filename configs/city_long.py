@@ -1,6 +1,6 @@
 """Histories of about 2,000 events whose targets hang on what lies 500 to 2,000 back: attention, a window, a profile.
 
-Each service in turn is closed to a person for 500 events, and the last event is the return to one; the context tells
+Each service in turn is closed to a user for 500 events, and the last event is the return to one; the context tells
 what is open. Tastes are private to a service (rho = 0), so that nothing nearer tells what they like there. Validation
 is on the events before the last, which are ordinary ones; it selects nothing, since it is made once.
 
@@ -26,7 +26,7 @@ from moerec.config import (
 
 def get_config() -> Config:
     """The configuration of this file."""
-    city = CityConfig(n_people=1000, events_per_person=2000, items_per_service=200, rho=0.0, n_closed=500)
+    city = CityConfig(n_users=1000, events_per_user=2000, items_per_service=200, rho=0.0, n_closed=500)
     return Config(
         name="city_long",
         data=DataConfig(source="city", city=city, seq_len=2048, history_len=2048),

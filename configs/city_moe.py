@@ -17,5 +17,5 @@ def get_config() -> Config:
     base = city_dense.get_config()
     # In the second of two layers an expert that sees every slot, and two of eight a sixth as wide.
     moe = MoEConfig(layers=(1,), n_per_group=2, n_active=2, d_expert=32, d_shared=128)
-    model = dataclasses.replace(base.model, d_ff=192, moe=moe, copy="services")
+    model = dataclasses.replace(base.model, d_ff=192, moe=moe, pointer="services")
     return dataclasses.replace(base, name="city_moe", model=model)

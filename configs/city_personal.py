@@ -16,5 +16,5 @@ def get_config() -> Config:
     base = city_moe.get_config()
     # What lies further back than fifteen events reaches an answer by way of the profile alone.
     model = dataclasses.replace(base.model, window=8, personal=PersonalConfig(layers=(1,)))
-    evaluation = dataclasses.replace(base.eval, effects=True)
+    evaluation = dataclasses.replace(base.eval, interventions=True)
     return dataclasses.replace(base, name="city_personal", model=model, eval=evaluation)

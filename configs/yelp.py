@@ -30,7 +30,7 @@ def get_config() -> Config:
                 interactions="interactions.tsv.gz",
                 items="items.tsv.gz",
                 duplicates="keep",
-                unknown_time="keep",  # five people have no times
+                unknown_time="keep",  # five users have no times
             ),
             schema=SchemaConfig(
                 user="user",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moerec.config import cli
 from moerec.data.load import load_data
-from moerec.data.prepare.prepare import describe_quarantine
+from moerec.data.prepare.tables_to_shards import describe_quarantine
 from moerec.eval.audit import run_audit
 from moerec.files import write_json
 

@@ -3,14 +3,21 @@
 python -m experiments.compare --first=runs/moe_1,runs/moe_2,runs/moe_3 --second=runs/dense_1,runs/dense_2,runs/dense_3
 
 One run on each side: they are paired by target. Without `--second`: what the answers of the one configuration lose by
-each edit of `eval.effects`.
+each edit of `eval.interventions`.
 """
 
 from pathlib import Path
 
 from moerec.config import cli
 from moerec.errors import InputError
-from moerec.eval.compare import Comparison, Effects, compare, compare_effects, render, render_effects
+from moerec.eval.compare import (
+    Comparison,
+    InterventionTable,
+    compare,
+    compare_interventions,
+    render,
+    render_interventions,
+)
 from moerec.eval.per_target import TargetComparison, compare_targets, render_targets
 
 EMPTY: list[str] = []
@@ -25,10 +32,10 @@ def main(config, flags):
     if not flags.first:
         raise InputError(f"--first is missing: {FLAGS['first'][1]}, separated by commas")
     first, second = ([Path(folder) for folder in folders] for folders in (flags.first, flags.second))
-    result: Effects | TargetComparison | Comparison
+    result: InterventionTable | TargetComparison | Comparison
     if not second:
-        result = compare_effects(first)
-        print(render_effects(result))
+        result = compare_interventions(first)
+        print(render_interventions(result))
     elif len(first) == len(second) == 1:
         result = compare_targets(first[0], second[0])
         print(render_targets(result))

@@ -1,9 +1,9 @@
-"""Takes people's profiles in a store further by their events, as a service would, or removes people from it.
+"""Takes users's profiles in a store further by their events, as a service would, or removes users from it.
 
 python -m experiments.observe --workdir=runs/mine --profiles=DIR [--before=2024-05-01] [--recent=N] [--json]
     [--forget=NAME,NAME] [--export=FILE.npz]
 
-The store is made where there is none. Each person's last events stay out (`--recent`; by default as many as an answer
+The store is made where there is none. Each user's last events stay out (`--recent`; by default as many as an answer
 reaches by attention, or as a row holds): `experiments.recommend --profiles=DIR` gives them to the model, and the
 profile what was before. A later call goes on from where the profiles are. Who is forgotten has to leave the data, too,
 or the next call begins a new profile for them; whoever has none is named.
@@ -17,9 +17,9 @@ from moerec.errors import InputError
 EMPTY: list[str] = []
 FLAGS = {
     "profiles": ("", "the folder of the store"),
-    "recent": (-1, "the last events of each person that stay out; -1 for those that an answer reaches"),
+    "recent": (-1, "the last events of each user that stay out; -1 for those that an answer reaches"),
     "before": ("", "an ISO date and time, UTC; events from then on stay out"),
-    "forget": (EMPTY, "people whose profiles are removed for good, and none is taken further"),
+    "forget": (EMPTY, "users whose profiles are removed for good, and none is taken further"),
     "export": ("", "an .npz file for all profiles afterwards"),
 }
 
@@ -44,9 +44,9 @@ def main(_, flags):
     else:
         recent = count_recent(trained.config) if flags.recent < 0 else flags.recent
         done = feed(store, trained.model, trained.data.dataset, trained.table, recent, before)
-        print(f"{done.n_events:,} events of {done.n_people:,} people taken in; {len(store):,} people in the store")
+        print(f"{done.n_events:,} events of {done.n_users:,} users taken in; {len(store):,} users in the store")
         if done.n_too_recent:
-            print(f"{done.n_too_recent:,} people have no events but the last {recent:,}, which stay out (--recent)")
+            print(f"{done.n_too_recent:,} users have no events but the last {recent:,}, which stay out (--recent)")
         found = done._asdict()
     if flags.export:
         store.export(flags.export)

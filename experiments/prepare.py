@@ -1,4 +1,4 @@
-"""Turns the tables of a configuration into a prepared folder: ArrayRecord shards of per-person sequences.
+"""Turns the tables of a configuration into a prepared folder: ArrayRecord shards of per-user sequences.
 
     python -m experiments.prepare --config=configs/amazon3.py --out=prepared/amazon3 [--config.FIELD=value] [--json]
 
@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from moerec.config import cli
-from moerec.data.prepare.prepare import describe, prepare
+from moerec.data.prepare.tables_to_shards import describe, prepare
 from moerec.errors import InputError
 
 

@@ -1,6 +1,6 @@
-"""Shows one person's profile: its aspects, how much they matter to two requests, and what the context changes.
+"""Shows one user's profile: its aspects, how much they matter to two requests, and what the context changes.
 
-python -m experiments.portrait --workdir=runs/demo [--person=NAME] [--time=2024-05-01T09:00,2024-05-04T20:00]
+python -m experiments.portrait --workdir=runs/demo [--user=NAME] [--time=2024-05-01T09:00,2024-05-04T20:00]
     [--context=holiday=eve] [--vary=weather] [--top_k=5] [--json]
 
 Without `--time` the requests are on the Saturday evening and on the Monday morning after the last event; what
@@ -15,7 +15,7 @@ from moerec.config import cli
 
 def main(_, flags):
     """Prints the portrait."""
-    from moerec.serve.profile_card import describe_portrait, portray, render_portrait
+    from moerec.serve.profile_card import describe_card, render_card, summarize_profile
     from moerec.serve.recommender import list_unseen, load_run, read_request
 
     context = read_request(flags.context, "", "").context
@@ -24,16 +24,16 @@ def main(_, flags):
     for note in list_unseen(trained, context):
         print(note, file=sys.stderr)
     dataset = trained.data.dataset
-    person = flags.person or str(dataset.people[0])
+    user = flags.user or str(dataset.users[0])
     feature = flags.vary or next(iter(dataset.context), "")
-    found = portray(trained, person, times, context, feature, flags.top_k)
-    print(render_portrait(found))
-    return describe_portrait(found)
+    found = summarize_profile(trained, user, times, context, feature, flags.top_k)
+    print(render_card(found))
+    return describe_card(found)
 
 
 EMPTY: list[str] = []
 FLAGS = {
-    "person": ("", "whose profile; the first person by default"),
+    "user": ("", "whose profile; the first user by default"),
     "time": (EMPTY, "when something is wanted: ISO dates and times, UTC"),
     "context": ((), "features of the requests, as name=value,name=value; may be given several times"),
     "vary": ("", "a feature of the context, whose values are tried in turn; the first by default"),

@@ -1,14 +1,14 @@
-"""Lists what a person most probably wants next, by the best parameters of a run.
+"""Lists what a user most probably wants next, by the best parameters of a run.
 
-python -m experiments.recommend --workdir=runs/demo --person=NAME [--context=weather=rain,holiday=yes]
+python -m experiments.recommend --workdir=runs/demo --user=NAME [--context=weather=rain,holiday=yes]
     [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--profiles=DIR] [--json]
 
 Without `--time` and `--context` they are not known; `--time` is UTC. `p` is the probability that the item is what the
-person takes next, of all items of all services, if that is what the model was trained for (`loss.scope=union`). With
-`--profiles`, a store that `experiments.observe` filled, the person's whole past counts, and not only what a row holds.
+user takes next, of all items of all services, if that is what the model was trained for (`loss.scope=union`). With
+`--profiles`, a store that `experiments.observe` filled, the user's whole past counts, and not only what a row holds.
 
 Below the list stands what the model made of the request: the services that its need may belong to (the semantic
-analyser), how much each answer counts in the mixture (the aggregator: the catalogue, and pointers into the person's own
+analyser), how much each answer counts in the mixture (the aggregator: the catalogue, and pointers into the user's own
 history), and what of the profile matters (the profile router).
 """
 
@@ -27,14 +27,14 @@ def main(_, flags):
     trained = load_run(Path(flags.workdir))
     for note in list_unseen(trained, request.context):
         print(note, file=sys.stderr)
-    person = flags.person or str(trained.data.dataset.people[0])
+    user = flags.user or str(trained.data.dataset.users[0])
     profile = None
     if flags.profiles:
         store = open_profiles(Path(flags.profiles), trained.model)
-        profile, is_stored = read_profile(store, trained.model, trained.data.dataset, person)
+        profile, is_stored = read_profile(store, trained.model, trained.data.dataset, user)
         if not is_stored:
-            print(f"{person}: no profile in the store; the last events alone count", file=sys.stderr)
-    answer = recommend(trained, person, request, flags.top_k, profile)
+            print(f"{user}: no profile in the store; the last events alone count", file=sys.stderr)
+    answer = recommend(trained, user, request, flags.top_k, profile)
     found = describe_answer(trained, answer)
     for line in found["lines"]:
         print(line)
@@ -42,7 +42,7 @@ def main(_, flags):
 
 
 FLAGS = {
-    "person": ("", "whose list; the first person by default"),
+    "user": ("", "whose list; the first user by default"),
     "context": ((), "features of the request, as name=value,name=value; may be given several times"),
     "time": ("", "when it is wanted: an ISO date and time, UTC; later events are no history"),
     "service": ("", "a service, for a list of its items alone"),

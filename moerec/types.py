@@ -24,13 +24,13 @@ class Batch(NamedTuple):
       item_BT: int32 index into the catalogue.
       action_BT: int32.
       time_BT: int32 seconds since 2000, UTC, or `NO_TIME`.
-      shift_BT: int32 seconds that clocks at the event's place are ahead of UTC.
+      utc_offset_BT: int32 seconds that clocks at the event's place are ahead of UTC.
       position_BT: int32 place within its own sequence, from 0.
       segment_BT: int32 from 1 in each row; 0 is padding.
       request_time_BT: int32 seconds since 2000, UTC, or `NO_TIME`.
-      request_shift_BT: int32, as `shift_BT`.
+      request_utc_offset_BT: int32, as `utc_offset_BT`.
       request_context_BTC: int32 codes, 0 missing.
-      field_BTY: int32 codes of the person's static profile fields, 0 missing.
+      field_BTY: int32 codes of the user's static profile fields, 0 missing.
       target_BT: int32 index of the next item (0 where the weight is 0).
       weight_BT: float32 weight of the slot's loss; 0 for padding and for slots without a target.
     """
@@ -38,18 +38,18 @@ class Batch(NamedTuple):
     item_BT: Array
     action_BT: Array
     time_BT: Array
-    shift_BT: Array
+    utc_offset_BT: Array
     position_BT: Array
     segment_BT: Array
     request_time_BT: Array
-    request_shift_BT: Array
+    request_utc_offset_BT: Array
     request_context_BTC: Array
     field_BTY: Array
     target_BT: Array
     weight_BT: Array
 
 
-class ItemTable(NamedTuple):
+class Catalog(NamedTuple):
     """What the model knows of the catalogue without learning it.
 
     Attributes:
@@ -82,7 +82,7 @@ class Routing(NamedTuple):
     dropped_L3: Array
 
 
-class Answers(NamedTuple):
+class PointerMixture(NamedTuple):
     """What is mixed into the distribution over items: `p(item) = w_0 softmax(item) + Σ_s copy_s [item_s = item]`.
 
     Attributes:
@@ -101,7 +101,7 @@ class Output(NamedTuple):
       state_BTD: float32, from which the next item is predicted.
       log_domain_BTZ: float32 log-posterior over the services of what comes next; None in a dense model.
       routing: of the mixture layers; None in a dense model.
-      relevance_BTM: float32, how much each memory slot of the person's profile matters to the request; adds up to one.
+      relevance_BTM: float32, how much each memory slot of the user's profile matters to the request; adds up to one.
         None in a model that is not personal.
       answers: what is mixed; None where the catalogue's softmax is the only answer.
     """
@@ -110,4 +110,4 @@ class Output(NamedTuple):
     log_domain_BTZ: Array | None
     routing: Routing | None
     relevance_BTM: Array | None = None
-    answers: Answers | None = None
+    answers: PointerMixture | None = None

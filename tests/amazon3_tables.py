@@ -21,16 +21,16 @@ def data_folder() -> pathlib.Path:
 
 
 def read_amazon3(services=SERVICES) -> Dataset:
-    """People across the named services, oldest event first, days in published order; raw ids in `catalogue.ids`."""
+    """Users across the named services, oldest event first, days in published order; raw ids in `catalogue.ids`."""
     with gzip.open(data_folder() / "interactions.tsv.gz", "rt", encoding="utf-8") as lines:
         next(lines)
         rows = [line.split("\t") for line in lines]
     rows = [row for row in rows if row[1] in services]
     service = np.array([services.index(row[1]) for row in rows])
-    user, raw, day = (np.array([int(row[k]) for row in rows], np.int64) for k in (0, 3, 4))
+    raw_user, raw, day = (np.array([int(row[k]) for row in rows], np.int64) for k in (0, 3, 4))
     keys, item = np.unique(service * 10**6 + raw, return_inverse=True)
-    _, person = np.unique(user, return_inverse=True)
-    order = np.lexsort((day, person))
+    _, user = np.unique(raw_user, return_inverse=True)
+    order = np.lexsort((day, user))
     n_per_service = np.bincount(keys // 10**6, minlength=len(services))
     blank = np.full(len(keys), "")
     catalogue = Catalogue(
@@ -38,10 +38,10 @@ def read_amazon3(services=SERVICES) -> Dataset:
     )
     n = len(rows)
     log = EventLog(
-        np.concatenate([[0], np.cumsum(np.bincount(person))]).astype(np.int64),
+        np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64),
         item[order].astype(np.int32),
         np.zeros(n, np.int16),
         day[order] * 86400,
         np.zeros((n, 0), np.int16),
     )
-    return Dataset(catalogue, log, np.unique(user).astype(str))
+    return Dataset(catalogue, log, np.unique(raw_user).astype(str))

@@ -6,7 +6,7 @@ from moerec.data.dataset import UNKNOWN_TIME, Catalogue, Dataset, EventLog
 
 
 def make_dataset(lengths, items_per_service=(5, 8), n_context=2, seed=0) -> Dataset:
-    """People with `lengths` events each, in random times (one in ten not known) of one second's grain."""
+    """Users with `lengths` events each, in random times (one in ten not known) of one second's grain."""
     rng = np.random.default_rng(seed)
     n, n_items = int(np.sum(lengths)), int(np.sum(items_per_service))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -28,7 +28,7 @@ def make_dataset(lengths, items_per_service=(5, 8), n_context=2, seed=0) -> Data
             time,
             rng.integers(0, 4, (n, n_context)).astype(np.int16),
         ),
-        people=np.array([f"person {p}" for p in range(len(lengths))]),
+        users=np.array([f"user {p}" for p in range(len(lengths))]),
         actions=("view", "click", "buy"),
         context={f"feature {c}": ("a", "b", "c") for c in range(n_context)},
     )

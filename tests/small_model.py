@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moerec.config import ModelConfig
-from moerec.nn.model import SequenceModel, Sizes
-from moerec.types import NO_TIME, Batch, ItemTable
+from moerec.nn.model import ModelSizes, SequenceModel
+from moerec.types import NO_TIME, Batch, Catalog
 
-SIZES = Sizes(n_items=13, n_tokens=12, n_services=3, n_actions=3, context_sizes=(3, 4), field_sizes=(3, 2))
+SIZES = ModelSizes(n_items=13, n_tokens=12, n_services=3, n_actions=3, context_sizes=(3, 4), field_sizes=(3, 2))
 EPOCH = datetime.datetime(2000, 1, 1)
 
 
@@ -30,17 +30,17 @@ def fill(module, seed: int = 0, stddev: float = 0.4):
     return jax.tree_util.tree_map_with_path(draw, module)
 
 
-def make_model(config: ModelConfig, seed: int = 0, sizes: Sizes = SIZES) -> SequenceModel:
+def make_model(config: ModelConfig, seed: int = 0, sizes: ModelSizes = SIZES) -> SequenceModel:
     return fill(jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config, sizes)), seed)
 
 
-def make_table(seed: int = 0, sizes: Sizes = SIZES) -> ItemTable:
+def make_table(seed: int = 0, sizes: ModelSizes = SIZES) -> Catalog:
     """A catalogue whose texts have 0 to 4 tokens; the last item has none."""
     rng = np.random.default_rng(seed)
     token_IW = rng.integers(1, sizes.n_tokens, (sizes.n_items, 4))
     token_IW[np.arange(4) >= rng.integers(1, 5, (sizes.n_items, 1))] = 0
     token_IW[-1] = 0
-    return ItemTable(
+    return Catalog(
         np.sort(np.arange(sizes.n_items) % sizes.n_services).astype(np.int32),
         token_IW.astype(np.int32),
         rng.integers(0, 20, sizes.n_items).astype(np.float32),
@@ -54,8 +54,8 @@ def draw_times(rng: np.random.Generator, n: int) -> np.ndarray:
     return (np.asarray(days) + ((half_month + 0.5) * 365.25 / 24).astype(int)) * 86_400 + rng.integers(0, 86_400, n)
 
 
-def make_sequence(rng: np.random.Generator, n: int, sizes: Sizes = SIZES) -> dict[str, np.ndarray]:
-    """The slots of one person: a fifth of the times not known, contexts missing or unseen, some weights 0 or 2."""
+def make_sequence(rng: np.random.Generator, n: int, sizes: ModelSizes = SIZES) -> dict[str, np.ndarray]:
+    """The slots of one user: a fifth of the times not known, contexts missing or unseen, some weights 0 or 2."""
     time = np.sort(draw_times(rng, n))
     request_time = np.maximum(time, draw_times(rng, n))
     known = rng.random((2, n)) > 0.2
@@ -64,10 +64,10 @@ def make_sequence(rng: np.random.Generator, n: int, sizes: Sizes = SIZES) -> dic
         "item_BT": rng.integers(0, sizes.n_items, n),
         "action_BT": rng.integers(0, sizes.n_actions, n),
         "time_BT": np.where(known[0], time, NO_TIME),
-        "shift_BT": 3600 * hours[0],
+        "utc_offset_BT": 3600 * hours[0],
         "position_BT": np.arange(n),
         "request_time_BT": np.where(known[1], request_time, NO_TIME),
-        "request_shift_BT": 3600 * hours[1],
+        "request_utc_offset_BT": 3600 * hours[1],
         "request_context_BTC": rng.integers(0, np.array(sizes.context_sizes) + 1, (n, len(sizes.context_sizes))),
         "field_BTY": np.broadcast_to(rng.integers(0, sizes.field_sizes), (n, len(sizes.field_sizes))),
         "target_BT": rng.integers(0, sizes.n_items, n),
@@ -106,7 +106,7 @@ def assert_packed_is_alone(packed, alone, rows: list[list[dict]], atol: float) -
             start, row = start + n, row + 1
 
 
-def make_batch(seed: int, lengths: list[list[int]], n_slots: int, sizes: Sizes = SIZES) -> Batch:
+def make_batch(seed: int, lengths: list[list[int]], n_slots: int, sizes: ModelSizes = SIZES) -> Batch:
     rng = np.random.default_rng(seed)
     return lay([[make_sequence(rng, n, sizes) for n in row] for row in lengths], n_slots)
 

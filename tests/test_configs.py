@@ -22,7 +22,7 @@ from moerec.config import (
 )
 from moerec.data.load import load_data
 from moerec.errors import InputError
-from moerec.nn.model import SequenceModel, Sizes, count_active_params
+from moerec.nn.model import ModelSizes, SequenceModel, count_active_params
 from moerec.train.loop import fit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,7 @@ def shrink(config: Config) -> Config:
     train = dataclasses.replace(config.train, steps=1, batch_size=2, eval_every=0, n_valid=16, n_microbatches=1)
     loss = dataclasses.replace(config.loss, n_negatives=8, chunk=64)
     evaluation = dataclasses.replace(config.eval, batch_size=16)
-    city = dataclasses.replace(config.data.city, n_people=40, events_per_person=8, items_per_service=20)
+    city = dataclasses.replace(config.data.city, n_users=40, events_per_user=8, items_per_service=20)
     data = dataclasses.replace(config.data, city=city)
     return dataclasses.replace(config, model=model, train=train, loss=loss, eval=evaluation, data=data)
 
@@ -58,8 +58,8 @@ def test_an_experiment_takes_a_step(name, tmp_path, request):
         (lambda: CityConfig(rho=1.5), "data.city.rho"),
         (lambda: ModelConfig(n_heads=3, n_kv_heads=2), "model.n_kv_heads"),
         (lambda: ModelConfig(d_head=3), "model.d_head"),
-        (lambda: ModelConfig(d_copy=5), "model.d_copy"),
-        (lambda: ModelConfig(copy="some"), "model.copy"),
+        (lambda: ModelConfig(d_pointer=5), "model.d_pointer"),
+        (lambda: ModelConfig(pointer="some"), "model.pointer"),
         (lambda: ModelConfig(context_dropout=1.0), "model.context_dropout"),
         (lambda: TimeConfig(kind="sine"), "model.time.kind"),
         (lambda: PersonalConfig(memory="lru"), "model.personal.memory"),
@@ -79,7 +79,7 @@ def test_the_dense_city_has_as_many_parameters_as_are_active_in_the_mixture():
     counts = []
     for name in ("city_dense", "city_moe"):
         config = cli.load_config(str(ROOT / "configs" / f"{name}.py"))
-        sizes = Sizes(n_items=1800, n_tokens=200, n_services=3, n_actions=1, context_sizes=(6, 4, 3))
+        sizes = ModelSizes(n_items=1800, n_tokens=200, n_services=3, n_actions=1, context_sizes=(6, 4, 3))
         model = jax.eval_shape(lambda config=config, sizes=sizes: SequenceModel(jax.random.key(0), config.model, sizes))
         counts.append(count_active_params(model))
     assert 0 <= counts[0] / counts[1] - 1 < 0.002

@@ -94,8 +94,8 @@ def test_bench_measures_profiles_where_there_are_any(call):
     done = call("bench", "--json", "--config.model.personal.layers=(1,)", "--config.model.personal.n_aspects=3")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["observe_people_per_s"] > 0
-    assert figures["condition_people_per_s"] > 0
+    assert figures["observe_users_per_s"] > 0
+    assert figures["condition_users_per_s"] > 0
     assert figures["profile_bytes"] == 4 * (3 * 2 * 33 + 2)  # slots, width and count of writes; the time, the number
 
 

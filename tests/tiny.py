@@ -9,7 +9,7 @@ def make_config(**train) -> Config:
     return Config(
         name="tiny",
         data=DataConfig(
-            city=CityConfig(n_people=60, events_per_person=12, items_per_service=30), seq_len=32, history_len=16
+            city=CityConfig(n_users=60, events_per_user=12, items_per_service=30), seq_len=32, history_len=16
         ),
         model=ModelConfig(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=24, d_text=8),
         loss=LossConfig(kind="full_softmax", chunk=64),

@@ -59,10 +59,10 @@ class Config:
         require_seed(self.seed, "seed")
         for name in self.baselines:
             one_of(name, "baselines", BASELINES)
-        if self.model.copy != "none":
+        if self.model.pointer != "none":
             # A pointer adds to the probability of an item among those of all services.
             whole = self.loss.kind != "one_negative" and self.loss.scope == "union"
-            require(whole, "model.copy", "needs a softmax over the union (loss.kind, loss.scope)")
+            require(whole, "model.pointer", "needs a softmax over the union (loss.kind, loss.scope)")
 
 
 def checked(config):

@@ -12,26 +12,26 @@ from moerec.config.checks import one_of, require, require_seed
 class CityConfig:
     """The built-in world (`moerec.data.city`). Knobs at zero switch an effect off entirely."""
 
-    n_people: int = 2000
-    events_per_person: float = 80.0  # mean of the number of events
+    n_users: int = 2000
+    events_per_user: float = 80.0  # mean of the number of events
     items_per_service: int = 600
     n_types: int = 8  # taste types, each shared over services with probability `rho` or private to a service
     n_needs: int = 12  # discrete needs
-    rho: float = 0.7  # probability that a person's type in a service is their shared one
+    rho: float = 0.7  # probability that a user's type in a service is their shared one
     kappa: float = 1.0  # strength of hour, weekday, season, weather and holiday on the needs' transitions
     tau: float = 1.0  # recency: how much the needs drift, and how much the last need matters for the next
     habit: float = 1.0  # strength of brand loyalty and of buying (or, a durable, not buying) the very same item again
-    n_closed: int = 0  # events for which each service in turn is closed to a person; 0: all are always open
-    identical_people: bool = False
+    n_closed: int = 0  # events for which each service in turn is closed to a user; 0: all are always open
+    identical_users: bool = False
     identical_services: bool = False
     profile_missing_rate: float = 0.3
     profile_noise_rate: float = 0.15
 
     def __post_init__(self):
-        for name in ("n_people", "items_per_service", "n_types", "n_needs"):
+        for name in ("n_users", "items_per_service", "n_types", "n_needs"):
             require(getattr(self, name) >= 1, f"data.city.{name}", "must be at least 1")
         require(self.n_closed >= 0, "data.city.n_closed", "must not be negative")
-        require(self.events_per_person >= 3, "data.city.events_per_person", "must be at least 3")
+        require(self.events_per_user >= 3, "data.city.events_per_user", "must be at least 3")
         for name in ("rho", "profile_missing_rate", "profile_noise_rate"):
             require(0 <= getattr(self, name) <= 1, f"data.city.{name}", "must lie in [0, 1]")
         for name in ("kappa", "tau", "habit"):
@@ -123,7 +123,7 @@ class TablesConfig:
     users: str = ""
     format: str = "auto"  # auto (by the file's ending), tsv, csv, parquet, atomic
     on_bad_rows: str = "error"  # error or quarantine
-    duplicates: str = "refuse"  # the same person, item, action and time twice: refuse (a defect) or keep
+    duplicates: str = "refuse"  # the same user, item, action and time twice: refuse (a defect) or keep
     line_breaks: str = "refuse"  # a value of several lines in a CSV file: refuse (mostly an open quote) or keep
     unknown_time: str = "refuse"  # an empty time: refuse (a defect) or keep (as unknown, in its published place)
 
@@ -139,19 +139,19 @@ class TablesConfig:
 class SplitConfig:
     """Which events are trained on, validated on and tested on."""
 
-    kind: str = "leave_one_out"  # leave_one_out, time or person
-    per_service: bool = False  # leave_one_out: the last two of each person *and service*
+    kind: str = "leave_one_out"  # leave_one_out, time or user
+    per_service: bool = False  # leave_one_out: the last two of each user *and service*
     past_only: bool = False  # per_service: learn only from what is earlier than all that the other services hold out
     valid_from: str = ""  # time: ISO dates (UTC)
     test_from: str = ""
-    person_fraction: float = 0.1  # person: share of people held out for validation, and as many for the test
-    shuffle_ties: bool = False  # order equal times of a person at random instead of as published
+    user_fraction: float = 0.1  # user: share of users held out for validation, and as many for the test
+    shuffle_ties: bool = False  # order equal times of a user at random instead of as published
 
     def __post_init__(self):
-        one_of(self.kind, "data.split.kind", ("leave_one_out", "time", "person"))
+        one_of(self.kind, "data.split.kind", ("leave_one_out", "time", "user"))
         is_fit = not self.past_only or (self.kind == "leave_one_out" and self.per_service)
         require(is_fit, "data.split.past_only", "belongs to leave_one_out with per_service")
-        require(0 < self.person_fraction < 0.5, "data.split.person_fraction", "must lie in (0, .5)")
+        require(0 < self.user_fraction < 0.5, "data.split.user_fraction", "must lie in (0, .5)")
         if self.kind == "time":
             require(bool(self.valid_from and self.test_from), "data.split.valid_from", "a time split needs both dates")
 
@@ -164,9 +164,9 @@ class DataConfig:
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
     schema: SchemaConfig = dataclasses.field(default_factory=SchemaConfig)
     split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
-    seed: int = 0  # the city, the permutation of item ids, the split by person
+    seed: int = 0  # the city, the permutation of item ids, the split by user
     seq_len: int = 128  # slots of a packed row
-    history_len: int = 128  # most slots of one person's sequence that a prediction sees
+    history_len: int = 128  # most slots of one user's sequence that a prediction sees
     reader: str = "memory"  # training events from memory, or from the shards as they are needed
     n_shards: int = 4  # ArrayRecord files of a prepared folder
     max_tokens: int = 24  # text and attribute tokens of an item

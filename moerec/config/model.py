@@ -20,12 +20,12 @@ class MoEConfig:
     n_open_groups: int = 0  # most probable services whose groups a slot may use, beside the cross group; 0 is all
     capacity_factor: float = 0.0  # in training, most slots of an expert, a multiple of its even share; 0: no limit
     jitter_rate: float = 0.0  # noise on what the router sees in training: times 1 - rate to 1 + rate
-    home_share: float = 0.6  # of a domain's slots, the share that balance asks of its own group
-    cross_share: float = 0.25  # and of the cross group; the other services' groups share what is left
+    own_group_fraction: float = 0.6  # of a domain's slots, the share that balance asks of its own group
+    cross_group_fraction: float = 0.25  # and of the cross group; the other services' groups share what is left
     bias_rate: float = 0.001  # step of the bias that steers the choice to the asked load without a loss; 0 is none
     tile: int = 64  # rows of a tile of the grouped matmuls
     backend: str = "auto"  # of router and experts: by the platform compiled for, or one by name
-    strategy: str = "ring"  # over several devices: ring, all_to_all, or ragged_all_to_all (not on a CPU)
+    strategy: str = "all_gather"  # over several devices: all_gather, all_to_all, or ragged_all_to_all (not on a CPU)
     send_factor: float = 0.0  # most rows from one device to another, a multiple of the even share; 0: no limit
     receive_factor: float = 0.0  # most rows that a device takes, a multiple of the even share; 0: no limit
 
@@ -36,11 +36,19 @@ class MoEConfig:
         for name in ("d_shared", "n_open_groups", "capacity_factor", "bias_rate", "send_factor", "receive_factor"):
             require(getattr(self, name) >= 0, f"model.moe.{name}", "must not be negative")
         one_of(self.backend, "model.moe.backend", ("auto", "xla_tiles", "ragged_dot", "tokamax", "pallas_tpu"))
-        one_of(self.strategy, "model.moe.strategy", ("ring", "all_to_all", "ragged_all_to_all"))
+        one_of(self.strategy, "model.moe.strategy", ("all_gather", "all_to_all", "ragged_all_to_all"))
         require(0 <= self.jitter_rate < 1, "model.moe.jitter_rate", "must lie in [0, 1)")
         # What is asked of the other groups is divided by: next to nothing would make their slots cost without bound.
-        shares = self.home_share > 0 and self.cross_share > 0 and self.home_share + self.cross_share <= 0.99
-        require(shares, "model.moe.home_share", "it and cross_share must be positive and add up to at most .99")
+        shares = (
+            self.own_group_fraction > 0
+            and self.cross_group_fraction > 0
+            and self.own_group_fraction + self.cross_group_fraction <= 0.99
+        )
+        require(
+            shares,
+            "model.moe.own_group_fraction",
+            "it and cross_group_fraction must be positive and add up to at most .99",
+        )
 
 
 @dataclasses.dataclass
@@ -66,13 +74,13 @@ class TimeConfig:
 
 @dataclasses.dataclass
 class PersonalConfig:
-    """The unified profile of a person, and the layers whose attention it conditions.
+    """The unified profile of a user, and the layers whose attention it conditions.
 
     Without `layers` nothing is personal, and nothing else here counts.
     """
 
     layers: tuple[int, ...] = ()  # which layers are personal, from 0; none before the first mixture, if there is one
-    memory: str = "ema"  # null, ema, delta or low_rank: what is kept of a person's events
+    memory: str = "ema"  # null, ema, delta or low_rank: what is kept of a user's events
     n_aspects: int = 8  # a memory slot for each aspect and time scale
     n_scales: int = 2  # half-lives between an hour and a year, learned
     d_memory: int = 32  # width of a memory slot
@@ -125,8 +133,8 @@ class ModelConfig:
     item_bias: bool = True
     compute_dtype: str = "float32"  # or bfloat16; parameters stay float32
     remat: bool = False
-    copy: str = "none"  # pointers into the person's history: none, all (over all of it), or services (and one for each)
-    d_copy: int = 32  # width of a pointer's queries and keys
+    pointer: str = "none"  # pointers into the user's history: none, all (over all of it), or services (and one for each)
+    d_pointer: int = 32  # width of a pointer's queries and keys
     window: int = 0  # slots that a slot attends to at most, itself among them; 0 is all
     attention: str = "auto"  # in blocks where rows are long; reference: all weights at once; or xla_blocks
     time: TimeConfig = dataclasses.field(default_factory=TimeConfig)
@@ -134,10 +142,10 @@ class ModelConfig:
     personal: PersonalConfig = dataclasses.field(default_factory=PersonalConfig)
 
     def __post_init__(self):
-        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "d_text", "d_copy"):
+        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "d_text", "d_pointer"):
             require(getattr(self, name) >= 1, f"model.{name}", "must be at least 1")
         require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", "must divide model.n_heads")
-        for name in ("d_head", "d_copy"):
+        for name in ("d_head", "d_pointer"):
             require(getattr(self, name) % 2 == 0, f"model.{name}", "must be even (rotary embeddings turn pairs)")
         for name in ("dropout", "context_dropout"):
             require(0 <= getattr(self, name) < 1, f"model.{name}", "must lie in [0, 1)")
@@ -145,7 +153,7 @@ class ModelConfig:
         require(self.rope_theta > 1, "model.rope_theta", "must be above 1")
         require(self.item_row or self.item_text, "model.item_row", "an event needs the item's row or its text")
         one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
-        one_of(self.copy, "model.copy", ("none", "all", "services"))
+        one_of(self.pointer, "model.pointer", ("none", "all", "services"))
         one_of(self.attention, "model.attention", ("auto", "reference", "xla_blocks"))
         require(self.window >= 0, "model.window", "must not be negative")
         for name in ("moe", "personal"):

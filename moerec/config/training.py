@@ -89,12 +89,12 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class EvalConfig:
-    mask_seen: bool = True  # items of the person's history are no candidates
+    mask_seen: bool = True  # items of the user's history are no candidates
     selection: str = "union"  # which NDCG@10 on validation picks the best step: union, or in_service (mean of services)
     batch_size: int = 256  # targets scored at once
     n_boot: int = 1000
     n_test: int = 0  # 0 evaluates every test target
-    effects: bool = False  # what answers lose without own profile, own context, events in other services
+    interventions: bool = False  # what answers lose without own profile, own context, events in other services
 
     def __post_init__(self):
         one_of(self.selection, "eval.selection", ("union", "in_service"))
@@ -120,16 +120,16 @@ class AuditConfig:
     max_id_canary: float = 0.01  # recall@5 of arithmetic on ids, above that of chance
     max_future_in_history: float = 0.0  # targets with a later event in their history
     max_future_canary: float = 0.0  # targets whose inputs change when the events after them are rewritten
-    max_train_after_own_test: float = 0.0  # test events with a later training event of the same person
+    max_train_after_own_test: float = 0.0  # test events with a later training event of the same user
     max_train_after_test: float = 1.0  # training events later than a test event, mean over the test events
     max_repeats: float = 1.0  # test events whose item is in their history
     max_service_majority: float = 1.0  # accuracy of the most frequent service
     max_service_last: float = 1.0  # accuracy of the service of the event before
     max_service_markov: float = 1.0  # accuracy of the service that most often follows it
     max_unseen_items: float = 0.2  # test events whose item is not in training
-    max_unseen_people: float = 1.0  # test events whose person is not in training
-    max_duplicates: float = 0.01  # events that repeat an earlier one in person, item, action and time
-    max_identical_people: float = 0.01  # people whose sequence in a service is also somebody else's
+    max_unseen_users: float = 1.0  # test events whose user is not in training
+    max_duplicates: float = 0.01  # events that repeat an earlier one in user, item, action and time
+    max_identical_users: float = 0.01  # users whose sequence in a service is also somebody else's
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -1,6 +1,6 @@
 """What every reader and generator makes and everything else consumes: a catalogue and an event log.
 
-The log is columnar (compressed sparse rows): the events of person `p` are rows `offsets[p]:offsets[p + 1]`, oldest
+The log is columnar (compressed sparse rows): the events of user `p` are rows `offsets[p]:offsets[p + 1]`, oldest
 first, equal times in their published order. Items are numbered so that each service owns one contiguous range.
 """
 
@@ -58,10 +58,10 @@ class Catalogue:
 
 @dataclasses.dataclass(frozen=True)
 class EventLog:
-    """Events of all people, columnar.
+    """Events of all users, columnar.
 
     Attributes:
-      offsets: `[people + 1]` int64.
+      offsets: `[users + 1]` int64.
       item: `[events]` int32, index into the catalogue.
       action: `[events]` int16, index into `Dataset.actions`.
       time: `[events]` int64, unix seconds, or `UNKNOWN_TIME`.
@@ -74,20 +74,20 @@ class EventLog:
     action: np.ndarray
     time: np.ndarray
     context: np.ndarray
-    shift: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    utc_offset: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __post_init__(self):
         n = len(self.item)
-        if not len(self.shift):
-            object.__setattr__(self, "shift", np.zeros(n, np.int32))
+        if not len(self.utc_offset):
+            object.__setattr__(self, "utc_offset", np.zeros(n, np.int32))
         if self.offsets[0] != 0 or self.offsets[-1] != n or np.any(np.diff(self.offsets) < 0):
             raise InputError("event log: offsets must rise from 0 to the number of events")
-        columns = (self.action, self.time, self.context, self.shift)
+        columns = (self.action, self.time, self.context, self.utc_offset)
         if any(len(column) != n for column in columns) or self.context.ndim != 2:
             raise InputError("event log: every column needs one entry per event")
 
     @property
-    def n_people(self) -> int:
+    def n_users(self) -> int:
         return len(self.offsets) - 1
 
     @property
@@ -95,14 +95,14 @@ class EventLog:
         return len(self.item)
 
     def take(self, rows: np.ndarray, offsets: np.ndarray) -> "EventLog":
-        """The log of some of the events, by their numbers or a mask. Args: the offsets of the people who have them."""
-        columns = (self.item, self.action, self.time, self.context, self.shift)
+        """The log of some of the events, by their numbers or a mask. Args: the offsets of the users who have them."""
+        columns = (self.item, self.action, self.time, self.context, self.utc_offset)
         return EventLog(offsets, *(column[rows] for column in columns))
 
     @property
-    def person(self) -> np.ndarray:
-        """`[events]` int64, the person of each event."""
-        return np.repeat(np.arange(self.n_people), np.diff(self.offsets))
+    def user(self) -> np.ndarray:
+        """`[events]` int64, the user of each event."""
+        return np.repeat(np.arange(self.n_users), np.diff(self.offsets))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,30 +110,30 @@ class Dataset:
     """A catalogue, an event log and the names behind their codes.
 
     Attributes:
-      people: `[people]` unicode, ids in the source.
+      users: `[users]` unicode, ids in the source.
       actions: names of the action codes (at least one).
       context: feature name -> its values; code `k >= 1` is value `k - 1`, code 0 is "missing", and one more than there
         are values is "unseen" (`mark_unseen`).
-      profile: field name -> `[people]` unicode; the empty string is "missing".
+      profile: field name -> `[users]` unicode; the empty string is "missing".
     """
 
     catalogue: Catalogue
     log: EventLog
-    people: np.ndarray
+    users: np.ndarray
     actions: tuple[str, ...] = ("event",)
     context: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     profile: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def profile_codes(self) -> tuple[np.ndarray, tuple[int, ...]]:
-        """`[people, Y]` int32 codes of the profile fields, in their order, 0 missing; and how many each field has."""
+        """`[users, Y]` int32 codes of the profile fields, in their order, 0 missing; and how many each field has."""
         columns, sizes = [], []
         for values in self.profile.values():
             known, code = np.unique(values, return_inverse=True)
             has_missing = len(known) > 0 and known[0] == ""
             columns.append(code if has_missing else code + 1)
             sizes.append(len(known) + (not has_missing))
-        n = self.log.n_people
+        n = self.log.n_users
         return np.stack(columns, axis=1).astype(np.int32) if columns else np.zeros((n, 0), np.int32), tuple(sizes)
 
     @property
@@ -160,27 +160,27 @@ def permute_items(dataset: Dataset, seed: int) -> Dataset:
     )
 
 
-def find_travellers(dataset: Dataset) -> np.ndarray:
-    """`[people]` bool, those with events in two services or more."""
-    pairs = np.unique(np.stack([dataset.log.person, dataset.event_service], axis=1), axis=0)
-    return np.bincount(pairs[:, 0], minlength=dataset.log.n_people) > 1
+def find_multi_service_users(dataset: Dataset) -> np.ndarray:
+    """`[users]` bool, those with events in two services or more."""
+    pairs = np.unique(np.stack([dataset.log.user, dataset.event_service], axis=1), axis=0)
+    return np.bincount(pairs[:, 0], minlength=dataset.log.n_users) > 1
 
 
 def keep_last_events(dataset: Dataset, targets: np.ndarray, n: int) -> tuple[Dataset, np.ndarray]:
-    """A data set in which each target is the last event of a person of its own, behind the `n` events before it.
+    """A data set in which each target is the last event of a user of its own, behind the `n` events before it.
 
     Returns it, and the targets' rows in it.
     """
     log = dataset.log
-    person = np.searchsorted(log.offsets, targets, side="right") - 1
-    length = np.minimum(targets - log.offsets[person], n) + 1
+    user = np.searchsorted(log.offsets, targets, side="right") - 1
+    length = np.minimum(targets - log.offsets[user], n) + 1
     offsets = np.concatenate([[0], np.cumsum(length)])
     rows = np.arange(offsets[-1]) + np.repeat(targets + 1 - offsets[1:], length)
     kept = dataclasses.replace(
         dataset,
         log=log.take(rows, offsets),
-        people=dataset.people[person],
-        profile={name: values[person] for name, values in dataset.profile.items()},
+        users=dataset.users[user],
+        profile={name: values[user] for name, values in dataset.profile.items()},
     )
     return kept, offsets[1:] - 1
 

@@ -11,19 +11,19 @@ from moerec.config import DataConfig
 from moerec.data import city
 from moerec.data.dataset import Dataset, mark_unseen, permute_items
 from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
-from moerec.data.prepare.prepare import is_current, prepare
+from moerec.data.prepare.tables_to_shards import is_current, prepare
 from moerec.data.shards import Meta, load_dataset, open_source, write_dataset
-from moerec.data.splits import TRAIN, assign_roles, shuffle_ties
+from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties
 from moerec.data.timezones import find_zones
 from moerec.data.tokenizer import TokenTable, tokenize
 from moerec.errors import InputError
-from moerec.types import ItemTable
+from moerec.types import Catalog
 
 DIGEST = "data.json"  # in the directory of a run: {"sha256": the digest of its data}
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class RunData:
     """The data of a run.
 
     Attributes:
@@ -34,7 +34,7 @@ class Prepared:
     """
 
     dataset: Dataset
-    roles: np.ndarray
+    split_ids: np.ndarray
     tokens: TokenTable
     world: city.World | None
     folder: Path | None
@@ -42,27 +42,27 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the events, their roles, the items and the people's fields: equal for equal data."""
+        """SHA-256 of the events, their roles, the items and the users's fields: equal for equal data."""
         log, catalogue = self.dataset.log, self.dataset.catalogue
         found = hashlib.sha256()
         fields, _ = self.dataset.profile_codes
         events = [log.offsets, log.item, log.action, log.time, log.context]
-        if log.shift.any():
-            events.append(log.shift)
-        for array in (*events, self.roles, catalogue.offsets, self.tokens.ids, fields):
+        if log.utc_offset.any():
+            events.append(log.utc_offset)
+        for array in (*events, self.split_ids, catalogue.offsets, self.tokens.ids, fields):
             found.update(np.ascontiguousarray(array).tobytes())
         for names in (catalogue.services, catalogue.ids.tolist()):
             found.update("\0".join(names).encode())
         return found.hexdigest()
 
     @property
-    def item_table(self) -> ItemTable:
+    def item_table(self) -> Catalog:
         catalogue = self.dataset.catalogue
-        count = np.bincount(self.dataset.log.item[self.roles == TRAIN], minlength=catalogue.n_items)
-        return ItemTable(catalogue.service, self.tokens.ids, count.astype(np.float32))
+        count = np.bincount(self.dataset.log.item[self.split_ids == TRAIN], minlength=catalogue.n_items)
+        return Catalog(catalogue.service, self.tokens.ids, count.astype(np.float32))
 
 
-def load_data(config: DataConfig, workdir: Path) -> Prepared:
+def load_data(config: DataConfig, workdir: Path) -> RunData:
     """Loads or makes the data of a run; tables are prepared into `workdir/data`, and anew when they change.
 
     Raises:
@@ -81,7 +81,7 @@ def load_data(config: DataConfig, workdir: Path) -> Prepared:
     return data
 
 
-def reload_data(config: DataConfig, workdir: Path) -> Prepared:
+def reload_data(config: DataConfig, workdir: Path) -> RunData:
     """The data of a run as it keeps them, wherever the tables are by now; nothing is written.
 
     Raises:
@@ -93,7 +93,7 @@ def reload_data(config: DataConfig, workdir: Path) -> Prepared:
     return data
 
 
-def _require_same(data: Prepared, workdir: Path) -> None:
+def _require_same(data: RunData, workdir: Path) -> None:
     known = workdir / DIGEST
     if known.exists() and json.loads(known.read_text())["sha256"] != data.digest:
         raise InputError(
@@ -101,28 +101,28 @@ def _require_same(data: Prepared, workdir: Path) -> None:
         )
 
 
-def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, folder: Path | None) -> Prepared:
+def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, folder: Path | None) -> RunData:
     dataset = permute_items(dataset, config.seed)
     if config.split.shuffle_ties:
         dataset = shuffle_ties(dataset, config.seed)
-    roles = assign_roles(dataset, config.split, config.seed)
+    split_ids = assign_split_ids(dataset, config.split, config.seed)
     zones = find_zones(dataset, config.schema)
     if zones is not None:
         log = dataset.log
-        shift = zones.find_shifts(log.person, log.time, log.context)
-        dataset = dataclasses.replace(dataset, log=dataclasses.replace(log, shift=shift))
+        utc_offset = zones.find_utc_offsets(log.user, log.time, log.context)
+        dataset = dataclasses.replace(dataset, log=dataclasses.replace(log, utc_offset=utc_offset))
     if world is None:  # all of the city's values are known, and its oracle asks for them
-        dataset = mark_unseen(dataset, _find_requests(dataset, roles == TRAIN))
+        dataset = mark_unseen(dataset, _find_requests(dataset, split_ids == TRAIN))
     tokens = tokenize(dataset.catalogue, config.max_tokens, config.vocab_size)
     quarantined = {} if folder is None else Meta.load(folder).extra.get("quarantined", {})
-    return Prepared(dataset, roles, tokens, world, folder, quarantined)
+    return RunData(dataset, split_ids, tokens, world, folder, quarantined)
 
 
 def _find_requests(dataset: Dataset, keep: np.ndarray) -> np.ndarray:
-    """`[events]` bool, those whose context is trained on: all that are trained on but the first of each person."""
+    """`[events]` bool, those whose context is trained on: all that are trained on but the first of each user."""
     kept = np.flatnonzero(keep)
     is_request = keep.copy()
-    is_request[kept[np.unique(dataset.log.person[kept], return_index=True)[1]]] = False
+    is_request[kept[np.unique(dataset.log.user[kept], return_index=True)[1]]] = False
     return is_request
 
 
@@ -137,17 +137,17 @@ def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, 
     return load_dataset(folder), None, folder
 
 
-def make_reader(config: DataConfig, data: Prepared) -> EventReader:
+def make_reader(config: DataConfig, data: RunData) -> EventReader:
     """The training events, from memory or from the shards; both give the same stream."""
-    keep, (fields, _) = data.roles == TRAIN, data.dataset.profile_codes
+    keep, (fields, _) = data.split_ids == TRAIN, data.dataset.profile_codes
     if config.reader == "memory" or data.folder is None:
         return MemoryReader(data.dataset.log, keep, fields)
     source = open_source(data.folder)
     log = data.dataset.log
-    return ShardReader(source, log.offsets, keep, _item_numbers(data), fields, log.shift)
+    return ShardReader(source, log.offsets, keep, _item_numbers(data), fields, log.utc_offset)
 
 
-def _item_numbers(data: Prepared) -> np.ndarray:
+def _item_numbers(data: RunData) -> np.ndarray:
     """`[I]` int32, from the item numbers of the folder to the permuted ones of the data set."""
     assert data.folder is not None
     stored, used = load_catalogue_ids(data.folder), data.dataset.catalogue

@@ -64,7 +64,7 @@ def fill_batch(
         item is the target and whose time and context are the request's.
       position, segment, weight: `[n]`, as in `Batch`.
       shape: rows and slots of a row.
-      fields: `[n, Y]` codes of the static profile fields of each event's person; None where there are none.
+      fields: `[n, Y]` codes of the static profile fields of each event's user; None where there are none.
     """
 
     def lay(values: np.ndarray, dtype, empty=0) -> np.ndarray:
@@ -76,11 +76,11 @@ def fill_batch(
         item_BT=lay(log.item[source], np.int32),
         action_BT=lay(log.action[source], np.int32),
         time_BT=lay(device_time(log.time[source]), np.int32, NO_TIME),
-        shift_BT=lay(log.shift[source], np.int32),
+        utc_offset_BT=lay(log.utc_offset[source], np.int32),
         position_BT=lay(position, np.int32),
         segment_BT=lay(segment, np.int32),
         request_time_BT=lay(device_time(log.time[following]), np.int32, NO_TIME),
-        request_shift_BT=lay(log.shift[following], np.int32),
+        request_utc_offset_BT=lay(log.utc_offset[following], np.int32),
         request_context_BTC=lay(log.context[following], np.int32),
         field_BTY=lay(np.zeros((len(slot), 0)) if fields is None else fields, np.int32),
         target_BT=lay(log.item[following], np.int32),

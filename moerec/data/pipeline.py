@@ -1,7 +1,7 @@
 """The training stream: deterministic, shuffled, packed, sharded by process, with a position that can be saved.
 
-A grain `IterDataset` whose elements are whole batches, so that no Python code runs per person or per event. An epoch
-is a seeded permutation of the people's windows; the stream of epochs has no end, and its position is two integers.
+A grain `IterDataset` whose elements are whole batches, so that no Python code runs per user or per event. An epoch
+is a seeded permutation of the users's windows; the stream of epochs has no end, and its position is two integers.
 """
 
 import dataclasses
@@ -12,19 +12,19 @@ import numpy as np
 
 from moerec.data.dataset import EventLog
 from moerec.data.packing import fill_batch, place_sequences
-from moerec.data.shards import PeopleSource, read_people
+from moerec.data.shards import UserSource, read_users
 from moerec.errors import InputError
 from moerec.types import Batch
 
 
 class EventReader(Protocol):
-    """Random access to the training events of people."""
+    """Random access to the training events of users."""
 
-    lengths: np.ndarray  # [people], number of training events
-    fields: np.ndarray  # [people, Y], codes of their static profile fields
+    lengths: np.ndarray  # [users], number of training events
+    fields: np.ndarray  # [users, Y], codes of their static profile fields
 
-    def fetch(self, people: np.ndarray) -> tuple[EventLog, np.ndarray]:
-        """A log, and `[n]` the row in it at which each asked person's training events start."""
+    def fetch(self, users: np.ndarray) -> tuple[EventLog, np.ndarray]:
+        """A log, and `[n]` the row in it at which each asked user's training events start."""
         ...
 
 
@@ -32,15 +32,15 @@ class MemoryReader:
     """Training events held in memory."""
 
     def __init__(self, log: EventLog, keep: np.ndarray, fields: np.ndarray | None = None):
-        """Args: the whole log; `[events]` bool, which of them are trained on; the people's profile codes."""
+        """Args: the whole log; `[events]` bool, which of them are trained on; the users's profile codes."""
         kept_before = np.concatenate([[0], np.cumsum(keep)])
         offsets = kept_before[log.offsets]
         self._log = log.take(keep, offsets)
         self.lengths = np.diff(offsets)
-        self.fields = np.zeros((log.n_people, 0), np.int32) if fields is None else fields
+        self.fields = np.zeros((log.n_users, 0), np.int32) if fields is None else fields
 
-    def fetch(self, people: np.ndarray) -> tuple[EventLog, np.ndarray]:
-        return self._log, self._log.offsets[people]
+    def fetch(self, users: np.ndarray) -> tuple[EventLog, np.ndarray]:
+        return self._log, self._log.offsets[users]
 
 
 class ShardReader:
@@ -48,59 +48,59 @@ class ShardReader:
 
     def __init__(
         self,
-        source: PeopleSource,
+        source: UserSource,
         offsets: np.ndarray,
         keep: np.ndarray,
         item_numbers: np.ndarray,
         fields: np.ndarray | None = None,
-        shift: np.ndarray | None = None,
+        utc_offset: np.ndarray | None = None,
     ):
-        """Args: the shards; `[people + 1]` offsets of all events; `[events]` bool, which of them are trained on;
-        `[I]` int32, the number that each of the shards' items has in the catalogue; the people's profile codes;
+        """Args: the shards; `[users + 1]` offsets of all events; `[events]` bool, which of them are trained on;
+        `[I]` int32, the number that each of the shards' items has in the catalogue; the users's profile codes;
         `[events]`, how far the clocks at all events are ahead of UTC (nowhere).
         """
         self._source, self._offsets, self._keep, self._item_numbers = source, offsets, keep, item_numbers
-        self._shift = np.zeros(len(keep), np.int32) if shift is None else shift
+        self._utc_offset = np.zeros(len(keep), np.int32) if utc_offset is None else utc_offset
         kept_before = np.concatenate([[0], np.cumsum(keep)])
         self.lengths = np.diff(kept_before[offsets])
         self.fields = np.zeros((len(offsets) - 1, 0), np.int32) if fields is None else fields
 
-    def fetch(self, people: np.ndarray) -> tuple[EventLog, np.ndarray]:
-        rows, n_events = read_people(self._source, people)
-        first = np.repeat(self._offsets[people] - np.concatenate([[0], np.cumsum(n_events)[:-1]]), n_events)
+    def fetch(self, users: np.ndarray) -> tuple[EventLog, np.ndarray]:
+        rows, n_events = read_users(self._source, users)
+        first = np.repeat(self._offsets[users] - np.concatenate([[0], np.cumsum(n_events)[:-1]]), n_events)
         event = first + np.arange(len(rows))
         kept = self._keep[event]
         rows = rows[kept]
-        start = np.concatenate([[0], np.cumsum(self.lengths[people])])
-        shift = self._shift[event[kept]]
-        columns = (self._item_numbers[rows["item"]], rows["action"], rows["time"], rows["context"], shift)
+        start = np.concatenate([[0], np.cumsum(self.lengths[users])])
+        utc_offset = self._utc_offset[event[kept]]
+        columns = (self._item_numbers[rows["item"]], rows["action"], rows["time"], rows["context"], utc_offset)
         return EventLog(start, *columns), start[:-1]
 
 
-class Plan(NamedTuple):
-    """One epoch's windows, shuffled: person, first slot within the person's events, and number of slots."""
+class EpochPlan(NamedTuple):
+    """One epoch's windows, shuffled: user, first slot within the user's events, and number of slots."""
 
-    person: np.ndarray
+    user: np.ndarray
     first: np.ndarray
     length: np.ndarray
 
 
-def plan_epoch(n_events_P: np.ndarray, people: np.ndarray, history_len: int, rng: np.random.Generator) -> Plan:
-    """Cuts each person's slots into windows of at most `history_len` and shuffles them.
+def plan_epoch(n_events_P: np.ndarray, users: np.ndarray, history_len: int, rng: np.random.Generator) -> EpochPlan:
+    """Cuts each user's slots into windows of at most `history_len` and shuffles them.
 
-    A person with n events has n - 1 slots (an event and the one to predict). Those who do not fit into one window
+    A user with n events has n - 1 slots (an event and the one to predict). Those who do not fit into one window
     start at a random offset, so that over epochs every slot is seen with different lengths of history.
     """
-    slots = n_events_P[people] - 1
-    people, slots = people[slots > 0], slots[slots > 0]
+    slots = n_events_P[users] - 1
+    users, slots = users[slots > 0], slots[slots > 0]
     head = np.where(slots > history_len, rng.integers(1, history_len + 1, len(slots)), slots)
     n_windows = 1 + -(-(slots - head) // history_len)
-    owner = np.repeat(np.arange(len(people)), n_windows)
+    owner = np.repeat(np.arange(len(users)), n_windows)
     k = np.arange(len(owner)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
     first = np.where(k == 0, 0, head[owner] + (k - 1) * history_len)
     last = np.minimum(head[owner] + k * history_len, slots[owner])
     order = rng.permutation(len(owner))
-    return Plan(people[owner][order], first[order], (last - first)[order])
+    return EpochPlan(users[owner][order], first[order], (last - first)[order])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +118,12 @@ class StreamOptions:
 
 
 class PackedStream(grain.IterDataset[Batch]):
-    """Endless packed batches of this process's people (every `process_count`-th one)."""
+    """Endless packed batches of this process's users (every `process_count`-th one)."""
 
     def __init__(self, reader: EventReader, options: StreamOptions):
         super().__init__()
         if not np.any(reader.lengths[options.process_index :: options.process_count] >= 2):
-            raise InputError("data: no person has two training events, so there is nothing to predict")
+            raise InputError("data: no user has two training events, so there is nothing to predict")
         self.reader, self.options = reader, options
 
     def __iter__(self) -> "PackedIterator":
@@ -136,35 +136,35 @@ class PackedIterator(grain.DatasetIterator[Batch]):
     def __init__(self, reader: EventReader, options: StreamOptions):
         super().__init__()
         self._reader, self._options = reader, options
-        self._people = np.arange(options.process_index, len(reader.lengths), options.process_count)
+        self._users = np.arange(options.process_index, len(reader.lengths), options.process_count)
         self._epoch, self._window = 0, 0
         self._plan = self._plan_epoch()
 
-    def _plan_epoch(self) -> Plan:
+    def _plan_epoch(self) -> EpochPlan:
         options = self._options
         rng = np.random.default_rng((options.seed, self._epoch, options.process_index))
-        return plan_epoch(self._reader.lengths, self._people, options.history_len, rng)
+        return plan_epoch(self._reader.lengths, self._users, options.history_len, rng)
 
     def __next__(self) -> Batch:
         options = self._options
         row, parts = 0, []
         while row < options.n_rows:
-            if self._window == len(self._plan.person):
+            if self._window == len(self._plan.user):
                 self._epoch, self._window = self._epoch + 1, 0
                 self._plan = self._plan_epoch()
             # No more windows than slots can be placed, so the rest of the epoch need not be looked at.
             ahead = slice(self._window, self._window + (options.n_rows - row) * options.row_len)
-            plan = Plan(*(x[ahead] for x in self._plan))
+            plan = EpochPlan(*(x[ahead] for x in self._plan))
             placed = place_sequences(plan.length, options.n_rows - row, options.row_len)
-            taken = Plan(*(x[: placed.n] for x in plan))
+            taken = EpochPlan(*(x[: placed.n] for x in plan))
             parts.append((taken, placed.start + row * options.row_len, placed.segment))
             row = int(parts[-1][1][-1]) // options.row_len + 1
             self._window += placed.n
-        plan = Plan(*(np.concatenate(x) for x in zip(*(p[0] for p in parts), strict=True)))
+        plan = EpochPlan(*(np.concatenate(x) for x in zip(*(p[0] for p in parts), strict=True)))
         return self._gather(plan, *(np.concatenate([p[k] for p in parts]) for k in (1, 2)))
 
-    def _gather(self, plan: Plan, start: np.ndarray, segment: np.ndarray) -> Batch:
-        log, first_row = self._reader.fetch(plan.person)
+    def _gather(self, plan: EpochPlan, start: np.ndarray, segment: np.ndarray) -> Batch:
+        log, first_row = self._reader.fetch(plan.user)
         place = np.arange(plan.length.sum()) - np.repeat(np.cumsum(plan.length) - plan.length, plan.length)
         source = np.repeat(first_row + plan.first, plan.length) + place
         return fill_batch(
@@ -176,7 +176,7 @@ class PackedIterator(grain.DatasetIterator[Batch]):
             segment=np.repeat(segment, plan.length),
             weight=np.ones(len(source), np.float32),
             shape=(self._options.n_rows, self._options.row_len),
-            fields=np.repeat(self._reader.fields[plan.person], plan.length, axis=0),
+            fields=np.repeat(self._reader.fields[plan.user], plan.length, axis=0),
         )
 
     def get_state(self) -> dict[str, Any]:

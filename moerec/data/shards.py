@@ -1,13 +1,13 @@
-"""The prepared folder: a catalogue, the people, and ArrayRecord shards with one record per person.
+"""The prepared folder: a catalogue, the users, and ArrayRecord shards with one record per user.
 
     meta.json          what is in the folder; written last
     items.parquet      service, id, text, attributes, in catalogue order
-    people.parquet     id, n_events, and the profile fields as `profile.NAME`
+    users.parquet      id, n_events, and the profile fields as `profile.NAME`
     events-0000k-of-0000n.array_record
     quarantine.jsonl   only where rows were put aside
 
-A record is the person's events, oldest first, as bytes of `record_dtype`; the people of the shards, one after another,
-are those of people.parquet. The folder appears under its name only when it is whole.
+A record is the user's events, oldest first, as bytes of `record_dtype`; the users of the shards, one after another,
+are those of users.parquet. The folder appears under its name only when it is whole.
 """
 
 import bisect
@@ -40,13 +40,13 @@ def record_dtype(n_context: int) -> np.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What meta.json holds; `shards` names each file with its number of people and bytes."""
+    """What meta.json holds; `shards` names each file with its number of users and bytes."""
 
     services: tuple[str, ...]
     actions: tuple[str, ...]
     context: dict[str, tuple[str, ...]]
     profile: tuple[str, ...]
-    n_people: int
+    n_users: int
     n_events: int
     n_items: int
     shards: tuple[dict, ...]
@@ -112,17 +112,17 @@ def replace_folder(out: Path) -> Iterator[Path]:
 
 
 class ShardWriter:
-    """Writes people in order, spread evenly over the shards. A context; `shards` describes the files after it."""
+    """Writes users in order, spread evenly over the shards. A context; `shards` describes the files after it."""
 
-    def __init__(self, folder: Path, n_people: int, n_shards: int):
-        n_shards = min(n_shards, n_people)
-        self._bounds = [n_people * k // n_shards for k in range(n_shards + 1)] if n_shards else [0]
+    def __init__(self, folder: Path, n_users: int, n_shards: int):
+        n_shards = min(n_shards, n_users)
+        self._bounds = [n_users * k // n_shards for k in range(n_shards + 1)] if n_shards else [0]
         self._paths = [folder / f"events-{k:05d}-of-{n_shards:05d}.array_record" for k in range(n_shards)]
         self._done = 0
         self._writer: ArrayRecordWriter | None = None
 
     def write(self, events: np.ndarray, lengths: np.ndarray):
-        """Appends people with `lengths[p]` events each; `events` has `record_dtype`, all people's in a row."""
+        """Appends users with `lengths[p]` events each; `events` has `record_dtype`, all users's in a row."""
         data = events.tobytes()
         ends = (np.cumsum(lengths) * events.dtype.itemsize).tolist()
         start = k = 0
@@ -146,7 +146,7 @@ class ShardWriter:
     @property
     def shards(self) -> tuple[dict, ...]:
         return tuple(
-            {"file": path.name, "n_people": hi - lo, "n_bytes": path.stat().st_size}
+            {"file": path.name, "n_users": hi - lo, "n_bytes": path.stat().st_size}
             for path, lo, hi in zip(self._paths, self._bounds[:-1], self._bounds[1:], strict=True)
         )
 
@@ -168,11 +168,11 @@ def write_items(folder: Path, services: Sequence[str], offsets: np.ndarray, colu
     pq.write_table(pa.table({"service": names, **columns}), folder / "items.parquet")
 
 
-def write_people(folder: Path, ids: pa.Array, n_events: np.ndarray, profile: dict[str, pa.Array]):
-    """Writes people.parquet."""
+def write_users(folder: Path, ids: pa.Array, n_events: np.ndarray, profile: dict[str, pa.Array]):
+    """Writes users.parquet."""
     fields = {"id": ids, "n_events": pa.array(n_events, pa.int64())}
     fields |= {_PROFILE + name: values for name, values in profile.items()}
-    pq.write_table(pa.table(fields), folder / "people.parquet")
+    pq.write_table(pa.table(fields), folder / "users.parquet")
 
 
 def write_meta(folder: Path, meta: Meta):
@@ -188,19 +188,19 @@ def write_dataset(dataset: Dataset, folder: Path, n_shards: int):
         events[name] = getattr(log, name)
     lengths = np.diff(log.offsets)
     with replace_folder(folder) as partial:
-        with ShardWriter(partial, log.n_people, n_shards) as writer:
+        with ShardWriter(partial, log.n_users, n_shards) as writer:
             writer.write(events, lengths)
         texts = {"id": catalogue.ids, "text": catalogue.text, "attributes": catalogue.attributes}
         write_items(
             partial, catalogue.services, catalogue.offsets, {name: _strings(values) for name, values in texts.items()}
         )
-        write_people(partial, _strings(dataset.people), lengths, {k: _strings(v) for k, v in dataset.profile.items()})
+        write_users(partial, _strings(dataset.users), lengths, {k: _strings(v) for k, v in dataset.profile.items()})
         meta = Meta(
             services=catalogue.services,
             actions=dataset.actions,
             context=dataset.context,
             profile=tuple(dataset.profile),
-            n_people=log.n_people,
+            n_users=log.n_users,
             n_events=log.n_events,
             n_items=catalogue.n_items,
             shards=writer.shards,
@@ -221,11 +221,11 @@ def load_dataset(folder: Path) -> Dataset:
     lengths = _lengths(records, meta.dtype)
     events = np.frombuffer(b"".join(records), meta.dtype)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    if len(lengths) != meta.n_people or len(events) != meta.n_events:
-        raise InputError(f"{folder}: the shards hold {len(lengths)} people and {len(events)} events, unlike {META}")
-    items, people = _read_parquet(folder / "items.parquet"), _read_parquet(folder / "people.parquet")
-    if len(items) != meta.n_items or len(people) != meta.n_people:
-        raise InputError(f"{folder}: {len(items)} items and {len(people)} people in the tables, unlike {META}")
+    if len(lengths) != meta.n_users or len(events) != meta.n_events:
+        raise InputError(f"{folder}: the shards hold {len(lengths)} users and {len(events)} events, unlike {META}")
+    items, users = _read_parquet(folder / "items.parquet"), _read_parquet(folder / "users.parquet")
+    if len(items) != meta.n_items or len(users) != meta.n_users:
+        raise InputError(f"{folder}: {len(items)} items and {len(users)} users in the tables, unlike {META}")
     code = {name: k for k, name in enumerate(meta.services)}
     services = np.array([code.get(name, -1) for name in items["service"].unique().to_pylist()], np.int64)
     names = items["service"].combine_chunks().dictionary_encode()
@@ -241,16 +241,16 @@ def load_dataset(folder: Path) -> Dataset:
             attributes=_objects(items["attributes"]),
         ),
         log=EventLog(offsets, *(events[name].copy() for name in ("item", "action", "time", "context"))),
-        people=_unicode(people["id"]),
+        users=_unicode(users["id"]),
         actions=meta.actions,
         context=meta.context,
-        profile={name: _unicode(people[_PROFILE + name]) for name in meta.profile},
+        profile={name: _unicode(users[_PROFILE + name]) for name in meta.profile},
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class PeopleSource:
-    """Random access to the people of a prepared folder: `source[p]` is `[events]` of `dtype`, oldest first."""
+class UserSource:
+    """Random access to the users of a prepared folder: `source[p]` is `[events]` of `dtype`, oldest first."""
 
     records: grain.sources.ArrayRecordDataSource
     dtype: np.dtype
@@ -258,20 +258,20 @@ class PeopleSource:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, person: int) -> np.ndarray:
-        return np.frombuffer(self.records[person], self.dtype)
+    def __getitem__(self, user: int) -> np.ndarray:
+        return np.frombuffer(self.records[user], self.dtype)
 
 
-def open_source(folder: Path) -> PeopleSource:
+def open_source(folder: Path) -> UserSource:
     """Opens the shards of a prepared folder. Raises InputError where one is missing or cut."""
     folder = Path(folder)
     meta = Meta.load(folder)
     paths = [str(path) for path in _shard_paths(folder, meta)]
-    return PeopleSource(grain.sources.ArrayRecordDataSource(paths), meta.dtype)
+    return UserSource(grain.sources.ArrayRecordDataSource(paths), meta.dtype)
 
 
-def read_people(source: PeopleSource, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The events of these people in a row (`[sum of lengths]` of `source.dtype`) and `[n]` int64 lengths."""
+def read_users(source: UserSource, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The events of these users in a row (`[sum of lengths]` of `source.dtype`) and `[n]` int64 lengths."""
     records = source.records.__getitems__([int(index) for index in indices])
     return np.frombuffer(b"".join(records), source.dtype), _lengths(records, source.dtype)
 

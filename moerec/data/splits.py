@@ -15,56 +15,56 @@ TRAIN, VALID, TEST, UNUSED = 0, 1, 2, 3
 _MOST_CANDIDATES = 1 << 23  # rows expanded at once while histories are filtered
 
 
-def assign_roles(dataset: Dataset, split: SplitConfig, seed: int) -> np.ndarray:
+def assign_split_ids(dataset: Dataset, split: SplitConfig, seed: int) -> np.ndarray:
     """`[events]` int8: TRAIN, VALID, TEST, or UNUSED (seen as history only, never learnt from and never a target).
 
-    leave_one_out: the last event of each person (with `per_service` of each person and service) is TEST, the one
+    leave_one_out: the last event of each user (with `per_service` of each user and service) is TEST, the one
     before it VALID, the rest TRAIN; groups of fewer than three events are TRAIN. With `per_service` a model can learn
-    from a person's other services what follows on the very history that it is tested on; with `past_only` TRAIN events
+    from a user's other services what follows on the very history that it is tested on; with `past_only` TRAIN events
     are UNUSED that do not stand in the histories of all that other services hold out (`gather_histories`).
-    time: TRAIN before `valid_from`, VALID before `test_from`, then TEST. A person with an unknown time is UNUSED
+    time: TRAIN before `valid_from`, VALID before `test_from`, then TEST. A user with an unknown time is UNUSED
     altogether, since nothing shows on which side of the split their events lie.
-    person: `person_fraction` of the people with two events or more are held out for VALID and as many for TEST; their
+    user: `user_fraction` of the users with two events or more are held out for VALID and as many for TEST; their
     last event has the role and the ones before it are UNUSED. Everybody else is TRAIN.
 
     Raises:
       InputError: a date that is no ISO date, or dates out of order.
     """
     if split.kind == "leave_one_out":
-        roles = _leave_one_out(dataset, split.per_service)
-        return _forget_future(dataset, roles) if split.past_only else roles
+        split_ids = _leave_one_out(dataset, split.per_service)
+        return _forget_future(dataset, split_ids) if split.past_only else split_ids
     if split.kind == "time":
         return _split_by_time(dataset.log, split)
-    return _split_by_person(dataset.log, split.person_fraction, seed)
+    return _split_by_user(dataset.log, split.user_fraction, seed)
 
 
 def _leave_one_out(dataset: Dataset, per_service: bool) -> np.ndarray:
     log = dataset.log
-    group = log.person
+    group = log.user
     if per_service:
         group = group * dataset.catalogue.n_services + dataset.event_service
     order = np.argsort(group, kind="stable")
     _, start, size = np.unique(group[order], return_index=True, return_counts=True)
     end = (start + size)[size >= 3]
-    roles = np.full(log.n_events, TRAIN, np.int8)
-    roles[order[end - 1]] = TEST
-    roles[order[end - 2]] = VALID
-    return roles
+    split_ids = np.full(log.n_events, TRAIN, np.int8)
+    split_ids[order[end - 1]] = TEST
+    split_ids[order[end - 2]] = VALID
+    return split_ids
 
 
-def _forget_future(dataset: Dataset, roles: np.ndarray) -> np.ndarray:
-    """The roles with UNUSED for TRAIN events that stand not before all that their person's other services hold out."""
+def _forget_future(dataset: Dataset, split_ids: np.ndarray) -> np.ndarray:
+    """The roles with UNUSED for TRAIN events that stand not before all that their user's other services hold out."""
     log, n_services = dataset.log, dataset.catalogue.n_services
     never = np.iinfo(np.int64).max
-    first_PZ = np.full((log.n_people, n_services), never)
-    held_out = np.flatnonzero(roles != TRAIN)
-    np.minimum.at(first_PZ, (log.person[held_out], dataset.event_service[held_out]), log.time[held_out])
-    earliest_P2 = np.sort(np.column_stack([first_PZ, np.full(log.n_people, never)]), axis=1)[:, :2]
-    own = first_PZ[log.person, dataset.event_service]
+    first_PZ = np.full((log.n_users, n_services), never)
+    held_out = np.flatnonzero(split_ids != TRAIN)
+    np.minimum.at(first_PZ, (log.user[held_out], dataset.event_service[held_out]), log.time[held_out])
+    earliest_P2 = np.sort(np.column_stack([first_PZ, np.full(log.n_users, never)]), axis=1)[:, :2]
+    own = first_PZ[log.user, dataset.event_service]
     # Of the others': the earliest of all, or, where that is the own service's, the next.
-    of_others = np.where(own == earliest_P2[log.person, 0], earliest_P2[log.person, 1], earliest_P2[log.person, 0])
+    of_others = np.where(own == earliest_P2[log.user, 0], earliest_P2[log.user, 1], earliest_P2[log.user, 0])
     is_past = (of_others == never) | ((log.time != UNKNOWN_TIME) & (log.time < of_others))
-    return np.where((roles == TRAIN) & ~is_past, UNUSED, roles).astype(np.int8)
+    return np.where((split_ids == TRAIN) & ~is_past, UNUSED, split_ids).astype(np.int8)
 
 
 def _split_by_time(log: EventLog, split: SplitConfig) -> np.ndarray:
@@ -72,11 +72,11 @@ def _split_by_time(log: EventLog, split: SplitConfig) -> np.ndarray:
     valid_from, test_from = (parse_date(getattr(split, name), f"config.data.split.{name}") for name in fields)
     if valid_from >= test_from:
         raise InputError(f"config.data.split.test_from: {split.test_from} must be later than {split.valid_from}")
-    roles = np.searchsorted(np.array([valid_from, test_from]), log.time, side="right").astype(np.int8)
-    undated = np.zeros(log.n_people, bool)
-    undated[log.person[log.time == UNKNOWN_TIME]] = True
-    roles[undated[log.person]] = UNUSED
-    return roles
+    split_ids = np.searchsorted(np.array([valid_from, test_from]), log.time, side="right").astype(np.int8)
+    undated = np.zeros(log.n_users, bool)
+    undated[log.user[log.time == UNKNOWN_TIME]] = True
+    split_ids[undated[log.user]] = UNUSED
+    return split_ids
 
 
 def parse_date(text: str, field: str) -> int:
@@ -88,43 +88,43 @@ def parse_date(text: str, field: str) -> int:
     return int((date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp())
 
 
-def _split_by_person(log: EventLog, fraction: float, seed: int) -> np.ndarray:
+def _split_by_user(log: EventLog, fraction: float, seed: int) -> np.ndarray:
     eligible = np.flatnonzero(np.diff(log.offsets) >= 2)
     n = round(fraction * len(eligible))
     if n == 0:
-        raise InputError(f"config.data.split.person_fraction: {fraction} of {len(eligible)} people is nobody")
+        raise InputError(f"config.data.split.user_fraction: {fraction} of {len(eligible)} users is nobody")
     chosen = np.random.default_rng(seed).permutation(eligible)[: 2 * n]
-    held_out = np.zeros(log.n_people, bool)
+    held_out = np.zeros(log.n_users, bool)
     held_out[chosen] = True
-    roles = np.where(held_out[log.person], UNUSED, TRAIN).astype(np.int8)
-    roles[log.offsets[chosen[:n] + 1] - 1] = VALID
-    roles[log.offsets[chosen[n:] + 1] - 1] = TEST
-    return roles
+    split_ids = np.where(held_out[log.user], UNUSED, TRAIN).astype(np.int8)
+    split_ids[log.offsets[chosen[:n] + 1] - 1] = VALID
+    split_ids[log.offsets[chosen[n:] + 1] - 1] = TEST
+    return split_ids
 
 
 def shuffle_ties(dataset: Dataset, seed: int) -> Dataset:
-    """The same data set with each run of a person's events of one known time in random order."""
+    """The same data set with each run of a user's events of one known time in random order."""
     log = dataset.log
     if not log.n_events:
         return dataset
-    person = log.person
-    tied = (person[1:] == person[:-1]) & (log.time[1:] == log.time[:-1]) & (log.time[1:] != UNKNOWN_TIME)
+    user = log.user
+    tied = (user[1:] == user[:-1]) & (log.time[1:] == log.time[:-1]) & (log.time[1:] != UNKNOWN_TIME)
     run = np.concatenate([[0], np.cumsum(~tied)])
     order = np.lexsort((np.random.default_rng(seed).random(log.n_events), run))
     return dataclasses.replace(dataset, log=log.take(order, log.offsets))
 
 
-def select_targets(dataset: Dataset, roles: np.ndarray, role: int) -> np.ndarray:
+def select_targets(dataset: Dataset, split_ids: np.ndarray, role: int) -> np.ndarray:
     """`[n]` int64, the rows of the log that have the role, ascending."""
-    if len(roles) != dataset.log.n_events:
-        raise InputError(f"roles: {len(roles)} entries for {dataset.log.n_events} events")
-    return np.flatnonzero(roles == role)
+    if len(split_ids) != dataset.log.n_events:
+        raise InputError(f"roles: {len(split_ids)} entries for {dataset.log.n_events} events")
+    return np.flatnonzero(split_ids == role)
 
 
 def gather_histories(dataset: Dataset, targets: np.ndarray, per_service: bool) -> tuple[np.ndarray, np.ndarray]:
     """What a prediction of each target may see: `(offsets [n + 1], rows of the log)`, int64, oldest first.
 
-    That is every earlier row of the same person. With `per_service`, rows of other services count only when their
+    That is every earlier row of the same user. With `per_service`, rows of other services count only when their
     time is known and strictly before the target's: inside a tie the order of two services means nothing.
     """
     log = dataset.log

@@ -1,4 +1,4 @@
-"""How far the clocks of events' places are ahead of UTC, by the time zone of a city or of a person."""
+"""How far the clocks of events' places are ahead of UTC, by the time zone of a city or of a user."""
 
 import datetime
 import zoneinfo
@@ -18,16 +18,16 @@ DAY, QUARTER = 86_400, 900  # clocks change at whole quarters of an hour of UTC
 
 class Zones(NamedTuple):
     """Attributes:
-    names: of the zones. of_person: `[people]`, which of them is each person's; or
+    names: of the zones. of_user: `[users]`, which of them is each user's; or
     of_context: `[codes]`, that of each code of the context feature `feature`.
     """
 
     names: tuple[str, ...]
-    of_person: np.ndarray | None = None
+    of_user: np.ndarray | None = None
     of_context: np.ndarray | None = None
     feature: int = 0
 
-    def find_shifts(self, person: np.ndarray, time: np.ndarray, context: np.ndarray) -> np.ndarray:
+    def find_utc_offsets(self, user: np.ndarray, time: np.ndarray, context: np.ndarray) -> np.ndarray:
         """`[n]` int32 seconds ahead of UTC, 0 where a time is unknown or too far off for the model.
 
         Args: `[n]`; `[n]` unix seconds; and `[n, C]` codes.
@@ -35,15 +35,15 @@ class Zones(NamedTuple):
         if self.of_context is not None:
             zone = self.of_context[context[:, self.feature]]
         else:
-            zone = np.zeros(len(time), np.int64) if self.of_person is None else self.of_person[person]
-        shift, known = np.zeros(len(time), np.int32), device_time(time) != NO_TIME
+            zone = np.zeros(len(time), np.int64) if self.of_user is None else self.of_user[user]
+        utc_offset, known = np.zeros(len(time), np.int32), device_time(time) != NO_TIME
         for k, name in enumerate(self.names):
             at = np.flatnonzero((zone == k) & known)
-            shift[at] = find_shifts_in(name, time[at])
-        return shift
+            utc_offset[at] = find_utc_offsets_in(name, time[at])
+        return utc_offset
 
 
-def find_shifts_in(zone: str, time: np.ndarray) -> np.ndarray:
+def find_utc_offsets_in(zone: str, time: np.ndarray) -> np.ndarray:
     """`[n]` int32 seconds that clocks in an IANA time zone are ahead of UTC at `[n]` unix seconds.
 
     Python looks at the ends of each day; only where they differ it looks at the day's quarters of an hour.
@@ -57,11 +57,11 @@ def find_shifts_in(zone: str, time: np.ndarray) -> np.ndarray:
 
     day, which = np.unique(time // DAY, return_inverse=True)
     first, last = ahead(day * DAY), ahead(day * DAY + DAY - QUARTER)
-    shift = first[which]
+    utc_offset = first[which]
     changing = np.flatnonzero((first != last)[which])
     quarter, which = np.unique(time[changing] // QUARTER, return_inverse=True)
-    shift[changing] = ahead(quarter * QUARTER)[which]
-    return shift
+    utc_offset[changing] = ahead(quarter * QUARTER)[which]
+    return utc_offset
 
 
 def find_zones(dataset: Dataset, schema: SchemaConfig) -> Zones | None:
@@ -90,5 +90,5 @@ def find_zones(dataset: Dataset, schema: SchemaConfig) -> Zones | None:
     if schema.zone_column in dataset.profile:
         values = dataset.profile[schema.zone_column].tolist()
         require_values(set(values))
-        return Zones(names, of_person=np.array([number.get(value, 0) for value in values], np.int64))
+        return Zones(names, of_user=np.array([number.get(value, 0) for value in values], np.int64))
     raise InputError(f"config.data.schema.zone_column: {schema.zone_column!r} is no column of context or profile")

@@ -126,7 +126,7 @@ def _test(title: str, values: np.ndarray) -> Difference:
     return Difference(title, first, second, mean, mean - half, mean + half, p_value, int(np.sum(gap > 0)))
 
 
-class Effects(NamedTuple):
+class InterventionTable(NamedTuple):
     """What the answers of one configuration lose without the own profile and context, over several seeds.
 
     Attributes:
@@ -140,24 +140,28 @@ class Effects(NamedTuple):
     attainable: dict[str, float]
 
 
-def compare_effects(folders: Sequence[Path]) -> Effects:
-    """Raises: InputError, as `compare`, or where a run was made without `eval.effects`."""
+def compare_interventions(folders: Sequence[Path]) -> InterventionTable:
+    """Raises: InputError, as `compare`, or where a run was made without `eval.interventions`."""
     found = _by_seed(folders)
     if len(found) < 2:
         raise InputError(f"{folders[0]}: a comparison needs at least two seeds")
     runs = [found[seeds][1] for seeds in sorted(found)]
     for folder, metrics in found.values():
-        if not metrics.get("proofs"):
-            raise InputError(f"{folder}: measured no effects; train it with --config.eval.effects=true")
+        if not metrics.get("probes", {}).get("interventions"):
+            raise InputError(f"{folder}: measured no interventions; train it with --config.eval.interventions=true")
     own = [metrics["test"]["union"]["all"][METRIC] for metrics in runs]
-    edits = {f"{part} {edit}": (part, edit) for part, edits in runs[0]["proofs"].items() for edit in edits}
+    interventions = {
+        f"{part} {intervention}": (part, intervention)
+        for part, interventions in runs[0]["probes"]["interventions"].items()
+        for intervention in interventions
+    }
     rows = []
-    for title, (part, edit) in edits.items():
-        edited = [metrics["proofs"][part][edit][METRIC] for metrics in runs]
-        rows.append(_test(title, np.stack([own, edited], axis=1)))
-    known = [metrics.get("attainable", {}) for metrics in runs]
+    for title, (part, intervention) in interventions.items():
+        changed = [metrics["probes"]["interventions"][part][intervention][METRIC] for metrics in runs]
+        rows.append(_test(title, np.stack([own, changed], axis=1)))
+    known = [metrics["probes"].get("attainable", {}) for metrics in runs]
     attainable = {name: float(np.mean([k[name] for k in known])) for name in known[0] if all(name in k for k in known)}
-    return Effects(config_name(runs[0]), sorted(found), rows, attainable)
+    return InterventionTable(config_name(runs[0]), sorted(found), rows, attainable)
 
 
 def format_rows(rows: Sequence[Difference], names: tuple[str, str], counts: Sequence[int], last: str) -> list[str]:
@@ -173,16 +177,16 @@ def format_rows(rows: Sequence[Difference], names: tuple[str, str], counts: Sequ
     return lines
 
 
-def render_effects(effects: Effects) -> str:
+def render_interventions(interventions: InterventionTable) -> str:
     """The table for a terminal."""
-    n = len(effects.seeds)
+    n = len(interventions.seeds)
     lines = [
-        f"{effects.name}, union {METRIC}, means of {n} seeds"
-        f" (seed/data.seed {', '.join(f'{a}/{b}' for a, b in effects.seeds)})",
-        *format_rows(effects.rows, ("own", "edit"), [n] * len(effects.rows), "less"),
+        f"{interventions.name}, union {METRIC}, means of {n} seeds"
+        f" (seed/data.seed {', '.join(f'{a}/{b}' for a, b in interventions.seeds)})",
+        *format_rows(interventions.rows, ("own", "edit"), [n] * len(interventions.rows), "less"),
     ]
-    if effects.attainable:
-        told = ", ".join(f"{name} {value:.4f}" for name, value in effects.attainable.items())
+    if interventions.attainable:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in interventions.attainable.items())
         lines.append(f"the exact posterior, by what it knows: {told}")
     return "\n".join(lines)
 

@@ -11,11 +11,11 @@ import numpy as np
 from moerec.config import Config, MoEConfig, PersonalConfig
 from moerec.data.city.oracle import predict_targets
 from moerec.data.dataset import keep_last_events
-from moerec.data.load import Prepared
+from moerec.data.load import RunData
 from moerec.data.splits import TEST, TRAIN, select_targets
 from moerec.errors import InputError
 from moerec.eval.baselines import BASELINES as COUNT_BASELINES
-from moerec.eval.baselines import rank_targets as rank_by_scores
+from moerec.eval.baselines import rank_by_scores
 from moerec.eval.baselines.ranking import Ranked, slice_histories
 from moerec.eval.metrics import (
     RankCounts,
@@ -28,15 +28,15 @@ from moerec.eval.metrics import (
 )
 from moerec.eval.per_target import FILE as RANKS
 from moerec.eval.per_target import write_ranks
-from moerec.eval.probes.interventions import describe_effects
+from moerec.eval.probes.interventions import evaluate_interventions
 from moerec.eval.probes.profile_aspects import describe_aspects
-from moerec.eval.probes.routing import describe_answers, describe_routing, macro_f1, observe
+from moerec.eval.probes.routing import collect_routing, describe_mixture, macro_f1, summarize_routing
 from moerec.eval.probes.transfer import describe_transfer
-from moerec.eval.ranking import EvaluationSet, rank_targets
+from moerec.eval.ranking import EvalDataset, rank_targets
 from moerec.eval.report.table import gap_closed
 from moerec.eval.significance import bootstrap_intervals, paired_test
 from moerec.nn.model import count_active_params
-from moerec.train.loop import Fitted, fit
+from moerec.train.loop import TrainResult, fit
 
 INTERVAL_METRICS = ("ndcg@10", "recall@10")
 
@@ -46,7 +46,7 @@ def sasrec_config(config: Config, kind: str) -> Config:
 
     Data, split, width, depth, dropout, scope of the loss, optimiser and number of steps are the run's own, so the
     budget is equal; none of them is tuned for it. The block is the decoder's, and a drawn negative may be an item of
-    the person's history.
+    the user's history.
     """
     items_alone = dataclasses.replace(
         config.model,
@@ -59,7 +59,7 @@ def sasrec_config(config: Config, kind: str) -> Config:
         request_context=False,
         item_bias=False,
         tie_items=True,
-        copy="none",
+        pointer="none",
         window=0,
         moe=MoEConfig(),
         personal=PersonalConfig(),
@@ -78,22 +78,22 @@ def sasrec_config(config: Config, kind: str) -> Config:
 class TestSet(NamedTuple):
     """The targets of the table, and what every row of it needs of them."""
 
-    examples: EvaluationSet
-    person: np.ndarray
+    examples: EvalDataset
+    user: np.ndarray
 
     def table(self, ranked: Ranked) -> dict[str, Any]:
         services = self.examples.dataset.catalogue.services
         return build_table(ranked.in_service, ranked.union, self.examples.target_service, services)
 
 
-def make_test_set(config: Config, data: Prepared) -> TestSet:
+def make_test_set(config: Config, data: RunData) -> TestSet:
     """All test targets, or a fixed sample of `eval.n_test`."""
-    targets = select_targets(data.dataset, data.roles, TEST)
+    targets = select_targets(data.dataset, data.split_ids, TEST)
     if not len(targets):
         raise InputError("data: the split leaves no test target")
     if config.eval.n_test:
         targets = np.sort(np.random.default_rng([config.data.seed, TEST]).permutation(targets)[: config.eval.n_test])
-    return TestSet(EvaluationSet(data.dataset, targets, config), data.dataset.log.person[targets])
+    return TestSet(EvalDataset(data.dataset, targets, config), data.dataset.log.user[targets])
 
 
 class Ceiling(NamedTuple):
@@ -103,10 +103,10 @@ class Ceiling(NamedTuple):
     service: np.ndarray
 
 
-def rank_ceiling(test: TestSet, data: Prepared, mask_seen: bool, **knowledge: bool) -> Ceiling:
+def rank_ceiling(test: TestSet, data: RunData, mask_seen: bool, **knowledge: bool) -> Ceiling:
     """The best that can be known of the test targets. `knowledge` as in `predict_targets`."""
     assert data.world is not None
-    examples, n = test.examples, len(test.person)
+    examples, n = test.examples, len(test.user)
     counts, guess = np.zeros((4, n), np.int64), np.zeros(n, np.int64)
     starts = examples.dataset.catalogue.offsets[:-1]
     for positions, scores in predict_targets(data.world, examples.dataset, examples.targets, **knowledge):
@@ -124,7 +124,7 @@ def rank_ceiling(test: TestSet, data: Prepared, mask_seen: bool, **knowledge: bo
     return Ceiling(Ranked(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3])), guess)
 
 
-def _measure_attainable(config: Config, data: Prepared, test: TestSet) -> dict[str, float]:
+def _measure_attainable(config: Config, data: RunData, test: TestSet) -> dict[str, float]:
     """Union NDCG@10 of the exact posterior by what it knows: `all` that is observed, profile fields too; `no context`,
     in the mean over the contexts of the month's days; and, where attention has a window, `window`: a filter that begins
     with the first event that attention reaches, as if nothing had been before, without the fields.
@@ -138,33 +138,33 @@ def _measure_attainable(config: Config, data: Prepared, test: TestSet) -> dict[s
     if config.model.window and not config.eval.mask_seen:  # fewer events would mask fewer items
         reach = config.model.n_layers * (config.model.window - 1) + 1
         dataset, targets = keep_last_events(data.dataset, test.examples.targets, reach)
-        found["window"] = measure(TestSet(EvaluationSet(dataset, targets, config), np.arange(len(targets))))
+        found["window"] = measure(TestSet(EvalDataset(dataset, targets, config), np.arange(len(targets))))
     return found
 
 
-def _rank_baseline(name: str, config: Config, data: Prepared, test: TestSet, workdir: Path) -> Ranked:
+def _rank_baseline(name: str, config: Config, data: RunData, test: TestSet, workdir: Path) -> Ranked:
     if not name.startswith("sasrec"):
-        scorer = COUNT_BASELINES[name](data.dataset, data.roles)
+        scorer = COUNT_BASELINES[name](data.dataset, data.split_ids)
         histories = (test.examples.offsets, test.examples.rows)
         return rank_by_scores(scorer, data.dataset, test.examples.targets, histories, config.eval.mask_seen)
     own = sasrec_config(config, name)
-    fitted = fit(own, data, workdir / "baselines" / name)
-    return Ranked(*rank_targets(fitted.model, test.examples, fitted.table))
+    trained = fit(own, data, workdir / "baselines" / name)
+    return Ranked(*rank_targets(trained.model, test.examples, trained.table))
 
 
 def _intervals(config: Config, test: TestSet, rows: dict[str, Ranked]) -> dict[str, dict[str, Any]]:
-    """95 % bootstrap intervals over people of the main metrics, of every row of the table."""
+    """95 % bootstrap intervals over users of the main metrics, of every row of the table."""
     services = test.examples.dataset.catalogue.services
     parts = [(name, part) for name in rows for part in ("in_service", "union")]
     values = {(name, part): per_target_metrics(getattr(rows[name], part)) for name, part in parts}
     subsets = {name: test.examples.target_service == code for code, name in enumerate(services)}
-    subsets["all"] = np.ones(len(test.person), bool)
+    subsets["all"] = np.ones(len(test.user), bool)
     out: dict[str, dict[str, Any]] = {name: {"in_service": {}, "union": {}} for name in rows}
     for subset, chosen in subsets.items():
         if not chosen.any():
             continue
         columns = np.stack([values[key][metric][chosen] for key in parts for metric in INTERVAL_METRICS], axis=1)
-        intervals = iter(bootstrap_intervals(columns, 0, test.person[chosen], config.eval.n_boot))
+        intervals = iter(bootstrap_intervals(columns, 0, test.user[chosen], config.eval.n_boot))
         for name, part in parts:
             out[name][part][subset] = {metric: list(next(intervals)[1:]) for metric in INTERVAL_METRICS}
     for table in out.values():
@@ -172,9 +172,9 @@ def _intervals(config: Config, test: TestSet, rows: dict[str, Ranked]) -> dict[s
     return out
 
 
-def _slices(config: Config, test: TestSet, data: Prepared, ranked: Ranked) -> dict[str, Any]:
+def _slices(config: Config, test: TestSet, data: RunData, ranked: Ranked) -> dict[str, Any]:
     """The model's metrics by service, history and coldness, ranked as the best step was selected."""
-    count = np.bincount(data.dataset.log.item[data.roles == TRAIN], minlength=data.dataset.catalogue.n_items)
+    count = np.bincount(data.dataset.log.item[data.split_ids == TRAIN], minlength=data.dataset.catalogue.n_items)
     labels = {
         "service": np.array(data.dataset.catalogue.services)[test.examples.target_service],
         "history": bucket_history_length(test.examples.history_len),
@@ -193,7 +193,7 @@ def _paired(config: Config, test: TestSet, model: Ranked, baselines: dict[str, R
         return per_target_metrics(counts)["ndcg@10"]
 
     def compare(own: np.ndarray, other: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        result = paired_test(own[rows], other[rows], config.seed, test.person[rows])
+        result = paired_test(own[rows], other[rows], config.seed, test.user[rows])
         return {"difference": result.difference, "p_value": result.p_value}
 
     own_union, own_service = ndcg(model.union), ndcg(model.in_service)
@@ -201,37 +201,37 @@ def _paired(config: Config, test: TestSet, model: Ranked, baselines: dict[str, R
     for name, ranked in baselines.items():
         other = ndcg(ranked.in_service)
         in_service = {z: compare(own_service, other, rows) for z, rows in subsets.items() if rows.any()}
-        everything = np.ones(len(test.person), bool)
+        everything = np.ones(len(test.user), bool)
         out[name] = {**compare(own_union, ndcg(ranked.union), everything), "in_service": in_service}
     return out
 
 
-def _look_inside(config: Config, data: Prepared, fitted: Fitted, test: TestSet) -> dict[str, Any]:
+def _probe(config: Config, data: RunData, trained: TrainResult, test: TestSet) -> dict[str, Any]:
     """What experts, answers and the profile router do at the test targets, where the model has them."""
-    found: dict[str, Any] = {}
-    if not (config.model.moe.layers or config.model.copy != "none" or config.model.personal.n_slots):
+    found: dict[str, Any] = {"probes": {}}
+    if not (config.model.moe.layers or config.model.pointer != "none" or config.model.personal.n_slots):
         return found
-    seen = observe(fitted.model, test.examples, fitted.table)
+    seen = collect_routing(trained.model, test.examples, trained.table)
     if config.model.moe.layers:
-        found["routing"] = describe_routing(observe(fitted.model, fitted.examples, fitted.table), seen)
-    if config.model.copy != "none":
-        found["answers"] = describe_answers(seen, data.dataset.catalogue.n_services)
+        found["routing"] = summarize_routing(collect_routing(trained.model, trained.examples, trained.table), seen)
+    if config.model.pointer != "none":
+        found["probes"]["mixture_weights"] = describe_mixture(seen, data.dataset.catalogue.n_services)
     if data.world is not None and seen.relevance_QM is not None:
         asked = test.examples.targets[test.examples.history_len > 0]
-        aspects = describe_aspects(data.world, data.dataset, fitted.model, fitted.table, seen.relevance_QM, asked)
-        found |= {"aspects": aspects} if aspects else {}
+        aspects = describe_aspects(data.world, data.dataset, trained.model, trained.table, seen.relevance_QM, asked)
+        found["probes"] |= {"profile_aspects": aspects} if aspects else {}
     return found
 
 
-def _measure_effects(
-    config: Config, data: Prepared, fitted: Fitted, test: TestSet, ranked: Ranked
+def _intervene(
+    config: Config, data: RunData, trained: TrainResult, test: TestSet, ranked: Ranked
 ) -> dict[str, dict[str, Any]]:
     """What answers owe to the profile, the context and other services; on the built-in world, what they could."""
     own = per_target_metrics(ranked.union)["ndcg@10"]
     found: dict[str, dict[str, Any]] = {
-        "proofs": describe_effects(config, fitted.model, test.examples, fitted.table, own),
+        "interventions": evaluate_interventions(config, trained.model, test.examples, trained.table, own),
         "transfer": describe_transfer(
-            config, fitted.model, data.dataset, data.roles, test.examples.targets, fitted.table
+            config, trained.model, data.dataset, data.split_ids, test.examples.targets, trained.table
         ),
     }
     if data.world is not None:
@@ -239,35 +239,35 @@ def _measure_effects(
     return found
 
 
-def make_results(config: Config, data: Prepared, fitted: Fitted, workdir: Path) -> dict[str, Any]:
+def make_results(config: Config, data: RunData, trained: TrainResult, workdir: Path) -> dict[str, Any]:
     """Everything that `metrics.json` holds; the rank of each target goes to `ranks.npz`."""
     test = make_test_set(config, data)
-    ranked = Ranked(*rank_targets(fitted.model, test.examples, fitted.table))
+    ranked = Ranked(*rank_targets(trained.model, test.examples, trained.table))
     write_ranks(workdir / RANKS, data.dataset, test.examples.targets, ranked)
     metrics: dict[str, Any] = {
         "config": dataclasses.asdict(config),
         "seed": config.seed,
-        "steps": fitted.steps,
-        "best_step": fitted.step,
-        "wall_s": fitted.wall_s,
-        "tokens_per_s": fitted.slots_per_s,
-        "n_params": sum(leaf.size for leaf in jax.tree.leaves(fitted.model)),
-        "n_active_params": count_active_params(fitted.model),
+        "steps": trained.steps,
+        "best_step": trained.step,
+        "wall_s": trained.wall_s,
+        "tokens_per_s": trained.slots_per_s,
+        "n_params": sum(leaf.size for leaf in jax.tree.leaves(trained.model)),
+        "n_active_params": count_active_params(trained.model),
         "dataset": {
-            "n_people": data.dataset.log.n_people,
+            "n_users": data.dataset.log.n_users,
             "n_events": data.dataset.log.n_events,
             "n_items": data.dataset.catalogue.n_items,
             "services": list(data.dataset.catalogue.services),
             "quarantined": data.quarantined,
             "repeated_targets": test.examples.repeated,
         },
-        "valid": {"step": fitted.step, **fitted.valid},
+        "valid": {"step": trained.step, **trained.valid},
         "test": test.table(ranked),
         "slices": _slices(config, test, data, ranked),
     }
-    metrics |= _look_inside(config, data, fitted, test)
-    if config.eval.effects:
-        metrics |= _measure_effects(config, data, fitted, test, ranked)
+    metrics |= _probe(config, data, trained, test)
+    if config.eval.interventions:
+        metrics["probes"] |= _intervene(config, data, trained, test, ranked)
     baselines = {name: _rank_baseline(name, config, data, test, workdir) for name in config.baselines}
     metrics["baselines"] = {name: test.table(ranks) for name, ranks in baselines.items()}
     intervals = _intervals(config, test, {"": ranked, **baselines})

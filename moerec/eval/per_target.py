@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moerec.data.dataset import Dataset, find_travellers
+from moerec.data.dataset import Dataset, find_multi_service_users
 from moerec.errors import InputError
 from moerec.eval.baselines.ranking import Ranked
 from moerec.eval.compare import METRIC, Difference, format_rows, read_run
@@ -24,14 +24,14 @@ class TargetRanks(NamedTuple):
     """One row a target, in the order of their names.
 
     Attributes:
-      person, service, item: names, str. travels: bool, whether the person uses several services.
+      user, service, item: names, str. uses_several: bool, whether the user uses several services.
       in_service, union: candidates above and level with the target, int64 `[n, 2]`.
     """
 
-    person: np.ndarray
+    user: np.ndarray
     service: np.ndarray
     item: np.ndarray
-    travels: np.ndarray
+    uses_several: np.ndarray
     in_service: np.ndarray
     union: np.ndarray
 
@@ -43,13 +43,17 @@ class TargetRanks(NamedTuple):
 def write_ranks(path: Path, dataset: Dataset, targets: np.ndarray, ranked: Ranked) -> None:
     """Writes the ranks of rows of the log, atomically."""
     log, catalogue = dataset.log, dataset.catalogue
-    person = np.searchsorted(log.offsets, targets, side="right") - 1
+    user = np.searchsorted(log.offsets, targets, side="right") - 1
     names = [
-        np.array(dataset.people, str)[person],
+        np.array(dataset.users, str)[user],
         np.array(catalogue.services, str)[dataset.event_service[targets]],
         np.array([catalogue.ids[i] for i in log.item[targets]], str),
     ]
-    columns = [*names, find_travellers(dataset)[person], *(np.stack([p.greater, p.equal], axis=1) for p in ranked)]
+    columns = [
+        *names,
+        find_multi_service_users(dataset)[user],
+        *(np.stack([p.greater, p.equal], axis=1) for p in ranked),
+    ]
     order = np.lexsort(names[::-1])  # of two data sets that hold the same targets, whatever their codes are
     ranks = TargetRanks(*(column[order] for column in columns))
     with replacing(path) as file:
@@ -66,7 +70,7 @@ def read_ranks(folder: Path) -> TargetRanks:
         raise InputError(f"{path}: no such file; the run is not finished, or older than this file") from None
     except Exception as error:  # a damaged archive is found out by zipfile, zlib, numpy or the parser of its headers
         raise InputError(f"{path}: holds no ranks ({type(error).__name__}: {error})") from None
-    n = len(ranks.person)
+    n = len(ranks.user)
     if any(column.shape != (n, 2)[: column.ndim] for column in ranks):
         raise InputError(f"{path}: holds no ranks (its columns are not of one length)")
     return ranks
@@ -75,7 +79,7 @@ def read_ranks(folder: Path) -> TargetRanks:
 class TargetComparison(NamedTuple):
     """Attributes:
     names: of the two directories. rows: the union first, then each service ranked among its own items, and those of
-      its targets whose people use several services. n: targets of each row.
+      its targets whose users use several services. n: targets of each row.
     """
 
     names: tuple[str, str]
@@ -84,7 +88,7 @@ class TargetComparison(NamedTuple):
 
 
 def compare_targets(first: Path, second: Path) -> TargetComparison:
-    """Two runs over the same targets; intervals by bootstrap and p-values by sign flips, both over whole people.
+    """Two runs over the same targets; intervals by bootstrap and p-values by sign flips, both over whole users.
 
     Raises:
       InputError: a run has no ranks, or the two were tested on other targets or by another rule.
@@ -94,29 +98,29 @@ def compare_targets(first: Path, second: Path) -> TargetComparison:
     if rules[0] != rules[1]:
         raise InputError(f"{first}: another data set or eval.mask_seen than {second}")
     a, b = read_ranks(first), read_ranks(second)
-    for name in ("person", "service", "item"):
+    for name in ("user", "service", "item"):
         if not np.array_equal(getattr(a, name), getattr(b, name)):
             raise InputError(f"{first}: tested on other targets than {second} (their {name} differs)")
-    person = np.unique(a.person, return_inverse=True)[1]
-    everything, travels = np.ones(len(person), bool), a.travels | b.travels
+    user = np.unique(a.user, return_inverse=True)[1]
+    everything, uses_several = np.ones(len(user), bool), a.uses_several | b.uses_several
     parts = [("union all", "union", everything)]
     for service in dict.fromkeys(a.service.tolist()):
         own = a.service == service
         parts.append((service, "in_service", own))
-        if 0 < (own & travels).sum() < own.sum():
-            parts.append((f"{service}, several services", "in_service", own & travels))
+        if 0 < (own & uses_several).sum() < own.sum():
+            parts.append((f"{service}, several services", "in_service", own & uses_several))
     values = {part: (a.metric(part), b.metric(part)) for part in ("in_service", "union")}
     rows = []
     for title, part, chosen in parts:
         own, other = values[part]
-        rows.append(_compare(title, own[chosen], other[chosen], person[chosen]))
+        rows.append(_compare(title, own[chosen], other[chosen], user[chosen]))
     return TargetComparison((first.name, second.name), rows, [int(chosen.sum()) for _, _, chosen in parts])
 
 
-def _compare(title: str, first: np.ndarray, second: np.ndarray, person: np.ndarray) -> Difference:
+def _compare(title: str, first: np.ndarray, second: np.ndarray, user: np.ndarray) -> Difference:
     gap = first - second
-    (interval,) = bootstrap_intervals(gap[:, None], 0, person, N_BOOT)
-    tested = paired_test(first, second, 0, person)
+    (interval,) = bootstrap_intervals(gap[:, None], 0, user, N_BOOT)
+    tested = paired_test(first, second, 0, user)
     n_better = int(np.sum(gap > 0))
     means = float(first.mean()), float(second.mean())
     return Difference(title, *means, tested.difference, interval.low, interval.high, tested.p_value, n_better)
@@ -124,5 +128,5 @@ def _compare(title: str, first: np.ndarray, second: np.ndarray, person: np.ndarr
 
 def render_targets(comparison: TargetComparison) -> str:
     """The table for a terminal."""
-    title = f"{METRIC}, one run each, paired by target (intervals over people, not over trainings)"
+    title = f"{METRIC}, one run each, paired by target (intervals over users, not over trainings)"
     return "\n".join([title, *format_rows(comparison.rows, comparison.names, comparison.n, "better")])

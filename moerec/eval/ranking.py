@@ -15,14 +15,14 @@ from moerec.errors import WorkError
 from moerec.eval.metrics import MISS, RankCounts
 from moerec.nn.model import SequenceModel
 from moerec.nn.sharding import mesh_of
-from moerec.types import Array, Batch, ItemTable, Output
+from moerec.types import Array, Batch, Catalog, Output
 
 
-class Questions(NamedTuple):
+class RankQueries(NamedTuple):
     """Predictions asked of one packed batch; all have a leading axis Q.
 
     Attributes:
-      slot: int32 flat slot whose state answers, or -1 where the person has no history.
+      slot: int32 flat slot whose state answers, or -1 where the user has no history.
       target: int32 item, -1 for padding.
       low, high: int32 range of the target's service in the catalogue.
       seen: `[Q, W]` int32 distinct items that are no candidates, -1 is padding.
@@ -46,19 +46,26 @@ class Ranks(NamedTuple):
 
 
 @jax.jit
-def catalogue_vectors(model: SequenceModel, table: ItemTable) -> tuple[jax.Array, jax.Array]:
+def catalogue_vectors(model: SequenceModel, table: Catalog) -> tuple[jax.Array, jax.Array]:
     """Vectors `[I, D]` and biases `[I]` of all items."""
     return model.item_vectors(jnp.arange(table.service_I.shape[0]), table)
 
 
 def score_items(
-    model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable, vectors, donor_BT: jax.Array | None = None
+    model: SequenceModel,
+    batch: Batch,
+    slot_Q: jax.Array,
+    table: Catalog,
+    vectors,
+    profile_source_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Scores `[Q, I]` of all items; without a history only the biases speak.
 
-    Where answers are mixed, a score is the log-probability. `donor_BT` as in `SequenceModel.encode`.
+    Where answers are mixed, a score is the log-probability. `profile_source_BT` as in `SequenceModel.encode`.
     """
-    return score_output(model.encode(batch, table, vector_ID=vectors[0], donor_BT=donor_BT), batch, slot_Q, vectors)
+    return score_output(
+        model.encode(batch, table, vector_ID=vectors[0], profile_source_BT=profile_source_BT), batch, slot_Q, vectors
+    )
 
 
 def score_output(output: Output, batch: Batch, slot_Q: jax.Array, vectors) -> jax.Array:
@@ -82,27 +89,27 @@ def score_output(output: Output, batch: Batch, slot_Q: jax.Array, vectors) -> ja
 def rank_batch(
     model: SequenceModel,
     batch: Batch,
-    questions: Questions,
-    table: ItemTable,
+    queries: RankQueries,
+    table: Catalog,
     vectors,
-    donor_BT: jax.Array | None = None,
+    profile_source_BT: jax.Array | None = None,
 ) -> Ranks:
     """Counts by comparison, without a sort. A target that is itself among the seen items is a miss."""
-    score_QI = score_items(model, batch, questions.slot, table, vectors, donor_BT)
-    target = jnp.maximum(questions.target, 0)[:, None]
+    score_QI = score_items(model, batch, queries.slot, table, vectors, profile_source_BT)
+    target = jnp.maximum(queries.target, 0)[:, None]
     level = jnp.take_along_axis(score_QI, target, axis=1)
     item_I = jnp.arange(score_QI.shape[1])
-    own_QI = (item_I >= questions.low[:, None]) & (item_I < questions.high[:, None])
-    seen = questions.seen
+    own_QI = (item_I >= queries.low[:, None]) & (item_I < queries.high[:, None])
+    seen = queries.seen
     seen_score = jnp.take_along_axis(score_QI, jnp.maximum(seen, 0), axis=1)
     masked = (seen >= 0) & (seen != target)
-    masked_own = masked & (seen >= questions.low[:, None]) & (seen < questions.high[:, None])
+    masked_own = masked & (seen >= queries.low[:, None]) & (seen < queries.high[:, None])
 
     def count(relation, candidates, masked_candidates):
         kept = jnp.sum(relation(score_QI, level) & candidates, axis=1)
         return kept - jnp.sum(relation(seen_score, level) & masked_candidates, axis=1)
 
-    missed = jnp.any(seen == target, axis=1) & (questions.target >= 0)
+    missed = jnp.any(seen == target, axis=1) & (queries.target >= 0)
     greater_own = jnp.where(missed, MISS, count(jnp.greater, own_QI, masked_own))
     greater_all = jnp.where(missed, MISS, count(jnp.greater, True, masked))
     return Ranks(
@@ -125,7 +132,7 @@ def pad_seen(offsets: np.ndarray, items: np.ndarray, width: int) -> np.ndarray:
     return out
 
 
-class EvaluationSet:
+class EvalDataset:
     """Targets with their histories, packed once per batch of a fixed shape (so that ranking compiles once)."""
 
     def __init__(
@@ -159,7 +166,7 @@ class EvaluationSet:
         n_rows = max(int(np.ceil(config.eval.batch_size * mean / config.data.seq_len * 1.1)), 1)
         step = max(1 << n_rows.bit_length() >> 4, 1)
         self._n_rows = -(-n_rows // step) * step
-        self._fields = dataset.profile_codes[0][dataset.log.person[targets]]
+        self._fields = dataset.profile_codes[0][dataset.log.user[targets]]
         self.target_item = dataset.log.item[targets]
         self.target_service = dataset.event_service[targets]
 
@@ -177,7 +184,7 @@ class EvaluationSet:
         hits = self.dataset.log.item[self.rows] == self.target_item[owner]
         return len(np.unique(owner[hits])) / len(self.targets)
 
-    def batches(self) -> Iterator[tuple[slice, Batch, Questions]]:
+    def batches(self) -> Iterator[tuple[slice, Batch, RankQueries]]:
         """Consecutive targets: which, their packed histories, and the questions."""
         done = 0
         while done < len(self.targets):
@@ -187,12 +194,12 @@ class EvaluationSet:
             yield which, *self._pack(which, placed.start, placed.segment)
             done += placed.n
 
-    def people_of(self, which: slice) -> np.ndarray:
-        """`[sequences]`, the person of each history of a batch; targets without one have no sequence."""
+    def users_of(self, which: slice) -> np.ndarray:
+        """`[sequences]`, the user of each history of a batch; targets without one have no sequence."""
         targets = self.targets[which][self._length[which] > 0]
         return np.searchsorted(self.dataset.log.offsets, targets, side="right") - 1
 
-    def _pack(self, which: slice, start: np.ndarray, segment: np.ndarray) -> tuple[Batch, Questions]:
+    def _pack(self, which: slice, start: np.ndarray, segment: np.ndarray) -> tuple[Batch, RankQueries]:
         length, target = self._length[which], self.targets[which]
         place = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
         source = self.rows[np.repeat(self.offsets[which.start + 1 : which.stop + 1] - length, length) + place]
@@ -212,7 +219,7 @@ class EvaluationSet:
         )
         return batch, self._ask(which, np.where(length > 0, start + length - 1, -1))
 
-    def _ask(self, which: slice, slot: np.ndarray) -> Questions:
+    def _ask(self, which: slice, slot: np.ndarray) -> RankQueries:
         n, q = which.stop - which.start, self.config.eval.batch_size
         service = self.target_service[which]
         ranges = self.dataset.catalogue.offsets
@@ -225,7 +232,7 @@ class EvaluationSet:
         def pad(x, empty):
             return np.concatenate([x, np.full((q - n, *x.shape[1:]), empty)]).astype(np.int32)
 
-        return Questions(
+        return RankQueries(
             pad(slot, -1),
             pad(self.target_item[which], -1),
             pad(ranges[service], 0),
@@ -236,9 +243,9 @@ class EvaluationSet:
 
 def rank_targets(
     model: SequenceModel,
-    examples: EvaluationSet,
-    table: ItemTable,
-    edit: Callable[[Batch, np.ndarray], tuple[Batch, Array | None]] | None = None,
+    examples: EvalDataset,
+    table: Catalog,
+    intervention: Callable[[Batch, np.ndarray], tuple[Batch, Array | None]] | None = None,
 ) -> tuple[RankCounts, RankCounts]:
     """In-service and union rank counts of all targets.
 
@@ -263,9 +270,11 @@ def rank_targets(
         ranked.append(np.stack(counts[:-1]).astype(np.int64))
 
     with mesh_of(model):
-        for which, batch, questions in examples.batches():
-            batch, donor_BT = (batch, None) if edit is None else edit(batch, examples.people_of(which))
-            ranks = rank_batch(model, batch, questions, table, vectors, donor_BT)
+        for which, batch, queries in examples.batches():
+            batch, profile_source_BT = (
+                (batch, None) if intervention is None else intervention(batch, examples.users_of(which))
+            )
+            ranks = rank_batch(model, batch, queries, table, vectors, profile_source_BT)
             if parts:  # the batch before has been computed while this one was packed
                 collect()
             parts.append((which, ranks))

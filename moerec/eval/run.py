@@ -10,7 +10,7 @@ from typing import Any
 from moerec.config import Config
 from moerec.config.stored import list_differences
 from moerec.data.load import DIGEST, load_data
-from moerec.data.prepare.prepare import describe_quarantine
+from moerec.data.prepare.tables_to_shards import describe_quarantine
 from moerec.errors import InputError
 from moerec.eval.evaluate_run import make_results
 from moerec.eval.report import write_report

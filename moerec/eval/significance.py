@@ -1,4 +1,4 @@
-"""How sure a mean or a difference of means is, with whole people as the unit."""
+"""How sure a mean or a difference of means is, with whole users as the unit."""
 
 from typing import NamedTuple
 
@@ -16,17 +16,17 @@ class Interval(NamedTuple):
 class PairedResult(NamedTuple):
     difference: float
     p_value: float
-    n_people: int
+    n_users: int
 
 
 def bootstrap_intervals(
-    columns: np.ndarray, seed: int, person: np.ndarray | None = None, n_boot: int = 1000, level: float = 0.95
+    columns: np.ndarray, seed: int, user: np.ndarray | None = None, n_boot: int = 1000, level: float = 0.95
 ) -> list[Interval]:
-    """Percentile bootstrap of the means of columns `[n, K]`, resampling people (`person [n]`), or rows without it.
+    """Percentile bootstrap of the means of columns `[n, K]`, resampling users (`user [n]`), or rows without it.
 
     All columns see the same draws, so that K of them cost little more than one.
     """
-    sums = [_cluster_sums(column, person) for column in columns.T]
+    sums = [_cluster_sums(column, user) for column in columns.T]
     total, count = np.stack([total for total, _ in sums], axis=1), sums[0][1]
     n = len(count)
     rng = np.random.default_rng(seed)
@@ -40,14 +40,14 @@ def bootstrap_intervals(
 
 
 def paired_test(
-    first: np.ndarray, second: np.ndarray, seed: int, person: np.ndarray | None = None, n_perm: int = 10000
+    first: np.ndarray, second: np.ndarray, seed: int, user: np.ndarray | None = None, n_perm: int = 10000
 ) -> PairedResult:
     """Two-sided sign-flip permutation test of `mean(first - second) = 0` over the same targets.
 
-    The differences of one person flip together. People with the same size of difference are drawn at once, by the
+    The differences of one user flip together. Users with the same size of difference are drawn at once, by the
     binomial number of those whose sign stays. The p-value counts the observed arrangement: it is never 0.
     """
-    total, _ = _cluster_sums(np.asarray(first, np.float64) - second, person)
+    total, _ = _cluster_sums(np.asarray(first, np.float64) - second, user)
     size, n_same = np.unique(np.abs(total[total != 0]), return_counts=True)
     difference = float(np.mean(first) - np.mean(second))
     if not len(size):
@@ -61,10 +61,10 @@ def paired_test(
     return PairedResult(difference, (1 + extreme) / (1 + n_perm), len(total))
 
 
-def _cluster_sums(values: np.ndarray, person: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    if person is None:
+def _cluster_sums(values: np.ndarray, user: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    if user is None:
         return np.asarray(values, np.float64), np.ones(len(values))
-    _, code = np.unique(person, return_inverse=True)
+    _, code = np.unique(user, return_inverse=True)
     return np.bincount(code, weights=values), np.bincount(code).astype(np.float64)
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from moerec.config import ModelConfig
 from moerec.nn.layers import declare, fan_in, fan_in_heads
-from moerec.nn.profile import Slots
+from moerec.nn.profile import ProfileMemory
 from moerec.nn.sharding import ROW_AXES
 from moerec.nn.temporal import N_GAPS
 from pallas_kernels.attention import attend, attend_few, merge
@@ -43,7 +43,7 @@ def segment_mask(segment_BT: jax.Array, window: int = 0) -> jax.Array:
     return mask & jnp.triu(jnp.ones((t, t), bool), 1 - window) if window else mask
 
 
-class View(NamedTuple):
+class ProfileContext(NamedTuple):
     """What the personal layers see beside the states.
 
     Attributes:
@@ -54,16 +54,16 @@ class View(NamedTuple):
 
     time_BT: jax.Array
     service_BT: jax.Array
-    slots: Slots
+    slots: ProfileMemory
     log_relevance_BTM: jax.Array
     summary_BTD: jax.Array
 
 
-class PersonalBias(nnx.Module):
+class ProfileAttention(nnx.Module):
     """What a personal layer adds to attention. All of it is neutral at first, so that an imported model is unchanged.
 
     The memory slots are extra keys and values, joined by a gate a head that starts at zero (Alayrac et al. 2022); what
-    is projected to heads is what all people's slots are made of, and no slot (DeepSeek-AI 2024). Biases by time are a
+    is projected to heads is what all users's slots are made of, and no slot (DeepSeek-AI 2024). Biases by time are a
     table over log buckets, as in Raffel et al. (2020); those of pairs of services one over (own, other).
 
     A profile has no place in the sequence: queries are scaled, and read the slots, before they are rotated, so that an
@@ -90,14 +90,14 @@ class PersonalBias(nnx.Module):
         self.other_services, self.n_services = personal.other_services, n_services
         self.window, self.backend = config.window, config.attention
 
-    def scale(self, q_BTNH: jax.Array, view: View) -> jax.Array:
+    def scale(self, q_BTNH: jax.Array, view: ProfileContext) -> jax.Array:
         """The queries, scaled by the profile."""
         if self.query_scale_DNH is None:
             return q_BTNH
         scale = 1 + jnp.einsum("BTD,DNH->BTNH", view.summary_BTD, self.query_scale_DNH[...])
         return (q_BTNH * scale).astype(q_BTNH.dtype)
 
-    def kind_bias(self, view: View) -> jax.Array | None:
+    def kind_bias(self, view: ProfileContext) -> jax.Array | None:
         """`[B, T, N or 1, Z]`, what each query adds to the logits of the events of each service."""
         if self.pair_NZZ is None and self.other_services:
             return None
@@ -120,7 +120,7 @@ class PersonalBias(nnx.Module):
         k_BTKH: jax.Array,
         v_BTKH: jax.Array,
         segment_BT: jax.Array,
-        view: View,
+        view: ProfileContext,
     ) -> jax.Array:
         """`[B, T, N, H]`, attention over the events and, as far as the gates are open, the memory slots.
 
@@ -198,7 +198,7 @@ def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023) with biases on query, key and value, as in Qwen2."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig, personal: PersonalBias | None = None):
+    def __init__(self, key: jax.Array, config: ModelConfig, personal: ProfileAttention | None = None):
         d, n, k, h = config.d_model, config.n_heads, config.n_kv_heads, config.d_head
         kq, kk, kv, ko = jax.random.split(key, 4)
         zeros = jax.nn.initializers.zeros
@@ -213,7 +213,7 @@ class Attention(nnx.Module):
         self.personal = personal
 
     def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, view: View | None = None
+        self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, view: ProfileContext | None = None
     ) -> jax.Array:
         dtype = x_BTD.dtype
         q = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...].astype(dtype)) + self.q_bias_NH[...].astype(dtype)

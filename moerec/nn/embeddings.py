@@ -7,7 +7,7 @@ from flax import nnx
 from moerec.config import ModelConfig
 from moerec.nn.layers import RMSNorm, declare, fan_in, normal
 from moerec.nn.temporal import TimeEmbedding, last_times
-from moerec.types import NO_TIME, Batch, ItemTable
+from moerec.types import NO_TIME, Batch, Catalog
 
 STDDEV = 0.02
 
@@ -47,7 +47,7 @@ class ItemEncoder(nnx.Module):
             TextEncoder(k_text, n_tokens, config.d_text, config.d_model, config.norm_eps) if config.item_text else None
         )
 
-    def __call__(self, item_X: jax.Array, table: ItemTable) -> jax.Array:
+    def __call__(self, item_X: jax.Array, table: Catalog) -> jax.Array:
         """Args: catalogue indices of any shape `[...]`. Returns `[..., D]` float32."""
         parts = []
         if self.row_ID is not None:
@@ -86,7 +86,7 @@ class SlotEncoder(nnx.Module):
         self.n_gap_services = n_services if config.time.service_gap else 0
         self.context_sizes, self.context_dropout = context_sizes, config.context_dropout
 
-    def of_event(self, item: jax.Array, action: jax.Array, table: ItemTable) -> jax.Array:
+    def of_event(self, item: jax.Array, action: jax.Array, table: Catalog) -> jax.Array:
         """What service and action add, `[..., D]`: all of an event that does not depend on what comes next."""
         parts = []
         if self.service is not None:
@@ -105,7 +105,7 @@ class SlotEncoder(nnx.Module):
         unseen_C = jnp.sum(size_C) + jnp.arange(len(self.context_sizes))
         return jnp.where(code_BTC < size_C, jnp.cumsum(size_C) - size_C + code_BTC, unseen_C)
 
-    def __call__(self, batch: Batch, table: ItemTable, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, batch: Batch, table: Catalog, key: jax.Array | None = None) -> jax.Array:
         """`[B, T, D]`; `key` switches the hiding of context features on."""
         parts = [self.of_event(batch.item_BT, batch.action_BT, table)]
         last_BTZ = None
@@ -118,9 +118,9 @@ class SlotEncoder(nnx.Module):
                 before_BTZ = _previous(last_BTZ, batch.position_BT, NO_TIME)
                 own_BT1 = jnp.take_along_axis(before_BTZ, service_BT[..., None], axis=-1)
             since_BT = _previous(batch.time_BT, batch.position_BT, batch.time_BT)
-            parts.append(self.event_time(batch.time_BT, batch.shift_BT, since_BT, own_BT1))
+            parts.append(self.event_time(batch.time_BT, batch.utc_offset_BT, since_BT, own_BT1))
         if self.request_time is not None:
-            request = (batch.request_time_BT, batch.request_shift_BT)
+            request = (batch.request_time_BT, batch.request_utc_offset_BT)
             parts.append(self.request_time(*request, batch.time_BT, last_BTZ))
         if self.context is not None:
             rows_BTC = self._context_rows(batch.request_context_BTC, key)

@@ -7,21 +7,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moerec.config import ModelConfig
-from moerec.nn.attention import View, segment_mask
+from moerec.nn.attention import ProfileContext, segment_mask
 from moerec.nn.block import run_blocks, split_layers, stack_blocks
 from moerec.nn.embeddings import ItemEncoder, SlotEncoder
 from moerec.nn.layers import RMSNorm, declare, dropout
 from moerec.nn.moe.analyser import Analyser
-from moerec.nn.moe.experts import DomainExperts, Request
+from moerec.nn.moe.experts import DomainExperts, RouterInputs
 from moerec.nn.pointer import Aggregator
-from moerec.nn.profile import Request as ProfileRequest
-from moerec.nn.profile import UserState
-from moerec.nn.profile.profile_router import ProfileRouter, condition_slots, exchange, make_personalizer
-from moerec.types import NO_TIME, Batch, ItemTable, Output, Routing
+from moerec.nn.profile import ProfileRequest, UserState
+from moerec.nn.profile.profile_router import ProfileRouter, condition_slots, make_personalizer, swap_profiles
+from moerec.types import NO_TIME, Batch, Catalog, Output, Routing
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """What the data fixes about the model's shapes."""
 
     n_items: int
@@ -39,7 +38,7 @@ class SequenceModel(nnx.Module):
     layers above read, and the profile, which conditions the attention of the personal ones.
     """
 
-    def __init__(self, key: jax.Array, config: ModelConfig, sizes: Sizes):
+    def __init__(self, key: jax.Array, config: ModelConfig, sizes: ModelSizes):
         k_item, k_slot, k_blocks, k_head = jax.random.split(key, 4)
         self.item_encoder = ItemEncoder(k_item, config, sizes.n_items, sizes.n_tokens)
         self.slot_encoder = SlotEncoder(k_slot, config, sizes.n_services, sizes.n_actions, sizes.context_sizes)
@@ -57,33 +56,33 @@ class SequenceModel(nnx.Module):
         )
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head_encoder = None if config.tie_items else ItemEncoder(k_untied, config, sizes.n_items, sizes.n_tokens)
-        self.aggregator = Aggregator(k_copy, config, sizes.n_services) if config.copy != "none" else None
+        self.aggregator = Aggregator(k_copy, config, sizes.n_services) if config.pointer != "none" else None
         zeros = jax.nn.initializers.zeros
         self.item_bias_I = (
             declare(k_head, (sizes.n_items,), ("items",), zeros, decay="none") if config.item_bias else None
         )
         self.config, self.field_sizes = config, sizes.field_sizes
 
-    def event_vectors(self, item: jax.Array, action: jax.Array, table: ItemTable) -> jax.Array:
+    def event_vectors(self, item: jax.Array, action: jax.Array, table: Catalog) -> jax.Array:
         """What a profile is fed of events: vectors `[..., D]` of item, service and action."""
         return self.item_encoder(item, table) + self.slot_encoder.of_event(item, action, table)
 
     def encode(
         self,
         batch: Batch,
-        table: ItemTable,
+        table: Catalog,
         key: jax.Array | None = None,
         vector_ID: jax.Array | None = None,
-        donor_BT: jax.Array | None = None,
+        profile_source_BT: jax.Array | None = None,
         start_B: UserState | None = None,
     ) -> Output:
         """States from which the next item is predicted; `key` switches dropout and jitter on.
 
         The targets (`batch.target_BT`, where the weight is not 0) decide only under which domain a slot is counted.
         `vector_ID` of `item_vectors`, where those of the whole catalogue are there already, saves encoding the items of
-        the slots; it is used where inputs and answers share their items' vectors. `donor_BT` gives the slots other
-        profiles than their own, see `exchange`. `start_B` are the states `[B, ...]` that the past has left in the
-        people whose sequences are the rows' first; None: they are nobody yet.
+        the slots; it is used where inputs and answers share their items' vectors. `profile_source_BT` gives the slots other
+        profiles than their own, see `swap_profiles`. `start_B` are the states `[B, ...]` that the past has left in the
+        users whose sequences are the rows' first; None: they are nobody yet.
         """
         config = self.config
         k_input, k_context, k_blocks = None, None, None
@@ -106,14 +105,16 @@ class SequenceModel(nnx.Module):
         if self.blocks is not None:
             x_BTD, _ = advance(self.blocks, x_BTD, trunk)
         if config.personal.layers:
-            read_BTD, relevance_BTM, view = self._read_profile(x_BTD, item_BTD, batch, table, donor_BT, start_B)
+            read_BTD, relevance_BTM, view = self._read_profile(
+                x_BTD, item_BTD, batch, table, profile_source_BT, start_B
+            )
             x_BTD = x_BTD + read_BTD.astype(x_BTD.dtype)
         if self.analyser is not None:
             log_domain_BTZ = self.analyser(x_BTD)
             domain_BT = jnp.where(batch.weight_BT > 0, table.service_I[batch.target_BT], -1)
             # The posterior stays one: the routers read it, but do not bend it to their ends.
             known = jax.lax.stop_gradient(log_domain_BTZ)
-            request = Request(known, domain_BT, batch.segment_BT > 0, relevance_BTM)
+            request = RouterInputs(known, domain_BT, batch.segment_BT > 0, relevance_BTM)
         for blocks, run in zip(self.upper, upper, strict=True):
             x_BTD, routing = advance(blocks, x_BTD, run)
             routings += [routing] if run.experts else []
@@ -131,28 +132,32 @@ class SequenceModel(nnx.Module):
         x_BTD: jax.Array,
         item_BTD: jax.Array,
         batch: Batch,
-        table: ItemTable,
-        donor_BT: jax.Array | None,
+        table: Catalog,
+        profile_source_BT: jax.Array | None,
         start_B: UserState | None,
-    ) -> tuple[jax.Array, jax.Array | None, View]:
+    ) -> tuple[jax.Array, jax.Array | None, ProfileContext]:
         """What is added to the states, the relevance of the memory slots, and what the personal layers see."""
         personal = self.config.personal
         personalizer = make_personalizer(self.config, self.field_sizes)
         event_BTD = item_BTD + self.slot_encoder.of_event(batch.item_BT, batch.action_BT, table)
         condition = condition_slots(personalizer, self.profile, batch, event_BTD, personal.fields, start_B)
-        if donor_BT is not None:
+        if profile_source_BT is not None:
             no_fields = jnp.zeros(len(self.field_sizes) if personal.fields else 0, jnp.int32)
             nobody = ProfileRequest(jnp.asarray(NO_TIME), no_fields)
-            nothing = personalizer.condition(self.profile, personalizer.init_user(), nobody)
-            condition = exchange(condition, donor_BT, batch.segment_BT > 0, nothing)
+            nothing = personalizer.read(self.profile, personalizer.init_user(), nobody)
+            condition = swap_profiles(condition, profile_source_BT, batch.segment_BT > 0, nothing)
         slots = condition.slots(personalizer.basis(self.profile))
         read_BTD, relevance_BTM, log_relevance_BTM = jnp.zeros(()), None, jnp.zeros((*batch.item_BT.shape, 0))
         if self.profile_router is not None:
             relevance_BTM, log_relevance_BTM, read_BTD = self.profile_router(x_BTD, slots)
         service_BT = table.service_I[batch.item_BT]
-        return read_BTD, relevance_BTM, View(batch.time_BT, service_BT, slots, log_relevance_BTM, condition.summary_D)
+        return (
+            read_BTD,
+            relevance_BTM,
+            ProfileContext(batch.time_BT, service_BT, slots, log_relevance_BTM, condition.summary_D),
+        )
 
-    def item_vectors(self, item_X: jax.Array, table: ItemTable) -> tuple[jax.Array, jax.Array]:
+    def item_vectors(self, item_X: jax.Array, table: Catalog) -> tuple[jax.Array, jax.Array]:
         """Vectors `[..., D]` and biases `[...]` of candidates; a state's score is its dot product plus the bias."""
         encoder = self.item_encoder if self.head_encoder is None else self.head_encoder
         bias = jnp.zeros(item_X.shape, jnp.float32) if self.item_bias_I is None else self.item_bias_I[...][item_X]

@@ -1,6 +1,6 @@
-"""The answer aggregator: a softmax over the catalogue, and pointers into the person's own history.
+"""The answer aggregator: a softmax over the catalogue, and pointers into the user's own history.
 
-People order the same things again, each of them at its own moments. A state of a few dozen numbers cannot point at
+Users order the same things again, each of them at its own moments. A state of a few dozen numbers cannot point at
 dozens of earlier items through a product with item vectors (the rank of the logits is its width, Yang et al. 2018), so
 a pointer for each service, and one across all, answers with a distribution over the events themselves, and the answers
 are mixed: pointer networks (Vinyals et al. 2015), their mixture with a softmax (Merity et al. 2017), and the repeat
@@ -14,9 +14,9 @@ from flax import nnx
 from moerec.config import ModelConfig
 from moerec.nn.attention import rotate
 from moerec.nn.layers import declare, fan_in
-from moerec.types import Answers
+from moerec.types import PointerMixture
 
-CLOSED = -1e30  # logit of an answer that cannot be given
+MASK_VALUE = -1e30  # logit of an answer that cannot be given
 CATALOGUE_BIAS = 2.0  # what the catalogue's logit has ahead of each pointer's at first
 
 
@@ -29,8 +29,8 @@ class Aggregator(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
         k_query, k_key, k_weight = jax.random.split(key, 3)
-        self.n_services = n_services if config.copy == "services" else 0
-        d, g, h = config.d_model, self.n_services + 1, config.d_copy
+        self.n_services = n_services if config.pointer == "services" else 0
+        d, g, h = config.d_model, self.n_services + 1, config.d_pointer
         zeros = jax.nn.initializers.zeros
         self.query_DGH = declare(k_query, (d, g, h), ("embed", None, None), fan_in)
         self.key_DGH = declare(k_key, (d, g, h), ("embed", None, None), fan_in)
@@ -45,7 +45,7 @@ class Aggregator(nnx.Module):
         position_BT: jax.Array,
         mask_BTS: jax.Array,
         service_BT: jax.Array,
-    ) -> Answers:
+    ) -> PointerMixture:
         """Args: final states, from which it is asked; the events' vectors, that are pointed at; who sees which."""
         query_BTGH, key_BTGH = (
             rotate(jnp.einsum("BTD,DGH->BTGH", x, w[...]), position_BT, self.theta)
@@ -55,14 +55,14 @@ class Aggregator(nnx.Module):
         own_BGS = service_BT[:, None] == jnp.arange(self.n_services)[:, None]
         own_BGS = jnp.pad(own_BGS, ((0, 0), (0, 1), (0, 0)), constant_values=True)
         open_BGTS = mask_BTS[:, None] & own_BGS[:, :, None]
-        pointer_BGTS = jax.nn.softmax(jnp.where(open_BGTS, logit_BGTS, CLOSED))
+        pointer_BGTS = jax.nn.softmax(jnp.where(open_BGTS, logit_BGTS, MASK_VALUE))
         logit_BTX = state_BTD @ self.weight_DX[...] + self.bias_X[...]
         # A pointer with nothing to point at would be spread over what it must not see.
         can_BTG = jnp.moveaxis(jnp.any(open_BGTS, axis=-1), 1, 2)
         can_BTX = jnp.pad(can_BTG, ((0, 0), (0, 0), (1, 0)), constant_values=True)
-        log_weight_BTX = jax.nn.log_softmax(jnp.where(can_BTX, logit_BTX, CLOSED))
+        log_weight_BTX = jax.nn.log_softmax(jnp.where(can_BTX, logit_BTX, MASK_VALUE))
         copy_BTS = jnp.einsum("BTG,BGTS->BTS", jnp.exp(log_weight_BTX[..., 1:]), pointer_BGTS)
-        return Answers(log_weight_BTX, copy_BTS)
+        return PointerMixture(log_weight_BTX, copy_BTS)
 
 
 def _favour_catalogue(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

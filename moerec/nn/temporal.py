@@ -103,7 +103,7 @@ class TimeEmbedding(nnx.Module):
         self.calendar = calendar
 
     def __call__(
-        self, time_BT: jax.Array, shift_BT: jax.Array, since_BT: jax.Array, last_BTZ: jax.Array | None = None
+        self, time_BT: jax.Array, utc_offset_BT: jax.Array, since_BT: jax.Array, last_BTZ: jax.Array | None = None
     ) -> jax.Array:
         """Vectors `[B, T, D]`.
 
@@ -111,7 +111,7 @@ class TimeEmbedding(nnx.Module):
         its gap counts; and the times from which its gaps in services count. int32 seconds since 2000, or `NO_TIME`.
         """
         parts = []
-        clock_BT = jnp.where(time_BT == NO_TIME, NO_TIME, time_BT + shift_BT)
+        clock_BT = jnp.where(time_BT == NO_TIME, NO_TIME, time_BT + utc_offset_BT)
         if self.wave_XD is not None:
             parts.append(calendar_waves(clock_BT, self.calendar) @ self.wave_XD[...])
         else:

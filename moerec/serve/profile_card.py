@@ -1,4 +1,4 @@
-"""One person's profile in words: how much of which aspect, what matters to two requests, what the context changes."""
+"""One user's profile in words: how much of which aspect, what matters to two requests, what the context changes."""
 
 import datetime
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from moerec.nn.model import SequenceModel
 from moerec.nn.profile import MemoryParams, UserState
 from moerec.nn.profile.memory import decay_rates, evidence
 from moerec.serve.profiles import observe_events, start_profile
-from moerec.serve.recommender import Request, Trained, find_history, recommend
-from moerec.types import ItemTable
+from moerec.serve.recommender import RecommendRequest, Run, find_history, recommend
+from moerec.types import Catalog
 
 N_TOKENS = 3  # attributes that name an aspect
 LEAST_SHARE = 0.005  # of all that is written, of an attribute that may name one
@@ -40,7 +40,7 @@ class Aspect(NamedTuple):
     relevance: list[float]
 
 
-class Wish(NamedTuple):
+class ContextEffect(NamedTuple):
     """An item that some of the lists hold; its rank (from 1) and probability by the value of the feature."""
 
     service: str
@@ -50,15 +50,15 @@ class Wish(NamedTuple):
     p: dict[str, float]
 
 
-class Portrait(NamedTuple):
+class ProfileCard(NamedTuple):
     """Attributes:
-    person, fields: name, and the static profile fields that are known. n_events: by service.
+    user, fields: name, and the static profile fields that are known. n_events: by service.
     requests: times, UTC, and the context of all of them. aspects: by what they matter to the first request.
     field_relevance: to each request, of the slot of static fields.
     feature, wishes: the feature of the context that is varied in the first request, and what is then in the lists.
     """
 
-    person: str
+    user: str
     fields: dict[str, str]
     n_events: dict[str, int]
     requests: list[str]
@@ -66,13 +66,13 @@ class Portrait(NamedTuple):
     aspects: list[Aspect]
     field_relevance: list[float]
     feature: str
-    wishes: list[Wish]
+    context_effects: list[ContextEffect]
 
 
-def portray(
-    trained: Trained, person: str, times: list[int], context: Mapping[str, str], feature: str, top_k: int
-) -> Portrait:
-    """The portrait of a person.
+def summarize_profile(
+    trained: Run, user: str, times: list[int], context: Mapping[str, str], feature: str, top_k: int
+) -> ProfileCard:
+    """The portrait of a user.
 
     Args:
       times: of the requests, unix seconds; none: a Saturday's evening and a Monday's morning after the last event.
@@ -88,15 +88,15 @@ def portray(
         raise InputError("--workdir: this run keeps no profile of aspects; train it with model.personal.layers")
     if feature and feature not in dataset.context:
         raise InputError(f"--vary: {feature!r} is none of {', '.join(dataset.context) or 'no features'}")
-    asked = make_requests(trained, person, times, context)
-    answers = [recommend(trained, person, request, top_k) for request in asked]
-    rows = find_history(trained, person, asked[0])
+    asked = make_requests(trained, user, times, context)
+    answers = [recommend(trained, user, request, top_k) for request in asked]
+    rows = find_history(trained, user, asked[0])
     relevance_QM = np.stack([np.asarray(answer.relevance) for answer in answers])
     aspects = _list_aspects(trained, rows, asked[0], relevance_QM)
-    at = int(np.flatnonzero(dataset.people == person)[0])
+    at = int(np.flatnonzero(dataset.users == user)[0])
     services = np.bincount(dataset.event_service[rows], minlength=dataset.catalogue.n_services)
-    return Portrait(
-        person=person,
+    return ProfileCard(
+        user=user,
         fields={name: str(values[at]) for name, values in dataset.profile.items() if values[at]},
         n_events=dict(zip(dataset.catalogue.services, services.tolist(), strict=True)),
         requests=[_say_time(int(request.time or 0)) for request in asked],
@@ -104,22 +104,22 @@ def portray(
         aspects=sorted(aspects, key=lambda aspect: -aspect.relevance[0]),
         field_relevance=relevance_QM[:, -1].tolist(),
         feature=feature,
-        wishes=_vary(trained, person, asked[0], feature, top_k),
+        context_effects=_vary(trained, user, asked[0], feature, top_k),
     )
 
 
-def make_requests(trained: Trained, person: str, times: list[int], context: Mapping[str, str]) -> list[Request]:
-    """The requests of `portray`."""
+def make_requests(trained: Run, user: str, times: list[int], context: Mapping[str, str]) -> list[RecommendRequest]:
+    """The requests of `summarize_profile`."""
     dataset = trained.data.dataset
-    last = find_history(trained, person, Request(times[0] if times else None))[-1]
+    last = find_history(trained, user, RecommendRequest(times[0] if times else None))[-1]
     time = int(dataset.log.time[last])
     if not times:
         if time == UNKNOWN_TIME:
-            raise InputError(f"--time: is needed, as the last event of {person!r} has none")
+            raise InputError(f"--time: is needed, as the last event of {user!r} has none")
         times = [next_time(time, 5, 20), next_time(time, 0, 8)]
     known = zip(dataset.context.items(), dataset.log.context[last], strict=True)
     before = {name: values[code - 1] for (name, values), code in known if 0 < code <= len(values)}
-    return [Request(when, {**before, **context}) for when in times]
+    return [RecommendRequest(when, {**before, **context}) for when in times]
 
 
 def next_time(after: int, weekday: int, hour: int) -> int:
@@ -130,7 +130,7 @@ def next_time(after: int, weekday: int, hour: int) -> int:
     return int((found if found > when else found + datetime.timedelta(days=7)).timestamp())
 
 
-def _list_aspects(trained: Trained, rows: np.ndarray, request: Request, relevance_QM: np.ndarray) -> list[Aspect]:
+def _list_aspects(trained: Run, rows: np.ndarray, request: RecommendRequest, relevance_QM: np.ndarray) -> list[Aspect]:
     model, personal = trained.model, trained.config.model.personal
     assert isinstance(model.profile, MemoryParams)
     state = observe_history(trained, rows)
@@ -144,8 +144,8 @@ def _list_aspects(trained: Trained, rows: np.ndarray, request: Request, relevanc
     return [Aspect(number, *values) for number, values in enumerate(zip(*columns, strict=True))]
 
 
-def observe_history(trained: Trained, rows: np.ndarray) -> UserState:
-    """The person's state after these rows of the log."""
+def observe_history(trained: Run, rows: np.ndarray) -> UserState:
+    """The user's state after these rows of the log."""
     rows, nobody = rows[-trained.config.data.history_len :], start_profile(trained.model)
     start = jax.tree.map(lambda leaf: leaf[None], nobody)
     log = trained.data.dataset.log
@@ -153,7 +153,7 @@ def observe_history(trained: Trained, rows: np.ndarray) -> UserState:
     return jax.tree.map(lambda leaf: leaf[0], states)
 
 
-def name_aspects(catalogue: Catalogue, model: SequenceModel, table: ItemTable) -> list[dict[str, float]]:
+def name_aspects(catalogue: Catalogue, model: SequenceModel, table: Catalog) -> list[dict[str, float]]:
     """For each aspect the attributes that stand out in what is written into it, items weighed by their training count.
 
     Where the catalogue has no attributes, the items themselves are named.
@@ -175,7 +175,7 @@ def name_aspects(catalogue: Catalogue, model: SequenceModel, table: ItemTable) -
     ]
 
 
-def _vary(trained: Trained, person: str, request: Request, feature: str, top_k: int) -> list[Wish]:
+def _vary(trained: Run, user: str, request: RecommendRequest, feature: str, top_k: int) -> list[ContextEffect]:
     """What is among the first in the list of some value of the feature, and where it stands for each."""
     catalogue = trained.data.dataset.catalogue
     rank: dict[str, dict[int, int]] = {}
@@ -184,7 +184,7 @@ def _vary(trained: Trained, person: str, request: Request, feature: str, top_k: 
     now = [value for value in values if value == request.context.get(feature)]
     for value in [*now, *(value for value in values if value not in now)][:N_VALUES]:
         varied = request._replace(context={**request.context, feature: value}) if feature else request
-        answer = recommend(trained, person, varied, catalogue.n_items)
+        answer = recommend(trained, user, varied, catalogue.n_items)
         rank[value] = {int(item): place for place, item in enumerate(answer.item, 1)}
         log_p[value] = dict(zip(answer.item.tolist(), answer.log_p.tolist(), strict=True))
     listed = sorted(
@@ -192,7 +192,7 @@ def _vary(trained: Trained, person: str, request: Request, feature: str, top_k: 
         key=lambda item: [places[item] for places in rank.values()],
     )
     return [
-        Wish(
+        ContextEffect(
             catalogue.services[catalogue.service[item]],
             str(catalogue.ids[item]),
             str(catalogue.text[item]),
@@ -207,40 +207,40 @@ def _say_time(time: int) -> str:
     return f"{datetime.datetime.fromtimestamp(time, datetime.UTC):%a %Y-%m-%d %H:%M}"
 
 
-def describe_portrait(portrait: Portrait) -> dict[str, Any]:
+def describe_card(card: ProfileCard) -> dict[str, Any]:
     """Nested dictionaries and lists, for JSON."""
-    plain = portrait._asdict()
-    return {**plain, **{name: [x._asdict() for x in plain[name]] for name in ("aspects", "wishes")}}
+    plain = card._asdict()
+    return {**plain, **{name: [x._asdict() for x in plain[name]] for name in ("aspects", "context_effects")}}
 
 
-def render_portrait(portrait: Portrait) -> str:
+def render_card(card: ProfileCard) -> str:
     """The portrait for a terminal."""
-    services = ", ".join(f"{name} {n}" for name, n in portrait.n_events.items())
-    fields = ", ".join(f"{name} {value}" for name, value in portrait.fields.items()) or "no fields"
-    context = ", ".join(f"{name}={value}" for name, value in portrait.context.items()) or "context not known"
-    heads = [when[:3] + when[-6:] for when in portrait.requests]
-    heads = heads if len(set(heads)) == len(heads) else portrait.requests  # on the same days of two weeks
-    lives = [", ".join(map(_say_hours, aspect.half_lives)) for aspect in portrait.aspects]
+    services = ", ".join(f"{name} {n}" for name, n in card.n_events.items())
+    fields = ", ".join(f"{name} {value}" for name, value in card.fields.items()) or "no fields"
+    context = ", ".join(f"{name}={value}" for name, value in card.context.items()) or "context not known"
+    heads = [when[:3] + when[-6:] for when in card.requests]
+    heads = heads if len(set(heads)) == len(heads) else card.requests  # on the same days of two weeks
+    lives = [", ".join(map(_say_hours, aspect.half_lives)) for aspect in card.aspects]
     width = max(14, *map(len, lives))
     lines = [
-        f"{portrait.person}: {fields}; {sum(portrait.n_events.values())} events ({services})",
-        "requests: " + "; ".join(portrait.requests) + f" UTC; {context}",
+        f"{card.user}: {fields}; {sum(card.n_events.values())} events ({services})",
+        "requests: " + "; ".join(card.requests) + f" UTC; {context}",
         "",
         f"aspect  evidence  {'half-lives':{width}s}  relevance to {'  '.join(heads)}   stands for",
     ]
-    for aspect, lived in zip(portrait.aspects, lives, strict=True):
+    for aspect, lived in zip(card.aspects, lives, strict=True):
         told = "  ".join(f"{r:{len(head)}.2f}" for r, head in zip(aspect.relevance, heads, strict=True))
         meaning = ", ".join(f"{token} x{lift:.1f}" for token, lift in aspect.stands_for.items())
         lines.append(f"{aspect.number:6d}  {aspect.evidence:8.1f}  {lived:{width}s}               {told}   {meaning}")
-    told = "  ".join(f"{r:{len(head)}.2f}" for r, head in zip(portrait.field_relevance, heads, strict=True))
+    told = "  ".join(f"{r:{len(head)}.2f}" for r, head in zip(card.field_relevance, heads, strict=True))
     lines += [f"{'fields':{width + 33}s}{told}", ""]
-    values = list(portrait.wishes[0].rank) if portrait.wishes else []
-    by = f" by {portrait.feature}" if portrait.feature else ""
-    lines.append(f"{portrait.requests[0]}, rank and p{by}")
+    values = list(card.context_effects[0].rank) if card.context_effects else []
+    by = f" by {card.feature}" if card.feature else ""
+    lines.append(f"{card.requests[0]}, rank and p{by}")
     lines.append("".join(f"{value:>14s}" for value in values))
-    for wish in portrait.wishes:
-        cells = "".join(f"{wish.rank[value]:6d} {wish.p[value]:7.4f}" for value in values)
-        lines.append(f"{cells}  {wish.service:<12s} {wish.id:<10s} {wish.text}".rstrip())
+    for effect in card.context_effects:
+        cells = "".join(f"{effect.rank[value]:6d} {effect.p[value]:7.4f}" for value in values)
+        lines.append(f"{cells}  {effect.service:<12s} {effect.id:<10s} {effect.text}".rstrip())
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-"""Profiles of people between runs of a program: taken further event by event, and kept in a store.
+"""Profiles of users between runs of a program: taken further event by event, and kept in a store.
 
-A profile in the store has seen the first `n_events` of its person's events. What came later stands in the row that the
-model is given, and the profile is the state that this row begins with: so nothing is counted twice, and a person's
+A profile in the store has seen the first `n_events` of its user's events. What came later stands in the row that the
+model is given, and the profile is the state that this row begins with: so nothing is counted twice, and a user's
 whole past counts at the cost of the last events.
 """
 
@@ -22,23 +22,23 @@ from moerec.nn.model import SequenceModel
 from moerec.nn.profile import Event, UserState
 from moerec.nn.profile.profile_router import make_personalizer
 from moerec.serve.profile_store import ProfileStore
-from moerec.types import NO_TIME, ItemTable
+from moerec.types import NO_TIME, Catalog
 
-N_PEOPLE, N_EVENTS = 1024, 64  # whose states, and how many of their events, one compiled call takes
+N_USERS, N_EVENTS = 1024, 64  # whose states, and how many of their events, one compiled call takes
 
 
-class Progress(NamedTuple):
-    """What `feed` did: people whose profile was taken further, the events that it took in, and the people of whom no
+class FeedResult(NamedTuple):
+    """What `feed` did: users whose profile was taken further, the events that it took in, and the users of whom no
     event is old enough for a profile.
     """
 
-    n_people: int
+    n_users: int
     n_events: int
     n_too_recent: int
 
 
 def count_recent(config: Config) -> int:
-    """The last events of a person that are to stay out of the store, for the row that the model is given.
+    """The last events of a user that are to stay out of the store, for the row that the model is given.
 
     With a window those that an answer reaches by attention, and one more, whose gap to the event before is not known;
     as many as a row holds without one, and where each event knows the last ones in all services. Answers are then what
@@ -87,31 +87,31 @@ def _digest(model: SequenceModel) -> str:
     return f"profile parameters {sha.hexdigest()}"
 
 
-def read_profile(store: ProfileStore, model: SequenceModel, dataset: Dataset, person: str) -> tuple[UserState, bool]:
-    """A person's profile, and whether the store has one; if not, it is that of somebody unknown.
+def read_profile(store: ProfileStore, model: SequenceModel, dataset: Dataset, user: str) -> tuple[UserState, bool]:
+    """A user's profile, and whether the store has one; if not, it is that of somebody unknown.
 
     Raises:
-      InputError: the profile has seen other events than the first of the person's in the data.
+      InputError: the profile has seen other events than the first of the user's in the data.
     """
-    states, _, found = store.read([person], start_profile(model))
-    at = np.flatnonzero(dataset.people == person)
+    states, _, found = store.read([user], start_profile(model))
+    at = np.flatnonzero(dataset.users == user)
     if len(at):  # else `recommend` says so
         _check_seen(dataset, at, states)
     return jax.tree.map(lambda leaf: leaf[0], states), bool(found[0])
 
 
-def _check_seen(dataset: Dataset, people: np.ndarray, states: UserState) -> None:
-    """Refuses states whose count of events and time are not those of a beginning of the people's histories."""
+def _check_seen(dataset: Dataset, users: np.ndarray, states: UserState) -> None:
+    """Refuses states whose count of events and time are not those of a beginning of the users's histories."""
     log = dataset.log
     seen = np.asarray(states.n_events, np.int64)
     known = np.where(log.time == UNKNOWN_TIME, -1, np.arange(log.n_events))
     latest = np.maximum.accumulate(known) if log.n_events else known  # the last row up to each whose time is known
-    start = log.offsets[people]
+    start = log.offsets[users]
     row = np.where(seen > 0, latest[np.minimum(start + seen, log.n_events) - 1], -1)
     time = np.where(row >= start, device_time(log.time[np.maximum(row, 0)]), NO_TIME)
-    wrong = (seen > log.offsets[people + 1] - start) | (time != states.time)
+    wrong = (seen > log.offsets[users + 1] - start) | (time != states.time)
     if wrong.any():
-        name = str(dataset.people[people[np.argmax(wrong)]])
+        name = str(dataset.users[users[np.argmax(wrong)]])
         raise InputError(f"--profiles: the profile of {name!r} has seen other events than those in the data")
 
 
@@ -119,19 +119,19 @@ def feed(
     store: ProfileStore,
     model: SequenceModel,
     dataset: Dataset,
-    table: ItemTable,
+    table: Catalog,
     recent: int,
     before: int | None = None,
-) -> Progress:
+) -> FeedResult:
     """Takes everybody's profile in the store further, in batches that are on disk or not there at all.
 
     A call after an interruption, or after new events, goes on where the profiles are.
 
     Args:
-      recent: the last events of each person that stay out. before: unix seconds; events from then on stay out, too.
+      recent: the last events of each user that stay out. before: unix seconds; events from then on stay out, too.
 
     Raises:
-      InputError: a profile has seen other events than those of its person in the data.
+      InputError: a profile has seen other events than those of its user in the data.
       VersionConflict: somebody else wrote to the store in the meantime; what is written stays.
     """
     log = dataset.log
@@ -139,12 +139,12 @@ def feed(
     out = np.append(np.flatnonzero(is_out), log.n_events)
     end = np.minimum(out[np.searchsorted(out, log.offsets[:-1])], log.offsets[1:])
     wanted = np.maximum(end - log.offsets[:-1] - recent, 0)
-    people = np.flatnonzero(wanted)
-    people = people[np.argsort(-wanted[people], kind="stable")]  # batches of histories of about one length
-    done = Progress(0, 0, log.n_people - len(people))
-    for lo in range(0, len(people), N_PEOPLE):
-        chosen = people[lo : lo + N_PEOPLE]
-        names = [str(name) for name in dataset.people[chosen]]
+    users = np.flatnonzero(wanted)
+    users = users[np.argsort(-wanted[users], kind="stable")]  # batches of histories of about one length
+    done = FeedResult(0, 0, log.n_users - len(users))
+    for lo in range(0, len(users), N_USERS):
+        chosen = users[lo : lo + N_USERS]
+        names = [str(name) for name in dataset.users[chosen]]
         states, versions, _ = store.read(names, start_profile(model))
         _check_seen(dataset, chosen, states)
         first = log.offsets[chosen] + states.n_events
@@ -155,14 +155,14 @@ def feed(
         after = observe_events(model, table, log, states, first, n_new)
         moved = jax.tree.map(lambda leaf, is_new=is_new: leaf[is_new], after)
         store.update([name for name, new in zip(names, is_new, strict=True) if new], moved, versions[is_new])
-        done = done._replace(n_people=done.n_people + int(is_new.sum()), n_events=done.n_events + int(n_new.sum()))
+        done = done._replace(n_users=done.n_users + int(is_new.sum()), n_events=done.n_events + int(n_new.sum()))
     return done
 
 
 def observe_events(
-    model: SequenceModel, table: ItemTable, log: EventLog, states: UserState, first: np.ndarray, n_new: np.ndarray
+    model: SequenceModel, table: Catalog, log: EventLog, states: UserState, first: np.ndarray, n_new: np.ndarray
 ) -> UserState:
-    """States `[P, ...]` after each person's next events, one after the other, as a service would keep them.
+    """States `[P, ...]` after each user's next events, one after the other, as a service would keep them.
 
     Args:
       first, n_new: `[P]`, the rows of the log `first .. first + n_new`.
@@ -178,10 +178,10 @@ def observe_events(
 
 
 @jax.jit
-def _observe(model: SequenceModel, states: UserState, events: tuple[jax.Array, ...], table: ItemTable) -> UserState:
+def _observe(model: SequenceModel, states: UserState, events: tuple[jax.Array, ...], table: Catalog) -> UserState:
     """Args: `events` are item, action, time and whether there is one, each `[T, P]`."""
     personalizer = make_personalizer(model.config, model.field_sizes)
-    observe = jax.vmap(personalizer.observe, (None, 0, 0))
+    observe = jax.vmap(personalizer.update, (None, 0, 0))
 
     def step(states, event):
         item_P, action_P, time_P, is_event_P = event
@@ -195,7 +195,7 @@ def _observe(model: SequenceModel, states: UserState, events: tuple[jax.Array, .
     return jax.lax.scan(step, states, events)[0]
 
 
-def forget(store: ProfileStore, people: Sequence[str]) -> list[str]:
-    """Removes people's profiles for good; returns the names of those who had none."""
-    there = store.delete(people)
-    return [name for name, found in zip(people, there, strict=True) if not found]
+def forget(store: ProfileStore, users: Sequence[str]) -> list[str]:
+    """Removes users's profiles for good; returns the names of those who had none."""
+    there = store.delete(users)
+    return [name for name, found in zip(users, there, strict=True) if not found]

@@ -1,4 +1,4 @@
-"""A trained run that answers: what one person wants next, at some time and in some context, and why."""
+"""A trained run that answers: what one user wants next, at some time and in some context, and why."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from moerec.config import Config
 from moerec.config.stored import read_config
 from moerec.data.binning import NUMBER, find_ranges, name_ranges
 from moerec.data.dataset import UNKNOWN_TIME, Dataset
-from moerec.data.load import Prepared, reload_data
+from moerec.data.load import RunData, reload_data
 from moerec.data.packing import device_time, fill_batch
 from moerec.data.splits import parse_date
 from moerec.data.timezones import find_zones
@@ -30,17 +30,17 @@ from moerec.serve.profiles import observe_events
 from moerec.train.checkpoint import Checkpoints
 from moerec.train.loop import make_sizes
 from moerec.train.step import evaluated_model, init_state
-from moerec.types import NO_TIME, Batch, ItemTable
+from moerec.types import NO_TIME, Batch, Catalog
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class Run:
     """A run's configuration, data, best parameters, and what those need of the catalogue."""
 
     config: Config
-    data: Prepared
+    data: RunData
     model: SequenceModel
-    table: ItemTable
+    table: Catalog
 
     @functools.cached_property
     def known(self) -> tuple[np.ndarray, ...]:
@@ -53,7 +53,7 @@ class Trained:
         return catalogue_vectors(self.model, self.table)
 
 
-class Request(NamedTuple):
+class RecommendRequest(NamedTuple):
     """When something is wanted, unix seconds (None: not known), and its context by name; what is left out is missing.
 
     Events at or after the time are no history. `service` narrows the list to one service's catalogue.
@@ -64,7 +64,7 @@ class Request(NamedTuple):
     service: str = ""
 
 
-class Answer(NamedTuple):
+class Recommendation(NamedTuple):
     """Attributes:
     item: `[K]` int64 items of the catalogue, best first. log_p: `[K]`, log-softmax of the scores over the union: logs
     of probabilities if the loss ranks the union (not under `loss.scope=service` or `loss.kind=one_negative`).
@@ -80,7 +80,7 @@ class Answer(NamedTuple):
     weight: np.ndarray | None
 
 
-def load_run(workdir: Path) -> Trained:
+def load_run(workdir: Path) -> Run:
     """The best parameters of a finished run, on one device; nothing is written.
 
     Raises:
@@ -102,11 +102,13 @@ def load_run(workdir: Path) -> Trained:
         state, _ = checkpoints.restore_best(like)
     finally:
         checkpoints.close()
-    return Trained(config, data, evaluated_model(state), jax.device_put(data.item_table, replicated(mesh)))
+    return Run(config, data, evaluated_model(state), jax.device_put(data.item_table, replicated(mesh)))
 
 
-def recommend(trained: Trained, person: str, request: Request, n: int, profile: UserState | None = None) -> Answer:
-    """The `n` items that a person most probably wants next, after all of their events before the request.
+def recommend(
+    trained: Run, user: str, request: RecommendRequest, n: int, profile: UserState | None = None
+) -> Recommendation:
+    """The `n` items that a user most probably wants next, after all of their events before the request.
 
     Items that they had by then are no candidates where the configuration says so (`eval.mask_seen`). Of the events the
     model is given the last `data.history_len`; with a `profile`, those that it has not seen, and it beside them.
@@ -118,7 +120,7 @@ def recommend(trained: Trained, person: str, request: Request, n: int, profile: 
     config, dataset = trained.config, trained.data.dataset
     if n < 1:
         raise InputError("--top_k: must be at least 1")
-    rows = find_history(trained, person, request)
+    rows = find_history(trained, user, request)
     allowed = np.ones(dataset.catalogue.n_items, bool)
     if request.service:
         if request.service not in dataset.catalogue.services:
@@ -132,10 +134,10 @@ def recommend(trained: Trained, person: str, request: Request, n: int, profile: 
     score_I, found = _score(trained.model, *asked, trained.table, trained.vectors, profile)
     log_p_I = np.asarray(jax.nn.log_softmax(score_I), np.float64)
     best = np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
-    return Answer(best, log_p_I[best], *(None if x is None else np.asarray(x) for x in found))
+    return Recommendation(best, log_p_I[best], *(None if x is None else np.asarray(x) for x in found))
 
 
-def _continue_profile(trained: Trained, rows: np.ndarray, profile: UserState) -> tuple[np.ndarray, UserState]:
+def _continue_profile(trained: Run, rows: np.ndarray, profile: UserState) -> tuple[np.ndarray, UserState]:
     """The rows that the model is given, and the profile before them, `[1, ...]`."""
     rest, start = rows[int(profile.n_events) :], jax.tree.map(lambda leaf: leaf[None], profile)
     if not len(rest):
@@ -151,7 +153,7 @@ def _continue_profile(trained: Trained, rows: np.ndarray, profile: UserState) ->
 
 
 @jax.jit
-def _score(model, batch: Batch, slot: jax.Array, table: ItemTable, vectors, start_B: UserState | None):
+def _score(model, batch: Batch, slot: jax.Array, table: Catalog, vectors, start_B: UserState | None):
     """Scores `[I]` of all items, whose `catalogue_vectors` are given, at a flat slot; and what else the model says."""
     output = model.encode(batch, table, vector_ID=vectors[0], start_B=start_B)
     score_QI = score_output(output, batch, slot[None], vectors)
@@ -167,12 +169,12 @@ def _score(model, batch: Batch, slot: jax.Array, table: ItemTable, vectors, star
     return score_QI[0], found
 
 
-def find_history(trained: Trained, person: str, request: Request) -> np.ndarray:
-    """Rows of the log: the person's events before the request."""
+def find_history(trained: Run, user: str, request: RecommendRequest) -> np.ndarray:
+    """Rows of the log: the user's events before the request."""
     dataset = trained.data.dataset
-    (at,) = np.nonzero(dataset.people == person)
+    (at,) = np.nonzero(dataset.users == user)
     if not len(at):
-        raise InputError(f"--person: nobody is called {person!r}; the first is {str(dataset.people[0])!r}")
+        raise InputError(f"--user: nobody is called {user!r}; the first is {str(dataset.users[0])!r}")
     rows = np.arange(*dataset.log.offsets[at[0] : at[0] + 2])
     when = ""
     if request.time is not None:
@@ -182,16 +184,16 @@ def find_history(trained: Trained, person: str, request: Request) -> np.ndarray:
         rows = rows[(time == UNKNOWN_TIME) | (time < request.time)]
         when = " before --time"
     if not len(rows):
-        raise InputError(f"--person: {person!r} has no events{when}")
+        raise InputError(f"--user: {user!r} has no events{when}")
     return rows
 
 
-def _make_batch(trained: Trained, rows: np.ndarray, request: Request) -> tuple[Batch, int]:
+def _make_batch(trained: Run, rows: np.ndarray, request: RecommendRequest) -> tuple[Batch, int]:
     """The last events of a history in one row, and the slot whose request this is."""
     data, dataset = trained.config.data, trained.data.dataset
     rows = rows[-data.history_len :]
     n, last = len(rows), len(rows) - 1
-    person = np.searchsorted(dataset.log.offsets, rows[:1], side="right") - 1
+    user = np.searchsorted(dataset.log.offsets, rows[:1], side="right") - 1
     batch = fill_batch(
         dataset.log,
         slot=np.arange(n),
@@ -201,19 +203,19 @@ def _make_batch(trained: Trained, rows: np.ndarray, request: Request) -> tuple[B
         segment=np.ones(n, np.int32),
         weight=np.zeros(n, np.float32),
         shape=(1, data.seq_len),
-        fields=np.repeat(dataset.profile_codes[0][person], n, axis=0),
+        fields=np.repeat(dataset.profile_codes[0][user], n, axis=0),
     )
     time = np.array([UNKNOWN_TIME if request.time is None else request.time], np.int64)
     code_C = encode_context(dataset, data.schema.edges, request.context)
     zones = find_zones(dataset, data.schema)  # by what was said, be it known to the model or not
-    shift = np.zeros(1, np.int32) if zones is None else zones.find_shifts(person, time, code_C[None])
+    utc_offset = np.zeros(1, np.int32) if zones is None else zones.find_utc_offsets(user, time, code_C[None])
     batch.request_time_BT[0, last] = device_time(time)[0]
-    batch.request_shift_BT[0, last] = shift[0]
+    batch.request_utc_offset_BT[0, last] = utc_offset[0]
     batch.request_context_BTC[0, last] = _hide_unknown(trained, code_C)
     return batch, last
 
 
-def _hide_unknown(trained: Trained, code_C: np.ndarray) -> np.ndarray:
+def _hide_unknown(trained: Run, code_C: np.ndarray) -> np.ndarray:
     """The codes with "unseen" for those that no event has; the model knows all of the built-in world's."""
     if trained.data.world is not None:
         return code_C
@@ -248,7 +250,7 @@ def _find_code(name: str, value: str, values: tuple[str, ...], edges: tuple[floa
     return int(find_ranges(np.array(float(value)), edges))
 
 
-def list_unseen(trained: Trained, context: Mapping[str, str]) -> list[str]:
+def list_unseen(trained: Run, context: Mapping[str, str]) -> list[str]:
     """A line for each value of a request that the model has never seen."""
     dataset, edges = trained.data.dataset, trained.config.data.schema.edges
     code_C = _hide_unknown(trained, encode_context(dataset, edges, context))
@@ -259,7 +261,7 @@ def list_unseen(trained: Trained, context: Mapping[str, str]) -> list[str]:
     ]
 
 
-def read_request(context: list[str], time: str, service: str) -> Request:
+def read_request(context: list[str], time: str, service: str) -> RecommendRequest:
     """A request in words: entries `name=value` or `name=value,name=value`; an ISO date and time (UTC), or nothing."""
     features: dict[str, str] = {}
     for entry in (part for given in context for part in re.split(r",(?=[^,=]+=)", given)):
@@ -269,10 +271,10 @@ def read_request(context: list[str], time: str, service: str) -> Request:
         if name in features:
             raise InputError(f"--context: {name} is there twice")
         features[name] = value
-    return Request(parse_date(time, "--time") if time else None, features, service)
+    return RecommendRequest(parse_date(time, "--time") if time else None, features, service)
 
 
-def _name_relevance(trained: Trained, relevance_M: np.ndarray) -> dict[str, float]:
+def _name_relevance(trained: Run, relevance_M: np.ndarray) -> dict[str, float]:
     """By aspects, as a portrait numbers them; by slots where a memory has no aspects."""
     *of_slots, of_fields = relevance_M.tolist()
     kind, parts = "slot", of_slots
@@ -281,7 +283,7 @@ def _name_relevance(trained: Trained, relevance_M: np.ndarray) -> dict[str, floa
     return {**{f"{kind} {k}": x for k, x in enumerate(parts)}, "fields": of_fields}
 
 
-def describe_answer(trained: Trained, answer: Answer) -> dict[str, Any]:
+def describe_answer(trained: Run, answer: Recommendation) -> dict[str, Any]:
     """The answer by names, and as `lines` of text."""
     catalogue = trained.data.dataset.catalogue
     service = catalogue.service[answer.item]

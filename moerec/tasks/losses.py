@@ -15,7 +15,7 @@ import numpy as np
 from moerec.config import LossConfig, MoEConfig
 from moerec.nn.model import SequenceModel
 from moerec.nn.moe.balance import balance_losses, weigh_losses
-from moerec.types import Answers, Batch, ItemTable, Routing
+from moerec.types import Batch, Catalog, PointerMixture, Routing
 
 
 class Candidates(NamedTuple):
@@ -41,7 +41,7 @@ def sampling_cdf(count_I: np.ndarray, power: float) -> np.ndarray:
     return (np.cumsum(width) - 1).astype(np.uint32)
 
 
-def draw_candidates(key: jax.Array, cdf_I: jax.Array, n: int) -> Candidates:
+def sample_negatives(key: jax.Array, cdf_I: jax.Array, n: int) -> Candidates:
     """n draws with replacement from `cdf_I` and their log-Q corrections."""
     item_M = jnp.searchsorted(cdf_I, jax.random.bits(key, (n,), jnp.uint32), side="left").astype(jnp.int32)
     before = jnp.where(item_M > 0, cdf_I[item_M - 1], jnp.uint32(0xFFFFFFFF))
@@ -60,7 +60,7 @@ def _multiply_high(a: jax.Array, b: jax.Array) -> jax.Array:
     return a1 * b1 + ((a1 * b0) >> 16) + ((a0 * b1) >> 16) + (middle >> 16)
 
 
-def draw_in_service(key: jax.Array, cdf_I: jax.Array, service_I: jax.Array, item_S: jax.Array) -> jax.Array:
+def sample_in_service(key: jax.Array, cdf_I: jax.Array, service_I: jax.Array, item_S: jax.Array) -> jax.Array:
     """One item `[S]` a slot from the service of the slot's item, with the probabilities of `cdf_I` within it."""
     service_S = service_I[item_S]  # `service_I` rises: a service's items stand together
     first_S = jnp.searchsorted(service_I, service_S, side="left")
@@ -114,7 +114,9 @@ def _chunk_terms(slots, mixture_C, vector_MD, offset_M, item_M, scope_M):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(9,))
-def contrast(h_SD, positive_S, vector_MD, offset_M, mixture, target_S, scope_S, item_M, scope_M_weight_S, chunk):
+def chunked_softmax_xent(
+    h_SD, positive_S, vector_MD, offset_M, mixture, target_S, scope_S, item_M, scope_M_weight_S, chunk
+):
     """Sum over slots of `-weight * log(share * exp(positive) / (exp(positive) + sum of exp(score)) + rest)`.
 
     The sum runs over the candidates. The gradient is formed in the forward pass, chunk by chunk, so that the `[S, M]`
@@ -129,12 +131,10 @@ def contrast(h_SD, positive_S, vector_MD, offset_M, mixture, target_S, scope_S, 
       chunk: slots whose logits are formed at once.
     """
     operands = (h_SD, positive_S, vector_MD, offset_M, mixture, target_S, scope_S, item_M, scope_M_weight_S)
-    return _contrast_forward(*operands, chunk)[0]
+    return _xent_forward(*operands, chunk)[0]
 
 
-def _contrast_forward(
-    h_SD, positive_S, vector_MD, offset_M, mixture, target_S, scope_S, item_M, scope_M_weight_S, chunk
-):
+def _xent_forward(h_SD, positive_S, vector_MD, offset_M, mixture, target_S, scope_S, item_M, scope_M_weight_S, chunk):
     scope_M, weight_S = scope_M_weight_S
     s = h_SD.shape[0]
     n_chunks = -(-s // chunk)
@@ -160,11 +160,11 @@ def _contrast_forward(
     return loss, (d_h, d_positive, d_vector, d_offset, d_mixture)
 
 
-def _contrast_backward(chunk, gradients, g):
+def _xent_backward(chunk, gradients, g):
     return *jax.tree.map(lambda d: g * d, gradients), None, None, None, None
 
 
-contrast.defvjp(_contrast_forward, _contrast_backward)
+chunked_softmax_xent.defvjp(_xent_forward, _xent_backward)
 
 
 class Sums(NamedTuple):
@@ -185,7 +185,7 @@ class Sums(NamedTuple):
 def sum_losses(
     model: SequenceModel,
     batch: Batch,
-    table: ItemTable,
+    table: Catalog,
     candidates: Candidates,
     config: LossConfig,
     dropout_key: jax.Array | None,
@@ -206,7 +206,7 @@ def sum_losses(
     return Sums(item, jnp.sum(weight_S), analyser, output.routing)
 
 
-def join_losses(sums: Sums, config: LossConfig, moe: MoEConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+def total_loss(sums: Sums, config: LossConfig, moe: MoEConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What is minimised, from the sums of a global batch, and its parts by name (`loss` is the next item's mean).
 
     The first is the sum over the slots, not the mean: gradients are divided once, when all of them are added up.
@@ -224,7 +224,7 @@ def join_losses(sums: Sums, config: LossConfig, moe: MoEConfig) -> tuple[jax.Arr
     return total, parts
 
 
-def _mix_pointers(answers: Answers, batch: Batch) -> Mixture:
+def _mix_pointers(answers: PointerMixture, batch: Batch) -> Mixture:
     """What the pointers give to each slot's target: their shares of the events that are of that item."""
     hit_BTS = batch.item_BT[:, None] == batch.target_BT[..., None]
     copied_BT = jnp.sum(jnp.where(hit_BTS, answers.copy_BTS, 0), axis=-1)
@@ -246,7 +246,7 @@ def _sum_item_losses(model, h_SD, target_S, weight_S, table, candidates, whole, 
     by_service = config.scope == "service"
     scope_S = table.service_I[target_S] if by_service else jnp.zeros_like(target_S)
     scope_M = table.service_I[candidates.item_M] if by_service else jnp.zeros_like(candidates.item_M)
-    return contrast(
+    return chunked_softmax_xent(
         h_SD,
         positive_S,
         vector_MD,

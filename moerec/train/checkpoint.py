@@ -18,18 +18,18 @@ from moerec.errors import InputError
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainProgress:
     """What a resumed run must know besides its state.
 
     Attributes:
-      best: the best validation score so far, at `best_step`; `n_worse` evaluations have passed since.
+      best: the best validation score so far, at `best_step`; `evals_since_best` evaluations have passed since.
       wall_s: time so far, over all interrupted runs; train_s of it without validation, in which n_slots were trained.
       stream: position of the data stream.
     """
 
     best: float = -1.0
     best_step: int = 0
-    n_worse: int = 0
+    evals_since_best: int = 0
     wall_s: float = 0.0
     train_s: float = 0.0
     n_slots: float = 0.0
@@ -87,7 +87,7 @@ class Checkpoints:
             )
         self._named_best = 0  # the best step that the last state on disk names
 
-    def save_last(self, step: int, state, progress: Progress) -> None:
+    def save_last(self, step: int, state, progress: TrainProgress) -> None:
         # The progress saved here names the best step, which must be on disk first; and an older best may go only when
         # the last state on disk does not name it.
         self._best.wait_until_finished()
@@ -97,14 +97,14 @@ class Checkpoints:
         self._save(self._last, step, state, progress)
         self._named_best = progress.best_step
 
-    def save_best(self, step: int, state, progress: Progress) -> None:
+    def save_best(self, step: int, state, progress: TrainProgress) -> None:
         # A run that was killed before its first `save_last` starts anew, and comes by its own best again.
         for stale in [s for s in self._best.all_steps() if s >= step]:
             self._best.delete(stale)
         self._save(self._best, step, state, progress)
 
     @staticmethod
-    def _save(manager: ocp.CheckpointManager, step: int, state, progress: Progress) -> None:
+    def _save(manager: ocp.CheckpointManager, step: int, state, progress: TrainProgress) -> None:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(flatten(state)), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
         )
@@ -116,7 +116,7 @@ class Checkpoints:
     def best_step(self) -> int | None:
         return self._best.latest_step()
 
-    def restore_last(self, like) -> tuple[Any, Progress]:
+    def restore_last(self, like) -> tuple[Any, TrainProgress]:
         """The last state, placed as `like` (a tree of arrays or of `ShapeDtypeStruct` with shardings).
 
         What a run saved as best after that point is forgotten: the resumed run finds it again, to the bit.
@@ -128,10 +128,10 @@ class Checkpoints:
         self._named_best = progress.best_step
         return state, progress
 
-    def restore_best(self, like) -> tuple[Any, Progress]:
+    def restore_best(self, like) -> tuple[Any, TrainProgress]:
         return self._restore(self._best, like)
 
-    def _restore(self, manager: ocp.CheckpointManager, like) -> tuple[Any, Progress]:
+    def _restore(self, manager: ocp.CheckpointManager, like) -> tuple[Any, TrainProgress]:
         step = manager.latest_step()
         if step is None:
             raise InputError(f"{self._folder}: holds no checkpoint")
@@ -146,7 +146,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
         )
-        return _unflatten(like, restored["state"]), Progress(**restored["progress"])
+        return _unflatten(like, restored["state"]), TrainProgress(**restored["progress"])
 
     def wait(self) -> None:
         """Until everything asked for is on disk."""

@@ -12,23 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from moerec.config import Config
-from moerec.data.load import Prepared, make_reader
+from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
 from moerec.data.splits import TEST, VALID, select_targets
 from moerec.errors import InputError, WorkError
 from moerec.eval.metrics import per_target_metrics
-from moerec.eval.ranking import EvaluationSet, rank_targets
-from moerec.nn.model import SequenceModel, Sizes
+from moerec.eval.ranking import EvalDataset, rank_targets
+from moerec.nn.model import ModelSizes, SequenceModel
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
 from moerec.tasks.losses import sampling_cdf
-from moerec.train.checkpoint import Checkpoints, Progress
-from moerec.train.malloc import keep_freed_memory
+from moerec.train.checkpoint import Checkpoints, TrainProgress
+from moerec.train.malloc import disable_malloc_trim
 from moerec.train.metric_writer import MetricWriter
 from moerec.train.step import TrainState, evaluated_model, init_state, make_train_step
-from moerec.types import Batch, ItemTable
+from moerec.types import Batch, Catalog
 
 
-class Fitted(NamedTuple):
+class TrainResult(NamedTuple):
     """What training gives.
 
     Attributes:
@@ -39,29 +39,29 @@ class Fitted(NamedTuple):
     """
 
     model: SequenceModel
-    table: ItemTable
+    table: Catalog
     step: int
     steps: int
     wall_s: float
     slots_per_s: float
     valid: dict[str, float]
-    examples: EvaluationSet
+    examples: EvalDataset
 
 
-class Setup(NamedTuple):
+class Trainer(NamedTuple):
     """What is fixed before the first step: compiled functions, the data stream, the validation targets."""
 
     state: TrainState
-    train_step: Callable[[TrainState, Batch, ItemTable], tuple[TrainState, dict[str, jax.Array]]]
-    table: ItemTable
+    train_step: Callable[[TrainState, Batch, Catalog], tuple[TrainState, dict[str, jax.Array]]]
+    table: Catalog
     stream: grain.IterDataset
-    valid: EvaluationSet
+    valid: EvalDataset
 
 
-def make_sizes(data: Prepared) -> Sizes:
+def make_sizes(data: RunData) -> ModelSizes:
     """What the data fixes about the model."""
     dataset = data.dataset
-    return Sizes(
+    return ModelSizes(
         n_items=dataset.catalogue.n_items,
         n_tokens=data.tokens.n_tokens,
         n_services=dataset.catalogue.n_services,
@@ -71,11 +71,11 @@ def make_sizes(data: Prepared) -> Sizes:
     )
 
 
-def set_up(config: Config, data: Prepared) -> Setup:
+def make_trainer(config: Config, data: RunData) -> Trainer:
     """Makes the state straight into its shards, and the stream of batches onto the mesh."""
     if jax.process_count() > 1:
         raise InputError("training runs in one process so far (config.train.mesh_data splits it over its devices)")
-    keep_freed_memory()
+    disable_malloc_trim()
     mesh = make_mesh(config.train.mesh_data, config.train.mesh_expert, config.train.mesh_model)
     sizes = make_sizes(data)
 
@@ -105,16 +105,16 @@ def set_up(config: Config, data: Prepared) -> Setup:
     )
     batches = PackedStream(make_reader(config.data, data), options).map(to_device)
     stream = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
-    targets = select_targets(data.dataset, data.roles, VALID)
+    targets = select_targets(data.dataset, data.split_ids, VALID)
     if not len(targets):
         raise InputError("data: the split leaves no validation target")
     sample = np.random.default_rng([config.data.seed, VALID]).permutation(targets)[: config.train.n_valid]
     # What picks the step must not see a test event, not even as the history of another service.
-    valid = EvaluationSet(data.dataset, np.sort(sample), config, visible=data.roles != TEST)
-    return Setup(state, train_step, table, stream, valid)
+    valid = EvalDataset(data.dataset, np.sort(sample), config, visible=data.split_ids != TEST)
+    return Trainer(state, train_step, table, stream, valid)
 
 
-def validate(model: SequenceModel, setup: Setup, selection: str) -> tuple[float, dict[str, float]]:
+def validate(model: SequenceModel, setup: Trainer, selection: str) -> tuple[float, dict[str, float]]:
     """The score that picks the best step, and the validation metrics."""
     in_service, union = (per_target_metrics(x) for x in rank_targets(model, setup.valid, setup.table))
     services = setup.valid.dataset.catalogue.services
@@ -129,18 +129,18 @@ def validate(model: SequenceModel, setup: Setup, selection: str) -> tuple[float,
     return score, metrics
 
 
-def _resume(checkpoints: Checkpoints, state: TrainState, stream) -> tuple[TrainState, Progress]:
+def _resume(checkpoints: Checkpoints, state: TrainState, stream) -> tuple[TrainState, TrainProgress]:
     if checkpoints.last_step() is None:
-        return state, Progress()
+        return state, TrainProgress()
     state, progress = checkpoints.restore_last(state)
     stream.set_state(progress.stream)
     return state, progress
 
 
-class Telemetry:
+class MetricLogger:
     """Writes the metrics of log steps one step late, when the next step is already under way."""
 
-    def __init__(self, writer: MetricWriter, progress: Progress, log_every: int):
+    def __init__(self, writer: MetricWriter, progress: TrainProgress, log_every: int):
         self._writer, self._progress, self._log_every = writer, progress, log_every
         self._slots: list[jax.Array] = []
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -154,7 +154,7 @@ class Telemetry:
         if step % self._log_every == 0:
             self._pending = (step, metrics)
 
-    def settle(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def sync(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Waits for the step, so that what is evaluated or saved after it is whole and finite."""
         self._flush()
         self._count_slots()
@@ -162,7 +162,7 @@ class Telemetry:
             raise WorkError(f"step {step}: the loss is {float(metrics['loss'])}")
 
     def pause(self) -> None:
-        """Leaves out the time since `settle`, in which nothing was trained."""
+        """Leaves out the time since `sync`, in which nothing was trained."""
         self._clock = time.monotonic()
 
     def _count_slots(self) -> None:
@@ -185,7 +185,7 @@ class Telemetry:
         self._writer.progress(step, self.shown)
 
 
-def fit(config: Config, data: Prepared, workdir: Path) -> Fitted:
+def fit(config: Config, data: RunData, workdir: Path) -> TrainResult:
     """Trains until `train.steps`, or until validation stops improving; goes on from the last checkpoint there is.
 
     The same command after a kill gives the same result to the bit: every random number is a function of the seed and
@@ -194,7 +194,7 @@ def fit(config: Config, data: Prepared, workdir: Path) -> Fitted:
     Raises:
       WorkError: the loss is not finite. InputError: `workdir` holds checkpoints of another model.
     """
-    setup = set_up(config, data)
+    setup = make_trainer(config, data)
     with (
         contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
         contextlib.closing(iter(setup.stream)) as stream,
@@ -208,7 +208,7 @@ def fit(config: Config, data: Prepared, workdir: Path) -> Fitted:
         raise WorkError(f"{workdir}: the best step is {progress.best_step}, but {at_best.best_step} was kept")
     model = evaluated_model(best)
     _, valid = validate(model, setup, config.eval.selection)
-    return Fitted(
+    return TrainResult(
         model,
         setup.table,
         at_best.best_step,
@@ -222,40 +222,40 @@ def fit(config: Config, data: Prepared, workdir: Path) -> Fitted:
 
 def _run_steps(
     config: Config,
-    setup: Setup,
+    setup: Trainer,
     state: TrainState,
-    progress: Progress,
+    progress: TrainProgress,
     stream: grain.DatasetIterator,
     checkpoints: Checkpoints,
     writer: MetricWriter,
 ) -> TrainState:
     options, step = config.train, int(state.step)
     started, earlier_s = time.monotonic(), progress.wall_s
-    telemetry = Telemetry(writer, progress, options.log_every)
-    stopped = bool(options.patience) and progress.n_worse >= options.patience
+    logger = MetricLogger(writer, progress, options.log_every)
+    stopped = bool(options.patience) and progress.evals_since_best >= options.patience
     while step < options.steps and not stopped:
         state, metrics = setup.train_step(state, next(stream), setup.table)
         step += 1
-        telemetry.add(step, metrics)
+        logger.add(step, metrics)
         last = step == options.steps
         evaluate = last or (bool(options.eval_every) and step % options.eval_every == 0)
         if not evaluate and step % options.save_every:
             continue
-        telemetry.settle(step, metrics)
+        logger.sync(step, metrics)
         progress.stream = stream.get_state()
         progress.wall_s = earlier_s + time.monotonic() - started
         if evaluate:
             score, valid = validate(evaluated_model(state), setup, config.eval.selection)
             writer.write(step, valid)
-            telemetry.shown["valid/ndcg@10"] = score
+            logger.shown["valid/ndcg@10"] = score
             progress.wall_s = earlier_s + time.monotonic() - started
             if score > progress.best:
-                progress.best, progress.best_step, progress.n_worse = score, step, 0
+                progress.best, progress.best_step, progress.evals_since_best = score, step, 0
                 checkpoints.save_best(step, state, progress)
             else:
-                progress.n_worse += 1
-                stopped = bool(options.patience) and progress.n_worse >= options.patience
+                progress.evals_since_best += 1
+                stopped = bool(options.patience) and progress.evals_since_best >= options.patience
         if last or stopped or step % options.save_every == 0:
             checkpoints.save_last(step, state, progress)
-        telemetry.pause()
+        logger.pause()
     return state

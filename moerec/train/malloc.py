@@ -11,7 +11,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _KEEP = 1 << 30
 
 
-def keep_freed_memory() -> bool:
+def disable_malloc_trim() -> bool:
     """Returns whether the C library took the settings (other libraries than glibc have no `mallopt`)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt

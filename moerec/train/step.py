@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import optax
 
 from moerec.config import Config, LossConfig, MoEConfig
-from moerec.nn.model import SequenceModel, Sizes
+from moerec.nn.model import ModelSizes, SequenceModel
 from moerec.nn.moe.balance import update_bias
 from moerec.tasks.losses import (
     Candidates,
     Sums,
     all_candidates,
-    draw_candidates,
-    draw_in_service,
-    join_losses,
+    sample_in_service,
+    sample_negatives,
     sum_losses,
+    total_loss,
 )
 from moerec.train.optim import make_optimizer, make_schedule
-from moerec.types import Batch, ItemTable, Routing
+from moerec.types import Batch, Catalog, Routing
 
 
 class TrainState(NamedTuple):
@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
     average: SequenceModel | None
 
 
-def init_state(config: Config, sizes: Sizes) -> TrainState:
+def init_state(config: Config, sizes: ModelSizes) -> TrainState:
     """A fresh state; under `jax.jit` with `out_shardings` the parameters are made straight into their shards."""
     model = SequenceModel(jax.random.key(config.seed), config.model, sizes)
     optimizer = make_optimizer(config.optim, config.train.steps)
@@ -50,14 +50,14 @@ def evaluated_model(state: TrainState) -> SequenceModel:
     return state.model if state.average is None else state.average
 
 
-def _candidates(key: jax.Array, config: LossConfig, cdf_I: jax.Array, batch: Batch, table: ItemTable) -> Candidates:
+def _candidates(key: jax.Array, config: LossConfig, cdf_I: jax.Array, batch: Batch, table: Catalog) -> Candidates:
     if config.kind == "full_softmax":
         return all_candidates(cdf_I.shape[0])
     if config.kind == "sampled_softmax":
-        return draw_candidates(key, cdf_I, config.n_negatives)
+        return sample_negatives(key, cdf_I, config.n_negatives)
     if config.scope == "union":
-        return draw_candidates(key, cdf_I, batch.target_BT.size)
-    item_S = draw_in_service(key, cdf_I, table.service_I, batch.target_BT.reshape(-1))
+        return sample_negatives(key, cdf_I, batch.target_BT.size)
+    item_S = sample_in_service(key, cdf_I, table.service_I, batch.target_BT.reshape(-1))
     return Candidates(item_S, jnp.zeros(item_S.shape, jnp.float32))  # cross-entropy of pairs has no correction
 
 
@@ -95,7 +95,7 @@ def _steer(model: SequenceModel, routing: Routing, config: MoEConfig) -> Sequenc
 
 
 def _differentiate(
-    config: Config, model: SequenceModel, batch: Batch, table: ItemTable, shared: Candidates, dropout_key: jax.Array
+    config: Config, model: SequenceModel, batch: Batch, table: Catalog, shared: Candidates, dropout_key: jax.Array
 ) -> tuple[SequenceModel, dict[str, jax.Array], Sums]:
     """Gradients of the mean loss of the global batch, the parts of the loss, and its sums."""
     batches, own = _microbatches(batch, shared, config)
@@ -106,7 +106,7 @@ def _differentiate(
         return sum_losses(model, microbatch, table, shared if negatives is None else negatives, config.loss, k)
 
     def finish(sums):
-        return join_losses(sums, config.loss, config.model.moe)
+        return total_loss(sums, config.loss, config.model.moe)
 
     if config.train.n_microbatches == 1:
         whole = jax.tree.map(lambda x: x[0], parts)
@@ -132,7 +132,7 @@ def _differentiate(
 
 def make_train_step(
     config: Config, cdf_I: jax.Array
-) -> Callable[[TrainState, Batch, ItemTable], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Batch, Catalog], tuple[TrainState, dict[str, jax.Array]]]:
     """One optimiser step on the global batch.
 
     The loss is a function of sums over the slots of the global batch, so microbatches of any number give the gradient
@@ -141,7 +141,7 @@ def make_train_step(
     optimizer = make_optimizer(config.optim, config.train.steps)
     schedule = make_schedule(config.optim, config.train.steps)
 
-    def train_step(state: TrainState, batch: Batch, table: ItemTable):
+    def train_step(state: TrainState, batch: Batch, table: Catalog):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         k_candidates, k_dropout = jax.random.split(key)
         candidates = _candidates(k_candidates, config.loss, cdf_I, batch, table)

@@ -252,7 +252,7 @@ def test_help_shows_the_docstring_and_the_own_flags_only(seen, capsys):
 def test_as_a_process(tmp_path):
     script = tmp_path / "command.py"
     script.write_text(
-        "from moerec import cli\n"
+        "from moerec.config import cli\n"
         "def main(config, flags):\n"
         "    print('work')\n"
         "    return {'n': config.model.n_layers, 'exit_code': 1}\n"
@@ -282,7 +282,7 @@ def test_an_interruption_ends_a_process_at_once(tmp_path):
     script = tmp_path / "command.py"
     script.write_text(
         HEED + "import gc, os, threading, time, weakref\n"
-        "from moerec import cli\n"
+        "from moerec.config import cli\n"
         "class Thing: pass\n"
         "def main(config, flags):\n"
         "    threading.Thread(target=threading.Event().wait).start()\n"

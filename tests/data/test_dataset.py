@@ -54,10 +54,10 @@ def test_every_place_is_equally_likely():
         assert (share > 0).sum() == size
 
 
-def test_services_and_persons_of_events():
+def test_services_and_users_of_events():
     dataset = make_dataset([2, 0, 3], (2, 0, 3))
     assert dataset.catalogue.service.tolist() == [0, 0, 2, 2, 2]
-    assert dataset.log.person.tolist() == [0, 0, 2, 2, 2]
+    assert dataset.log.user.tolist() == [0, 0, 2, 2, 2]
     assert dataset.event_service.tolist() == [0 if item < 2 else 2 for item in dataset.log.item]
 
 
@@ -101,17 +101,17 @@ def test_values_without_a_known_event_are_unseen(seed):
     np.testing.assert_array_equal(before.log.context, codes)
 
 
-def test_each_target_keeps_its_last_events_and_its_person():
-    dataset, _ = generate(CityConfig(n_people=8, events_per_person=9, items_per_service=10), 0)
+def test_each_target_keeps_its_last_events_and_its_user():
+    dataset, _ = generate(CityConfig(n_users=8, events_per_user=9, items_per_service=10), 0)
     log = dataset.log
     targets = np.array([log.offsets[1] - 1, log.offsets[1], log.offsets[3] + 4])
     kept, rows = keep_last_events(dataset, targets, 3)
     for k, target in enumerate(targets):
-        person = log.person[target]
-        expected = range(max(int(log.offsets[person]), int(target) - 3), int(target) + 1)
+        user = log.user[target]
+        expected = range(max(int(log.offsets[user]), int(target) - 3), int(target) + 1)
         own = slice(*kept.log.offsets[k : k + 2])
         assert kept.log.item[own].tolist() == log.item[list(expected)].tolist()
         assert kept.log.time[own].tolist() == log.time[list(expected)].tolist()
         assert rows[k] == kept.log.offsets[k + 1] - 1
-        assert kept.people[k] == dataset.people[person]
-        assert all(kept.profile[name][k] == values[person] for name, values in dataset.profile.items())
+        assert kept.users[k] == dataset.users[user]
+        assert all(kept.profile[name][k] == values[user] for name, values in dataset.profile.items())

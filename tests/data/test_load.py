@@ -11,12 +11,12 @@ import pytest
 from moerec.config import CityConfig, DataConfig, SchemaConfig, SplitConfig, TablesConfig
 from moerec.data import city
 from moerec.data.dataset import Dataset
-from moerec.data.load import Prepared, load_data, make_reader
+from moerec.data.load import RunData, load_data, make_reader
 from moerec.data.pipeline import MemoryReader, PackedStream, ShardReader, StreamOptions
 from moerec.data.splits import TEST, TRAIN, VALID
 from moerec.errors import InputError
 
-CITY = CityConfig(n_people=15, events_per_person=9, items_per_service=20)
+CITY = CityConfig(n_users=15, events_per_user=9, items_per_service=20)
 
 INTERACTIONS = """\
 user\tservice\titem\ttime
@@ -57,15 +57,14 @@ def table_config(folder, **more) -> DataConfig:
 
 
 def named_events(dataset: Dataset) -> dict[str, list[tuple]]:
-    """Person -> their events in words."""
+    """User -> their events in words."""
     catalogue, log = dataset.catalogue, dataset.log
     events = [
         (catalogue.services[catalogue.service[i]], str(catalogue.ids[i]), int(a), int(t), *c.tolist())
         for i, a, t, c in zip(log.item, log.action, log.time, log.context, strict=True)
     ]
     return {
-        str(person): events[lo:hi]
-        for person, lo, hi in zip(dataset.people, log.offsets[:-1], log.offsets[1:], strict=True)
+        str(user): events[lo:hi] for user, lo, hi in zip(dataset.users, log.offsets[:-1], log.offsets[1:], strict=True)
     }
 
 
@@ -75,10 +74,10 @@ def described_items(dataset: Dataset) -> set[tuple]:
     return {(catalogue.services[z], *x) for z, *x in zip(*columns, strict=True)}
 
 
-def assert_same_data(a: Prepared, b: Prepared):
+def assert_same_data(a: RunData, b: RunData):
     np.testing.assert_array_equal(a.dataset.catalogue.ids, b.dataset.catalogue.ids)
     assert named_events(a.dataset) == named_events(b.dataset)
-    np.testing.assert_array_equal(a.roles, b.roles)
+    np.testing.assert_array_equal(a.split_ids, b.split_ids)
     np.testing.assert_array_equal(a.tokens.ids, b.tokens.ids)
     assert a.tokens.words == b.tokens.words
 
@@ -114,11 +113,11 @@ def test_city_from_shards_trains_on_the_same_events(tmp_path):
     from_shards = make_reader(DataConfig(city=CITY, seed=3, reader="shards"), shards)
     assert isinstance(from_memory, MemoryReader)
     assert isinstance(from_shards, ShardReader)
-    people = np.arange(15)[::-1]
-    logs = [reader.fetch(people) for reader in (from_memory, from_shards)]
-    for k, person in enumerate(people):
-        n = from_memory.lengths[person]
-        assert n == from_shards.lengths[person]
+    users = np.arange(15)[::-1]
+    logs = [reader.fetch(users) for reader in (from_memory, from_shards)]
+    for k, user in enumerate(users):
+        n = from_memory.lengths[user]
+        assert n == from_shards.lengths[user]
         for name in ("item", "action", "time", "context"):
             x, y = (getattr(log, name)[start[k] : start[k] + n] for log, start in logs)
             np.testing.assert_array_equal(x, y, err_msg=name)
@@ -126,14 +125,16 @@ def test_city_from_shards_trains_on_the_same_events(tmp_path):
 
 def test_item_table_counts_training_events(tmp_path):
     data = load_data(DataConfig(city=CITY, seed=3), tmp_path)
-    count = Counter(int(item) for item, role in zip(data.dataset.log.item, data.roles, strict=True) if role == TRAIN)
+    count = Counter(
+        int(item) for item, role in zip(data.dataset.log.item, data.split_ids, strict=True) if role == TRAIN
+    )
     table = data.item_table
     assert table.count_I.tolist() == [count[i] for i in range(60)]
     assert table.service_I.tolist() == [z for z in range(3) for _ in range(20)]
     assert table.token_IW is data.tokens.ids
-    for person, events in zip(range(15), named_events(data.dataset).values(), strict=True):
-        lo = data.dataset.log.offsets[person]
-        assert data.roles[lo : lo + len(events)].tolist() == [TRAIN] * (len(events) - 2) + [VALID, TEST]
+    for user, events in zip(range(15), named_events(data.dataset).values(), strict=True):
+        lo = data.dataset.log.offsets[user]
+        assert data.split_ids[lo : lo + len(events)].tolist() == [TRAIN] * (len(events) - 2) + [VALID, TEST]
 
 
 def test_tables(tmp_path):
@@ -232,7 +233,7 @@ def test_shuffled_ties_change_only_the_order_within_a_time(tmp_path):
 
 
 def test_context_values_of_held_out_events_alone_are_unseen(tmp_path):
-    """The last two events of a person are held out, and of the others the first is no request: nothing predicts it."""
+    """The last two events of a user are held out, and of the others the first is no request: nothing predicts it."""
     (tmp_path / "tables").mkdir()
     sky = {"u": ["fog", "sun", "rain", "sun"], "v": ["sun", "", "hail", "fog"]}
     rows = [f"{user}\t{'ab'[k % 2]}\t{k}\t{value}" for user, values in sky.items() for k, value in enumerate(values)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moerec.config import DataConfig
 from moerec.data.dataset import UNKNOWN_TIME, EventLog, permute_items
-from moerec.data.load import Prepared, make_reader
+from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import MemoryReader, PackedStream, ShardReader, StreamOptions, plan_epoch
 from moerec.data.shards import open_source, write_dataset
 from moerec.data.splits import TRAIN
@@ -39,13 +39,13 @@ def make_log(lengths, seed=0, n_context=2) -> EventLog:
 
 
 def training_rows(log: EventLog, keep: np.ndarray) -> list[list[int]]:
-    """The rows of the log that each person trains on."""
-    return [[row for row in range(log.offsets[p], log.offsets[p + 1]) if keep[row]] for p in range(log.n_people)]
+    """The rows of the log that each user trains on."""
+    return [[row for row in range(log.offsets[p], log.offsets[p + 1]) if keep[row]] for p in range(log.n_users)]
 
 
 def fields_of(log: EventLog) -> np.ndarray:
     """Profile codes that tell who somebody is."""
-    return np.stack([np.arange(log.n_people), np.arange(log.n_people) % 3 + 1], axis=1).astype(np.int32)
+    return np.stack([np.arange(log.n_users), np.arange(log.n_users) % 3 + 1], axis=1).astype(np.int32)
 
 
 def segments_of(batch) -> list[list[tuple[int, int]]]:
@@ -68,15 +68,15 @@ def shifted(time) -> int:
     return int(NO_TIME) if time == UNKNOWN_TIME else int(time) - EPOCH_2000
 
 
-def decode(batch, log: EventLog, rows_of_people) -> list[tuple[int, int, int]]:
-    """`(person, first slot, slots)` of each segment, every field of every slot compared with the log."""
+def decode(batch, log: EventLog, rows_of_users) -> list[tuple[int, int, int]]:
+    """`(user, first slot, slots)` of each segment, every field of every slot compared with the log."""
     row_of_item = {int(item): row for row, item in enumerate(log.item)}
-    person_of_row = {row: p for p, rows in enumerate(rows_of_people) for row in rows}
+    user_of_row = {row: p for p, rows in enumerate(rows_of_users) for row in rows}
     windows = []
     for slots in segments_of(batch):
         first = row_of_item[int(batch.item_BT[slots[0]])]
-        person = person_of_row[first]
-        rows = rows_of_people[person]
+        user = user_of_row[first]
+        rows = rows_of_users[user]
         start = rows.index(first)
         for k, slot in enumerate(slots):
             event, following = rows[start + k], rows[start + k + 1]
@@ -85,26 +85,26 @@ def decode(batch, log: EventLog, rows_of_people) -> list[tuple[int, int, int]]:
                 log.item[event],
                 log.action[event],
                 shifted(log.time[event]),
-                log.shift[event],
+                log.utc_offset[event],
                 k,
                 batch.segment_BT[slots[0]],
                 shifted(log.time[following]),
-                log.shift[following],
+                log.utc_offset[following],
                 log.context[following].tolist(),
-                [person, person % 3 + 1],
+                [user, user % 3 + 1],
                 log.item[following],
                 1.0,
             ]
-        windows.append((person, start, len(slots)))
+        windows.append((user, start, len(slots)))
     return windows
 
 
-def take_epoch(stream, log, rows_of_people, history_len) -> list[tuple[int, int, int]]:
+def take_epoch(stream, log, rows_of_users, history_len) -> list[tuple[int, int, int]]:
     """The windows of the first epoch, in order; the rest of its last batch is of the next epoch."""
-    n_slots = sum(max(len(rows) - 1, 0) for rows in rows_of_people)
+    n_slots = sum(max(len(rows) - 1, 0) for rows in rows_of_users)
     windows, covered = [], 0
     for batch in stream:
-        for window in decode(batch, log, rows_of_people):
+        for window in decode(batch, log, rows_of_users):
             assert window[2] <= history_len
             if covered < n_slots:
                 windows.append(window)
@@ -116,11 +116,11 @@ def take_epoch(stream, log, rows_of_people, history_len) -> list[tuple[int, int,
 
 
 def slots_of(windows) -> Counter:
-    return Counter((person, first + k) for person, first, length in windows for k in range(length))
+    return Counter((user, first + k) for user, first, length in windows for k in range(length))
 
 
-def all_slots(rows_of_people, people) -> Counter:
-    return Counter((p, k) for p in people for k in range(len(rows_of_people[p]) - 1))
+def all_slots(rows_of_users, users) -> Counter:
+    return Counter((p, k) for p in users for k in range(len(rows_of_users[p]) - 1))
 
 
 def assert_same_batch(a, b):
@@ -134,12 +134,12 @@ def assert_same_batch(a, b):
 )
 def test_windows_cover_every_slot_once(lengths, history_len, seed, process_count, data):
     lengths = np.array(lengths, np.int64)
-    people = np.arange(data.draw(st.integers(0, process_count - 1)), len(lengths), process_count)
-    plan = plan_epoch(lengths, people, history_len, np.random.default_rng(seed))
+    users = np.arange(data.draw(st.integers(0, process_count - 1)), len(lengths), process_count)
+    plan = plan_epoch(lengths, users, history_len, np.random.default_rng(seed))
     windows = list(zip(*(x.tolist() for x in plan), strict=True))
     assert all(1 <= length <= history_len for _, _, length in windows)
-    assert slots_of(windows) == Counter((p, k) for p in people.tolist() for k in range(lengths[p] - 1))
-    for p in people.tolist():
+    assert slots_of(windows) == Counter((p, k) for p in users.tolist() for k in range(lengths[p] - 1))
+    for p in users.tolist():
         if 2 <= lengths[p] <= history_len + 1:
             assert [w for w in windows if w[0] == p] == [(p, 0, lengths[p] - 1)], "a short one is cut"
 
@@ -163,16 +163,16 @@ def test_long_ones_start_at_every_offset():
 def test_an_epoch_holds_every_pair_of_training_events_once(lengths, history_len, more, n_rows, seed):
     log = make_log(lengths, seed)
     keep = np.random.default_rng(seed).random(log.n_events) < 0.8
-    rows_of_people = training_rows(log, keep)
+    rows_of_users = training_rows(log, keep)
     options = StreamOptions(n_rows, history_len + more, history_len, seed)
     reader = MemoryReader(log, keep, fields_of(log))
-    assert reader.lengths.tolist() == [len(rows) for rows in rows_of_people]
-    if max(map(len, rows_of_people)) < 2:
+    assert reader.lengths.tolist() == [len(rows) for rows in rows_of_users]
+    if max(map(len, rows_of_users)) < 2:
         with pytest.raises(InputError, match="two training events"):
             PackedStream(reader, options)
         return
-    windows = take_epoch(PackedStream(reader, options), log, rows_of_people, history_len)
-    assert slots_of(windows) == all_slots(rows_of_people, range(log.n_people))
+    windows = take_epoch(PackedStream(reader, options), log, rows_of_users, history_len)
+    assert slots_of(windows) == all_slots(rows_of_users, range(log.n_users))
 
 
 def test_batches_have_their_shape_and_never_name_a_held_out_event():
@@ -191,12 +191,12 @@ def test_batches_have_their_shape_and_never_name_a_held_out_event():
 def test_epochs_differ_in_order_and_offsets_and_seeds_decide():
     log = make_log([12] * 30, seed=1)
     keep = np.ones(log.n_events, bool)
-    rows_of_people = training_rows(log, keep)
+    rows_of_users = training_rows(log, keep)
     reader = MemoryReader(log, keep, fields_of(log))
 
     def windows(seed, n=40):
         stream = iter(PackedStream(reader, StreamOptions(2, 10, 5, seed)))
-        return [w for _ in range(n) for w in decode(next(stream), log, rows_of_people)]
+        return [w for _ in range(n) for w in decode(next(stream), log, rows_of_users)]
 
     first, again, other = windows(7), windows(7), windows(8)
     assert first == again
@@ -215,19 +215,19 @@ def test_epochs_differ_in_order_and_offsets_and_seeds_decide():
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 3])
-def test_processes_share_the_people_out(process_count):
+def test_processes_share_the_users_out(process_count):
     log = make_log(np.random.default_rng(0).integers(0, 15, 20), seed=2)
     keep = np.ones(log.n_events, bool)
-    rows_of_people = training_rows(log, keep)
-    together, people = Counter(), []
+    rows_of_users = training_rows(log, keep)
+    together, users = Counter(), []
     for index in range(process_count):
-        own = [rows if p % process_count == index else [] for p, rows in enumerate(rows_of_people)]
+        own = [rows if p % process_count == index else [] for p, rows in enumerate(rows_of_users)]
         stream = PackedStream(MemoryReader(log, keep, fields_of(log)), StreamOptions(2, 9, 6, 5, index, process_count))
         windows = take_epoch(stream, log, own, 6)
         together += slots_of(windows)
-        people.append({w[0] for w in windows})
-    assert together == all_slots(rows_of_people, range(20))
-    assert sum(map(len, people)) == len(set.union(*people))
+        users.append({w[0] for w in windows})
+    assert together == all_slots(rows_of_users, range(20))
+    assert sum(map(len, users)) == len(set.union(*users))
 
 
 def test_a_process_without_anything_to_learn_from_says_so():
@@ -297,8 +297,8 @@ def test_shards_give_the_batches_of_memory(tmp_path, n_shards):
     stored = make_dataset(rng.integers(0, 14, 25), items_per_service=(7, 0, 9), seed=n_shards)
     write_dataset(stored, tmp_path / "prepared", n_shards)
     used = permute_items(stored, 11)
-    roles = rng.choice([TRAIN, TRAIN, TRAIN, 1, 2, 3], used.log.n_events).astype(np.int8)
-    data = Prepared(used, roles, TokenTable(np.zeros((16, 1), np.int32), ()), None, tmp_path / "prepared")
+    split_ids = rng.choice([TRAIN, TRAIN, TRAIN, 1, 2, 3], used.log.n_events).astype(np.int8)
+    data = RunData(used, split_ids, TokenTable(np.zeros((16, 1), np.int32), ()), None, tmp_path / "prepared")
     memory, shards = (make_reader(DataConfig(reader=reader), data) for reader in ("memory", "shards"))
     assert isinstance(memory, MemoryReader)
     assert isinstance(shards, ShardReader)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moerec.data.dataset import UNKNOWN_TIME, Catalogue, Dataset, EventLog
-from moerec.data.shards import Meta, load_dataset, open_source, read_people, replace_folder, write_dataset
+from moerec.data.shards import Meta, load_dataset, open_source, read_users, replace_folder, write_dataset
 from moerec.errors import InputError
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=5)
@@ -44,7 +44,7 @@ def datasets(draw):
             time,
             rng.integers(0, 4, (n, n_context)).astype(np.int16),
         ),
-        people=texts(len(lengths)),
+        users=texts(len(lengths)),
         actions=("view", "купить", "buy"),
         context={f"c{k}": ("a", "б", "") for k in range(n_context)},
         profile={name: texts(len(lengths)) for name in ("id", "n_events")[: rng.integers(3)]},
@@ -59,7 +59,7 @@ def assert_same(a: Dataset, b: Dataset):
             if name not in ("ids", "text", "attributes"):
                 assert x.dtype == y.dtype, name
             np.testing.assert_array_equal(x, y, err_msg=name)
-    np.testing.assert_array_equal(a.people, b.people)
+    np.testing.assert_array_equal(a.users, b.users)
     assert list(a.profile) == list(b.profile)
     for name in a.profile:
         np.testing.assert_array_equal(a.profile[name], b.profile[name])
@@ -73,19 +73,19 @@ def test_round_trip_is_exact(tmp_path_factory, dataset, n_shards):
     assert_same(load_dataset(folder), dataset)
     meta = Meta.load(folder)
     assert meta.extra == {}
-    assert len(meta.shards) == min(n_shards, dataset.log.n_people)
-    people = [shard["n_people"] for shard in meta.shards]
-    assert max(people) - min(people) <= 1
+    assert len(meta.shards) == min(n_shards, dataset.log.n_users)
+    users = [shard["n_users"] for shard in meta.shards]
+    assert max(users) - min(users) <= 1
 
 
 @settings(max_examples=20)
 @given(dataset=datasets(), seed=st.integers(0, 9))
-def test_people_are_read_in_any_order(tmp_path_factory, dataset, seed):
+def test_users_are_read_in_any_order(tmp_path_factory, dataset, seed):
     folder = tmp_path_factory.mktemp("shards") / "prepared"
     write_dataset(dataset, folder, 3)
     source = pickle.loads(pickle.dumps(open_source(folder)))  # noqa: S301, as grain's workers get it
     indices = np.random.default_rng(seed).integers(0, len(source), 5)
-    events, lengths = read_people(source, indices)
+    events, lengths = read_users(source, indices)
     log = dataset.log
     spans = [slice(log.offsets[p], log.offsets[p + 1]) for p in indices]
     for name in ("item", "action", "time", "context"):
@@ -109,7 +109,7 @@ def prepared(tmp_path):
     return tmp_path / "prepared"
 
 
-@pytest.mark.parametrize("file", ["meta.json", "items.parquet", "people.parquet", "events-00001-of-00002.array_record"])
+@pytest.mark.parametrize("file", ["meta.json", "items.parquet", "users.parquet", "events-00001-of-00002.array_record"])
 @pytest.mark.parametrize("keep", [None, 0.5])
 def test_a_folder_that_is_not_whole_is_refused(prepared, file, keep):
     data = (prepared / file).read_bytes()
@@ -124,7 +124,7 @@ def test_a_folder_that_is_not_whole_is_refused(prepared, file, keep):
 
 
 @pytest.mark.parametrize(
-    "change", [{"format_version": 99}, {"n_people": 3}, {"n_events": 4}, {"n_items": 4}, {"shards": None}]
+    "change", [{"format_version": 99}, {"n_users": 3}, {"n_events": 4}, {"n_items": 4}, {"shards": None}]
 )
 def test_a_description_that_does_not_fit_is_refused(prepared, change):
     meta = json.loads((prepared / "meta.json").read_text()) | change

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.load import load_data, make_reader
-from moerec.data.timezones import find_shifts_in
+from moerec.data.timezones import find_utc_offsets_in
 from moerec.errors import InputError
 
 ZONES = ("UTC", "Europe/Moscow", "Asia/Yekaterinburg", "Europe/Berlin", "Asia/Kathmandu", "Australia/Lord_Howe")
@@ -26,7 +26,7 @@ def shift_by_hand(zone: str, time: int) -> int:
 
 @given(st.sampled_from(ZONES), st.lists(TIMES, max_size=20))
 def test_shifts_are_those_of_the_standard_library(zone, times):
-    found = find_shifts_in(zone, np.array(times, np.int64))
+    found = find_utc_offsets_in(zone, np.array(times, np.int64))
     assert found.tolist() == [shift_by_hand(zone, time) for time in times]
 
 
@@ -35,9 +35,9 @@ def test_a_day_on_which_clocks_change_is_cut_where_they_do(zone):
     day = {"Europe/Berlin": (2024, 3, 31), "Australia/Lord_Howe": (2024, 4, 6), "Europe/Moscow": (2014, 10, 25)}[zone]
     start = int(datetime.datetime(*day, tzinfo=datetime.UTC).timestamp())
     times = start + 60 * np.arange(2 * 1440)
-    shifts = find_shifts_in(zone, times)
-    assert shifts.tolist() == [shift_by_hand(zone, int(time)) for time in times]
-    assert len(set(shifts.tolist())) == 2
+    utc_offsets = find_utc_offsets_in(zone, times)
+    assert utc_offsets.tolist() == [shift_by_hand(zone, int(time)) for time in times]
+    assert len(set(utc_offsets.tolist())) == 2
 
 
 ROWS = """\
@@ -67,18 +67,18 @@ def load(config: DataConfig, folder, **schema):
     return load_data(dataclasses.replace(config, schema=dataclasses.replace(config.schema, **schema)), folder / "run")
 
 
-def test_zones_go_by_the_city_of_the_event_or_of_the_person_or_are_everybodys(config, tmp_path):
+def test_zones_go_by_the_city_of_the_event_or_of_the_user_or_are_everybodys(config, tmp_path):
     zones = ("berlin=Europe/Berlin", "moscow=Europe/Moscow")
     by_event = load(config, tmp_path, zone_column="city", zones=zones).dataset.log
     # The first is a second before clocks in Berlin change; missing and other cities have the common zone, and times
     # that are not known, or in the year 9999, none.
-    assert by_event.shift.tolist() == [3600, 10800, 0, 0, 10800, 0, 0]
+    assert by_event.utc_offset.tolist() == [3600, 10800, 0, 0, 10800, 0, 0]
     assert by_event.time[-2] == UNKNOWN_TIME
-    by_person = load(config, tmp_path, zone_column="home", zones=zones).dataset.log
-    assert by_person.shift.tolist() == [10800] * 4 + [3600, 0, 0]
+    by_user = load(config, tmp_path, zone_column="home", zones=zones).dataset.log
+    assert by_user.utc_offset.tolist() == [10800] * 4 + [3600, 0, 0]
     everybody = load(config, tmp_path, zone="Asia/Kathmandu").dataset.log
-    assert everybody.shift.tolist() == [20700] * 5 + [0] * 2
-    assert load(config, tmp_path).dataset.log.shift.tolist() == [0] * 7
+    assert everybody.utc_offset.tolist() == [20700] * 5 + [0] * 2
+    assert load(config, tmp_path).dataset.log.utc_offset.tolist() == [0] * 7
 
 
 @pytest.mark.parametrize("column", ["city", "home"])
@@ -86,12 +86,14 @@ def test_shards_and_memory_have_the_same_clocks(config, tmp_path, column):
     zones = ("berlin=Europe/Berlin", "moscow=Europe/Moscow")
     data = load(config, tmp_path, zone_column=column, zones=zones)
     schema = dataclasses.replace(config.schema, zone_column=column, zones=zones)
-    shifts = []
+    utc_offsets = []
     for reader in ("memory", "shards"):
         own = dataclasses.replace(config, schema=schema, reader=reader)
         log, start = make_reader(own, data).fetch(np.array([1, 0]))
-        shifts.append([log.shift[lo : lo + n].tolist() for lo, n in zip(start, (1, 2), strict=True)])
-    assert shifts[0] == shifts[1] == ([[10800], [3600, 10800]] if column == "city" else [[3600], [10800, 10800]])
+        utc_offsets.append([log.utc_offset[lo : lo + n].tolist() for lo, n in zip(start, (1, 2), strict=True)])
+    assert (
+        utc_offsets[0] == utc_offsets[1] == ([[10800], [3600, 10800]] if column == "city" else [[3600], [10800, 10800]])
+    )
 
 
 @pytest.mark.parametrize(

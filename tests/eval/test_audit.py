@@ -24,34 +24,34 @@ from tests.amazon3_tables import read_amazon3
 DAY = 86400
 
 
-def build(people, sizes=(60, 60), ids=None):
-    """`people`: lists of `(item, day)` in published order."""
+def build(users, sizes=(60, 60), ids=None):
+    """`users`: lists of `(item, day)` in published order."""
     n = sum(sizes)
     blank = np.full(n, "")
     ids = np.concatenate([np.arange(size) for size in sizes]).astype(str) if ids is None else np.array(ids)
     catalogue = Catalogue(
         tuple(f"s{z}" for z in range(len(sizes))), np.concatenate([[0], np.cumsum(sizes)]), ids, blank, blank
     )
-    events = [event for person in people for event in person]
+    events = [event for user in users for event in user]
     log = EventLog(
-        np.concatenate([[0], np.cumsum([len(p) for p in people])]).astype(np.int64),
+        np.concatenate([[0], np.cumsum([len(p) for p in users])]).astype(np.int64),
         np.array([item for item, _ in events], np.int32),
         np.zeros(len(events), np.int16),
         np.array([day for _, day in events], np.int64) * DAY,
         np.zeros((len(events), 0), np.int16),
     )
-    return Dataset(catalogue, log, np.arange(len(people)).astype(str))
+    return Dataset(catalogue, log, np.arange(len(users)).astype(str))
 
 
-def clean(seed=0, n_people=400, length=8, sizes=(60, 60)):
+def clean(seed=0, n_users=400, length=8, sizes=(60, 60)):
     """No defect: distinct items at random, services mixed, one event a day."""
     rng = np.random.default_rng(seed)
-    orders = [rng.permutation(sum(sizes))[:length].tolist() for _ in range(n_people)]
+    orders = [rng.permutation(sum(sizes))[:length].tolist() for _ in range(n_users)]
     return [[(i, day) for day, i in enumerate(order)] for order in orders]
 
 
-def audit(people, split=None, limits=None, **shape):
-    report = run_audit(build(people, **shape), split or SplitConfig(), limits or AuditConfig())
+def audit(users, split=None, limits=None, **shape):
+    report = run_audit(build(users, **shape), split or SplitConfig(), limits or AuditConfig())
     return {(row.name, row.service): row for row in report.rows}
 
 
@@ -65,28 +65,28 @@ def test_a_clean_data_set_passes(seed):
 
 
 def test_ties_at_the_split_points_are_found():
-    people = [[*p[:-1], (p[-1][0], p[-2][1])] if k % 5 == 0 else p for k, p in enumerate(clean())]
-    rows = audit(people)
+    users = [[*p[:-1], (p[-1][0], p[-2][1])] if k % 5 == 0 else p for k, p in enumerate(clean())]
+    rows = audit(users)
     assert exceeded(rows) == {"tied_test"}
     assert sum(rows["tied_test", s].value for s in ("s0", "s1")) / 2 == pytest.approx(0.2, abs=0.03)
-    people = [[*p[:-2], (p[-2][0], p[-3][1]), p[-1]] if k % 5 == 0 else p for k, p in enumerate(clean())]
-    assert exceeded(audit(people)) == {"tied_valid"}
+    users = [[*p[:-2], (p[-2][0], p[-3][1]), p[-1]] if k % 5 == 0 else p for k, p in enumerate(clean())]
+    assert exceeded(audit(users)) == {"tied_valid"}
 
 
 def sorted_ties(key):
     """Two events a day, sorted by the key within the day."""
-    people = [[(i, d // 2) for i, d in p] for p in clean(n_people=800)]
-    return [sorted(p, key=lambda e: (e[1], key[e[0]])) for p in people]
+    users = [[(i, d // 2) for i, d in p] for p in clean(n_users=800)]
+    return [sorted(p, key=lambda e: (e[1], key[e[0]])) for p in users]
 
 
 def test_ids_that_sort_ties_are_found_and_shuffling_mends_it():
-    people = sorted_ties(np.arange(120))
-    assert {"id_order", "id_order_in_ties", "tie_order"} <= exceeded(audit(people))
-    permuted = permute_items(build(people), 3)
-    assert np.any(permuted.catalogue.ids != build(people).catalogue.ids)
+    users = sorted_ties(np.arange(120))
+    assert {"id_order", "id_order_in_ties", "tie_order"} <= exceeded(audit(users))
+    permuted = permute_items(build(users), 3)
+    assert np.any(permuted.catalogue.ids != build(users).catalogue.ids)
     names = {row.name for row in run_audit(permuted, SplitConfig(), AuditConfig()).rows if row.exceeded}
     assert {"id_order", "id_order_in_ties", "tie_order"} <= names
-    report = run_audit(shuffle_ties(build(people), 0), SplitConfig(), AuditConfig())
+    report = run_audit(shuffle_ties(build(users), 0), SplitConfig(), AuditConfig())
     assert {row.name for row in report.rows if row.exceeded} == {"tied_test"}
 
 
@@ -119,12 +119,12 @@ def guess_by_hand(history, existing, answer):
 @given(st.data())
 def test_the_canary_guesses_as_by_hand(data):
     ids = sorted(data.draw(st.sets(st.integers(0, 60), min_size=5, max_size=30)))
-    person = st.lists(st.integers(0, len(ids) + 3), min_size=3, max_size=12)
-    people = [[(i, d) for d, i in enumerate(p)] for p in data.draw(st.lists(person, min_size=1, max_size=5))]
-    dataset = build(people, sizes=(len(ids), 4), ids=[*map(str, ids), "a", "b", "c", "d"])
+    user = st.lists(st.integers(0, len(ids) + 3), min_size=3, max_size=12)
+    users = [[(i, d) for d, i in enumerate(p)] for p in data.draw(st.lists(user, min_size=1, max_size=5))]
+    dataset = build(users, sizes=(len(ids), 4), ids=[*map(str, ids), "a", "b", "c", "d"])
     subject = prepare_subject(dataset, SplitConfig(), 0)
     expected = []
-    for p in people:
+    for p in users:
         if p[-1][0] < len(ids):
             history = [ids[i] for i, _ in p[:-1] if i < len(ids)]
             expected.append(guess_by_hand(history, ids, ids[p[-1][0]]) if history else None)
@@ -135,27 +135,27 @@ def test_the_canary_guesses_as_by_hand(data):
 def test_ids_in_order_of_first_appearance_are_found_by_the_canary():
     fresh = itertools.count()
     rng = np.random.default_rng(0)
-    people, n_seen = [], 0
+    users, n_seen = [], 0
     for _ in range(300):
-        person = []
+        user = []
         for day in range(6):
             item = next(fresh) if rng.random() < 0.3 or n_seen < 10 else int(rng.integers(n_seen))
             n_seen = max(n_seen, item + 1)
-            person.append((item, day))
-        people.append(person)
-    assert "id_canary" in exceeded(audit(people, sizes=(n_seen,)))
+            user.append((item, day))
+        users.append(user)
+    assert "id_canary" in exceeded(audit(users, sizes=(n_seen,)))
     names = np.random.default_rng(1).permutation(n_seen).astype(str)
-    assert "id_canary" not in exceeded(audit(people, sizes=(n_seen,), ids=names))
+    assert "id_canary" not in exceeded(audit(users, sizes=(n_seen,), ids=names))
 
 
 def test_a_canary_in_the_future_is_seen_only_where_the_log_is_out_of_order():
     names = ("future_canary_test", "all"), ("future_canary_valid", "all")
-    for split in (SplitConfig(), SplitConfig(per_service=True), SplitConfig(kind="person")):
+    for split in (SplitConfig(), SplitConfig(per_service=True), SplitConfig(kind="user")):
         rows = audit(clean(), split)
         assert [rows[name].value for name in names] == [0, 0]
-    people = clean()
-    people[3] = [(people[3][0][0], 30), *people[3][1:]]  # the oldest by place is the newest by time
-    rows = audit(people)
+    users = clean()
+    users[3] = [(users[3][0][0], 30), *users[3][1:]]  # the oldest by place is the newest by time
+    rows = audit(users)
     assert [rows[name].value for name in names] == [1 / 400, 1 / 400]
     assert {"future_canary_test", "future_canary_valid"} <= exceeded(rows)
 
@@ -192,11 +192,11 @@ def test_a_canary_is_seen_where_a_request_is_that_of_a_later_event(monkeypatch):
 
 
 def test_a_canary_is_seen_where_a_history_holds_what_is_tied_behind_its_target(monkeypatch):
-    people = [[(i, day // 2) for i, day in p] for p in clean()]
+    users = [[(i, day // 2) for i, day in p] for p in clean()]
     whole = splits.gather_histories
 
     def leaky(dataset, targets, per_service):
-        last = dataset.log.offsets[dataset.log.person[targets] + 1] - 1
+        last = dataset.log.offsets[dataset.log.user[targets] + 1] - 1
         behind = np.minimum(targets + 1, last)
         tied = dataset.log.time[behind] == dataset.log.time[targets]
         offsets, rows = whole(dataset, targets, per_service)
@@ -205,42 +205,42 @@ def test_a_canary_is_seen_where_a_history_holds_what_is_tied_behind_its_target(m
 
     monkeypatch.setattr("moerec.eval.ranking.gather_histories", leaky)
     split = SplitConfig(kind="time", valid_from="1970-01-03", test_from="1970-01-04")
-    assert audit(people, split)["future_canary_test", "all"].value > 0.1
+    assert audit(users, split)["future_canary_test", "all"].value > 0.1
 
 
 def test_an_event_from_the_future_is_found_in_a_history():
-    people = clean()
-    assert audit(people)["future_in_history", "all"].value == 0
-    people[7][2] = (people[7][2][0], 99)
-    rows = audit(people)
+    users = clean()
+    assert audit(users)["future_in_history", "all"].value == 0
+    users[7][2] = (users[7][2][0], 99)
+    rows = audit(users)
     assert rows["future_in_history", "all"].value == 1 / 400
     assert "future_in_history" in exceeded(rows)
 
 
 def test_training_after_a_test_event_is_found_and_a_time_split_has_none():
-    people = clean()
-    rows = audit(people, SplitConfig(per_service=True))
-    item, own = [[i for i, _ in p] for p in people], []
+    users = clean()
+    rows = audit(users, SplitConfig(per_service=True))
+    item, own = [[i for i, _ in p] for p in users], []
     for sequence in item:
         groups = [[k for k, i in enumerate(sequence) if (i >= 60) == z] for z in (False, True)]
         train = [k for g in groups for k in (g if len(g) < 3 else g[:-2])]
         own += [any(k > g[-1] for k in train) for g in groups if len(g) >= 3]
     assert rows["train_after_own_test", "all"].value == pytest.approx(np.mean(own))
     assert "train_after_own_test" in exceeded(rows)
-    assert audit(people)["train_after_test", "all"].value == 0  # everybody's test event is on the last day
-    rows = audit(people, SplitConfig(kind="time", valid_from="1970-01-05", test_from="1970-01-06"))
+    assert audit(users)["train_after_test", "all"].value == 0  # everybody's test event is on the last day
+    rows = audit(users, SplitConfig(kind="time", valid_from="1970-01-05", test_from="1970-01-06"))
     assert rows["train_after_test", "all"].value == rows["train_after_own_test", "all"].value == 0
-    shifted = [[(i, d + 4 * (k % 2)) for i, d in p] for k, p in enumerate(people)]
+    shifted = [[(i, d + 4 * (k % 2)) for i, d in p] for k, p in enumerate(users)]
     assert audit(shifted)["train_after_test", "all"].value == pytest.approx(0.5 * 0.5 * 2 / 6)
 
 
 def test_repeats_among_targets_are_counted_by_service():
-    people = clean()
-    assert {audit(people)["repeats", s].value for s in ("s0", "s1")} == {0}
-    changed = [[*p[:-1], (p[0][0], p[-1][1])] if p[0][0] < 60 else p for p in people]
+    users = clean()
+    assert {audit(users)["repeats", s].value for s in ("s0", "s1")} == {0}
+    changed = [[*p[:-1], (p[0][0], p[-1][1])] if p[0][0] < 60 else p for p in users]
     rows = audit(changed, limits=AuditConfig(max_repeats=0.2))
-    n_repeat = sum(p[0][0] < 60 for p in people)
-    n_s0 = n_repeat + sum(p[0][0] >= 60 and p[-1][0] < 60 for p in people)
+    n_repeat = sum(p[0][0] < 60 for p in users)
+    n_s0 = n_repeat + sum(p[0][0] >= 60 and p[-1][0] < 60 for p in users)
     assert rows["repeats", "s0"].value == pytest.approx(n_repeat / n_s0)
     assert rows["repeats", "s1"].value == 0
     assert exceeded(rows) >= {"repeats"}
@@ -250,13 +250,13 @@ def test_a_service_that_follows_a_rule_is_predictable():
     rng = np.random.default_rng(0)
 
     def make(rule):
-        people = []
+        users = []
         for _ in range(300):
             service = [int(rng.integers(2))]
             for _ in range(7):
                 service.append(rule(service[-1]))
-            people.append([(60 * z + int(rng.integers(60)), d) for d, z in enumerate(service)])
-        return audit(people, limits=AuditConfig(max_service_last=0.9, max_service_markov=0.9))
+            users.append([(60 * z + int(rng.integers(60)), d) for d, z in enumerate(service)])
+        return audit(users, limits=AuditConfig(max_service_last=0.9, max_service_markov=0.9))
 
     same, other, chance = make(lambda z: z), make(lambda z: 1 - z), make(lambda z: int(rng.integers(2)))
     assert (same["service_last", "all"].value, same["service_markov", "all"].value) == (1, 1)
@@ -267,31 +267,31 @@ def test_a_service_that_follows_a_rule_is_predictable():
     assert not exceeded(chance) & {"service_last", "service_markov"}
 
 
-def test_items_and_people_unseen_in_training_are_found():
+def test_items_and_users_unseen_in_training_are_found():
     rows = audit([[(i, 0), (i + 10, 1), (i + 20, 2)] for i in range(10)], sizes=(60,))
     assert rows["unseen_items", "s0"].value == 1
-    assert rows["unseen_people", "all"].value == 0
+    assert rows["unseen_users", "all"].value == 0
     assert "unseen_items" in exceeded(rows)
-    rows = audit(clean(), SplitConfig(kind="person"), AuditConfig(max_unseen_people=0.5))
-    assert rows["unseen_people", "all"].value == 1
-    assert exceeded(rows) == {"unseen_people"}
+    rows = audit(clean(), SplitConfig(kind="user"), AuditConfig(max_unseen_users=0.5))
+    assert rows["unseen_users", "all"].value == 1
+    assert exceeded(rows) == {"unseen_users"}
 
 
-def test_duplicates_and_copied_people_are_found():
-    people = clean()
-    rows = audit([[*p, *p[-1:] * 2] for p in people])
+def test_duplicates_and_copied_users_are_found():
+    users = clean()
+    rows = audit([[*p, *p[-1:] * 2] for p in users])
     assert rows["duplicates", "all"].value == pytest.approx(0.2)
     assert "duplicates" in exceeded(rows)
-    rows = audit([*people, *[[(i, d + 1) for i, d in p] for p in people[:10]]])
-    assert rows["identical_people", "s0"].value > 0.04
-    assert exceeded(rows) == {"identical_people"}
+    rows = audit([*users, *[[(i, d + 1) for i, d in p] for p in users[:10]]])
+    assert rows["identical_users", "s0"].value > 0.04
+    assert exceeded(rows) == {"identical_users"}
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=12))
 def test_digests_are_equal_exactly_where_sequences_are(sequences):
-    people = [[(i, d) for d, i in enumerate(s)] for s in sequences]
-    digest, length = digest_sequences(build(people, sizes=(2, 2)), 0)
+    users = [[(i, d) for d, i in enumerate(s)] for s in sequences]
+    digest, length = digest_sequences(build(users, sizes=(2, 2)), 0)
     own = [tuple(i for i in s if i < 2) for s in sequences]
     for a, b in itertools.combinations(range(len(own)), 2):
         assert (digest[a].tolist() == digest[b].tolist() and length[a] == length[b]) == (own[a] == own[b])
@@ -332,5 +332,5 @@ def test_amazon3_has_the_ties_and_the_telling_ids_of_its_description():
         # ties sorted by a key and the rest by chance: the share of tests beyond the validation item by that key
         tied = rows["tied_test", service].value
         assert 0.7 < tied + (1 - tied) / 2 < 0.76
-    assert rows["identical_people", "toys"].explanation.startswith("35 of 19412")
+    assert rows["identical_users", "toys"].explanation.startswith("35 of 19412")
     assert rows["future_in_history", "all"].value == 0

@@ -19,9 +19,9 @@ from tests.amazon3_tables import read_amazon3
 DAY = 86400
 
 
-def make_world(seed=0, n_people=40, sizes=(6, 5), dated=True):
+def make_world(seed=0, n_users=40, sizes=(6, 5), dated=True):
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, 12, n_people)
+    lengths = rng.integers(1, 12, n_users)
     n, n_items = int(lengths.sum()), sum(sizes)
     blank = np.full(n_items, "")
     catalogue = Catalogue(
@@ -35,20 +35,20 @@ def make_world(seed=0, n_people=40, sizes=(6, 5), dated=True):
         time if dated else np.full(n, UNKNOWN_TIME),
         np.zeros((n, 0), np.int16),
     )
-    return Dataset(catalogue, log, np.arange(n_people).astype(str))
+    return Dataset(catalogue, log, np.arange(n_users).astype(str))
 
 
 def hold_out(dataset, per_service=False):
-    roles = splits.assign_roles(dataset, SplitConfig(per_service=per_service), 0)
-    targets = splits.select_targets(dataset, roles, splits.TEST)
-    return roles, targets, splits.gather_histories(dataset, targets, per_service)
+    split_ids = splits.assign_split_ids(dataset, SplitConfig(per_service=per_service), 0)
+    targets = splits.select_targets(dataset, split_ids, splits.TEST)
+    return split_ids, targets, splits.gather_histories(dataset, targets, per_service)
 
 
-def train_sequences(dataset, roles, within_service=False):
-    """Lists of items in order, one a person (or person and service)."""
+def train_sequences(dataset, split_ids, within_service=False):
+    """Lists of items in order, one a user (or user and service)."""
     sequences = collections.defaultdict(list)
-    for row, (p, i) in enumerate(zip(dataset.log.person.tolist(), dataset.log.item.tolist(), strict=True)):
-        if roles[row] == splits.TRAIN:
+    for row, (p, i) in enumerate(zip(dataset.log.user.tolist(), dataset.log.item.tolist(), strict=True)):
+        if split_ids[row] == splits.TRAIN:
             sequences[p, int(dataset.catalogue.service[i]) if within_service else 0].append(i)
     return sequences
 
@@ -60,20 +60,20 @@ def history_items(dataset, histories, t):
 
 def test_popularity_is_the_share_of_training_events():
     dataset = make_world()
-    roles, targets, histories = hold_out(dataset)
-    scores = baselines.fit_popularity(dataset, roles).score(dataset, targets, histories)
-    count = collections.Counter(functools.reduce(operator.iadd, train_sequences(dataset, roles).values(), []))
+    split_ids, targets, histories = hold_out(dataset)
+    scores = baselines.fit_popularity(dataset, split_ids).score(dataset, targets, histories)
+    count = collections.Counter(functools.reduce(operator.iadd, train_sequences(dataset, split_ids).values(), []))
     expected = [count[i] / sum(count.values()) for i in range(dataset.catalogue.n_items)]
     np.testing.assert_allclose(scores, np.tile(expected, (len(targets), 1)), rtol=1e-6)
 
 
 def test_service_popularity_multiplies_service_and_item():
     dataset = make_world()
-    roles, targets, histories = hold_out(dataset)
+    split_ids, targets, histories = hold_out(dataset)
     histories[0][1:] -= histories[0][1]  # the first target has no history now
     histories = (histories[0], histories[1][-histories[0][-1] :])
-    scores = baselines.fit_service_popularity(dataset, roles).score(dataset, targets, histories)
-    sequences = train_sequences(dataset, roles).values()
+    scores = baselines.fit_service_popularity(dataset, split_ids).score(dataset, targets, histories)
+    sequences = train_sequences(dataset, split_ids).values()
     item_count = collections.Counter(functools.reduce(operator.iadd, sequences, []))
     of = dataset.catalogue.service.tolist()
     pairs = collections.Counter((of[i], of[j]) for s in sequences for i, j in itertools.pairwise(s))
@@ -92,10 +92,10 @@ def test_service_popularity_multiplies_service_and_item():
 
 def test_recent_popularity_decays_and_never_sees_the_future():
     dataset = make_world()
-    roles, targets, histories = hold_out(dataset)
-    model = baselines.fit_recent_popularity(dataset, roles, half_life_days=40)
+    split_ids, targets, histories = hold_out(dataset)
+    model = baselines.fit_recent_popularity(dataset, split_ids, half_life_days=40)
     scores = model.score(dataset, targets, histories)
-    trained = np.flatnonzero(roles == splits.TRAIN)
+    trained = np.flatnonzero(split_ids == splits.TRAIN)
     start, width = dataset.log.time[trained].min(), 10 * DAY
     assert (model.start, model.width) == (start, width)
     for t in range(0, len(targets), 5):
@@ -110,19 +110,19 @@ def test_recent_popularity_decays_and_never_sees_the_future():
 
 def test_recent_popularity_without_times_counts_the_last_training_events():
     dataset = make_world(dated=False)
-    roles, targets, histories = hold_out(dataset)
-    scores = baselines.fit_recent_popularity(dataset, roles, last_share=0.2).score(dataset, targets, histories)
-    late = [i for s in train_sequences(dataset, roles).values() for i in s[-int(np.ceil(0.2 * len(s))) :]]
+    split_ids, targets, histories = hold_out(dataset)
+    scores = baselines.fit_recent_popularity(dataset, split_ids, last_share=0.2).score(dataset, targets, histories)
+    late = [i for s in train_sequences(dataset, split_ids).values() for i in s[-int(np.ceil(0.2 * len(s))) :]]
     expected = np.bincount(late, minlength=dataset.catalogue.n_items)
     np.testing.assert_array_equal(scores, np.tile(expected, (len(targets), 1)))
 
 
 def test_markov_equals_dictionaries():
     dataset = make_world()
-    roles, targets, histories = hold_out(dataset)
-    model = baselines.fit_markov(dataset, roles, strength=2.0)
+    split_ids, targets, histories = hold_out(dataset)
+    model = baselines.fit_markov(dataset, split_ids, strength=2.0)
     scores = model.score(dataset, targets, histories)
-    sequences = train_sequences(dataset, roles).values()
+    sequences = train_sequences(dataset, split_ids).values()
     pair, source = collections.Counter(), collections.Counter()
     for sequence in sequences:
         for i, j in itertools.pairwise(sequence):
@@ -143,19 +143,19 @@ def test_markov_equals_dictionaries():
 @pytest.mark.parametrize("last_n", [None, 2])
 def test_item_knn_equals_sets(within_service, last_n):
     dataset = make_world()
-    roles, targets, histories = hold_out(dataset)
-    model = baselines.fit_item_knn(dataset, roles, 0.6, last_n, within_service)
+    split_ids, targets, histories = hold_out(dataset)
+    model = baselines.fit_item_knn(dataset, split_ids, 0.6, last_n, within_service)
     scores = model.score(dataset, targets, histories)
-    people = collections.defaultdict(set)
-    for (p, _), sequence in train_sequences(dataset, roles).items():
+    users = collections.defaultdict(set)
+    for (p, _), sequence in train_sequences(dataset, split_ids).items():
         for i in sequence:
-            people[i].add(p)
+            users[i].add(p)
     of = dataset.catalogue.service
 
     def similarity(i, j):
-        if not (people[i] and people[j]):
+        if not (users[i] and users[j]):
             return 0.0
-        return len(people[i] & people[j]) / np.sqrt(len(people[i]) * len(people[j]))
+        return len(users[i] & users[j]) / np.sqrt(len(users[i]) * len(users[j]))
 
     for t in range(0, len(targets), 3):
         seen = history_items(dataset, histories, t)
@@ -178,19 +178,19 @@ def test_history_weights_add_up_over_repeats():
 def test_nothing_held_out_reaches_a_model(name, per_service):
     """Other items at the held-out events change neither the fit nor the scores of targets that do not see them."""
     dataset = make_world(3)
-    roles, _, _ = hold_out(dataset, per_service)
-    targets = splits.select_targets(dataset, roles, splits.VALID)
+    split_ids, _, _ = hold_out(dataset, per_service)
+    targets = splits.select_targets(dataset, split_ids, splits.VALID)
     histories = splits.gather_histories(dataset, targets, False)
-    before = baselines.BASELINES[name](dataset, roles).score(dataset, targets, histories)
+    before = baselines.BASELINES[name](dataset, split_ids).score(dataset, targets, histories)
     item = dataset.log.item.copy()
-    changed = np.flatnonzero(roles != splits.TRAIN)
+    changed = np.flatnonzero(split_ids != splits.TRAIN)
     in_history = np.isin(changed, histories[1])
     service = dataset.event_service[changed[~in_history]]
     first, last = dataset.catalogue.offsets[service], dataset.catalogue.offsets[service + 1]
     item[changed[~in_history]] = first + (item[changed[~in_history]] - first + 1) % (last - first)
     log = EventLog(dataset.log.offsets, item, dataset.log.action, dataset.log.time, dataset.log.context)
-    other = Dataset(dataset.catalogue, log, dataset.people)
-    after = baselines.BASELINES[name](other, roles).score(other, targets, histories)
+    other = Dataset(dataset.catalogue, log, dataset.users)
+    after = baselines.BASELINES[name](other, split_ids).score(other, targets, histories)
     assert before.dtype == np.float32
     assert np.all(np.isfinite(before))
     np.testing.assert_array_equal(before, after)
@@ -211,7 +211,7 @@ class Table:
 def test_a_constant_model_scores_k_over_the_candidates():
     dataset = make_world(sizes=(40, 30))
     _, targets, histories = hold_out(dataset)
-    ranked = baselines.rank_targets(Constant(), dataset, targets, histories, mask_seen=False, chunk=7)
+    ranked = baselines.rank_by_scores(Constant(), dataset, targets, histories, mask_seen=False, chunk=7)
     table = metrics.build_table(*ranked, dataset.event_service[targets], dataset.catalogue.services)
     assert table["union"]["all"]["recall@10"] == pytest.approx(10 / 70)
     assert table["in_service"]["a"]["recall@10"] == pytest.approx(10 / 40)
@@ -223,7 +223,7 @@ def test_a_constant_model_scores_k_over_the_candidates():
 def test_ranking_equals_a_loop_over_candidates(chunk, mask_seen):
     dataset = make_world(1)
     _, targets, histories = hold_out(dataset)
-    ranked = baselines.rank_targets(Table(), dataset, targets, histories, mask_seen, chunk)
+    ranked = baselines.rank_by_scores(Table(), dataset, targets, histories, mask_seen, chunk)
     scores = Table().score(dataset, targets, histories)
     of = dataset.catalogue.service
     for t, target in enumerate(targets):
@@ -247,7 +247,7 @@ def test_scores_of_another_shape_are_refused():
     dataset = make_world()
     _, targets, histories = hold_out(dataset)
     with pytest.raises(WorkError, match="scores of shape"):
-        baselines.rank_targets(Short(), dataset, targets, histories, mask_seen=False)
+        baselines.rank_by_scores(Short(), dataset, targets, histories, mask_seen=False)
 
 
 PUBLISHED = {  # HR@5, HR@10, NDCG@10 of the decayed item-kNN and HR@10 of popularity
@@ -260,10 +260,12 @@ PUBLISHED = {  # HR@5, HR@10, NDCG@10 of the decayed item-kNN and HR@10 of popul
 @pytest.mark.parametrize("service", PUBLISHED)
 def test_published_rows_of_amazon3_are_reproduced(service):
     dataset = read_amazon3((service,))
-    roles, targets, histories = hold_out(dataset, per_service=True)
+    split_ids, targets, histories = hold_out(dataset, per_service=True)
     found = []
     for fit in (baselines.fit_item_knn, baselines.fit_popularity):
-        ranked = baselines.rank_targets(fit(dataset, roles), dataset, targets, histories, mask_seen=True, chunk=1024)
+        ranked = baselines.rank_by_scores(
+            fit(dataset, split_ids), dataset, targets, histories, mask_seen=True, chunk=1024
+        )
         found.append(metrics.summarise(metrics.per_target_metrics(ranked.in_service)))
     knn, popularity = found
     values = [knn["recall@5"], knn["recall@10"], knn["ndcg@10"], popularity["recall@10"]]

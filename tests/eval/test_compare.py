@@ -9,7 +9,7 @@ from scipy import stats
 from experiments import compare as command
 from moerec.config import cli
 from moerec.errors import InputError
-from moerec.eval.compare import compare, compare_effects, render, render_effects
+from moerec.eval.compare import compare, compare_interventions, render, render_interventions
 
 FIRST = {1: (0.30, 0.5), 2: (0.34, 0.4), 3: (0.33, 0.6)}
 SECOND = {1: (0.28, 0.5), 2: (0.33, 0.5), 3: (0.29, 0.55)}
@@ -97,23 +97,23 @@ def test_the_command_prints_a_table_and_says_what_is_missing(tmp_path, capsys):
     assert "--first is missing" in said.err
     code, said = run(f"--first={','.join(map(str, first))}")
     assert (code, said.err.count("\n")) == (2, 1)
-    assert "a1: measured no effects" in said.err
+    assert "a1: measured no interventions" in said.err
 
 
 def test_effects_over_seeds_and_what_is_attainable(tmp_path):
     folders = write_runs(tmp_path, {1: (0.5, 0.5), 2: (0.6, 0.5), 3: (0.7, 0.5)})
     for folder, other, known in zip(folders, (0.4, 0.45, 0.65), (0.9, 0.8, 1.0), strict=True):
         metrics = json.loads((folder / "metrics.json").read_text())
-        metrics["proofs"] = {"profile": {"empty": {"ndcg@10": other, "difference": 0, "p_value": 1}}}
-        metrics["attainable"] = {"all": known, "window": known - 0.2, "no context": known - 0.1}
+        metrics["probes"] = {"interventions": {"profile": {"empty": {"ndcg@10": other, "difference": 0, "p_value": 1}}}}
+        metrics["probes"]["attainable"] = {"all": known, "window": known - 0.2, "no context": known - 0.1}
         (folder / "metrics.json").write_text(json.dumps(metrics))
-    effects = compare_effects(folders)
-    (row,) = effects.rows
+    interventions = compare_interventions(folders)
+    (row,) = interventions.rows
     assert (row.part, row.n_better) == ("profile empty", 3)
     assert row.difference == pytest.approx((0.1 + 0.15 + 0.05) / 3)
     assert row.p_value == pytest.approx(stats.ttest_rel([0.5, 0.6, 0.7], [0.4, 0.45, 0.65]).pvalue)
-    assert effects.attainable == pytest.approx({"all": 0.9, "window": 0.7, "no context": 0.8})
-    assert "all 0.9000, window 0.7000, no context 0.8000" in render_effects(effects)
-    (folders[2] / "metrics.json").write_text(json.dumps({**metrics, "proofs": {}}))
-    with pytest.raises(InputError, match="a3: measured no effects"):
-        compare_effects(folders)
+    assert interventions.attainable == pytest.approx({"all": 0.9, "window": 0.7, "no context": 0.8})
+    assert "all 0.9000, window 0.7000, no context 0.8000" in render_interventions(interventions)
+    (folders[2] / "metrics.json").write_text(json.dumps({**metrics, "probes": {}}))
+    with pytest.raises(InputError, match="a3: measured no interventions"):
+        compare_interventions(folders)

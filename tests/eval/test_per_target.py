@@ -30,13 +30,13 @@ def folders(tmp_path_factory):
 def test_means_over_the_ranks_are_the_table(folders):
     ranks, metrics = read_ranks(folders[0]), json.loads((folders[0] / "metrics.json").read_text())
     union = metrics["test"]["union"]
-    assert len(ranks.person) == union["all"]["n"]
+    assert len(ranks.user) == union["all"]["n"]
     assert ranks.metric("union").mean() == pytest.approx(union["all"]["ndcg@10"], abs=1e-12)
     for service, row in metrics["test"]["in_service"].items():
         own = ranks.service == service
         assert own.sum() == row["n"]
         assert ranks.metric("in_service")[own].mean() == pytest.approx(row["ndcg@10"], abs=1e-12)
-    keys = list(zip(ranks.person, ranks.service, ranks.item, strict=True))
+    keys = list(zip(ranks.user, ranks.service, ranks.item, strict=True))
     assert keys == sorted(keys)
 
 
@@ -61,19 +61,19 @@ def test_differences_are_those_of_the_two_tables(folders):
     assert (same.difference, same.low, same.high, same.p_value, same.n_better) == (0, 0, 0, 1, 0)
 
 
-def test_rows_of_people_in_several_services(folders, tmp_path):
+def test_rows_of_users_in_several_services(folders, tmp_path):
     """Where all travel, those rows would say everything twice."""
     stored = read_ranks(folders[0])
-    for travels, expected in ((np.ones(len(stored.person), bool), 0), (stored.person != stored.person[0], 3)):
+    for uses_several, expected in ((np.ones(len(stored.user), bool), 0), (stored.user != stored.user[0], 3)):
         folder = tmp_path / str(expected)
         folder.mkdir()
         (folder / "metrics.json").write_bytes((folders[0] / "metrics.json").read_bytes())
-        np.savez(folder / "ranks.npz", allow_pickle=False, **stored._replace(travels=travels)._asdict())
+        np.savez(folder / "ranks.npz", allow_pickle=False, **stored._replace(uses_several=uses_several)._asdict())
         result = compare_targets(folder, folder)
         rows = {row.part: (row, n) for row, n in zip(result.rows, result.n, strict=True) if "several" in row.part}
         assert len(rows) == expected
         for part, (row, n) in rows.items():
-            chosen = travels & (stored.service == part.split(",")[0])
+            chosen = uses_several & (stored.service == part.split(",")[0])
             assert n == chosen.sum()
             assert row.first == pytest.approx(stored.metric("in_service")[chosen].mean())
 

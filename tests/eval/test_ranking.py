@@ -14,13 +14,13 @@ from moerec.config import Config, DataConfig, EvalConfig, ModelConfig, SplitConf
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.errors import WorkError
 from moerec.eval.metrics import per_target_metrics
-from moerec.eval.ranking import EvaluationSet, pad_seen, rank_batch, rank_targets
-from moerec.nn.model import SequenceModel, Sizes
-from moerec.types import EPOCH_2000, NO_TIME, Batch, ItemTable
+from moerec.eval.ranking import EvalDataset, pad_seen, rank_batch, rank_targets
+from moerec.nn.model import ModelSizes, SequenceModel
+from moerec.types import EPOCH_2000, NO_TIME, Batch, Catalog
 from tests.random_dataset import make_dataset
 
 HISTORY_LEN = 3
-SIZES = Sizes(n_items=36, n_tokens=9, n_services=2, n_actions=3, context_sizes=(4, 4))
+SIZES = ModelSizes(n_items=36, n_tokens=9, n_services=2, n_actions=3, context_sizes=(4, 4))
 
 
 def make_config(mask_seen=True, per_service=False) -> Config:
@@ -33,15 +33,15 @@ def make_config(mask_seen=True, per_service=False) -> Config:
 
 @pytest.fixture(scope="module")
 def dataset():
-    """Some people repeat items, some have equal times in both services, some have very long histories."""
+    """Some users repeat items, some have equal times in both services, some have very long histories."""
     made = make_dataset([0, 1, 2, 3, 1, 2, 12, 5, 9, 1, 4, 14], (14, 22), seed=5)
     log, rng = made.log, np.random.default_rng(6)
     time, item = log.time.copy(), log.item.copy()
     for row in range(1, log.n_events):
-        if log.person[row] == log.person[row - 1] and rng.random() < 0.5:
+        if log.user[row] == log.user[row - 1] and rng.random() < 0.5:
             time[row] = time[row - 1]
-        if row > log.offsets[log.person[row]] and rng.random() < 0.2:
-            item[row] = item[rng.integers(log.offsets[log.person[row]], row)]
+        if row > log.offsets[log.user[row]] and rng.random() < 0.2:
+            item[row] = item[rng.integers(log.offsets[log.user[row]], row)]
     return dataclasses.replace(made, log=dataclasses.replace(log, time=time, item=item))
 
 
@@ -49,7 +49,7 @@ def dataset():
 def table(dataset):
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, SIZES.n_tokens, (SIZES.n_items, 3)).astype(np.int32)
-    return ItemTable(dataset.catalogue.service, tokens, np.ones(SIZES.n_items, np.float32))
+    return Catalog(dataset.catalogue.service, tokens, np.ones(SIZES.n_items, np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def model():
 
 def history_by_hand(dataset, target: int, per_service: bool) -> list[int]:
     log, service = dataset.log, dataset.event_service
-    rows = [row for row in range(target) if log.person[row] == log.person[target]]
+    rows = [row for row in range(target) if log.user[row] == log.user[target]]
     if not per_service:
         return rows
     earlier = [log.time[row] != UNKNOWN_TIME and log.time[row] < log.time[target] for row in range(target)]
@@ -95,13 +95,13 @@ def scores_by_hand(model, vectors, dataset, table, rows: list[int], target: int)
         item_BT=row(log.item[rows]),
         action_BT=row(log.action[rows]),
         time_BT=times(rows),
-        shift_BT=row([0] * len(rows)),
+        utc_offset_BT=row([0] * len(rows)),
         position_BT=row(range(len(rows))),
         segment_BT=row([1] * len(rows)),
         request_time_BT=times(following),
-        request_shift_BT=row([0] * len(rows)),
+        request_utc_offset_BT=row([0] * len(rows)),
         request_context_BTC=row(log.context[following]),
-        field_BTY=np.repeat(dataset.profile_codes[0][[log.person[target]]], len(rows), axis=0)[None],
+        field_BTY=np.repeat(dataset.profile_codes[0][[log.user[target]]], len(rows), axis=0)[None],
         target_BT=row([0] * len(rows)),
         weight_BT=np.zeros((1, len(rows)), np.float32),
     )
@@ -128,8 +128,8 @@ def rank_all(model, dataset, table):
     return rank
 
 
-def evaluation_set(dataset, mask_seen=True, per_service=False) -> EvaluationSet:
-    return EvaluationSet(dataset, np.arange(dataset.log.n_events), make_config(mask_seen, per_service))
+def evaluation_set(dataset, mask_seen=True, per_service=False) -> EvalDataset:
+    return EvalDataset(dataset, np.arange(dataset.log.n_events), make_config(mask_seen, per_service))
 
 
 @pytest.mark.parametrize(("mask_seen", "per_service"), [(True, False), (False, False), (True, True)])
@@ -220,21 +220,21 @@ def test_scores_that_are_not_finite_are_refused(model, dataset, table, value):
 def test_batches_ask_every_target_once_in_one_shape(model, dataset, table):
     config = make_config()
     log = dataset.log
-    by_length = np.argsort(np.arange(log.n_events) - log.offsets[log.person], kind="stable")  # the shortest first
-    examples = EvaluationSet(dataset, by_length, config)
+    by_length = np.argsort(np.arange(log.n_events) - log.offsets[log.user], kind="stable")  # the shortest first
+    examples = EvalDataset(dataset, by_length, config)
     asked, shapes, sizes = [], set(), []
-    for which, batch, questions in examples.batches():
+    for which, batch, queries in examples.batches():
         n = which.stop - which.start
         asked += range(which.start, which.stop)
         sizes.append(n)
-        shapes.add(tuple((x.shape, x.dtype) for x in (*batch, *questions)))
-        assert questions.target[:n].tolist() == dataset.log.item[by_length[which]].tolist()
-        assert np.all(questions.target[n:] == -1)
-        assert np.all(questions.slot[n:] == -1)
-        assert np.all(questions.seen[n:] == -1)
-        assert questions.target.shape == (config.eval.batch_size,)
+        shapes.add(tuple((x.shape, x.dtype) for x in (*batch, *queries)))
+        assert queries.target[:n].tolist() == dataset.log.item[by_length[which]].tolist()
+        assert np.all(queries.target[n:] == -1)
+        assert np.all(queries.slot[n:] == -1)
+        assert np.all(queries.seen[n:] == -1)
+        assert queries.target.shape == (config.eval.batch_size,)
         segments = np.asarray(batch.segment_BT).ravel()
-        for slot, row in zip(questions.slot[:n], by_length[which], strict=True):
+        for slot, row in zip(queries.slot[:n], by_length[which], strict=True):
             depth = len(history_by_hand(dataset, row, False))
             assert (slot == -1) == (depth == 0)
             if depth:
@@ -250,14 +250,14 @@ def test_batches_ask_every_target_once_in_one_shape(model, dataset, table):
 
 def test_ranks_do_not_depend_on_the_batch_or_the_order(model, dataset, table, rank_all):
     order = np.random.default_rng(0).permutation(dataset.log.n_events)
-    shuffled = rank_targets(model, EvaluationSet(dataset, order, make_config()), table)
+    shuffled = rank_targets(model, EvalDataset(dataset, order, make_config()), table)
     for one, other in zip(rank_all(True), shuffled, strict=True):
         same = (one.greater[order] == other.greater) & (one.equal[order] == other.equal)
         assert same.mean() > 0.95  # scores within rounding of each other may change places
 
 
 def test_nothing_to_rank(model, dataset, table):
-    in_service, union = rank_targets(model, EvaluationSet(dataset, np.zeros(0, np.int64), make_config()), table)
+    in_service, union = rank_targets(model, EvalDataset(dataset, np.zeros(0, np.int64), make_config()), table)
     assert len(in_service) == len(union) == 0
 
 

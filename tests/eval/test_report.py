@@ -53,7 +53,7 @@ def full_metrics():
     metrics["ceiling"] = result(0.14)
     metrics["intervals"] = {"union": {"all": {"ndcg@10": [0.0981, 0.1099]}}, "in_service": {}}
     metrics["slices"] = {"history": {"5-9": {"ndcg@10": 0.0512, "n": 1234}, "10-19": {"ndcg@10": 0.0734, "n": 77}}}
-    metrics["dataset"] = {"n_people": 1999, "n_events": 161234, "n_items": 1801, "services": list(SERVICES)}
+    metrics["dataset"] = {"n_users": 1999, "n_events": 161234, "n_items": 1801, "services": list(SERVICES)}
     metrics["valid"] = {"step": 1600, "union/ndcg@10": 0.1}
     return metrics
 

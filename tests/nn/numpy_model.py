@@ -76,7 +76,7 @@ def mixture(w: Weights, x_TD, log_domain_TZ, segment_T, moe):
     out = np.zeros_like(x_TD)
     n_services = log_domain_TZ.shape[1]
     for t, x in enumerate(x_TD):
-        logits = w["router_ED"] @ x + w["lift_EZ"] @ log_domain_TZ[t]
+        logits = w["router_ED"] @ x + w["w_domain_EZ"] @ log_domain_TZ[t]
         allowed = list(range(len(logits)))
         if moe.n_open_groups:
             groups = {*np.argsort(-log_domain_TZ[t])[: moe.n_open_groups], n_services}
@@ -197,10 +197,10 @@ def slot_vector(w: Weights, batch, table, b, t, context_sizes, harmonics=None):
         before = time if first else batch.time_BT[b, t - 1]
         service = table.service_I[batch.item_BT[b, t]]
         last = [NO_TIME if first else last_in_service(batch, table, b, t - 1, service)]
-        parts.append(time_vector(part(w, "event_time"), time, batch.shift_BT[b, t], before, last, harmonics))
+        parts.append(time_vector(part(w, "event_time"), time, batch.utc_offset_BT[b, t], before, last, harmonics))
     if any(name.startswith("request_time") for name in w):
         last = [last_in_service(batch, table, b, t, z) for z in range(int(table.service_I.max()) + 1)]
-        request = (batch.request_time_BT[b, t], batch.request_shift_BT[b, t])
+        request = (batch.request_time_BT[b, t], batch.request_utc_offset_BT[b, t])
         parts.append(time_vector(part(w, "request_time"), *request, time, last, harmonics))
     if "context" in w:
         *rows, unseen = np.split(w["context"], np.cumsum(context_sizes))
@@ -262,7 +262,7 @@ def _encode(weights: Weights, batch, table, config, context_sizes, given):
 def route_sums(weights: Weights, batch, table, config, context_sizes, domain_BT, frozen):
     """Of a model of one mixture layer: probabilities and assignments `[Z, E]` by domain, and the squares of the lse."""
     w, n_active = layer(part(weights, "upper[0]"), 0), config.moe.n_active
-    n_services = len(w["ffn.lift_EZ"][0])
+    n_services = len(w["ffn.w_domain_EZ"][0])
     probability, count, square = *np.zeros((2, n_services, len(w["ffn.bias_E"]))), 0.0
     given = posterior(frozen, batch, table, config, context_sizes)
     for b in range(len(batch.item_BT)):
@@ -272,7 +272,7 @@ def route_sums(weights: Weights, batch, table, config, context_sizes, domain_BT,
         y = rms_norm(x, w["ffn_norm.scale"], config.norm_eps)
         for t, z in enumerate(domain_BT[b]):
             if z >= 0:
-                logits = w["ffn.router_ED"] @ y[t] + w["ffn.lift_EZ"] @ given[b][t]
+                logits = w["ffn.router_ED"] @ y[t] + w["ffn.w_domain_EZ"] @ given[b][t]
                 probability[z] += softmax(logits)
                 count[z, np.argsort(-(logits + w["ffn.bias_E"]))[:n_active]] += 1
                 square += np.log(np.sum(np.exp(logits))) ** 2

@@ -23,7 +23,7 @@ from tests.small_model import (
 )
 
 TABLE = make_table()
-ON = {"tie_items": False, "copy": "services", "d_copy": 6}
+ON = {"tie_items": False, "pointer": "services", "d_pointer": 6}
 BARE = {
     "item_text": False,
     "service": False,

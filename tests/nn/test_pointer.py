@@ -28,7 +28,7 @@ VECTOR, BIAS = np.random.default_rng(3).normal(size=(13, 8)), np.random.default_
 
 
 def make_aggregator(copy: str) -> Aggregator:
-    config = make_config(copy=copy, d_copy=6)
+    config = make_config(pointer=copy, d_pointer=6)
     return fill(jax.eval_shape(lambda: Aggregator(jax.random.key(0), config, SIZES.n_services)))
 
 
@@ -41,7 +41,7 @@ class Stub(NamedTuple):
     vector: jax.Array
     bias: jax.Array
 
-    def encode(self, batch, table, key=None, vector_ID=None, donor_BT=None):
+    def encode(self, batch, table, key=None, vector_ID=None, profile_source_BT=None):
         seen = (batch.position_BT, segment_mask(batch.segment_BT), table.service_I[batch.item_BT])
         answers = self.aggregator(self.state, self.event, *seen)
         return Output(self.state, None, None, answers=answers)
@@ -151,7 +151,7 @@ def test_scores_are_logarithms_of_a_distribution_over_all_items(copy, n_services
 
 
 def test_a_window_bounds_what_pointers_see():
-    model = make_model(make_config(copy="services", d_copy=6, window=3))
+    model = make_model(make_config(pointer="services", d_pointer=6, window=3))
     copy_BTS = np.asarray(answer(model, DEVICE_BATCH))
     t, s = np.indices((9, 9))
     outside = (s > t) | (s <= t - 3)
@@ -179,7 +179,7 @@ def answer(model, batch):
 
 
 def test_an_event_reaches_only_later_answers_of_its_sequence():
-    model = make_model(make_config(copy="services", d_copy=6))
+    model = make_model(make_config(pointer="services", d_pointer=6))
     before, b, t = np.asarray(answer(model, BATCH)), 0, 2
     reached = np.zeros(BATCH.item_BT.shape, bool)
     reached[b, t:5] = True
@@ -192,5 +192,5 @@ def test_an_event_reaches_only_later_answers_of_its_sequence():
 
 @pytest.mark.parametrize("loss", [LossConfig(kind="one_negative"), LossConfig(scope="service")])
 def test_a_loss_that_is_no_softmax_over_the_union_is_refused(loss):
-    with pytest.raises(InputError, match=r"model\.copy: needs a softmax over the union"):
-        Config(model=ModelConfig(copy="all"), loss=loss)
+    with pytest.raises(InputError, match=r"model\.pointer: needs a softmax over the union"):
+        Config(model=ModelConfig(pointer="all"), loss=loss)

@@ -15,7 +15,7 @@ from moerec.errors import InputError
 from moerec.eval.ranking import catalogue_vectors, score_items
 from moerec.nn.model import SequenceModel
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, param_spec, replicated
-from moerec.tasks.losses import contrast, sampling_cdf
+from moerec.tasks.losses import chunked_softmax_xent, sampling_cdf
 from moerec.train.optim import make_optimizer
 from moerec.train.step import TrainState, make_train_step
 from tests.small_model import SIZES, make_batch, make_config, make_model, make_table, worst_gap
@@ -44,7 +44,7 @@ def make_run_config(
             event_time=False,
             request_time=False,
             request_context=False,
-            copy="services" if strategy else "none",
+            pointer="services" if strategy else "none",
             moe=moe,
             personal=personal,
         ),
@@ -89,7 +89,7 @@ def train(n_data: int, n_expert: int, n_model: int, *kind: str):
         *((mesh, ("sampled_softmax", "union")) for mesh in MESHES),
         ((4, 1, 2), ("one_negative", "service")),
         ((1, 4, 1), ("full_softmax", "union", "all_to_all")),
-        ((2, 2, 2), ("full_softmax", "union", "ring")),
+        ((2, 2, 2), ("full_softmax", "union", "all_gather")),
         ((2, 2, 2), ("full_softmax", "union", "all_to_all")),
         ((2, 1, 2), ("full_softmax", "union", "", "delta")),
         ((2, 2, 2), ("full_softmax", "union", "all_to_all", "ema")),
@@ -145,7 +145,7 @@ def test_weights_their_moments_and_averages_are_in_shards_where_the_axis_divides
         assert local_shape(model.blocks.attention_norm.scale) == (2, 8)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "all_to_all"])
+@pytest.mark.parametrize("strategy", ["all_gather", "all_to_all"])
 def test_experts_and_their_moments_are_in_shards(strategy):
     _, state, *_ = train(2, 2, 2, "full_softmax", "union", strategy)
     (adam,) = (part for part in state.opt_state if hasattr(part, "mu"))
@@ -206,7 +206,9 @@ def test_every_device_scores_its_own_rows():
 
     def total(h, positive, vector, offset, slots):
         zeros = jnp.zeros(n_candidates, int)
-        return contrast(h, positive, vector, offset, None, slots, slots * 0, zeros - 1, (zeros, positive), chunk)
+        return chunked_softmax_xent(
+            h, positive, vector, offset, None, slots, slots * 0, zeros - 1, (zeros, positive), chunk
+        )
 
     rows, whole = batch_sharding(mesh), replicated(mesh)
     arrays = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=rows if s[0] == n_slots else whole) for s in shapes]

@@ -15,8 +15,8 @@ from moerec.data.dataset import Catalogue
 from moerec.data.load import load_data
 from moerec.errors import InputError
 from moerec.nn.profile.memory import decay_rates
-from moerec.serve.profile_card import describe_portrait, name_aspects, next_time, portray, render_portrait
-from moerec.serve.recommender import Request, Trained, recommend
+from moerec.serve.profile_card import describe_card, name_aspects, next_time, render_card, summarize_profile
+from moerec.serve.recommender import RecommendRequest, Run, recommend
 from moerec.train.loop import make_sizes
 from moerec.train.step import init_state
 from tests.tiny import make_config
@@ -24,12 +24,12 @@ from tests.tiny import make_config
 N_ASPECTS, N_SCALES = 3, 2
 
 
-def make_trained(folder, personal: PersonalConfig) -> Trained:
+def make_trained(folder, personal: PersonalConfig) -> Run:
     config = make_config()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, personal=personal))
     data = load_data(config.data, folder)
     model = init_state(config, make_sizes(data)).model
-    return Trained(config, data, model, jax.tree.map(jnp.asarray, data.item_table))
+    return Run(config, data, model, jax.tree.map(jnp.asarray, data.item_table))
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,10 @@ def trained(tmp_path_factory):
 
 
 def test_evidence_is_what_the_events_left_by_the_time_of_the_request(trained):
-    dataset, model, person = trained.data.dataset, trained.model, 7
-    rows = np.arange(*dataset.log.offsets[person : person + 2])
+    dataset, model, user = trained.data.dataset, trained.model, 7
+    rows = np.arange(*dataset.log.offsets[user : user + 2])
     time = int(dataset.log.time[rows[-1]]) + 5 * 86400
-    found = portray(trained, str(dataset.people[person]), [time], {}, "weather", 3)
+    found = summarize_profile(trained, str(dataset.users[user]), [time], {}, "weather", 3)
     x_TD = np.asarray(model.event_vectors(dataset.log.item[rows], dataset.log.action[rows], trained.table), np.float64)
     x_TD /= np.sqrt((x_TD**2).mean(axis=1, keepdims=True) + 1e-6)
     weight_TA = np.exp(x_TD @ np.asarray(model.profile.aspect_DA[...], np.float64))
@@ -59,9 +59,9 @@ def test_evidence_is_what_the_events_left_by_the_time_of_the_request(trained):
 
 
 def test_lists_are_those_that_are_asked_for_in_each_context(trained):
-    dataset, name = trained.data.dataset, str(trained.data.dataset.people[3])
+    dataset, name = trained.data.dataset, str(trained.data.dataset.users[3])
     rows = np.arange(*dataset.log.offsets[3:5])
-    found = portray(trained, name, [], {"holiday": "none"}, "weather", 4)
+    found = summarize_profile(trained, name, [], {"holiday": "none"}, "weather", 4)
     last = dict(zip(dataset.context, dataset.log.context[rows[-1]], strict=True))
     temperature = dataset.context["temperature"][last["temperature"] - 1]
     assert found.context["temperature"] == temperature
@@ -69,19 +69,21 @@ def test_lists_are_those_that_are_asked_for_in_each_context(trained):
     listed = set()
     for value in dataset.context["weather"]:
         context = {"weather": value, "holiday": "none", "temperature": temperature}
-        answer = recommend(trained, name, Request(time, context), 4)
+        answer = recommend(trained, name, RecommendRequest(time, context), 4)
         listed |= {str(dataset.catalogue.text[i]) for i in answer.item}
         for place, (item, log_p) in enumerate(zip(answer.item, answer.log_p, strict=True), 1):
-            (wish,) = [
-                w for w in found.wishes if (w.id, w.text) == (dataset.catalogue.ids[item], dataset.catalogue.text[item])
+            (effect,) = [
+                w
+                for w in found.context_effects
+                if (w.id, w.text) == (dataset.catalogue.ids[item], dataset.catalogue.text[item])
             ]
-            assert (wish.rank[value], wish.p[value]) == (place, pytest.approx(np.exp(log_p)))
-    assert {wish.text for wish in found.wishes} == listed
+            assert (effect.rank[value], effect.p[value]) == (place, pytest.approx(np.exp(log_p)))
+    assert {effect.text for effect in found.context_effects} == listed
 
 
 def test_requests_are_a_saturday_evening_and_a_monday_morning_after_the_last_event(trained):
     dataset = trained.data.dataset
-    found = portray(trained, str(dataset.people[0]), [], {}, "weather", 1)
+    found = summarize_profile(trained, str(dataset.users[0]), [], {}, "weather", 1)
     last = dataset.log.time[dataset.log.offsets[1] - 1]
     for text, weekday, hour in zip(found.requests, (5, 0), (20, 8), strict=True):
         when = datetime.datetime.strptime(text + "+0000", "%a %Y-%m-%d %H:%M%z")
@@ -96,23 +98,23 @@ def test_a_request_in_the_past_has_the_context_of_the_event_before_it(trained):
     dataset = trained.data.dataset
     rows = np.arange(*dataset.log.offsets[4:6])
     before = rows[np.flatnonzero(np.diff(dataset.log.time[rows]) > 60)[0]]
-    found = portray(trained, str(dataset.people[4]), [int(dataset.log.time[before]) + 30], {}, "weather", 1)
+    found = summarize_profile(trained, str(dataset.users[4]), [int(dataset.log.time[before]) + 30], {}, "weather", 1)
     told = {
         name: values[code - 1]
         for (name, values), code in zip(dataset.context.items(), dataset.log.context[before], strict=True)
     }
     assert found.context == told
-    assert next(iter(found.wishes[0].rank)) == told["weather"]  # the value in force comes first
+    assert next(iter(found.context_effects[0].rank)) == told["weather"]  # the value in force comes first
 
 
 def test_columns_of_requests_are_told_apart(trained):
     name, monday_8 = (
-        str(trained.data.dataset.people[1]),
+        str(trained.data.dataset.users[1]),
         int(datetime.datetime(2025, 1, 6, 8, tzinfo=datetime.UTC).timestamp()),
     )
     for second, heads in ((86400, "Mon 08:00  Tue 08:00"), (7 * 86400, "Mon 2025-01-06 08:00  Mon 2025-01-13 08:00")):
-        found = portray(trained, name, [monday_8, monday_8 + second], {}, "weather", 1)
-        head, *rows = render_portrait(found).splitlines()[3 : 3 + 1 + N_ASPECTS + 1]
+        found = summarize_profile(trained, name, [monday_8, monday_8 + second], {}, "weather", 1)
+        head, *rows = render_card(found).splitlines()[3 : 3 + 1 + N_ASPECTS + 1]
         assert f"relevance to {heads} " in head
         right = [head.index(heads) + len(part) for part in (heads.split("  ")[0], heads)]
         assert all(row[end - 3 : end - 2] == "." for row in rows for end in right)
@@ -150,17 +152,17 @@ def test_items_of_a_large_catalogue_name_aspects_where_there_are_no_attributes(t
 
 
 def test_without_a_feature_there_is_one_list(trained):
-    name = str(trained.data.dataset.people[2])
-    found = portray(trained, name, [], {}, "", 3)
-    assert [wish.rank for wish in found.wishes] == [{"": 1}, {"": 2}, {"": 3}]
-    assert "rank and p\n" in render_portrait(found)
+    name = str(trained.data.dataset.users[2])
+    found = summarize_profile(trained, name, [], {}, "", 3)
+    assert [effect.rank for effect in found.context_effects] == [{"": 1}, {"": 2}, {"": 3}]
+    assert "rank and p\n" in render_card(found)
 
 
 @pytest.mark.parametrize("personal", [PersonalConfig(), PersonalConfig(layers=(1,), memory="low_rank")])
 def test_a_run_without_aspects_has_no_portrait(tmp_path, personal):
     trained = make_trained(tmp_path, personal)
     with pytest.raises(InputError, match="keeps no profile of aspects"):
-        portray(trained, str(trained.data.dataset.people[0]), [], {}, "weather", 3)
+        summarize_profile(trained, str(trained.data.dataset.users[0]), [], {}, "weather", 3)
 
 
 def test_the_command_prints_it_and_refuses_an_unknown_feature(trained, monkeypatch, tmp_path, capsys):
@@ -178,11 +180,11 @@ def test_the_command_prints_it_and_refuses_an_unknown_feature(trained, monkeypat
     found = json.loads(last)
     assert found["requests"] == ["Wed 2025-01-01 09:00", "Sat 2025-01-04 20:00"]
     assert len(found["aspects"]) == N_ASPECTS
-    person = str(trained.data.dataset.people[0])
+    user = str(trained.data.dataset.users[0])
     times = [int(datetime.datetime(2025, 1, d, h, tzinfo=datetime.UTC).timestamp()) for d, h in ((1, 9), (4, 20))]
-    portrait = portray(trained, person, times, {}, "temperature", 2)
-    assert "\n".join(lines) == render_portrait(portrait)
-    assert json.loads(json.dumps(describe_portrait(portrait))) == found
+    card = summarize_profile(trained, user, times, {}, "temperature", 2)
+    assert "\n".join(lines) == render_card(card)
+    assert json.loads(json.dumps(describe_card(card))) == found
     code, said = run("--vary=mood")
     assert (code, said.err.count("\n")) == (2, 1)
     assert "--vary: 'mood' is none of" in said.err

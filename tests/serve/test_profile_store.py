@@ -30,7 +30,7 @@ POOL = ["a", "", "человек", "x" * 50, "a b\n", "0", "00", "é", "e\u0301"
 
 
 def make_states(values, template=None):
-    """States of people in which every byte depends on the person's value."""
+    """States of users in which every byte depends on the user's value."""
     values = np.asarray(values)
 
     def fill(leaf):
@@ -70,7 +70,7 @@ def search(folder, pattern: bytes):
 
 @pytest.fixture
 def store(tmp_path):
-    return ProfileStore.create(tmp_path / "store", TEMPLATE, people_per_shard=3)
+    return ProfileStore.create(tmp_path / "store", TEMPLATE, users_per_shard=3)
 
 
 OPERATION = st.tuples(
@@ -81,12 +81,12 @@ OPERATION = st.tuples(
 
 
 @settings(max_examples=40)
-@given(operations=st.lists(OPERATION, max_size=12), people_per_shard=st.sampled_from([1, 2, 4, 100]))
-def test_two_open_stores_agree_with_a_dict(tmp_path_factory, operations, people_per_shard):
+@given(operations=st.lists(OPERATION, max_size=12), users_per_shard=st.sampled_from([1, 2, 4, 100]))
+def test_two_open_stores_agree_with_a_dict(tmp_path_factory, operations, users_per_shard):
     folder = tmp_path_factory.mktemp("store") / "s"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)  # nobody pulls the plug
-        stores = [ProfileStore.create(folder, TEMPLATE, people_per_shard), ProfileStore.open(folder)]
+        stores = [ProfileStore.create(folder, TEMPLATE, users_per_shard), ProfileStore.open(folder)]
         model: dict = {}
         for value, (kind, ids, which) in enumerate(operations, 1):
             store = stores[which]
@@ -103,11 +103,11 @@ def test_two_open_stores_agree_with_a_dict(tmp_path_factory, operations, people_
                 model |= {name: (x, v + 1) for name, x, v in zip(ids, values, versions, strict=True)}
             for store in stores:
                 assert_holds(store, model)
-        n_rows = -(-len({name for _, ids, _ in operations for name in ids}) // people_per_shard)
-        assert len(list(folder.glob("states/c.*"))) <= n_rows  # rows of deleted people are used again
+        n_rows = -(-len({name for _, ids, _ in operations for name in ids}) // users_per_shard)
+        assert len(list(folder.glob("states/c.*"))) <= n_rows  # rows of deleted users are used again
 
 
-def test_places_of_deleted_people_are_used_again_and_other_stores_notice(store, tmp_path):
+def test_places_of_deleted_users_are_used_again_and_other_stores_notice(store, tmp_path):
     folder = tmp_path / "store"
     store.update(list("abc"), make_states([1, 2, 3]))
     other = ProfileStore.open(folder)
@@ -120,7 +120,7 @@ def test_places_of_deleted_people_are_used_again_and_other_stores_notice(store, 
 
 
 def test_opening_reads_no_states_and_a_batch_writes_no_more_than_itself(tmp_path, monkeypatch):
-    store = ProfileStore.create(tmp_path / "s", TEMPLATE, people_per_shard=8)
+    store = ProfileStore.create(tmp_path / "s", TEMPLATE, users_per_shard=8)
     names = [f"p{k}" for k in range(400)]
     store.update(names, make_states(np.arange(400)))
     written = []
@@ -182,9 +182,9 @@ def test_one_array_is_a_state(tmp_path):
 def test_an_unexpected_version_stops_the_whole_batch(store):
     assert store.update(["a", "b"], make_states([1, 2]), expected_versions=[0, 0]).tolist() == [1, 1]
     assert store.update(["b"], make_states([3])).tolist() == [2]
-    with pytest.raises(VersionConflict, match=r"^person 'b': the version is 2, not the expected 1$"):
+    with pytest.raises(VersionConflict, match=r"^user 'b': the version is 2, not the expected 1$"):
         store.update(["c", "a", "b"], make_states([4, 4, 4]), expected_versions=[0, 1, 1])
-    with pytest.raises(VersionConflict, match="person 'd': the version is 0, not the expected 1"):
+    with pytest.raises(VersionConflict, match="user 'd': the version is 0, not the expected 1"):
         store.update(["a", "d"], make_states([4, 4]), expected_versions=[1, 1])
     assert_holds(store, {"a": (1, 1), "b": (3, 2)})
 
@@ -194,19 +194,19 @@ def test_deleted_states_and_ids_are_in_no_file(store, tmp_path):
     secret, old = np.float32(1.2345678), np.float32(7.6543217)
     states = make_states([1] * 5)
     states["memory"][2] = old
-    names = ["somebody", "else", "the person", "more", "people"]
+    names = ["somebody", "else", "the user", "more", "users"]
     store.update(names, states)
     assert search(folder, old.tobytes())
     states["memory"][2] = secret
     store.update(names, states)
     assert not search(folder, old.tobytes())  # nor is what was overwritten
     assert search(folder, secret.tobytes())
-    assert search(folder, b"the person")
-    (folder / "journal.tmp").write_bytes(secret.tobytes() + b"the person")  # of a writer that was killed
-    assert store.delete(["nobody", "the person"]).tolist() == [False, True]
+    assert search(folder, b"the user")
+    (folder / "journal.tmp").write_bytes(secret.tobytes() + b"the user")  # of a writer that was killed
+    assert store.delete(["nobody", "the user"]).tolist() == [False, True]
     assert not search(folder, secret.tobytes())
-    assert not search(folder, b"the person")
-    assert_holds(store, {name: (1, 2) for name in names if name != "the person"}, names)
+    assert not search(folder, b"the user")
+    assert_holds(store, {name: (1, 2) for name in names if name != "the user"}, names)
 
 
 def test_opening_removes_what_dead_writers_left(store, tmp_path):
@@ -254,7 +254,7 @@ def test_whatever_the_moment_a_killed_batch_is_whole_or_absent(tmp_path, kind, m
     outcomes = []
     for step in range(100):
         folder = tmp_path / str(step)
-        store = ProfileStore.create(folder, TEMPLATE, people_per_shard=2)
+        store = ProfileStore.create(folder, TEMPLATE, users_per_shard=2)
         other = ProfileStore.open(folder)
         store.update(list(before), make_states([value for value, _ in before.values()]))
         with pytest.MonkeyPatch.context() as patch:
@@ -285,7 +285,7 @@ from moerec.serve.profile_store import ProfileStore
 
 def write(folder, batch):
     store = ProfileStore.open(folder)
-    while True:  # a group of people, their batch's number everywhere, and someone new with them
+    while True:  # a group of users, their batch's number everywhere, and someone new with them
         group = [f"{batch % 3}/{k}" for k in range(40)] + [f"batch {batch}"]
         store.update(group, {"x": np.full((41, 64), batch, np.float32)})
         print(batch, flush=True)
@@ -324,7 +324,7 @@ def kill_writer(process, batch, delay_s):
 
 def test_batches_of_a_killed_writer_are_whole_and_the_acknowledged_ones_are_there(tmp_path):
     folder = tmp_path / "s"
-    reader = ProfileStore.create(folder, {"x": np.zeros(64, np.float32)}, people_per_shard=16)
+    reader = ProfileStore.create(folder, {"x": np.zeros(64, np.float32)}, users_per_shard=16)
     rng = np.random.default_rng(time.time_ns())
     batch = 0
     process = start(WRITER, folder)
@@ -379,7 +379,7 @@ if child:
 
 
 def test_two_writers_lose_nothing_and_a_reader_sees_whole_batches(tmp_path):
-    store = ProfileStore.create(tmp_path / "s", {"x": np.zeros(4, np.int32)}, people_per_shard=2)
+    store = ProfileStore.create(tmp_path / "s", {"x": np.zeros(4, np.int32)}, users_per_shard=2)
     process, seen = start(RACERS, tmp_path / "s"), set()
     while process.poll() is None:
         states, versions, _ = store.read(["a", "b", "c"])
@@ -424,14 +424,14 @@ def test_readers_who_overlap_do_not_keep_a_writer_out(store, tmp_path):
 
 def test_export_holds_everything_without_pickle(tmp_path, monkeypatch):
     template = {"m": np.zeros((2, 2), jnp.bfloat16), "deep": {"t": np.zeros(3, np.int16)}}
-    store = ProfileStore.create(tmp_path / "s", template, people_per_shard=2)
+    store = ProfileStore.create(tmp_path / "s", template, users_per_shard=2)
     store.export(tmp_path / "empty.npz")
     states = {"m": np.arange(28).reshape(7, 2, 2).astype(jnp.bfloat16) / 3, "deep": {"t": make_times(7)}}
     names = [f"человек {k}" for k in range(7)]
     store.update(names, states)
     store.update(names[2:3], jax.tree.map(lambda leaf: leaf[2:3], states))
     store.delete(names[4:5])
-    monkeypatch.setattr("moerec.serve.profile_store.export._BLOCK_BYTES", 30)  # two people
+    monkeypatch.setattr("moerec.serve.profile_store.export._BLOCK_BYTES", 30)  # two users
     store.export(tmp_path / "all.npz")
     with np.load(tmp_path / "empty.npz", allow_pickle=False) as empty:
         assert {name: empty[name].shape for name in empty.files} == {
@@ -466,17 +466,17 @@ INFINITE = with_leaf("memory", np.full((2, 2, 3), [[[0.0]], [[np.inf]]], np.floa
 @pytest.mark.parametrize(
     ("ids", "states", "message"),
     [
-        (["a", "b", "a"], make_states([1, 2, 3]), "person 'a' is twice in the batch"),
-        (["a", 7], make_states([1, 2]), "person 7: an id must be a string, not int"),
+        (["a", "b", "a"], make_states([1, 2, 3]), "user 'a' is twice in the batch"),
+        (["a", 7], make_states([1, 2]), "user 7: an id must be a string, not int"),
         (["a", "b\0"], make_states([1, 2]), "must not contain a zero character"),
-        (["a", "\ud800"], make_states([1, 2]), r"person '\\ud800': the id is no valid Unicode text"),
+        (["a", "\ud800"], make_states([1, 2]), r"user '\\ud800': the id is no valid Unicode text"),
         ("ab", make_states([1, 2]), "ids must be a sequence of strings, not the one string 'ab'"),
-        (["a"], make_states([1, 2]), r"leaf memory is float32\[2, 2, 3\], not float32\[1, 2, 3\] for 1 people"),
+        (["a"], make_states([1, 2]), r"leaf memory is float32\[2, 2, 3\], not float32\[1, 2, 3\] for 1 users"),
         (["a", "b"], with_leaf("seen", np.zeros(2)), r"leaf seen is float64\[2\], not int32\[2\]"),
         (["a", "b"], with_leaf("more", np.zeros(2)), "leaf more of the states is not in the store"),
         (["a", "b"], {"memory": make_states([1, 2])["memory"]}, "leaf on of the store is not in the states"),
-        (["a", "b"], INFINITE, "person 'b': leaf memory of the state is not finite"),
-        (["a", "b"], with_leaf("memory", np.full((2, 2, 3), np.nan, np.float32)), "person 'a': leaf memory"),
+        (["a", "b"], INFINITE, "user 'b': leaf memory of the state is not finite"),
+        (["a", "b"], with_leaf("memory", np.full((2, 2, 3), np.nan, np.float32)), "user 'a': leaf memory"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(store, ids, states, message):
@@ -488,8 +488,8 @@ def test_what_cannot_be_stored_is_refused(store, ids, states, message):
 
 
 @pytest.mark.parametrize("expected", [[0], [[0, 0]], [0.0, 0.0], 0])
-def test_expected_versions_must_be_one_a_person(store, expected):
-    with pytest.raises(InputError, match=r"expected_versions is .* not whole numbers for 2 people"):
+def test_expected_versions_must_be_one_a_user(store, expected):
+    with pytest.raises(InputError, match=r"expected_versions is .* not whole numbers for 2 users"):
         store.update(["a", "b"], make_states([1, 2]), expected)
 
 
@@ -530,20 +530,20 @@ def test_folders_that_are_no_stores_are_refused(store, tmp_path):
     for folder in (tmp_path, tmp_path / "store"):
         with pytest.raises(InputError, match="exists and is not empty"):
             ProfileStore.create(folder, TEMPLATE)
-    with pytest.raises(InputError, match="people_per_shard is 0"):
+    with pytest.raises(InputError, match="users_per_shard is 0"):
         ProfileStore.create(tmp_path / "none", TEMPLATE, 0)
     path = tmp_path / "store" / "profile_store.json"
     fields = json.loads(path.read_text())
     path.write_text(json.dumps(fields | {"format_version": 2}))
     with pytest.raises(InputError, match=r"profile_store\.json: format version 2 is unknown"):
         ProfileStore.open(tmp_path / "store")
-    for broken in ("{", "[]", json.dumps(fields | {"people_per_chunk": 2}), json.dumps(fields | {"leaves": []})):
+    for broken in ("{", "[]", json.dumps(fields | {"users_per_chunk": 2}), json.dumps(fields | {"leaves": []})):
         path.write_text(broken)
         with pytest.raises(InputError, match="not a description of a profile store"):
             ProfileStore.open(tmp_path / "store")
 
 
-@pytest.mark.parametrize("name", ["states/c.1.0", "people.bin", "ids.bin"])
+@pytest.mark.parametrize("name", ["states/c.1.0", "users.bin", "ids.bin"])
 def test_files_that_are_cut_are_named(store, tmp_path, name):
     store.update(list("abcdef"), make_states(np.arange(6)))
     path = tmp_path / "store" / name
@@ -560,7 +560,7 @@ def test_a_damaged_journal_is_named(store, tmp_path):
 
 def test_a_journal_writes_nowhere_else(store, tmp_path):
     (tmp_path / "victim").write_bytes(b"untouched")
-    write = journal.Write("../victim", np.array([0]), np.array([3]), np.frombuffer(b"bad", np.uint8))
+    write = journal.FileWrite("../victim", np.array([0]), np.array([3]), np.frombuffer(b"bad", np.uint8))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal, "_carry_out", lambda folder, writes: None)
         journal.commit(tmp_path / "store", [write])
@@ -570,7 +570,7 @@ def test_a_journal_writes_nowhere_else(store, tmp_path):
 
 
 def test_the_benchmark_measures_what_it_says(tmp_path):
-    figures = measure(tmp_path / "s", n_people=300, batch_size=100, n_read=50)
-    assert (figures["people"], figures["state_bytes"]) == (300, 4096)
+    figures = measure(tmp_path / "s", n_users=300, batch_size=100, n_read=50)
+    assert (figures["users"], figures["state_bytes"]) == (300, 4096)
     assert all(value > 0 for value in figures.values()), figures
     assert len(ProfileStore.open(tmp_path / "s")) == 300

@@ -16,7 +16,7 @@ from moerec.errors import InputError
 from moerec.nn.profile import Event
 from moerec.nn.profile.profile_router import make_personalizer
 from moerec.serve.profiles import count_recent, feed, forget, observe_events, open_profiles, read_profile, start_profile
-from moerec.serve.recommender import Request, Trained, recommend
+from moerec.serve.recommender import RecommendRequest, Run, recommend
 from moerec.train.loop import make_sizes
 from moerec.train.step import init_state
 from tests.small_model import fill
@@ -29,16 +29,16 @@ def make_long_config(memory: str = "ema", window: int = WINDOW) -> Config:
     """Two layers that see two events each, and a profile; a row holds whole histories."""
     config = make_config()
     personal = PersonalConfig(layers=(1,), memory=memory, n_aspects=3, d_memory=4, rank=2)
-    city = dataclasses.replace(config.data.city, n_people=12, events_per_person=24)
+    city = dataclasses.replace(config.data.city, n_users=12, events_per_user=24)
     data = dataclasses.replace(config.data, city=city, seq_len=64, history_len=64)
     model = dataclasses.replace(config.model, window=window, event_time=True, personal=personal)
     return dataclasses.replace(config, data=data, model=model)
 
 
-def make_trained(folder, config: Config, seed: int = 0) -> Trained:
+def make_trained(folder, config: Config, seed: int = 0) -> Run:
     data = load_data(config.data, folder)
     model = fill(init_state(config, make_sizes(data)).model, seed, stddev=0.3)
-    return Trained(config, data, model, jax.tree.map(jnp.asarray, data.item_table))
+    return Run(config, data, model, jax.tree.map(jnp.asarray, data.item_table))
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def trained(folder):
     return make_trained(folder, make_long_config())
 
 
-def feed_all(trained: Trained, store, recent: int, before: int | None = None):
+def feed_all(trained: Run, store, recent: int, before: int | None = None):
     return feed(store, trained.model, trained.data.dataset, trained.table, recent, before)
 
 
-def ask_later(trained: Trained) -> Request:
-    return Request(int(trained.data.dataset.log.time.max()) + 3600, {"weather": "rain"})
+def ask_later(trained: Run) -> RecommendRequest:
+    return RecommendRequest(int(trained.data.dataset.log.time.max()) + 3600, {"weather": "rain"})
 
 
 @pytest.mark.parametrize("memory", ["ema", "delta", "low_rank"])
@@ -69,18 +69,18 @@ def test_the_last_events_and_a_profile_answer_as_the_whole_history_does(tmp_path
     lengths = np.diff(dataset.log.offsets)
     assert done == (np.sum(lengths > recent), np.sum(np.maximum(lengths - recent, 0)), np.sum(lengths <= recent))
     request = ask_later(trained)
-    for person in dataset.people[:6]:
-        profile, is_stored = read_profile(store, trained.model, dataset, str(person))
+    for user in dataset.users[:6]:
+        profile, is_stored = read_profile(store, trained.model, dataset, str(user))
         assert is_stored
-        whole = recommend(trained, str(person), request, 20)
-        found = recommend(trained, str(person), request, 20, profile)
+        whole = recommend(trained, str(user), request, 20)
+        found = recommend(trained, str(user), request, 20, profile)
         np.testing.assert_array_equal(found.item, whole.item)
         np.testing.assert_allclose(found.log_p, whole.log_p, atol=1e-5)
         np.testing.assert_allclose(found.relevance, whole.relevance, atol=1e-5)
-        nobody = recommend(trained, str(person), request, 20, start_profile(trained.model))
+        nobody = recommend(trained, str(user), request, 20, start_profile(trained.model))
         np.testing.assert_allclose(nobody.log_p, whole.log_p, atol=1e-5)
         cut = profile._replace(memory_MP=0 * profile.memory_MP)
-        other = recommend(trained, str(person), request, 20, cut)
+        other = recommend(trained, str(user), request, 20, cut)
         assert np.abs(other.log_p - whole.log_p).max() > 1e-4  # what lies before counts
 
 
@@ -90,10 +90,10 @@ def test_events_that_a_row_does_not_hold_go_into_the_profile(tmp_path):
     trained = make_trained(tmp_path, config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, history_len=6))
     short, request = dataclasses.replace(trained, config=config), ask_later(trained)
-    person, nobody = str(trained.data.dataset.people[1]), start_profile(trained.model)
-    whole = recommend(trained, person, request, 9)
-    np.testing.assert_allclose(recommend(short, person, request, 9, nobody).log_p, whole.log_p, atol=1e-5)
-    assert np.abs(recommend(short, person, request, 9).log_p - whole.log_p).max() > 1e-4
+    user, nobody = str(trained.data.dataset.users[1]), start_profile(trained.model)
+    whole = recommend(trained, user, request, 9)
+    np.testing.assert_allclose(recommend(short, user, request, 9, nobody).log_p, whole.log_p, atol=1e-5)
+    assert np.abs(recommend(short, user, request, 9).log_p - whole.log_p).max() > 1e-4
 
 
 def test_profiles_go_on_where_they_are(trained, tmp_path):
@@ -105,9 +105,9 @@ def test_profiles_go_on_where_they_are(trained, tmp_path):
     assert first.n_events == np.sum(log.time < middle)
     assert first.n_events + feed_all(trained, steps, 0).n_events == log.n_events
     assert feed_all(trained, steps, 0) == (0, 0, 0)
-    assert feed_all(trained, once, 0).n_people == log.n_people
+    assert feed_all(trained, once, 0).n_users == log.n_users
     personalizer = make_personalizer(trained.config.model, model.field_sizes)
-    names = [str(name) for name in dataset.people]
+    names = [str(name) for name in dataset.users]
     states, versions, _ = steps.read(names)
     assert set(versions) <= {1, 2}
     for a, b in zip(states, once.read(names)[0], strict=True):
@@ -128,16 +128,16 @@ def test_a_store_belongs_to_one_run_and_one_log(trained, tmp_path):
         open_profiles(tmp_path / "none", model)
     store = open_profiles(tmp_path / "store", model, create=True)
     feed_all(trained, store, 0)
-    assert len(open_profiles(tmp_path / "store", model, create=True)) == dataset.log.n_people
+    assert len(open_profiles(tmp_path / "store", model, create=True)) == dataset.log.n_users
     with pytest.raises(InputError, match="profiles of another run"):
         open_profiles(tmp_path / "store", fill(model, 7))
     log = dataset.log
     time = log.time.copy()
-    time[log.offsets[4] - 1] += 60  # the last event of the fourth person
+    time[log.offsets[4] - 1] += 60  # the last event of the fourth user
     changed = dataclasses.replace(dataset, log=dataclasses.replace(log, time=time))
     with pytest.raises(InputError, match="has seen other events"):
-        read_profile(store, model, changed, str(dataset.people[3]))
-    assert read_profile(store, model, changed, str(dataset.people[4]))[0].n_events
+        read_profile(store, model, changed, str(dataset.users[3]))
+    assert read_profile(store, model, changed, str(dataset.users[4]))[0].n_events
     with pytest.raises(InputError, match="has seen other events"):
         feed(store, model, changed, trained.table, 0)
 
@@ -146,7 +146,7 @@ def test_who_is_forgotten_is_nobody(trained, tmp_path):
     dataset, model = trained.data.dataset, trained.model
     store = open_profiles(tmp_path / "store", model, create=True)
     feed_all(trained, store, 3)
-    one, two = map(str, dataset.people[:2])
+    one, two = map(str, dataset.users[:2])
     assert forget(store, [one, "x"]) == ["x"]
     (found, is_stored), nobody = read_profile(store, model, dataset, one), start_profile(model)
     assert not is_stored
@@ -163,7 +163,7 @@ def test_a_profile_that_has_seen_everything_leaves_nothing_to_ask_with(trained):
     profile = jax.tree.map(lambda leaf: leaf[0], states)
     assert profile.n_events == n[0]
     with pytest.raises(InputError, match="has seen all events before the request"):
-        recommend(trained, str(trained.data.dataset.people[0]), Request(), 3, profile)
+        recommend(trained, str(trained.data.dataset.users[0]), RecommendRequest(), 3, profile)
 
 
 def test_a_run_without_a_profile_has_no_store(tmp_path):
@@ -180,7 +180,7 @@ def test_without_a_window_a_row_of_events_stays_out():
 
 def test_the_commands(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("moerec.serve.recommender.load_run", lambda _: trained)
-    person, store = str(trained.data.dataset.people[2]), f"--profiles={tmp_path / 'store'}"
+    user, store = str(trained.data.dataset.users[2]), f"--profiles={tmp_path / 'store'}"
 
     def call(module, *flags):
         arguments = ["command", "--workdir=run", *flags, "--json"]
@@ -189,23 +189,23 @@ def test_the_commands(trained, tmp_path, monkeypatch, capsys):
         return code, json.loads(said.out.splitlines()[-1]) if code == 0 else said.err
 
     assert call(recommend_command, store)[0] == 2
-    n_events, n_people = trained.data.dataset.log.n_events, trained.data.dataset.log.n_people
-    left_out = count_recent(trained.config) * n_people
-    done = {"n_people": n_people, "n_events": n_events - left_out, "n_too_recent": 0, "n_stored": n_people}
+    n_events, n_users = trained.data.dataset.log.n_events, trained.data.dataset.log.n_users
+    left_out = count_recent(trained.config) * n_users
+    done = {"n_users": n_users, "n_events": n_events - left_out, "n_too_recent": 0, "n_stored": n_users}
     assert call(observe_command, store, f"--export={tmp_path / 'all.npz'}") == (0, done)
     with np.load(tmp_path / "all.npz") as found:
-        assert set(found["ids"]) == set(trained.data.dataset.people)
+        assert set(found["ids"]) == set(trained.data.dataset.users)
         assert found["states/n_events"].sum() == n_events - left_out
     time = "--time=2026-01-01"
-    code, with_store = call(recommend_command, store, f"--person={person}", time)
+    code, with_store = call(recommend_command, store, f"--user={user}", time)
     assert code == 0
-    whole = call(recommend_command, f"--person={person}", time)[1]
+    whole = call(recommend_command, f"--user={user}", time)[1]
     assert [item["id"] for item in with_store["items"]] == [item["id"] for item in whole["items"]]
     assert [item["p"] for item in with_store["items"]] == pytest.approx(
         [item["p"] for item in whole["items"]], rel=1e-4
     )
-    forgotten = {"n_forgotten": 1, "absent": ["x"], "n_stored": n_people - 1}
-    assert call(observe_command, store, f"--forget={person},x") == (0, forgotten)
+    forgotten = {"n_forgotten": 1, "absent": ["x"], "n_stored": n_users - 1}
+    assert call(observe_command, store, f"--forget={user},x") == (0, forgotten)
     code, error = call(observe_command)
     assert (code, error.startswith("error: --profiles is missing: ")) == (2, True)
     (tmp_path / "file").write_text("")
@@ -218,8 +218,8 @@ def test_the_commands(trained, tmp_path, monkeypatch, capsys):
         code, error = call(observe_command, f"--profiles={tmp_path / 'new'}", flag)
         assert (code, words in error, error.count("\n")) == (2, True, 1)
     assert not (tmp_path / "new").exists()
-    arguments = ["command", "--workdir=run", store, f"--person={person}"]
+    arguments = ["command", "--workdir=run", store, f"--user={user}"]
     assert cli.execute(recommend_command.main, arguments, extra_flags=recommend_command.FLAGS, config_type=None) == 0
-    assert capsys.readouterr().err == f"{person}: no profile in the store; the last events alone count\n"
+    assert capsys.readouterr().err == f"{user}: no profile in the store; the last events alone count\n"
     code, answer = call(observe_command, store, "--recent=100")
-    assert (code, answer["n_too_recent"]) == (0, n_people)
+    assert (code, answer["n_too_recent"]) == (0, n_users)

@@ -14,11 +14,18 @@ from moerec.config.stored import read_config
 from moerec.data.splits import TEST
 from moerec.errors import InputError
 from moerec.eval.metrics import per_target_metrics
-from moerec.eval.probes.interventions import describe_effects
-from moerec.eval.ranking import EvaluationSet, catalogue_vectors, rank_targets, score_items
+from moerec.eval.probes.interventions import evaluate_interventions
+from moerec.eval.ranking import EvalDataset, catalogue_vectors, rank_targets, score_items
 from moerec.eval.run import run
 from moerec.files import to_plain
-from moerec.serve.recommender import Request, describe_answer, encode_context, load_run, read_request, recommend
+from moerec.serve.recommender import (
+    RecommendRequest,
+    describe_answer,
+    encode_context,
+    load_run,
+    read_request,
+    recommend,
+)
 from moerec.train.loop import make_sizes
 from moerec.train.step import init_state
 from tests.tiny import make_config
@@ -29,9 +36,9 @@ def folder(tmp_path_factory):
     config = make_config(steps=2, eval_every=2)
     moe = MoEConfig(layers=(1,), n_per_group=1, d_expert=8, tile=8)
     personal = PersonalConfig(layers=(1,), n_aspects=2, n_scales=2, d_memory=4)
-    model = dataclasses.replace(config.model, moe=moe, personal=personal, copy="services")
+    model = dataclasses.replace(config.model, moe=moe, personal=personal, pointer="services")
     folder = tmp_path_factory.mktemp("trained")
-    evaluation = dataclasses.replace(config.eval, effects=True)
+    evaluation = dataclasses.replace(config.eval, interventions=True)
     run(dataclasses.replace(config, model=model, eval=evaluation, baselines=()), folder)
     return folder
 
@@ -43,24 +50,24 @@ def trained(folder):
 
 def test_a_run_reports_what_its_answers_lose_without_the_own_profile_and_context(folder):
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert {part: set(edits) for part, edits in metrics["proofs"].items()} == {
+    assert {part: set(edits) for part, edits in metrics["probes"]["interventions"].items()} == {
         "profile": {"swapped", "mean", "empty"},
         "context": {"permuted", "missing"},
     }
     own = metrics["test"]["union"]["all"]["ndcg@10"]
-    effects = [effect for edits in metrics["proofs"].values() for effect in edits.values()]
-    for effect in effects:
-        assert effect["difference"] == pytest.approx(own - effect["ndcg@10"], abs=1e-9)
-        assert 0 < effect["p_value"] <= 1
-    assert any(effect["difference"] for effect in effects)
+    interventions = [outcome for edits in metrics["probes"]["interventions"].values() for outcome in edits.values()]
+    for outcome in interventions:
+        assert outcome["difference"] == pytest.approx(own - outcome["ndcg@10"], abs=1e-9)
+        assert 0 < outcome["p_value"] <= 1
+    assert any(outcome["difference"] for outcome in interventions)
     report = (folder / "report.html").read_text()
     for word in ("profile: swapped", "context: missing", "Transfer", "by chance"):
         assert word in report
-    assert set(metrics["transfer"]) == set(metrics["dataset"]["services"])
-    assert set(metrics["attainable"]) == {"all", "no context"}
+    assert set(metrics["probes"]["transfer"]) == set(metrics["dataset"]["services"])
+    assert set(metrics["probes"]["attainable"]) == {"all", "no context"}
 
 
-def ask_like(trained, event: int) -> Request:
+def ask_like(trained, event: int) -> RecommendRequest:
     """The request of an event of the log."""
     dataset = trained.data.dataset
     context = {
@@ -68,20 +75,20 @@ def ask_like(trained, event: int) -> Request:
         for (name, values), code in zip(dataset.context.items(), dataset.log.context[event], strict=True)
         if code
     }
-    return Request(int(dataset.log.time[event]), context)
+    return RecommendRequest(int(dataset.log.time[event]), context)
 
 
 @pytest.mark.parametrize("back", [1, 3])
 def test_the_list_at_the_time_of_an_event_is_that_of_the_evaluation(trained, back):
     """What is asked at the time and in the context of an event is what the evaluation asks, without later events."""
-    dataset, person = trained.data.dataset, 5
-    row = int(dataset.log.offsets[person + 1]) - back
-    examples = EvaluationSet(dataset, np.array([row]), trained.config)
-    ((_, batch, questions),) = examples.batches()
+    dataset, user = trained.data.dataset, 5
+    row = int(dataset.log.offsets[user + 1]) - back
+    examples = EvalDataset(dataset, np.array([row]), trained.config)
+    ((_, batch, queries),) = examples.batches()
     vectors = catalogue_vectors(trained.model, trained.table)
-    scores = score_items(trained.model, batch, questions.slot, trained.table, vectors)[0]
+    scores = score_items(trained.model, batch, queries.slot, trained.table, vectors)[0]
     log_p = np.asarray(jax.nn.log_softmax(scores))
-    answer = recommend(trained, str(dataset.people[person]), ask_like(trained, row), 7)
+    answer = recommend(trained, str(dataset.users[user]), ask_like(trained, row), 7)
     np.testing.assert_allclose(answer.log_p, np.sort(log_p)[::-1][:7], atol=1e-5)
     np.testing.assert_allclose(log_p[answer.item], answer.log_p, atol=1e-5)
     for share in (answer.domain, answer.relevance, answer.weight):
@@ -91,27 +98,27 @@ def test_the_list_at_the_time_of_an_event_is_that_of_the_evaluation(trained, bac
 
 def test_a_service_and_seen_items_narrow_the_list(trained):
     dataset = trained.data.dataset
-    person, (lo, hi) = str(dataset.people[0]), dataset.log.offsets[:2]
-    everything = recommend(trained, person, Request(), 10_000)
+    user, (lo, hi) = str(dataset.users[0]), dataset.log.offsets[:2]
+    everything = recommend(trained, user, RecommendRequest(), 10_000)
     assert sorted(everything.item.tolist()) == list(range(dataset.catalogue.n_items))
     assert np.exp(everything.log_p).sum() == pytest.approx(1, abs=1e-4)
     service = dataset.catalogue.services[1]
-    own = recommend(trained, person, Request(service=service), 10_000).item
+    own = recommend(trained, user, RecommendRequest(service=service), 10_000).item
     assert own.tolist() == [i for i in everything.item if dataset.catalogue.service[i] == 1]
     masking = dataclasses.replace(trained.config.eval, mask_seen=True)
     masked = dataclasses.replace(trained, config=dataclasses.replace(trained.config, eval=masking))
-    rest = recommend(masked, person, Request(), 10_000).item
+    rest = recommend(masked, user, RecommendRequest(), 10_000).item
     seen = set(dataset.log.item[lo:hi].tolist())
     assert rest.tolist() == [i for i in everything.item if i not in seen]
 
 
 def test_context_and_time_change_the_answer(trained):
-    person, features = str(trained.data.dataset.people[0]), trained.data.dataset.context
-    plain = recommend(trained, person, Request(), 5)
+    user, features = str(trained.data.dataset.users[0]), trained.data.dataset.context
+    plain = recommend(trained, user, RecommendRequest(), 5)
     name, values = next(iter(features.items()))
     later = int(trained.data.dataset.log.time.max()) + 7_200
-    for request in (Request(time=later), Request(context={name: values[0]})):
-        assert np.abs(recommend(trained, person, request, 5).log_p - plain.log_p).max() > 1e-6
+    for request in (RecommendRequest(time=later), RecommendRequest(context={name: values[0]})):
+        assert np.abs(recommend(trained, user, request, 5).log_p - plain.log_p).max() > 1e-6
 
 
 def test_codes_of_a_request(trained):
@@ -135,7 +142,7 @@ def test_codes_of_a_request(trained):
 
 
 def test_an_answer_in_words(trained):
-    answer = recommend(trained, str(trained.data.dataset.people[0]), Request(), 3)
+    answer = recommend(trained, str(trained.data.dataset.users[0]), RecommendRequest(), 3)
     found = describe_answer(trained, answer)
     assert len(found["items"]) == 3
     assert len(found["lines"]) == 7
@@ -148,26 +155,26 @@ def test_an_answer_in_words(trained):
 
 
 @pytest.mark.parametrize(
-    ("person", "request_", "word"),
+    ("user", "request_", "word"),
     [
-        ("nobody at all", Request(), "--person: nobody is called 'nobody at all'; the first is 'p000000'"),
-        ("", Request(context={"sky": "blue"}), "--context: 'sky' is none of"),
-        ("", Request(service="post"), "--service: 'post' is none of"),
-        ("", Request(time=4_102_444_800), "--time: must lie"),
-        ("", Request(time=0), "has no events before --time"),
+        ("nobody at all", RecommendRequest(), "--user: nobody is called 'nobody at all'; the first is 'p000000'"),
+        ("", RecommendRequest(context={"sky": "blue"}), "--context: 'sky' is none of"),
+        ("", RecommendRequest(service="post"), "--service: 'post' is none of"),
+        ("", RecommendRequest(time=4_102_444_800), "--time: must lie"),
+        ("", RecommendRequest(time=0), "has no events before --time"),
     ],
 )
-def test_what_is_not_there_is_named(trained, person, request_, word):
+def test_what_is_not_there_is_named(trained, user, request_, word):
     with pytest.raises(InputError, match=word):
-        recommend(trained, person or str(trained.data.dataset.people[0]), request_, 3)
+        recommend(trained, user or str(trained.data.dataset.users[0]), request_, 3)
 
 
 def test_requests_in_words():
-    assert read_request(["weather=rain", "a=b=c"], "2024-05-01T09:00", "kuper") == Request(
+    assert read_request(["weather=rain", "a=b=c"], "2024-05-01T09:00", "kuper") == RecommendRequest(
         1714554000, {"weather": "rain", "a": "b=c"}, "kuper"
     )
     assert read_request([], "2024-05-01T09:00+03:00", "").time == 1714554000 - 3 * 3600
-    assert read_request([], "", "") == Request()
+    assert read_request([], "", "") == RecommendRequest()
     assert read_request(["city=Moscow, RU,sky=blue"], "", "").context == {"city": "Moscow, RU", "sky": "blue"}
     for context, time in ((["weather"], ""), (["=rain"], ""), (["a=1", "a=2"], ""), ([], "tomorrow")):
         with pytest.raises(InputError, match=r"^--(context|time): "):
@@ -204,15 +211,15 @@ def test_a_configuration_is_read_back(tmp_path):
 def test_effects_are_those_of_data_that_were_changed_by_hand(trained):
     """Nobody's context is known."""
     dataset, table = trained.data.dataset, trained.table
-    targets = np.flatnonzero(trained.data.roles == TEST)[:30]
-    own = EvaluationSet(dataset, targets, trained.config)
+    targets = np.flatnonzero(trained.data.split_ids == TEST)[:30]
+    own = EvalDataset(dataset, targets, trained.config)
     log = dataclasses.replace(dataset.log, context=np.zeros_like(dataset.log.context))
-    silent = EvaluationSet(dataclasses.replace(dataset, log=log), targets, trained.config)
+    silent = EvalDataset(dataclasses.replace(dataset, log=log), targets, trained.config)
     plain = per_target_metrics(rank_targets(trained.model, own, table)[1])["ndcg@10"]
-    effects = describe_effects(trained.config, trained.model, own, table, plain)
+    interventions = evaluate_interventions(trained.config, trained.model, own, table, plain)
     by_hand = per_target_metrics(rank_targets(trained.model, silent, table)[1])["ndcg@10"]
-    assert effects["context"]["missing"]["ndcg@10"] == pytest.approx(by_hand.mean(), abs=1e-9)
-    assert effects["context"]["missing"]["difference"] == pytest.approx((plain - by_hand).mean(), abs=1e-9)
+    assert interventions["context"]["missing"]["ndcg@10"] == pytest.approx(by_hand.mean(), abs=1e-9)
+    assert interventions["context"]["missing"]["difference"] == pytest.approx((plain - by_hand).mean(), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +233,9 @@ def test_effects_are_those_of_data_that_were_changed_by_hand(trained):
 )
 def test_effects_are_measured_of_what_a_model_has(trained, fields, parts):
     config = dataclasses.replace(trained.config, model=dataclasses.replace(trained.config.model, **fields))
-    examples = EvaluationSet(trained.data.dataset, np.flatnonzero(trained.data.roles == TEST)[:5], config)
+    examples = EvalDataset(trained.data.dataset, np.flatnonzero(trained.data.split_ids == TEST)[:5], config)
     model = init_state(config, make_sizes(trained.data)).model
-    assert set(describe_effects(config, model, examples, trained.table, np.zeros(5))) == parts
+    assert set(evaluate_interventions(config, model, examples, trained.table, np.zeros(5))) == parts
 
 
 def test_the_command(folder, capsys):
@@ -248,7 +255,7 @@ def test_the_command(folder, capsys):
     assert capsys.readouterr().out == both
     assert execute("--context=weather=rain") == 0
     assert capsys.readouterr().out != both
-    for wrong in ("--top_k=0", "--person=nobody", "--service=post", "--time=soon", "--context=sky"):
+    for wrong in ("--top_k=0", "--user=nobody", "--service=post", "--time=soon", "--context=sky"):
         assert execute(wrong) == 2
         assert capsys.readouterr().err.startswith(f"error: {wrong.partition('=')[0]}: ")
 

@@ -13,13 +13,13 @@ from moerec.config import LossConfig
 from moerec.tasks.losses import (
     Candidates,
     all_candidates,
-    contrast,
-    draw_candidates,
-    draw_in_service,
+    chunked_softmax_xent,
+    sample_in_service,
+    sample_negatives,
     sampling_cdf,
     sum_losses,
 )
-from moerec.types import Batch, ItemTable, Output
+from moerec.types import Batch, Catalog, Output
 
 N_SLOTS, N_ITEMS, D = 7, 11, 4
 RNG = np.random.default_rng(0)
@@ -51,7 +51,7 @@ BATCH = Batch(
     target_BT=TARGET[None].astype(np.int32),
     weight_BT=WEIGHT[None].astype(np.float32),
 )
-TABLE = ItemTable(jnp.asarray(SERVICE), jnp.zeros((N_ITEMS, 1), int), jnp.asarray(COUNT, jnp.float32))
+TABLE = Catalog(jnp.asarray(SERVICE), jnp.zeros((N_ITEMS, 1), int), jnp.asarray(COUNT, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -133,7 +133,7 @@ def test_contrast_has_the_gradients_of_logsumexp_under_any_cotangent(chunk):
     allowed = (item != TARGET[:, None]) & (scope_s[:, None] == SERVICE)
 
     def ours(*x):
-        return jnp.sin(0.1 * contrast(*x, None, TARGET, scope_s, item, (SERVICE, weight), chunk))
+        return jnp.sin(0.1 * chunked_softmax_xent(*x, None, TARGET, scope_s, item, (SERVICE, weight), chunk))
 
     def plain(*x):
         return jnp.sin(0.1 * logsumexp_loss(*x, weight, allowed))
@@ -154,7 +154,7 @@ def test_contrast_is_finite_at_huge_scores_and_zero_without_rivals():
 
     def total(h, vector, offset):
         positive = h[:, 0] * vector[target % 2, 0]
-        return contrast(h, positive, vector, offset, None, target, scope, item, weights, 2)
+        return chunked_softmax_xent(h, positive, vector, offset, None, target, scope, item, weights, 2)
 
     value, gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(h, vector, offset)
     assert float(value) == pytest.approx(2e4)  # only the second slot prefers its rival, by 20,000
@@ -171,7 +171,7 @@ def test_expectation_over_all_possible_draws_is_the_full_sum(n_draws):
     target, positive = 2, 0.3
 
     def total_of(items, corrections):
-        loss = contrast(
+        loss = chunked_softmax_xent(
             jnp.zeros((1, 1)),
             jnp.full(1, positive),
             jnp.zeros((n_draws, 1)),
@@ -193,7 +193,7 @@ def test_expectation_over_all_possible_draws_is_the_full_sum(n_draws):
 
 @functools.partial(jax.jit, static_argnums=2)
 def draw_sets(keys, cdf, n_draws):
-    return jax.vmap(lambda key: draw_candidates(key, cdf, n_draws))(keys)
+    return jax.vmap(lambda key: sample_negatives(key, cdf, n_draws))(keys)
 
 
 @functools.cache
@@ -228,7 +228,7 @@ def test_gradients_of_the_sampled_softmax_converge_to_the_full_one():
     cdf = jnp.asarray(sampling_cdf(COUNT, 0.5))
 
     def error(n_draws):
-        *_, gradients = loss_and_gradients(draw_candidates(jax.random.key(8), cdf, n_draws), "sampled_softmax")
+        *_, gradients = loss_and_gradients(sample_negatives(jax.random.key(8), cdf, n_draws), "sampled_softmax")
         return np.sqrt(sum(np.sum((g - e) ** 2) for g, e in zip(gradients, exact, strict=True)))
 
     size = np.sqrt(sum(np.sum(e**2) for e in exact))
@@ -255,7 +255,7 @@ def test_corrections_of_a_large_skewed_catalogue_are_those_of_the_draw():
     width = np.diff(cdf.astype(np.int64), prepend=-1)
     wanted = (1 + counts) / (1 + counts).sum()
     np.testing.assert_allclose(width / 2**32, wanted, rtol=1e-3)
-    drawn = draw_candidates(jax.random.key(0), jnp.asarray(cdf), 20_000)
+    drawn = sample_negatives(jax.random.key(0), jnp.asarray(cdf), 20_000)
     np.testing.assert_allclose(drawn.correction_M, -np.log(20_000 * width[drawn.item_M] / 2**32), rtol=1e-5, atol=1e-5)
 
 
@@ -265,7 +265,7 @@ def test_a_draw_in_the_service_follows_q_within_it(power, sizes):
     cdf, n = jnp.asarray(sampling_cdf(COUNT, power)), 20_000
     for target in (0, 3, 10):
         own = service == service[target]
-        items = draw_in_service(jax.random.key(target), cdf, jnp.asarray(service), jnp.full(n, target))
+        items = sample_in_service(jax.random.key(target), cdf, jnp.asarray(service), jnp.full(n, target))
         q = np.where(own, (1.0 + COUNT) ** power, 0)
         q /= q.sum()
         share = np.bincount(items, minlength=N_ITEMS) / n
@@ -274,7 +274,7 @@ def test_a_draw_in_the_service_follows_q_within_it(power, sizes):
 
 
 def test_a_single_item_is_always_drawn():
-    drawn = draw_candidates(jax.random.key(0), jnp.asarray(sampling_cdf(np.array([3]), 1.0)), 5)
+    drawn = sample_negatives(jax.random.key(0), jnp.asarray(sampling_cdf(np.array([3]), 1.0)), 5)
     np.testing.assert_array_equal(drawn.item_M, 0)
     np.testing.assert_allclose(drawn.correction_M, -np.log(5), rtol=1e-6)
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from moerec.errors import InputError
-from moerec.nn.model import Sizes
+from moerec.nn.model import ModelSizes
 from moerec.nn.sharding import make_mesh, param_shardings
-from moerec.train.checkpoint import Checkpoints, Progress, flatten
+from moerec.train.checkpoint import Checkpoints, TrainProgress, flatten
 from moerec.train.step import init_state
 from tests.tiny import make_config
 
-SIZES = Sizes(n_items=16, n_tokens=9, n_services=2, n_actions=2, context_sizes=(3,))
-PROGRESS = Progress(0.1 + 0.2, 4, 1, 1 / 3, 1e9, {"epoch": 3, "window": 2**40})
+SIZES = ModelSizes(n_items=16, n_tokens=9, n_services=2, n_actions=2, context_sizes=(3,))
+PROGRESS = TrainProgress(0.1 + 0.2, 4, 1, 1 / 3, 1e9, {"epoch": 3, "window": 2**40})
 
 
 def make_state(sizes=SIZES):

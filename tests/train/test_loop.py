@@ -20,8 +20,8 @@ from moerec.data.load import load_data
 from moerec.data.splits import TEST
 from moerec.errors import InputError, WorkError
 from moerec.eval.run import run
-from moerec.train.checkpoint import Checkpoints, Progress
-from moerec.train.loop import fit, set_up, validate
+from moerec.train.checkpoint import Checkpoints, TrainProgress
+from moerec.train.loop import fit, make_trainer, validate
 from moerec.train.metric_writer import MetricWriter
 from moerec.train.step import evaluated_model
 from tests.tiny import make_config
@@ -140,7 +140,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, tiny_data):
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
 def test_nothing_is_compiled_after_the_first_step(tmp_path, tiny_data, mesh):
-    setup = set_up(make_config(mesh_data=mesh[0], mesh_model=mesh[1]), tiny_data)
+    setup = make_trainer(make_config(mesh_data=mesh[0], mesh_model=mesh[1]), tiny_data)
     state = setup.state
     checkpoints = Checkpoints(tmp_path)
     with contextlib.closing(iter(setup.stream)) as stream, contextlib.closing(checkpoints):
@@ -150,7 +150,7 @@ def test_nothing_is_compiled_after_the_first_step(tmp_path, tiny_data, mesh):
             assert setup.train_step._cache_size() == 1
             validate(evaluated_model(state), setup, "union")
             if step == 3:  # a resumed run goes on with the program of the first step, too
-                checkpoints.save_last(step, state, Progress())
+                checkpoints.save_last(step, state, TrainProgress())
                 checkpoints.wait()
                 state, _ = checkpoints.restore_last(state)
 
@@ -182,18 +182,18 @@ def test_no_best_step_is_named_before_it_is_on_disk(tmp_path, tiny_data, monkeyp
 def test_slots_are_counted_exactly(tmp_path, tiny_data):
     config = make_config(log_every=5, eval_every=0, save_every=7)
     fitted = fit(config, tiny_data, tmp_path)
-    with contextlib.closing(iter(set_up(config, tiny_data).stream)) as stream:
+    with contextlib.closing(iter(make_trainer(config, tiny_data).stream)) as stream:
         n_slots = sum(float(next(stream).weight_BT.sum()) for _ in range(12))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with contextlib.closing(checkpoints):
-        _, progress = checkpoints.restore_last(set_up(config, tiny_data).state)
+        _, progress = checkpoints.restore_last(make_trainer(config, tiny_data).state)
     assert progress.n_slots == n_slots
     assert fitted.slots_per_s == pytest.approx(n_slots / progress.train_s)
 
 
 def test_validation_never_sees_a_test_event(tiny_data):
-    setup = set_up(make_config(), tiny_data)
-    assert not np.any(tiny_data.roles[setup.valid.rows] == TEST)
+    setup = make_trainer(make_config(), tiny_data)
+    assert not np.any(tiny_data.split_ids[setup.valid.rows] == TEST)
 
 
 def test_training_lowers_the_loss_and_beats_chance(tmp_path, tiny_data):
@@ -221,7 +221,7 @@ def test_the_best_step_is_kept_and_patience_stops(tmp_path, tiny_data):
 
 def test_a_loss_that_is_not_finite_fails_with_its_step(tmp_path, tiny_data, monkeypatch):
     config = make_config()
-    setup = set_up(config, tiny_data)
+    setup = make_trainer(config, tiny_data)
     steps_done = 0
 
     def step(state, batch, table):
@@ -256,7 +256,7 @@ def test_a_first_start_that_failed_leaves_the_directory_free(tmp_path):
 def test_metrics_are_read_when_the_next_step_is_under_way(tmp_path, tiny_data, monkeypatch):
     """And the state that a step was given is gone: its memory is the next one's."""
     config = make_config(log_every=1, eval_every=0, save_every=99)
-    events, setup = [], set_up(config, tiny_data)
+    events, setup = [], make_trainer(config, tiny_data)
 
     def step(state, batch, table):
         after, metrics = setup.train_step(state, batch, table)

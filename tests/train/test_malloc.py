@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Without the settings glibc maps a block of this size, and unmaps it when it is freed.
 PROBE = """
 import ctypes, sys
-from moerec.memory import keep_freed_memory
+from moerec.memory import disable_malloc_trim
 
 if sys.argv[1] == "keep":
-    print(keep_freed_memory())
+    print(disable_malloc_trim())
 else:
     print(None)
 c = ctypes.CDLL(None)
@@ -64,7 +64,7 @@ def test_another_c_library_is_left_alone(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    assert memory.keep_freed_memory() is False
+    assert memory.disable_malloc_trim() is False
 
 
 def test_refused_settings_are_reported(monkeypatch):
@@ -77,6 +77,6 @@ def test_refused_settings_are_reported(monkeypatch):
             return len(asked) != 2
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
-    assert memory.keep_freed_memory() is False
+    assert memory.disable_malloc_trim() is False
     # as malloc.h has them: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
     assert sorted(asked) == [-3, -2, -1]

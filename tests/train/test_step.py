@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moerec.config import Config, LossConfig, MoEConfig, OptimConfig, TrainConfig
-from moerec.nn.moe.balance import asked_share
+from moerec.nn.moe.balance import target_load
 from moerec.tasks.losses import sampling_cdf
 from moerec.train.optim import make_optimizer, make_schedule
 from moerec.train.step import TrainState, evaluated_model, init_state, make_train_step
@@ -108,7 +108,7 @@ def test_a_mixture_is_trained_on_the_weighted_sum_of_its_losses():
     weights = oracle.read_weights(start(config).model)
     frozen, arguments = dict(weights), (BATCH, TABLE, config.model, SIZES.context_sizes)
     own = np.where(BATCH.weight_BT > 0, TABLE.service_I[BATCH.target_BT], -1)
-    asked = asked_share(EXPERTS, SIZES.n_services)
+    asked = target_load(EXPERTS, SIZES.n_services)
 
     def total(weights):
         states = oracle.encode(weights, *arguments, frozen=frozen)

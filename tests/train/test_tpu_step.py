@@ -9,11 +9,11 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from moerec.config import Config, LossConfig, ModelConfig, MoEConfig, OptimConfig, PersonalConfig, TrainConfig
-from moerec.nn.model import Sizes
+from moerec.nn.model import ModelSizes
 from moerec.nn.sharding import MESH_AXES, batch_sharding, param_shardings, replicated
 from moerec.tasks.losses import sampling_cdf
 from moerec.train.step import init_state, make_train_step
-from moerec.types import Batch, ItemTable
+from moerec.types import Batch, Catalog
 
 # A TPU's program in the compilation cache cannot be loaded here; it is compiled anew.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
@@ -21,7 +21,7 @@ pytest.importorskip("libtpu", reason="the TPU compiler is not here: pip install 
 N_ITEMS, N_SERVICES, ROWS, T = 1024, 3, 32, 128
 KERNELS = ("router_forward", "router_backward", "grouped_ffn_forward", "grouped_ffn_rows", "grouped_ffn_sides")
 ATTENTION = ("attention_forward", "attention_pull_queries", "attention_pull_keys")
-SIZES = Sizes(n_items=N_ITEMS, n_tokens=1024, n_services=N_SERVICES, n_actions=4, context_sizes=(8,))
+SIZES = ModelSizes(n_items=N_ITEMS, n_tokens=1024, n_services=N_SERVICES, n_actions=4, context_sizes=(8,))
 
 
 def make_config(strategy: str) -> Config:
@@ -29,7 +29,7 @@ def make_config(strategy: str) -> Config:
     moe = MoEConfig(layers=(1,), n_per_group=4, d_expert=256, n_active=2, tile=128, strategy=strategy, backend="auto")
     shape = {"n_layers": 2, "d_model": 256, "n_heads": 2, "n_kv_heads": 1, "d_head": 128, "d_ff": 512}
     return Config(
-        model=ModelConfig(**shape, moe=moe, copy="services", compute_dtype="bfloat16", remat=True),
+        model=ModelConfig(**shape, moe=moe, pointer="services", compute_dtype="bfloat16", remat=True),
         loss=LossConfig(kind="sampled_softmax", n_negatives=256),
         optim=OptimConfig(warmup_steps=10),
         train=TrainConfig(steps=100, batch_size=ROWS),
@@ -49,7 +49,7 @@ def compile_step(devices, shape: tuple[int, int, int], config: Config, t: int = 
     context = jax.ShapeDtypeStruct((ROWS, t, 1), jnp.int32)
     batch = Batch(**dict.fromkeys(Batch._fields, ids))
     batch = batch._replace(weight_BT=real, request_context_BTC=context, field_BTY=context)
-    table = ItemTable(
+    table = Catalog(
         jax.ShapeDtypeStruct((N_ITEMS,), jnp.int32),
         jax.ShapeDtypeStruct((N_ITEMS, 8), jnp.int32),
         jax.ShapeDtypeStruct((N_ITEMS,), jnp.float32),
@@ -72,9 +72,9 @@ def test_a_step_with_a_profile_compiles_for_sixteen_chips():
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-    config = make_config("ring")
+    config = make_config("all_gather")
     personal = PersonalConfig(layers=(1,), n_aspects=8, d_memory=32)
-    model = dataclasses.replace(config.model, personal=personal, window=128, event_time=True, copy="none")
+    model = dataclasses.replace(config.model, personal=personal, window=128, event_time=True, pointer="none")
     compiled = compile_step(devices, (2, 8, 1), dataclasses.replace(config, model=model), t=512)
     text = compiled.as_text()
     assert [name for name in (*KERNELS, *ATTENTION) if name not in text] == []
@@ -82,7 +82,7 @@ def test_a_step_with_a_profile_compiles_for_sixteen_chips():
 
 
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x4"])
-@pytest.mark.parametrize("strategy", ["ring", "ragged_all_to_all"])
+@pytest.mark.parametrize("strategy", ["all_gather", "ragged_all_to_all"])
 def test_a_training_step_compiles_for_sixteen_chips(topology, strategy):
     from jax.experimental import topologies
 

@@ -23,7 +23,7 @@ def need_logits(world: World, time: np.ndarray, context: np.ndarray) -> np.ndarr
 
 
 def recency(world: World, time: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """`[events]` float32 weight of the previous need: tau / (1 + gap / RECENCY_S), 0 at a person's first event."""
+    """`[events]` float32 weight of the previous need: tau / (1 + gap / RECENCY_S), 0 at a user's first event."""
     gap = np.diff(time, prepend=time[:1])
     weight = world.config.tau / (1 + np.maximum(gap, 0) / RECENCY_S)
     weight[offsets[:-1][np.diff(offsets) > 0]] = 0
@@ -40,7 +40,7 @@ class ItemChoice:
     """The choice of an item: weights that depend on need and type, times weights that depend on context and past.
 
     `base[z]` is `[N, K, items of z]` float32; the past is `last_PZC`, the position (in its service) of the last item a
-    person bought in each service and category, -1 where there is none.
+    user bought in each service and category, -1 where there is none.
     """
 
     def __init__(self, world: World):
@@ -64,25 +64,25 @@ class ItemChoice:
         self._loyalty = np.float32(np.exp(habit * LOYALTY))
         self._repeat_C = np.exp(habit * world.repeat_C).astype(np.float32)
 
-    def empty_past(self, n_people: int) -> np.ndarray:
-        """`[people, Z, C]` int32 of -1."""
-        return np.full((n_people, len(self.ranges), len(names.CATEGORIES)), -1, np.int32)
+    def empty_past(self, n_users: int) -> np.ndarray:
+        """`[users, Z, C]` int32 of -1."""
+        return np.full((n_users, len(self.ranges), len(names.CATEGORIES)), -1, np.int32)
 
     def remember(self, last_PZC: np.ndarray, service_P: np.ndarray, position_P: np.ndarray):
-        """Notes (in place) that each person bought the item at `position_P` of `service_P`."""
+        """Notes (in place) that each user bought the item at `position_P` of `service_P`."""
         category = self._world.category_I[self._world.catalogue.offsets[service_P] + position_P]
         last_PZC[np.arange(len(last_PZC)), service_P, category] = position_P
 
     def weights(self, service: int, context: np.ndarray, last_PC: np.ndarray) -> np.ndarray:
-        """`[people, items of the service]` float32: the factor of context (`[people, 3]`) and past (`[people, C]`)."""
+        """`[users, items of the service]` float32: the factor of context (`[users, 3]`) and past (`[users, C]`)."""
         lo, hi = self.ranges[service]
         when_PC = self._weather_when[context[:, 0]] * self._temperature_when[context[:, 1]]
         line_PL = when_PC[:, self._category_of_line]
-        person, category = np.nonzero(last_PC >= 0)
-        position = last_PC[person, category]
-        line_PL[person, self._line_I[lo + position]] *= self._loyalty
+        user, category = np.nonzero(last_PC >= 0)
+        position = last_PC[user, category]
+        line_PL[user, self._line_I[lo + position]] *= self._loyalty
         weight_PI = np.take(line_PL, self._line_I[lo:hi], axis=1)
-        weight_PI[person, position] *= self._repeat_C[category]
+        weight_PI[user, position] *= self._repeat_C[category]
         return weight_PI
 
 

@@ -1,7 +1,7 @@
 """The exact Bayes posterior predictive of the city world: the ceiling of every model of its items.
 
 A forward filter over (need of the last event, type in each service): the shared type is summed out beforehand, since
-the types by service are independent given it, so the belief of a person is one table `[N, K, K, K]` (K types, one
+the types by service are independent given it, so the belief of a user is one table `[N, K, K, K]` (K types, one
 axis a service). An event multiplies the belief by its likelihood, which sees the need and one service's type only.
 Method: the forward recursion of hidden Markov models (Rabiner 1989), with the static types as part of the state.
 """
@@ -42,16 +42,16 @@ def predict_targets(
     targets: np.ndarray,
     use_profile: bool = False,
     use_context: bool = True,
-    people_per_chunk: int = 128,
+    users_per_chunk: int = 128,
     rows_per_chunk: int = 512,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (positions in `targets`, their log-probabilities `[chunk, I]` float32 over the union), each target once.
 
-    The probability of a target's item is given every earlier event of its person in `dataset.log` (items, times,
-    contexts) and the target's own time and context; with `use_profile` also given the person's profile fields; without
+    The probability of a target's item is given every earlier event of its user in `dataset.log` (items, times,
+    contexts) and the target's own time and context; with `use_profile` also given the user's profile fields; without
     `use_context` in the mean over the contexts of the days of the target's month, instead of its own (but for what is
     open). The data set may number the items of a service as it likes: they are matched with the world's by id. Memory:
-    about `people_per_chunk` beliefs of `N * K**Z` floats and two chunks of rows.
+    about `users_per_chunk` beliefs of `N * K**Z` floats and two chunks of rows.
 
     Raises: InputError where the data set is not of this world or a target is not an event of its log.
     """
@@ -61,13 +61,13 @@ def predict_targets(
         raise InputError(f"oracle: targets must lie in [0, {log.n_events})")
     problem = _Filter(world, dataset)
     order = np.argsort(targets, kind="stable")
-    people = np.searchsorted(log.offsets, targets[order], side="right") - 1
-    asked, first, count = np.unique(people, return_index=True, return_counts=True)
+    users = np.searchsorted(log.offsets, targets[order], side="right") - 1
+    asked, first, count = np.unique(users, return_index=True, return_counts=True)
     steps = targets[order[first + count - 1]] - log.offsets[asked]  # the last one asked for
     longest = np.argsort(-steps, kind="stable")
     rows: list[tuple[np.ndarray, np.ndarray]] = []
-    for lo in range(0, len(asked), people_per_chunk):
-        chosen = longest[lo : lo + people_per_chunk]
+    for lo in range(0, len(asked), users_per_chunk):
+        chosen = longest[lo : lo + users_per_chunk]
         for event, scores in problem.run(asked[chosen], steps[chosen], targets[order], use_profile, use_context):
             # an event may be asked for more than once
             left, right = (np.searchsorted(targets[order], event, side=side) for side in ("left", "right"))
@@ -121,13 +121,13 @@ class _Filter:
         self.base = [base.reshape(-1, base.shape[-1]) for base in self.choice.base]
 
     def run(
-        self, people: np.ndarray, steps: np.ndarray, targets: np.ndarray, use_profile: bool, use_context: bool
+        self, users: np.ndarray, steps: np.ndarray, targets: np.ndarray, use_profile: bool, use_context: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Filters `people` (sorted by falling `steps`, the last one wanted); yields (events, scores `[events, I]`)."""
-        offsets = self.dataset.log.offsets[:-1][people]
+        """Filters `users` (sorted by falling `steps`, the last one wanted); yields (events, scores `[events, I]`)."""
+        offsets = self.dataset.log.offsets[:-1][users]
         n_needs, n_types = len(self.need_after), self.world.n_types
-        belief = self._prior(people, use_profile)
-        past = self.choice.empty_past(len(people))
+        belief = self._prior(users, use_profile)
+        past = self.choice.empty_past(len(users))
         for step in range(int(steps[0]) + 1):
             n = np.count_nonzero(steps >= step)
             event, belief, past = offsets[:n] + step, belief[:n], past[:n]
@@ -149,17 +149,17 @@ class _Filter:
             belief *= belief > _NEGLIGIBLE
             self.choice.remember(past, service, self.position[event])
 
-    def _prior(self, people: np.ndarray, use_profile: bool) -> np.ndarray:
-        """`[people, 1, K, K, K]` float32: the types by service before any event, the shared type summed out."""
-        shared = np.repeat(self.world.type_prior_K[None], len(people), axis=0)
+    def _prior(self, users: np.ndarray, use_profile: bool) -> np.ndarray:
+        """`[users, 1, K, K, K]` float32: the types by service before any event, the shared type summed out."""
+        shared = np.repeat(self.world.type_prior_K[None], len(users), axis=0)
         if use_profile:
-            shared = shared * profile_likelihood(self.world, self.dataset.profile, people)
+            shared = shared * profile_likelihood(self.world, self.dataset.profile, users)
             shared /= shared.sum(axis=1, keepdims=True)
         given = self.world.type_given_shared()
         return np.einsum("pu,ua,ub,uc->pabc", shared, given, given, given, optimize=True).astype(np.float32)[:, None]
 
     def _predict_need(self, belief: np.ndarray, event: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        """Carries `[people, N (1 before the first event), K, K, K]` over to the need of `event`, of `[people, N]`."""
+        """Carries `[users, N (1 before the first event), K, K, K]` over to the need of `event`, of `[users, N]`."""
         n_needs = len(self.need_after)
         if belief.shape[1] != n_needs or n_needs == 1:
             start = softmax(logits)

@@ -1,7 +1,7 @@
-"""What people say about themselves: partial, noisy views of their shared taste type.
+"""What users say about themselves: partial, noisy views of their shared taste type.
 
 Each field of `names.ASPECTS` is missing with `profile_missing_rate`; otherwise it is, with `profile_noise_rate`, a
-uniformly drawn value, and else the value of the person's shared type.
+uniformly drawn value, and else the value of the user's shared type.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from moerec.data.city.world import World
 
 
 def draw_profile(world: World, rng: np.random.Generator, type_P: np.ndarray) -> dict[str, np.ndarray]:
-    """Field -> `[people]` unicode, the empty string where missing."""
+    """Field -> `[users]` unicode, the empty string where missing."""
     config, n = world.config, len(type_P)
     profile = {}
     for field, values in names.ASPECTS.items():
@@ -22,12 +22,12 @@ def draw_profile(world: World, rng: np.random.Generator, type_P: np.ndarray) -> 
     return profile
 
 
-def profile_likelihood(world: World, profile: dict[str, np.ndarray], people: np.ndarray) -> np.ndarray:
-    """`[len(people), K]`: probability of the observed fields given the shared type (up to a constant per person)."""
+def profile_likelihood(world: World, profile: dict[str, np.ndarray], users: np.ndarray) -> np.ndarray:
+    """`[len(users), K]`: probability of the observed fields given the shared type (up to a constant per user)."""
     noise = world.config.profile_noise_rate
-    likelihood = np.ones((len(people), world.n_types))
+    likelihood = np.ones((len(users), world.n_types))
     for field, values in names.ASPECTS.items():
-        observed = profile[field][people]
+        observed = profile[field][users]
         index = np.argmax(observed[:, None] == np.array(values)[None], axis=1)
         matches = index[:, None] == world.aspect_K[field][None]
         given = noise / len(values) + (1 - noise) * matches

@@ -1,4 +1,4 @@
-"""Draws people and their events from a world, vectorised over people, step by step through their events."""
+"""Draws users and their events from a world, vectorised over users, step by step through their events."""
 
 import dataclasses
 
@@ -16,9 +16,9 @@ def generate(config: CityConfig, seed: int) -> tuple[Dataset, World]:
     """Simulates the city: the data set, and the world with its latent truth. The same seed gives the same bytes."""
     world = make_world(config, seed)
     rng = np.random.default_rng([seed, 1])
-    type_P, type_PZ = _draw_people(world, rng)
+    type_P, type_PZ = _draw_users(world, rng)
     profile = draw_profile(world, rng, type_P)
-    lengths = timeline.draw_lengths(rng, config.n_people, config.events_per_person)
+    lengths = timeline.draw_lengths(rng, config.n_users, config.events_per_user)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     time = timeline.draw_times(rng, offsets)
     context = timeline.context_of(time, world.days)
@@ -32,7 +32,7 @@ def generate(config: CityConfig, seed: int) -> tuple[Dataset, World]:
     dataset = Dataset(
         catalogue=world.catalogue,
         log=EventLog(offsets, item, np.zeros(len(item), np.int16), time, context),
-        people=np.array([f"p{k:06d}" for k in range(config.n_people)], dtype=np.str_),
+        users=np.array([f"p{k:06d}" for k in range(config.n_users)], dtype=np.str_),
         actions=("order",),
         context=features,
         profile=profile,
@@ -40,9 +40,9 @@ def generate(config: CityConfig, seed: int) -> tuple[Dataset, World]:
     return dataset, dataclasses.replace(world, truth=Truth(type_P, type_PZ, need))
 
 
-def _draw_people(world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Shared types `[people]` and types by service `[people, Z]`."""
-    n, n_services = world.config.n_people, world.catalogue.n_services
+def _draw_users(world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Shared types `[users]` and types by service `[users, Z]`."""
+    n, n_services = world.config.n_users, world.catalogue.n_services
     shared = rng.choice(world.n_types, size=n, p=world.type_prior_K)
     private = rng.choice(world.n_types, size=(n, n_services), p=world.type_prior_K)
     keep = rng.random((n, n_services)) < world.config.rho
@@ -75,12 +75,12 @@ def _draw_events(
     service_DNZ = service_probabilities(world)
     daypart = timeline.clock_of(time)[0]
     lengths = np.diff(offsets)
-    people = np.argsort(-lengths, kind="stable")  # so that those who still have events are always the first
-    last_PZC = choice.empty_past(len(people))
+    users = np.argsort(-lengths, kind="stable")  # so that those who still have events are always the first
+    last_PZC = choice.empty_past(len(users))
     need, item = np.zeros(n_events, np.int16), np.zeros(n_events, np.int32)
-    previous = np.zeros(len(people), np.int64)
+    previous = np.zeros(len(users), np.int64)
     for step in range(int(lengths.max())):
-        active = people[: np.count_nonzero(lengths > step)]
+        active = users[: np.count_nonzero(lengths > step)]
         event = offsets[active] + step
         n = len(active)
         now = _pick(softmax(logits[event] + weight[event, None] * after[previous[:n]]), uniform[event, 0])

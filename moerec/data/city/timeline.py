@@ -1,4 +1,4 @@
-"""When requests come and what the day is like: exogenous, so independent of every person's tastes and needs.
+"""When requests come and what the day is like: exogenous, so independent of every user's tastes and needs.
 
 Times are local unix seconds within 2024 and do not depend on the latents, so a posterior may treat them as given.
 """
@@ -45,38 +45,38 @@ def make_days(rng: np.random.Generator) -> np.ndarray:
     return np.stack([weather, temperature, holiday], axis=1).astype(np.int16) + 1
 
 
-def draw_lengths(rng: np.random.Generator, n_people: int, mean: float) -> np.ndarray:
-    """`[people]` int64 numbers of events, at least 3, with the given mean (a gamma-mixed Poisson)."""
-    return 3 + rng.poisson((mean - 3) * rng.gamma(6.0, 1 / 6.0, n_people))
+def draw_lengths(rng: np.random.Generator, n_users: int, mean: float) -> np.ndarray:
+    """`[users]` int64 numbers of events, at least 3, with the given mean (a gamma-mixed Poisson)."""
+    return 3 + rng.poisson((mean - 3) * rng.gamma(6.0, 1 / 6.0, n_users))
 
 
 def draw_times(rng: np.random.Generator, offsets: np.ndarray) -> np.ndarray:
-    """`[events]` int64 seconds, strictly rising per person: bursts of hours, pauses of days, and the day's rhythm."""
-    n_people, n_events = len(offsets) - 1, offsets[-1]
-    person = np.repeat(np.arange(n_people), np.diff(offsets))
+    """`[events]` int64 seconds, strictly rising per user: bursts of hours, pauses of days, and the day's rhythm."""
+    n_users, n_events = len(offsets) - 1, offsets[-1]
+    user = np.repeat(np.arange(n_users), np.diff(offsets))
     short = rng.random(n_events) < 0.5
     gap = np.where(short, rng.exponential(0.2, n_events), rng.exponential(4.0, n_events))
     gap[offsets[:-1]] = 0
     elapsed = np.cumsum(gap)
-    elapsed -= elapsed[offsets[:-1]][person]
+    elapsed -= elapsed[offsets[:-1]][user]
     span = elapsed[offsets[1:] - 1]
-    first_day = 60 * rng.random(n_people)
-    last_day = N_DAYS - 1 - 60 * rng.random(n_people)
-    # a person's bursts are squeezed where they would run past the year, never stretched
+    first_day = 60 * rng.random(n_users)
+    last_day = N_DAYS - 1 - 60 * rng.random(n_users)
+    # a user's bursts are squeezed where they would run past the year, never stretched
     squeeze = np.minimum(1.0, (last_day - first_day) / np.maximum(span, 1e-9))
-    start = first_day + (last_day - first_day - span * squeeze) * rng.random(n_people)
-    day = start[person] + elapsed * squeeze[person]
+    start = first_day + (last_day - first_day - span * squeeze) * rng.random(n_users)
+    day = start[user] + elapsed * squeeze[user]
     whole = np.floor(day)
     hour = np.interp(day - whole, _HOUR_OF_SHARE, np.arange(25.0))
     second = (whole * DAY_S + hour * 3600).astype(np.int64)
-    position = np.arange(n_events) - offsets[:-1][person]  # one second apart at least
+    position = np.arange(n_events) - offsets[:-1][user]  # one second apart at least
     return START.astype("datetime64[s]").astype(np.int64) + second + position
 
 
 def draw_openings(rng: np.random.Generator, offsets: np.ndarray, n_services: int, n_closed: int) -> np.ndarray:
     """`[events]` int16 codes of the context feature `OPEN`.
 
-    Each service in turn is closed for `n_closed` events, in an order of each person's own; at the event after them
+    Each service in turn is closed for `n_closed` events, in an order of each user's own; at the event after them
     nothing but that service is open. Counted back from the last event, which is such a return.
     """
     n_events = np.diff(offsets)

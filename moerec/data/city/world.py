@@ -1,7 +1,7 @@
 """The parameters of the city and its generative model.
 
-A person has a shared taste type `u ~ type_prior` and, in each service `z`, the type `s_z`, which is `u` with
-probability rho and otherwise drawn anew from `type_prior`. The `t`-th event of a person comes at an exogenous time with
+A user has a shared taste type `u ~ type_prior` and, in each service `z`, the type `s_z`, which is `u` with
+probability rho and otherwise drawn anew from `type_prior`. The `t`-th event of a user comes at an exogenous time with
 an exogenous context (`timeline.py`); then
 
     need     p(n | previous n')  ~ exp(need_base[n] + kappa * Σ_f need_when[f][value of f, n]
@@ -15,7 +15,7 @@ an exogenous context (`timeline.py`); then
              brand taste      brand_taste[s, brand]
              popularity       popularity[i]
              weather fit      kappa * Σ_f category_when[f][value of f, category], f over weather and temperature
-             brand loyalty    habit * LOYALTY where the person's last item of the category in this service has the brand
+             brand loyalty    habit * LOYALTY where the user's last item of the category in this service has the brand
              repeat           habit * repeat[category] where it is the very item (negative for durables).
 
 Rows of `*_when` for a context are by code, row 0 ("missing") being zero. Nothing latent but (n, s) enters, so the exact
@@ -47,7 +47,7 @@ _SERVICE_WHEN = {"night": (1.2, 0.0, -0.6), "morning": (0.5, 0.0, 0.0), "evening
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What nobody observes: `type_P` the shared type, `type_PZ` each person's type by service, `need` `[events]`."""
+    """What nobody observes: `type_P` the shared type, `type_PZ` each user's type by service, `need` `[events]`."""
 
     type_P: np.ndarray
     type_PZ: np.ndarray
@@ -56,10 +56,10 @@ class Truth:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Every probability table (log-odds; see the module) and, once people were simulated, the latent truth.
+    """Every probability table (log-odds; see the module) and, once users were simulated, the latent truth.
 
     Attributes:
-      type_prior_K: probabilities of the types; K is 1 when people are identical.
+      type_prior_K: probabilities of the types; K is 1 when users are identical.
       aspect_K: aspect -> `[K]` the type's value, index into `names.ASPECTS`.
       brand_taste_KR: `[K, brands]`.
       need_base_N, need_after_NN (`[previous, next]`), need_fit_NC (C categories).
@@ -108,7 +108,7 @@ class World:
 
 
 def make_world(config: CityConfig, seed: int) -> World:
-    """Draws the world's parameters; they do not depend on rho, kappa, tau, habit or the number of people.
+    """Draws the world's parameters; they do not depend on rho, kappa, tau, habit or the number of users.
 
     Raises: InputError where more needs are asked for than the city knows.
     """
@@ -125,7 +125,7 @@ def make_world(config: CityConfig, seed: int) -> World:
     fit = [{name: NEED_FIT + value for name, value in need.categories.items()} for need in needs]
     fit_NC = np.array([[row.get(category, 0.0) for category in names.CATEGORIES] for row in fit])
     items = _draw_items(rng, config, service_NZ.T @ (fit_NC > 0))
-    n_types = 1 if config.identical_people else config.n_types
+    n_types = 1 if config.identical_users else config.n_types
     aspects, brand_taste = _draw_types(rng, config.n_types)
     prior = 1 / (np.arange(n_types) + 4.0)
     return World(

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from moerec.data.binning import NUMBER
 from moerec.data.dataset import UNKNOWN_TIME
-from moerec.data.prepare.tables import Batch, Table, as_binary, read_batches
+from moerec.data.prepare.tables import RowBatch, SourceTable, as_binary, read_batches
 from moerec.errors import InputError
 
 RAGGED = "wrong number of fields"
@@ -66,7 +66,7 @@ class DefectLog:
         """Whether `check` is going to raise."""
         return bool(self.counts) and not self.quarantine
 
-    def add(self, table: Table, reason: str, column: str, rows: np.ndarray, describe: Callable[[int], str]):
+    def add(self, table: SourceTable, reason: str, column: str, rows: np.ndarray, describe: Callable[[int], str]):
         """Notes bad rows (`[n]` int64 row numbers); `describe(k)` says what is wrong with the k-th of them."""
         if not len(rows):
             return
@@ -80,7 +80,7 @@ class DefectLog:
         if self.quarantine:
             self._rows.setdefault(table.label, []).append((reason, column, np.asarray(rows, np.int64)))
 
-    def add_ragged(self, table: Table, batch: Batch):
+    def add_ragged(self, table: SourceTable, batch: RowBatch):
         """Notes the rows that the reader left out."""
         ragged = [row for row in batch.ragged if not row.column]
         rows = np.asarray([row.row for row in ragged], np.int64)
@@ -92,7 +92,7 @@ class DefectLog:
                 text = f"{printed(row.text.encode())} has several lines; is a quote not closed?"
                 self.add(table, BROKEN, row.column, np.array([row.row]), functools.partial(_say, text))
 
-    def check(self, table: Table):
+    def check(self, table: SourceTable):
         """Raises InputError at the table's lowest bad row, unless bad rows go to quarantine."""
         first = self._first.get(table.label)
         if first is None or self.quarantine:
@@ -103,7 +103,7 @@ class DefectLog:
         more = f" (bad rows in all: {total:,}: {kinds})" if total > 1 else ""
         raise InputError(f"{table.label}, row {first.row}, {first.message}{more}")
 
-    def write_quarantine(self, tables: list[Table], path: Path):
+    def write_quarantine(self, tables: list[SourceTable], path: Path):
         """Writes a JSON object per bad row: file, row, column, reason and the raw row. Reads the tables again."""
         tables = [table for table in tables if table.label in self._rows]
         if not tables:
@@ -113,7 +113,7 @@ class DefectLog:
                 for row in self._quarantined(table):
                     out.write(json.dumps({"file": table.label, **row}, ensure_ascii=False) + "\n")
 
-    def _quarantined(self, table: Table) -> Iterator[dict]:
+    def _quarantined(self, table: SourceTable) -> Iterator[dict]:
         parts = self._rows[table.label]
         rows = np.concatenate([part[2] for part in parts])
         kind = np.repeat(np.arange(len(parts)), [len(part[2]) for part in parts])
@@ -139,7 +139,7 @@ class DefectLog:
 class RowCheck:
     """Runs checks over the rows of a batch; `good` (`[n]` bool) is what is left after them."""
 
-    def __init__(self, log: DefectLog, table: Table, rows: np.ndarray):
+    def __init__(self, log: DefectLog, table: SourceTable, rows: np.ndarray):
         self.log, self.table, self.rows = log, table, rows
         self.good = np.ones(len(rows), bool)
 

@@ -1,6 +1,6 @@
-"""Coded events on disk, a file for each block of people, so that sorting by person never holds more than one block.
+"""Coded events on disk, a file for each block of users, so that sorting by user never holds more than one block.
 
-Memory: the events of `PEOPLE_PER_BLOCK` people, about `4 * itemsize` bytes each while they are sorted.
+Memory: the events of `USERS_PER_BLOCK` users, about `4 * itemsize` bytes each while they are sorted.
 """
 
 from pathlib import Path
@@ -9,14 +9,14 @@ import numpy as np
 
 from moerec.data.dataset import UNKNOWN_TIME
 
-PEOPLE_PER_BLOCK = 1 << 14
+USERS_PER_BLOCK = 1 << 14
 
 
 def event_dtype(n_context: int) -> np.dtype:
     """A coded event; `item` counts within its service, `micros` is UNKNOWN_TIME or microseconds since 1970 UTC."""
     return np.dtype(
         [
-            ("person", "<i4"),
+            ("user", "<i4"),
             ("service", "<i2"),
             ("item", "<i4"),
             ("action", "<i2"),
@@ -39,7 +39,7 @@ class Spill:
         """Appends coded events (`[n]` of `self.dtype`)."""
         if not len(events):
             return
-        block = events["person"] // PEOPLE_PER_BLOCK
+        block = events["user"] // USERS_PER_BLOCK
         order = np.argsort(block, kind="stable")
         blocks, starts = np.unique(block[order], return_index=True)
         for number, part in zip(blocks, np.split(events[order], starts[1:]), strict=True):
@@ -47,7 +47,7 @@ class Spill:
                 file.write(part.tobytes())
 
     def read(self, block: int) -> np.ndarray:
-        """The events of people `block * PEOPLE_PER_BLOCK` and on, as appended; the file is deleted."""
+        """The events of users `block * USERS_PER_BLOCK` and on, as appended; the file is deleted."""
         path = self._path(block)
         events = np.fromfile(path, self.dtype)
         path.unlink()
@@ -57,26 +57,26 @@ class Spill:
         return self.folder / f"block-{block:06d}.bin"
 
 
-def order_by_person(events: np.ndarray) -> np.ndarray:
-    """The order by person and time, equal times as published. A person with any unknown time stays as published."""
-    person = events["person"] - events["person"].min()
+def order_by_user(events: np.ndarray) -> np.ndarray:
+    """The order by user and time, equal times as published. A user with any unknown time stays as published."""
+    user = events["user"] - events["user"].min()
     unknown = events["micros"] == UNKNOWN_TIME
-    as_published = np.zeros(int(person.max()) + 1, bool)
-    as_published[person[unknown]] = True
-    time = np.where(as_published[person], 0, events["micros"])
-    return np.lexsort((time, person))
+    as_published = np.zeros(int(user.max()) + 1, bool)
+    as_published[user[unknown]] = True
+    time = np.where(as_published[user], 0, events["micros"])
+    return np.lexsort((time, user))
 
 
 def find_duplicates(events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of events that repeat person, item, action and time of an earlier one, and of the first of their kind.
+    """Positions of events that repeat user, item, action and time of an earlier one, and of the first of their kind.
 
     Unknown times are never the same.
     """
     place = events["service"].astype(np.int64) << 48 | events["item"].astype(np.int64) << 16 | events["action"]
-    order = np.lexsort((events["micros"], place, events["person"]))  # stable: the earliest row comes first
+    order = np.lexsort((events["micros"], place, events["user"]))  # stable: the earliest row comes first
     same = np.zeros(len(order), bool)
     same[1:] = True
-    for column in (events["micros"], place, events["person"]):
+    for column in (events["micros"], place, events["user"]):
         same[1:] &= column[order][1:] == column[order][:-1]
     same &= events["micros"][order] != UNKNOWN_TIME
     first = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))

@@ -27,7 +27,7 @@ _BOM = "\ufeff".encode()
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class SourceTable:
     """An opened table. `label` is its name in messages; `separators` those inside the columns typed as lists."""
 
     path: Path
@@ -59,7 +59,7 @@ class Ragged:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class RowBatch:
     """`rows`: `[n]` int64 row numbers; `columns`: arrow arrays of n values; `ragged`: rows met on the way, left out."""
 
     rows: np.ndarray
@@ -67,7 +67,7 @@ class Batch:
     ragged: tuple[Ragged, ...] = ()
 
 
-def open_table(folder: Path, name: str, format: str = "auto") -> Table:
+def open_table(folder: Path, name: str, format: str = "auto") -> SourceTable:
     """Reads the header or schema of `folder/name`. Raises InputError if the file is absent or its format unclear."""
     path = folder / name
     if not path.is_file():
@@ -78,19 +78,19 @@ def open_table(folder: Path, name: str, format: str = "auto") -> Table:
             columns = tuple(pq.read_schema(path).names)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{name}: cannot be read as Parquet: {_first_line(error)}") from error
-        return Table(path, name, kind, columns, columns, {})
+        return SourceTable(path, name, kind, columns, columns, {})
     raw, bom = _read_header(path, name, kind)
     try:
         fields = [field.encode("latin-1").decode("utf-8") for field in raw]
     except UnicodeDecodeError as error:
         raise InputError(f"{name}, header: bad UTF-8 ({error.reason})") from error
     if kind != "atomic":
-        return Table(path, name, kind, tuple(fields), tuple(raw), {}, bom)
+        return SourceTable(path, name, kind, tuple(fields), tuple(raw), {}, bom)
     types = atomic.parse_header(fields, name)
-    return Table(path, name, kind, tuple(types), tuple(raw), atomic.sequence_separators(types), bom)
+    return SourceTable(path, name, kind, tuple(types), tuple(raw), atomic.sequence_separators(types), bom)
 
 
-def read_batches(table: Table, columns: list[str]) -> Iterator[Batch]:
+def read_batches(table: SourceTable, columns: list[str]) -> Iterator[RowBatch]:
     """Streams the columns. Raises InputError, naming the row it got to, where the file is cut off or corrupt.
 
     Where the table's values are to be of one line, a CSV file's row with another is left out as ragged, whichever
@@ -153,7 +153,7 @@ def _read_header(path: Path, label: str, kind: str) -> tuple[list[str], bool]:
     return fields, bom
 
 
-def _read_text(table: Table, columns: list[str]) -> Iterator[Batch]:
+def _read_text(table: SourceTable, columns: list[str]) -> Iterator[RowBatch]:
     ragged: list[Ragged] = []
 
     def skip(row: pa_csv.InvalidRow) -> str:
@@ -197,13 +197,15 @@ def _read_text(table: Table, columns: list[str]) -> Iterator[Batch]:
                     batch, rows, broken = _drop_broken(table, batch, rows)
                     skipped += broken
                 arrays = [_undo_latin1(array) for array in batch.columns[: len(columns)]]
-                yield Batch(rows, dict(zip(columns, arrays, strict=True)), skipped)
+                yield RowBatch(rows, dict(zip(columns, arrays, strict=True)), skipped)
                 waiting = [row for row in waiting if row >= first]
         if ragged:
-            yield Batch(np.empty(0, np.int64), {c: pa.array([], pa.binary()) for c in columns}, _drain(ragged))
+            yield RowBatch(np.empty(0, np.int64), {c: pa.array([], pa.binary()) for c in columns}, _drain(ragged))
 
 
-def _drop_broken(table: Table, batch: pa.RecordBatch, rows: np.ndarray) -> tuple[pa.RecordBatch, np.ndarray, tuple]:
+def _drop_broken(
+    table: SourceTable, batch: pa.RecordBatch, rows: np.ndarray
+) -> tuple[pa.RecordBatch, np.ndarray, tuple]:
     """The batch and its row numbers without the rows that have a value of several lines, and those."""
     ragged, good = [], np.ones(len(rows), bool)
     for name, array in zip(batch.schema.names, batch.columns, strict=True):
@@ -254,10 +256,10 @@ def _undo_latin1(array: pa.Array) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(), len(array), [None, pa.py_buffer(new_offsets), pa.py_buffer(data)])
 
 
-def _read_parquet(table: Table, columns: list[str]) -> Iterator[Batch]:
+def _read_parquet(table: SourceTable, columns: list[str]) -> Iterator[RowBatch]:
     first = 1
     with pq.ParquetFile(table.path, pre_buffer=False) as file:
         for batch in file.iter_batches(PARQUET_ROWS, columns=list(dict.fromkeys(columns)), use_threads=False):
             rows = np.arange(first, first + batch.num_rows)
-            yield Batch(rows, {column: batch.column(column) for column in columns})
+            yield RowBatch(rows, {column: batch.column(column) for column in columns})
             first += batch.num_rows

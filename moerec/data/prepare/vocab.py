@@ -1,4 +1,4 @@
-"""From the values of the tables to codes: people, items, actions and context in the order of their first appearance.
+"""From the values of the tables to codes: users, items, actions and context in the order of their first appearance.
 
 Memory: about 150 bytes for each different id, plus the texts of the item table; nothing grows with the events.
 """
@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 from moerec.config import DataConfig, SchemaConfig
 from moerec.data.prepare import row_validation as defects
 from moerec.data.prepare.row_validation import DefectLog, RowCheck
-from moerec.data.prepare.tables import Batch, Table, as_binary, open_table, read_batches
+from moerec.data.prepare.tables import RowBatch, SourceTable, as_binary, open_table, read_batches
 from moerec.errors import InputError
 
 MAX_CODE = np.iinfo(np.int16).max
 
 
-class Codes(dict):
+class IdVocab(dict):
     """Value -> code; a value that is met for the first time gets the next code."""
 
     def __missing__(self, value: bytes) -> int:
@@ -49,12 +49,12 @@ class ItemCodes:
     """Codes of the services, and of the items within their service."""
 
     def __init__(self):
-        self.services = Codes()
-        self.items: list[Codes] = []
+        self.services = IdVocab()
+        self.items: list[IdVocab] = []
 
     def encode(self, services: np.ndarray, ids: pa.Array, new: bool) -> np.ndarray:
         """`[n]` int64 codes within the service; of unknown items new ones, or -1 without `new`."""
-        self.items += [Codes() for _ in range(len(self.services) - len(self.items))]
+        self.items += [IdVocab() for _ in range(len(self.services) - len(self.items))]
         codes = np.full(len(ids), -1, np.int64)
         for service in np.unique(services):
             at = np.flatnonzero(services == service)
@@ -70,12 +70,12 @@ class ItemCodes:
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    interactions: Table
-    items: Table | None
-    users: Table | None
+    interactions: SourceTable
+    items: SourceTable | None
+    users: SourceTable | None
 
     @property
-    def all(self) -> list[Table]:
+    def all(self) -> list[SourceTable]:
         return [table for table in (self.items, self.users, self.interactions) if table is not None]
 
 
@@ -83,7 +83,7 @@ def open_tables(config: DataConfig) -> Tables:
     """Opens the tables of `config.tables` and checks that they have the columns of `config.schema`."""
     files, schema = config.tables, config.schema
 
-    def open_one(name: str) -> Table:
+    def open_one(name: str) -> SourceTable:
         table = open_table(Path(files.folder), name, files.format)
         return dataclasses.replace(table, one_line=files.line_breaks == "refuse")
 
@@ -119,7 +119,7 @@ def item_service(schema: SchemaConfig) -> str:
     return schema.item_service or schema.service
 
 
-def read_columns(table: Table, batch: Batch, columns: list[str], separator: str = ",") -> dict[str, pa.Array]:
+def read_columns(table: SourceTable, batch: RowBatch, columns: list[str], separator: str = ",") -> dict[str, pa.Array]:
     """The columns of a batch as bytes; lists become text with the separator of their column."""
     values = {}
     for c in dict.fromkeys(columns):
@@ -131,7 +131,7 @@ def read_columns(table: Table, batch: Batch, columns: list[str], separator: str 
     return values
 
 
-def read_items(table: Table, schema: SchemaConfig, log: DefectLog) -> tuple[ItemCodes, pa.Table]:
+def read_items(table: SourceTable, schema: SchemaConfig, log: DefectLog) -> tuple[ItemCodes, pa.Table]:
     """The item table: codes, and the catalogue's rows (service code, id, text, attributes) in catalogue order."""
     codes, parts = ItemCodes(), []
     service, column = item_service(schema), schema.item_id
@@ -172,7 +172,9 @@ def _encode_services(codes: ItemCodes, values: pa.Array | None, n: int, schema: 
     return found
 
 
-def _catalogue_rows(table: Table, schema: SchemaConfig, services: np.ndarray, values: dict[str, pa.Array]) -> pa.Table:
+def _catalogue_rows(
+    table: SourceTable, schema: SchemaConfig, services: np.ndarray, values: dict[str, pa.Array]
+) -> pa.Table:
     n = len(services)
     texts = [values[name].cast(pa.string()) for name in schema.text]
     tokens = [
@@ -211,11 +213,11 @@ def attribute_tokens(column: str, values: pa.Array, separator: str) -> pa.Array:
     return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets), tokens), " ")
 
 
-def read_profiles(table: Table, schema: SchemaConfig, people: Codes, log: DefectLog) -> dict[str, pa.Array]:
-    """The profile columns of the people who have events, in their order; empty where the user table has no row."""
+def read_profiles(table: SourceTable, schema: SchemaConfig, users: IdVocab, log: DefectLog) -> dict[str, pa.Array]:
+    """The profile columns of the users who have events, in their order; empty where the user table has no row."""
     columns = list(dict.fromkeys([schema.profile_id, *schema.profile]))
     codes, parts = [], []
-    seen = np.zeros(len(people), bool)
+    seen = np.zeros(len(users), bool)
     for batch in read_batches(table, columns):
         log.add_ragged(table, batch)
         values = read_columns(table, batch, columns)
@@ -224,20 +226,20 @@ def read_profiles(table: Table, schema: SchemaConfig, people: Codes, log: Defect
             check.utf8(name, values[name])
         ids = values[schema.profile_id]
         check.filled(schema.profile_id, ids, "user")
-        person = people.find(ids)
-        at = np.flatnonzero(check.good & (person >= 0))
+        user = users.find(ids)
+        at = np.flatnonzero(check.good & (user >= 0))
         repeated = np.zeros(len(ids), bool)
-        repeated[at] = seen[person[at]]
-        repeated[np.delete(at, np.unique(person[at], return_index=True)[1])] = True
+        repeated[at] = seen[user[at]]
+        repeated[np.delete(at, np.unique(user[at], return_index=True)[1])] = True
         check.first(repeated, defects.DUPLICATE_USER, schema.profile_id, ids)
-        at = np.flatnonzero(check.good & (person >= 0))
-        seen[person[at]] = True
-        codes.append(person[at])
+        at = np.flatnonzero(check.good & (user >= 0))
+        seen[user[at]] = True
+        codes.append(user[at])
         parts.append(pa.table({c: values[c].take(pa.array(at)).cast(pa.string()) for c in schema.profile}))
     log.check(table)
     if not schema.profile or not parts:
         return {}
-    place = np.full(len(people), -1, np.int64)
+    place = np.full(len(users), -1, np.int64)
     place[np.concatenate(codes)] = np.arange(sum(map(len, codes)))
     rows = pa.concat_tables(parts).take(pa.array(place, mask=place < 0))
     return {c: pc.fill_null(rows[c].combine_chunks(), "") for c in schema.profile}

@@ -3,7 +3,7 @@
 from moerec.config import AuditConfig, SplitConfig
 from moerec.data.dataset import Dataset
 from moerec.eval.audit.canary_checks import check_future_canary
-from moerec.eval.audit.copy_checks import check_duplicates, check_identical_people
+from moerec.eval.audit.copy_checks import check_duplicates, check_identical_users
 from moerec.eval.audit.id_checks import check_id_canary, check_id_order, check_tie_order
 from moerec.eval.audit.report import AuditReport, AuditRow
 from moerec.eval.audit.subject import Subject, prepare_subject
@@ -22,7 +22,7 @@ CHECKS = (
     check_service,
     check_unseen,
     check_duplicates,
-    check_identical_people,
+    check_identical_users,
 )
 
 __all__ = ["CHECKS", "AuditConfig", "AuditReport", "AuditRow", "Subject", "prepare_subject", "run_audit"]

@@ -10,30 +10,30 @@ from moerec.data.dataset import UNKNOWN_TIME, Dataset
 from moerec.data.splits import TEST, VALID, select_targets
 from moerec.eval.audit.report import AuditRow, make_row
 from moerec.eval.audit.subject import Subject
-from moerec.eval.ranking import EvaluationSet, Questions
+from moerec.eval.ranking import EvalDataset, RankQueries
 from moerec.types import Batch
 
 
 def check_future_canary(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
-    """Targets (one a person) whose inputs, as the model is given them, tell what happens from the target on.
+    """Targets (one a user) whose inputs, as the model is given them, tell what happens from the target on.
 
-    The person's future is written anew with other items, other actions and later times, and the evaluation batches
+    The user's future is written anew with other items, other actions and later times, and the evaluation batches
     are built from the true and from the rewritten log; only the answers may differ.
     """
     for role, name in ((TEST, "test"), (VALID, "valid")):
-        targets = _one_a_person(subject, select_targets(subject.dataset, subject.roles, role))
+        targets = _one_a_user(subject, select_targets(subject.dataset, subject.split_ids, role))
         if not len(targets):
             continue
-        visible = subject.roles != TEST if role == VALID else None
+        visible = subject.split_ids != TEST if role == VALID else None
         changed = find_changed_inputs(subject, targets, plant_future(subject.dataset, targets), visible)
         text = f"of {len(targets)} {name} events, those whose inputs change with what is planted after them"
         yield make_row(f"future_canary_{name}", "all", changed.mean(), limits.max_future_canary, text)
 
 
-def _one_a_person(subject: Subject, targets: np.ndarray) -> np.ndarray:
-    """A random target of each person: the future of one must not be the past of another."""
+def _one_a_user(subject: Subject, targets: np.ndarray) -> np.ndarray:
+    """A random target of each user: the future of one must not be the past of another."""
     shuffled = np.random.default_rng(0).permutation(targets)
-    _, first = np.unique(subject.person[shuffled], return_index=True)
+    _, first = np.unique(subject.user[shuffled], return_index=True)
     return np.sort(shuffled[first])
 
 
@@ -43,9 +43,9 @@ def plant_future(dataset: Dataset, targets: np.ndarray) -> Dataset:
     The future of a target is its own row, the rows behind it, tied ones among them, and whatever has a later time.
     """
     log = dataset.log
-    target = np.full(log.n_people, -1)
-    target[log.person[targets]] = targets
-    own = target[log.person]  # each event's target
+    target = np.full(log.n_users, -1)
+    target[log.user[targets]] = targets
+    own = target[log.user]  # each event's target
     row, known = np.arange(log.n_events), log.time != UNKNOWN_TIME
     after = (own >= 0) & ((row > own) | (known & known[own] & (log.time > log.time[own])))
     future = after | (row == own)
@@ -58,7 +58,7 @@ def plant_future(dataset: Dataset, targets: np.ndarray) -> Dataset:
         item=np.where(future, other_item, log.item).astype(log.item.dtype),
         action=np.where(future, (log.action + 1) % len(dataset.actions), log.action).astype(log.action.dtype),
         context=np.where(after[:, None], (log.context + 1) % n_codes, log.context).astype(log.context.dtype),
-        shift=np.where(after, log.shift + 3600, log.shift).astype(log.shift.dtype),
+        utc_offset=np.where(after, log.utc_offset + 3600, log.utc_offset).astype(log.utc_offset.dtype),
         time=np.where(after & known, log.time + 86_400, log.time),
     )
     return dataclasses.replace(dataset, log=planted)
@@ -72,7 +72,7 @@ def find_changed_inputs(
     longest = int(np.diff(subject.dataset.log.offsets).max())
     row_len = min(longest, 1024)
     config = Config(data=DataConfig(split=split, seq_len=row_len, history_len=row_len))
-    true, rewritten = (EvaluationSet(data, targets, config, visible) for data in (subject.dataset, planted))
+    true, rewritten = (EvalDataset(data, targets, config, visible) for data in (subject.dataset, planted))
     changed = true.history_len != rewritten.history_len
     if changed.any():
         return changed  # already found, and the batches of the two would not line up
@@ -83,7 +83,7 @@ def find_changed_inputs(
     return changed
 
 
-def _differs(batch: Batch, other: Batch, asked: Questions, other_asked: Questions) -> np.ndarray:
+def _differs(batch: Batch, other: Batch, asked: RankQueries, other_asked: RankQueries) -> np.ndarray:
     """`[Q]` bool; a question's inputs are the slots of its segment, the slot itself and the masked items."""
     pairs = (
         (batch.item_BT, other.item_BT),
@@ -92,8 +92,8 @@ def _differs(batch: Batch, other: Batch, asked: Questions, other_asked: Question
         (batch.segment_BT, other.segment_BT),
         (batch.position_BT, other.position_BT),
         (batch.request_time_BT, other.request_time_BT),
-        (batch.shift_BT, other.shift_BT),
-        (batch.request_shift_BT, other.request_shift_BT),
+        (batch.utc_offset_BT, other.utc_offset_BT),
+        (batch.request_utc_offset_BT, other.request_utc_offset_BT),
         *zip(np.moveaxis(batch.request_context_BTC, 2, 0), np.moveaxis(other.request_context_BTC, 2, 0), strict=True),
     )
     slot_changed = np.any([np.asarray(a) != np.asarray(b) for a, b in pairs], axis=0).reshape(-1)

@@ -1,4 +1,4 @@
-"""Events that are there twice, and people who are somebody else's copy."""
+"""Events that are there twice, and users who are somebody else's copy."""
 
 from collections.abc import Iterator
 
@@ -11,18 +11,18 @@ from moerec.eval.audit.subject import Subject
 
 
 def check_duplicates(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
-    """Events that repeat another in person, item, action and known time."""
+    """Events that repeat another in user, item, action and known time."""
     log = subject.dataset.log
-    columns = (log.time, log.action, log.item, subject.person)
+    columns = (log.time, log.action, log.item, subject.user)
     order = np.lexsort(columns)
     same = np.logical_and.reduce([column[order[1:]] == column[order[:-1]] for column in columns])
     same &= log.time[order[1:]] != UNKNOWN_TIME
-    text = f"{int(same.sum())} of {log.n_events} events repeat another in person, item, action and time"
+    text = f"{int(same.sum())} of {log.n_events} events repeat another in user, item, action and time"
     yield make_row("duplicates", "all", same.sum() / max(log.n_events, 1), limits.max_duplicates, text)
 
 
-def check_identical_people(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
-    """People whose whole sequence of items in a service, of two or more, is also somebody else's."""
+def check_identical_users(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
+    """Users whose whole sequence of items in a service, of two or more, is also somebody else's."""
     catalogue = subject.dataset.catalogue
     for code, service in enumerate(catalogue.services):
         digest, length = digest_sequences(subject.dataset, code)
@@ -32,24 +32,24 @@ def check_identical_people(subject: Subject, limits: AuditConfig) -> Iterator[Au
         _, which, count = np.unique(digest, axis=0, return_inverse=True, return_counts=True)
         n_copied = int(np.sum(count[which.ravel()] > 1))
         n_extra = int(np.sum(count - 1))
-        text = f"{n_copied} of {len(digest)} people share their sequence with somebody ({n_extra} beyond the first)"
-        yield make_row("identical_people", service, n_copied / len(digest), limits.max_identical_people, text)
+        text = f"{n_copied} of {len(digest)} users share their sequence with somebody ({n_extra} beyond the first)"
+        yield make_row("identical_users", service, n_copied / len(digest), limits.max_identical_users, text)
 
 
 def digest_sequences(dataset: Dataset, service: int) -> tuple[np.ndarray, np.ndarray]:
-    """`([people, 2] uint64, [people])`: 128 random bits that depend on a person's item sequence, and its length.
+    """`([users, 2] uint64, [users])`: 128 random bits that depend on a user's item sequence, and its length.
 
     A sum over places of a random word of the item times a random odd word of the place, modulo 2^64, twice.
     """
     log = dataset.log
     rows = np.flatnonzero(dataset.event_service == service)
-    person = log.person[rows]
-    length = np.bincount(person, minlength=log.n_people)
-    place = np.arange(len(rows)) - (np.cumsum(length) - length)[person]
+    user = log.user[rows]
+    length = np.bincount(user, minlength=log.n_users)
+    place = np.arange(len(rows)) - (np.cumsum(length) - length)[user]
     rng = np.random.default_rng(0)
-    digest = np.zeros((log.n_people, 2), np.uint64)
+    digest = np.zeros((log.n_users, 2), np.uint64)
     for k in range(2):
         word = rng.integers(0, 2**64, dataset.catalogue.n_items, np.uint64, endpoint=False)
         odd = rng.integers(0, 2**64, length.max(initial=1), np.uint64, endpoint=False) | np.uint64(1)
-        np.add.at(digest[:, k], person, word[log.item[rows]] * odd[place])
+        np.add.at(digest[:, k], user, word[log.item[rows]] * odd[place])
     return digest, length

@@ -8,7 +8,7 @@ import numpy as np
 
 from moerec.config import SplitConfig
 from moerec.data.dataset import UNKNOWN_TIME, Dataset
-from moerec.data.splits import TEST, TRAIN, assign_roles, gather_histories, select_targets
+from moerec.data.splits import TEST, TRAIN, assign_split_ids, gather_histories, select_targets
 from moerec.errors import WorkError
 
 
@@ -20,14 +20,14 @@ class Subject:
       split: how it is split.
       dataset: as training gets it (with its ties shuffled already where the split says so).
       roles: `[events]`.
-      per_service: whether sequences are those of a person and service (rather than of a person).
+      per_service: whether sequences are those of a user and service (rather than of a user).
       targets: `[n]` rows of the test events.
       histories: what a prediction of them may see.
     """
 
     split: SplitConfig
     dataset: Dataset
-    roles: np.ndarray
+    split_ids: np.ndarray
     per_service: bool
     targets: np.ndarray
     histories: tuple[np.ndarray, np.ndarray]
@@ -35,20 +35,20 @@ class Subject:
     @functools.cached_property
     def train(self) -> np.ndarray:
         """Rows of the training events."""
-        return np.flatnonzero(self.roles == TRAIN)
+        return np.flatnonzero(self.split_ids == TRAIN)
 
     @functools.cached_property
     def service(self) -> np.ndarray:
         return self.dataset.event_service
 
     @functools.cached_property
-    def person(self) -> np.ndarray:
-        return self.dataset.log.person
+    def user(self) -> np.ndarray:
+        return self.dataset.log.user
 
     @functools.cached_property
     def group(self) -> np.ndarray:
-        """`[events]` the sequence that each event belongs to: the person's, or the person's in the service."""
-        return self.person * self.dataset.catalogue.n_services + self.service if self.per_service else self.person
+        """`[events]` the sequence that each event belongs to: the user's, or the user's in the service."""
+        return self.user * self.dataset.catalogue.n_services + self.service if self.per_service else self.user
 
     @functools.cached_property
     def previous(self) -> np.ndarray:
@@ -79,9 +79,9 @@ def prepare_subject(dataset: Dataset, split: SplitConfig, seed: int) -> Subject:
     Raises:
       WorkError: the split leaves nothing to train on or nothing to test on.
     """
-    roles = assign_roles(dataset, split, seed)
-    targets = select_targets(dataset, roles, TEST)
-    if not len(targets) or not np.any(roles == TRAIN):
+    split_ids = assign_split_ids(dataset, split, seed)
+    targets = select_targets(dataset, split_ids, TEST)
+    if not len(targets) or not np.any(split_ids == TRAIN):
         raise WorkError("audit: the split leaves no test events or no training events")
     per_service = split.kind == "leave_one_out" and split.per_service
-    return Subject(split, dataset, roles, per_service, targets, gather_histories(dataset, targets, per_service))
+    return Subject(split, dataset, split_ids, per_service, targets, gather_histories(dataset, targets, per_service))

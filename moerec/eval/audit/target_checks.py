@@ -1,4 +1,4 @@
-"""What the test events give away or do not allow: repeats, the service, and items and people that are new."""
+"""What the test events give away or do not allow: repeats, the service, and items and users that are new."""
 
 from collections.abc import Iterator
 
@@ -22,18 +22,18 @@ def check_repeats(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
 
 
 def check_service(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
-    """How well three rules with no look at the person's taste name the service of the test event."""
+    """How well three rules with no look at the user's taste name the service of the test event."""
     n = subject.dataset.catalogue.n_services
     if n == 1:
         return
     offsets, rows = subject.histories
     answer = subject.service[subject.targets]
-    train, person = subject.train, subject.person
+    train, user = subject.train, subject.user
     majority = int(np.bincount(subject.service[train], minlength=n).argmax())
     known = np.diff(offsets) > 0
     last = np.full(len(answer), majority)
     last[known] = subject.service[rows[offsets[1:][known] - 1]]
-    follows = person[train[1:]] == person[train[:-1]]
+    follows = user[train[1:]] == user[train[:-1]]
     pair = subject.service[train[:-1]][follows].astype(np.int64) * n + subject.service[train[1:]][follows]
     likeliest = np.bincount(pair, minlength=n * n).reshape(n, n).argmax(axis=1)
     name = subject.dataset.catalogue.services[majority]
@@ -46,16 +46,16 @@ def check_service(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
 
 
 def check_unseen(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
-    """Test events whose item, or whose person, is not in training."""
+    """Test events whose item, or whose user, is not in training."""
     log = subject.dataset.log
     trained_item = np.zeros(subject.dataset.catalogue.n_items, bool)
     trained_item[log.item[subject.train]] = True
-    trained_person = np.zeros(log.n_people, bool)
-    trained_person[subject.person[subject.train]] = True
+    trained_user = np.zeros(log.n_users, bool)
+    trained_user[subject.user[subject.train]] = True
     for service, own in subject.split_by_service(subject.targets):
         value = 1 - trained_item[log.item[own]].mean()
         text = f"of {len(own)} test events, those whose item is not in training"
         yield make_row("unseen_items", service, value, limits.max_unseen_items, text)
-    value = 1 - trained_person[subject.person[subject.targets]].mean()
-    text = f"of {len(subject.targets)} test events, those whose person is not in training"
-    yield make_row("unseen_people", "all", value, limits.max_unseen_people, text)
+    value = 1 - trained_user[subject.user[subject.targets]].mean()
+    text = f"of {len(subject.targets)} test events, those whose user is not in training"
+    yield make_row("unseen_users", "all", value, limits.max_unseen_users, text)

@@ -14,7 +14,7 @@ from moerec.eval.audit.subject import Subject
 def check_ties(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Test and validation events at the very time of the event before them: their order is the file's, not time's."""
     for role, name, limit in ((TEST, "tied_test", limits.max_tied_test), (VALID, "tied_valid", limits.max_tied_valid)):
-        rows = np.flatnonzero((subject.roles == role) & (subject.previous >= 0))
+        rows = np.flatnonzero((subject.split_ids == role) & (subject.previous >= 0))
         for service, own in subject.split_by_service(rows):
             text = f"of {len(own)} events with another before, those at its very time"
             yield make_row(name, service, subject.tied[own].mean(), limit, text)
@@ -33,7 +33,7 @@ def check_future_in_history(subject: Subject, limits: AuditConfig) -> Iterator[A
 
 
 def check_training_after_test(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
-    """Training events later than test events: anybody's, and the same person's."""
+    """Training events later than test events: anybody's, and the same user's."""
     time = subject.dataset.log.time
     train = subject.train[time[subject.train] != UNKNOWN_TIME]
     targets = subject.targets[time[subject.targets] != UNKNOWN_TIME]
@@ -43,8 +43,8 @@ def check_training_after_test(subject: Subject, limits: AuditConfig) -> Iterator
     later = 1 - np.searchsorted(ordered, time[targets], side="right") / len(ordered)
     text = f"training events later than a test event, mean; {(later > 0).mean():.4f} of the test events have any"
     yield make_row("train_after_test", "all", later.mean(), limits.max_train_after_test, text)
-    last = np.full(subject.dataset.log.n_people, UNKNOWN_TIME)
-    np.maximum.at(last, subject.person[train], time[train])
-    own = last[subject.person[targets]] > time[targets]
-    text = f"of {len(targets)} test events, those with a later training event of the same person"
+    last = np.full(subject.dataset.log.n_users, UNKNOWN_TIME)
+    np.maximum.at(last, subject.user[train], time[train])
+    own = last[subject.user[targets]] > time[targets]
+    text = f"of {len(targets)} test events, those with a later training event of the same user"
     yield make_row("train_after_own_test", "all", own.mean(), limits.max_train_after_own_test, text)

@@ -10,7 +10,7 @@ from moerec.data.dataset import Dataset
 from moerec.eval.baselines.knn import ItemKnn, fit_item_knn
 from moerec.eval.baselines.markov import Markov, fit_markov
 from moerec.eval.baselines.popularity import fit_popularity, fit_recent_popularity, fit_service_popularity
-from moerec.eval.baselines.ranking import Histories, Ranked, Scorer, rank_targets
+from moerec.eval.baselines.ranking import Histories, Ranked, Scorer, rank_by_scores
 
 BASELINES: Mapping[str, Callable[[Dataset, np.ndarray], Scorer]] = MappingProxyType(
     {
@@ -35,5 +35,5 @@ __all__ = [
     "fit_popularity",
     "fit_recent_popularity",
     "fit_service_popularity",
-    "rank_targets",
+    "rank_by_scores",
 ]

@@ -28,12 +28,12 @@ class ItemKnn:
 
 def fit_item_knn(
     dataset: Dataset,
-    roles: np.ndarray,
+    split_ids: np.ndarray,
     decay: float = 0.7,
     last_n: int | None = 4,
     within_service: bool = True,
 ) -> ItemKnn:
-    """Similarity `n_ij / sqrt(n_i n_j)`, where n counts the people who have the items among their training events.
+    """Similarity `n_ij / sqrt(n_i n_j)`, where n counts the users who have the items among their training events.
 
     With `within_service` items of different services have no similarity, and places in the history are counted
     within a service: each service is then ranked as if it were the only one. An item's similarity to itself is 1, which
@@ -43,9 +43,9 @@ def fit_item_knn(
     history (None) misses two of its nine values by .0021, this misses none by more than .0014.
     """
     log, n_items = dataset.log, dataset.catalogue.n_items
-    trained = roles == TRAIN
+    trained = split_ids == TRAIN
     has = scipy.sparse.csr_matrix(
-        (np.ones(trained.sum(), np.float32), (log.person[trained], log.item[trained])), (log.n_people, n_items)
+        (np.ones(trained.sum(), np.float32), (log.user[trained], log.item[trained])), (log.n_users, n_items)
     )
     has.data[:] = 1.0  # building the matrix added the repeats up
     norm = scipy.sparse.diags(1 / np.sqrt(np.maximum(np.asarray(has.sum(axis=0)).ravel(), 1)).astype(np.float32))

@@ -26,16 +26,16 @@ class Markov:
         return (last @ self.transition).toarray() + left[:, None] * self.share
 
 
-def fit_markov(dataset: Dataset, roles: np.ndarray, strength: float = 1.0) -> Markov:
-    """Counts which item follows which among each person's training events."""
+def fit_markov(dataset: Dataset, split_ids: np.ndarray, strength: float = 1.0) -> Markov:
+    """Counts which item follows which among each user's training events."""
     log, n_items = dataset.log, dataset.catalogue.n_items
-    trained = np.flatnonzero(roles == TRAIN)
-    chain = log.person[trained]
+    trained = np.flatnonzero(split_ids == TRAIN)
+    chain = log.user[trained]
     follows = chain[1:] == chain[:-1]
     before, after = log.item[trained[:-1]][follows], log.item[trained[1:]][follows]
     count = scipy.sparse.csr_matrix((np.ones(len(before)), (before, after)), (n_items, n_items))
     total = np.asarray(count.sum(axis=1)).ravel() + strength
-    popularity = count_items(dataset, roles)
+    popularity = count_items(dataset, split_ids)
     return Markov(
         scipy.sparse.csr_matrix(scipy.sparse.diags(1 / total) @ count, dtype=np.float32),
         (strength / total).astype(np.float32),

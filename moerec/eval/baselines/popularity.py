@@ -14,9 +14,9 @@ _DAY = 86400
 _MOST_TABLE_ENTRIES = 1 << 25
 
 
-def count_items(dataset: Dataset, roles: np.ndarray) -> np.ndarray:
+def count_items(dataset: Dataset, split_ids: np.ndarray) -> np.ndarray:
     """`[I]` float64, how often each item occurs in training."""
-    return np.bincount(dataset.log.item[roles == TRAIN], minlength=dataset.catalogue.n_items).astype(np.float64)
+    return np.bincount(dataset.log.item[split_ids == TRAIN], minlength=dataset.catalogue.n_items).astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Popularity:
         return np.broadcast_to(self.share.astype(np.float32), (len(targets), len(self.share)))
 
 
-def fit_popularity(dataset: Dataset, roles: np.ndarray) -> Popularity:
+def fit_popularity(dataset: Dataset, split_ids: np.ndarray) -> Popularity:
     """Counts the training events of each item."""
-    count = count_items(dataset, roles)
+    count = count_items(dataset, split_ids)
     return Popularity(count / max(count.sum(), 1))
 
 
@@ -40,7 +40,7 @@ class ServicePopularity:
     """`p(service | service of the last event) p(item | service)`, with one pseudo-count per transition."""
 
     item_given_service: np.ndarray  # [I]
-    transition: np.ndarray  # [Z + 1, Z]; the last row is for people without a history
+    transition: np.ndarray  # [Z + 1, Z]; the last row is for users without a history
 
     def score(self, dataset: Dataset, targets: np.ndarray, histories: Histories) -> np.ndarray:
         offsets, rows = histories
@@ -51,17 +51,17 @@ class ServicePopularity:
         return (self.transition[:, service] * self.item_given_service).astype(np.float32)[last]
 
 
-def fit_service_popularity(dataset: Dataset, roles: np.ndarray) -> ServicePopularity:
-    """Counts the items of each service, and which service follows which among a person's training events."""
+def fit_service_popularity(dataset: Dataset, split_ids: np.ndarray) -> ServicePopularity:
+    """Counts the items of each service, and which service follows which among a user's training events."""
     n = dataset.catalogue.n_services
-    trained = np.flatnonzero(roles == TRAIN)
-    service, person = dataset.event_service[trained], dataset.log.person[trained]
-    follows = person[1:] == person[:-1]
+    trained = np.flatnonzero(split_ids == TRAIN)
+    service, user = dataset.event_service[trained], dataset.log.user[trained]
+    follows = user[1:] == user[:-1]
     pair = service[:-1][follows].astype(np.int64) * n + service[1:][follows]
     transition = 1.0 + np.concatenate(
         [np.bincount(pair, minlength=n * n).reshape(n, n), np.bincount(service, minlength=n)[None]]
     )
-    count = count_items(dataset, roles)
+    count = count_items(dataset, split_ids)
     total = np.add.reduceat(count, dataset.catalogue.offsets[:-1])
     share = count / np.maximum(total, 1)[dataset.catalogue.service]
     return ServicePopularity(share, transition / transition.sum(axis=1, keepdims=True))
@@ -89,22 +89,22 @@ class RecentPopularity:
 
 
 def fit_recent_popularity(
-    dataset: Dataset, roles: np.ndarray, half_life_days: float = 30.0, last_share: float = 0.2
+    dataset: Dataset, split_ids: np.ndarray, half_life_days: float = 30.0, last_share: float = 0.2
 ) -> RecentPopularity:
     """Exponentially decayed counts in buckets of a quarter of the half-life.
 
-    Without times the training events count whose place is among the last `last_share` of their person's.
+    Without times the training events count whose place is among the last `last_share` of their user's.
     """
     log, n_items = dataset.log, dataset.catalogue.n_items
     if half_life_days <= 0:
         raise WorkError(f"recent popularity: a half-life of {half_life_days} days")
-    dated = np.flatnonzero((roles == TRAIN) & (log.time != UNKNOWN_TIME))
+    dated = np.flatnonzero((split_ids == TRAIN) & (log.time != UNKNOWN_TIME))
     if not len(dated):
-        trained = np.flatnonzero(roles == TRAIN)
-        person = log.person[trained]
-        size = np.bincount(person, minlength=log.n_people)
-        from_end = np.cumsum(size)[person] - np.arange(len(trained))
-        late = trained[from_end <= np.ceil(last_share * size)[person]]
+        trained = np.flatnonzero(split_ids == TRAIN)
+        user = log.user[trained]
+        size = np.bincount(user, minlength=log.n_users)
+        from_end = np.cumsum(size)[user] - np.arange(len(trained))
+        late = trained[from_end <= np.ceil(last_share * size)[user]]
         return RecentPopularity(np.bincount(log.item[late], minlength=n_items)[None].astype(np.float32), 0, 0)
     start, end = int(log.time[dated].min()), int(log.time[dated].max())
     most = max(2, min(256, _MOST_TABLE_ENTRIES // n_items))

@@ -30,7 +30,7 @@ def slice_histories(histories: Histories, start: int, stop: int) -> Histories:
     return offsets[start : stop + 1] - offsets[start], rows[offsets[start] : offsets[stop]]
 
 
-def rank_targets(
+def rank_by_scores(
     model: Scorer,
     dataset: Dataset,
     targets: np.ndarray,
@@ -45,7 +45,7 @@ def rank_targets(
       dataset: the data set that `targets` and `histories` index.
       targets: `[n]` rows of the log.
       histories: what the model may see.
-      mask_seen: whether items of the person's history are no candidates; a target among them is a miss.
+      mask_seen: whether items of the user's history are no candidates; a target among them is a miss.
       chunk: targets scored at once.
 
     Raises:

@@ -13,7 +13,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
-from moerec.data.prepare.prepare import prepare
+from moerec.data.prepare.tables_to_shards import prepare
 
 FORMATS = ("tsv", "tsv.gz", "parquet")
 
@@ -34,7 +34,7 @@ def _in_own_process(function, *arguments):
 
 
 def _generate(path: Path, n: int) -> None:
-    """n events of n/10 people and n/100 items, in the order of time, so that people are scattered over the table."""
+    """n events of n/10 users and n/100 items, in the order of time, so that users are scattered over the table."""
     rng = np.random.default_rng(0)
     item = np.minimum(rng.zipf(1.2, n), n // 100)
     columns = {"user": rng.integers(0, n // 10, n), "service": np.array(["samokat", "kuper"])[item % 2], "item": item}
@@ -53,4 +53,4 @@ def _prepare(path: Path) -> dict[str, Any]:
     report = prepare(DataConfig("tables", tables=files, schema=schema), path.parent / "out")
     used = resource.getrusage(resource.RUSAGE_SELF)
     cost = {"wall_s": report.wall_s, "cpu_s": used.ru_utime + used.ru_stime, "peak_gib": used.ru_maxrss / 2**20}
-    return {"file": path.name, "events": report.n_events, "people": report.n_people, **cost}
+    return {"file": path.name, "events": report.n_events, "users": report.n_users, **cost}

@@ -20,11 +20,11 @@ from moerec.errors import InputError
 from moerec.eval.evaluate_run import make_test_set
 from moerec.eval.ranking import rank_batch, rank_targets
 from moerec.nn.model import SequenceModel, count_active_params
-from moerec.nn.profile import Event, Request
+from moerec.nn.profile import Event, ProfileRequest
 from moerec.nn.profile.profile_router import make_personalizer
-from moerec.nn.profile.recurrence import Writes, chunked_before, scan_before
+from moerec.nn.profile.recurrence import Writes, chunked_exclusive_scan, exclusive_scan
 from moerec.nn.sharding import mesh_of
-from moerec.train.loop import Setup, set_up
+from moerec.train.loop import Trainer, make_trainer
 from moerec.train.step import evaluated_model
 from moerec.types import Batch
 from pallas_kernels.bench import time_in_turns
@@ -49,7 +49,7 @@ def count_compilations(jitted: Any) -> float:
 class _Steps:
     """Training steps over one batch; a call makes the next, from the state that the one before it left."""
 
-    def __init__(self, setup: Setup, batch: Batch):
+    def __init__(self, setup: Trainer, batch: Batch):
         self.setup, self.batch, self.state = setup, batch, setup.state
 
     def __call__(self) -> jax.Array:
@@ -87,7 +87,7 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
         if size < n_groups or size % n_groups:
             raise InputError(f"--sizes: {size} experts cannot be split evenly over {n_groups} groups")
         moe = dataclasses.replace(config.model.moe, n_per_group=size // n_groups)
-        setup = set_up(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), data)
+        setup = make_trainer(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), data)
         rows.append({"n_experts": size, "n_active_params": count_active_params(setup.state.model)})
         with contextlib.closing(iter(setup.stream)) as stream:
             steps[str(size)] = _Steps(setup, next(stream))
@@ -109,7 +109,7 @@ def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], rep
     sees them; ratios are to the first arm.
 
     A batch has `data.seq_len * train.batch_size` slots whatever their rows' length, and each row is the history of one
-    person, who has more events than fit. The arms (`HISTORIES`) take turns.
+    user, who has more events than fit. The arms (`HISTORIES`) take turns.
 
     Raises:
       InputError: the model has no profile or no window, or the data are not the built-in world's.
@@ -119,7 +119,7 @@ def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], rep
     rows = []
     for length in lengths:
         n_rows = max(config.data.seq_len * config.train.batch_size // length, 1)
-        city = dataclasses.replace(config.data.city, n_people=8 * n_rows, events_per_person=4 * length)
+        city = dataclasses.replace(config.data.city, n_users=8 * n_rows, events_per_user=4 * length)
         data_config = dataclasses.replace(config.data, city=city, seq_len=length, history_len=length)
         data, steps, held = load_data(data_config, workdir), {}, {}
         for name, change in HISTORIES.items():
@@ -128,7 +128,7 @@ def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], rep
             personal = dataclasses.replace(config.model.personal, memory=memory)
             model = dataclasses.replace(config.model, personal=personal, **fields)
             train = dataclasses.replace(config.train, batch_size=n_rows)
-            setup = set_up(dataclasses.replace(config, model=model, data=data_config, train=train), data)
+            setup = make_trainer(dataclasses.replace(config, model=model, data=data_config, train=train), data)
             with contextlib.closing(iter(setup.stream)) as stream:
                 steps[name] = _Steps(setup, next(stream))
             held[name] = steps[name].temporary_bytes()
@@ -157,9 +157,9 @@ def measure_recurrences(config: Config, lengths: Sequence[int], repeats: int = 5
 
     The associative scan against chunks of several sizes, over batches of as many slots as in `measure_histories`.
     """
-    forms = {"associative scan": scan_before}
+    forms = {"associative scan": exclusive_scan}
     for chunk in sorted({16, 64, config.model.personal.chunk}):
-        forms[f"chunks of {chunk}"] = partial(chunked_before, chunk=chunk)
+        forms[f"chunks of {chunk}"] = partial(chunked_exclusive_scan, chunk=chunk)
     rows = []
     for length in lengths:
         operands = _draw_writes(config, max(config.data.seq_len * config.train.batch_size // length, 1), length)
@@ -192,33 +192,33 @@ def _draw_writes(config: Config, n_rows: int, length: int) -> tuple[jax.Array, .
     return *(jnp.asarray(x, jnp.float32) for x in (*floats, rate)), jnp.asarray(elapsed), jnp.asarray(first)
 
 
-def measure_profiles(model: SequenceModel, n_people: int = 4096, repeats: int = 9) -> dict[str, float]:
-    """People per second whose profile takes in an event, and whose profile conditions a request; batches of people."""
+def measure_profiles(model: SequenceModel, n_users: int = 4096, repeats: int = 9) -> dict[str, float]:
+    """Users per second whose profile takes in an event, and whose profile conditions a request; batches of users."""
     personalizer = make_personalizer(model.config, model.field_sizes)
     rng = np.random.default_rng(0)
-    x_PD = jnp.asarray(rng.standard_normal((n_people, model.config.d_model)), jnp.float32)
-    time_P = jnp.asarray(rng.integers(0, 10**9, n_people), jnp.int32)
+    x_PD = jnp.asarray(rng.standard_normal((n_users, model.config.d_model)), jnp.float32)
+    time_P = jnp.asarray(rng.integers(0, 10**9, n_users), jnp.int32)
     n_fields = len(model.field_sizes) if model.config.personal.fields else 0
-    request = Request(time_P, jnp.zeros((n_people, n_fields), jnp.int32))
+    request = ProfileRequest(time_P, jnp.zeros((n_users, n_fields), jnp.int32))
     states = jax.vmap(lambda _: personalizer.init_user())(time_P)
-    over_people, profile = (None, 0, 0), model.profile
-    observe = jax.jit(lambda s: jax.vmap(personalizer.observe, over_people)(profile, s, Event(x_PD, time_P)))
-    condition = jax.jit(lambda s: jax.vmap(personalizer.condition, over_people)(profile, s, request))
+    over_users, profile = (None, 0, 0), model.profile
+    observe = jax.jit(lambda s: jax.vmap(personalizer.update, over_users)(profile, s, Event(x_PD, time_P)))
+    condition = jax.jit(lambda s: jax.vmap(personalizer.read, over_users)(profile, s, request))
     states = observe(states)
     seconds = {"observe": lambda: observe(states), "condition": lambda: condition(states)}
-    found = {f"{name}_people_per_s": n_people / median_seconds(run, repeats) for name, run in seconds.items()}
-    return {**found, "profile_bytes": float(sum(x.nbytes for x in jax.tree.leaves(states)) / n_people)}
+    found = {f"{name}_users_per_s": n_users / median_seconds(run, repeats) for name, run in seconds.items()}
+    return {**found, "profile_bytes": float(sum(x.nbytes for x in jax.tree.leaves(states)) / n_users)}
 
 
 def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4000) -> dict[str, float]:
     """Slots per second of the step and of the loader, their ratio, targets per second of evaluation, peak memory.
 
-    With a profile also the people per second whose state takes in an event, and its bytes.
+    With a profile also the users per second whose state takes in an event, and its bytes.
     """
     started = time.perf_counter()
     data = load_data(config.data, workdir)
     load_s = time.perf_counter() - started
-    setup = set_up(config, data)
+    setup = make_trainer(config, data)
     stream = iter(setup.stream)
     batch = next(stream)
     slots = float(batch.weight_BT.sum())

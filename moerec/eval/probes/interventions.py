@@ -11,30 +11,30 @@ import numpy as np
 
 from moerec.config import Config
 from moerec.eval.metrics import per_target_metrics
-from moerec.eval.ranking import EvaluationSet, rank_targets
+from moerec.eval.ranking import EvalDataset, rank_targets
 from moerec.eval.significance import paired_test
 from moerec.nn.model import SequenceModel
 from moerec.nn.profile.profile_router import MEAN_PROFILE, NO_PROFILE
-from moerec.types import Batch, ItemTable
+from moerec.types import Batch, Catalog
 
-Edit = Callable[[Batch, np.ndarray], tuple[Batch, np.ndarray | None]]
+Intervention = Callable[[Batch, np.ndarray], tuple[Batch, np.ndarray | None]]
 
 
-def swap_profiles(batch: Batch, person: np.ndarray) -> np.ndarray:
-    """`[B, T]` flat slot whose profile each slot gets: that of the next person in the batch, as far into their history.
+def choose_sources(batch: Batch, user: np.ndarray) -> np.ndarray:
+    """`[B, T]` flat slot whose profile each slot gets: that of the next user in the batch, as far into their history.
 
-    Where theirs is shorter, it is their last one. The last person gets the first one's; one alone keeps their own.
+    Where theirs is shorter, it is their last one. The last user gets the first one's; one alone keeps their own.
 
     Args:
-      person: `[sequences]`, whose each is, in the order of the batch; those of a person stand together.
+      user: `[sequences]`, whose each is, in the order of the batch; those of a user stand together.
     """
     donor = np.arange(batch.segment_BT.size)
     slot = np.flatnonzero(batch.segment_BT > 0)
     position = batch.position_BT.reshape(-1)[slot]
     sequence = np.cumsum(position == 0) - 1
     start, length = slot[position == 0], np.bincount(sequence)
-    is_first = np.append(True, person[1:] != person[:-1])[: len(person)]
-    first = np.flatnonzero(is_first)  # the first sequence of each person
+    is_first = np.append(True, user[1:] != user[:-1])[: len(user)]
+    first = np.flatnonzero(is_first)  # the first sequence of each user
     other = first[np.cumsum(is_first) % len(first)][sequence] if len(first) else sequence
     donor[slot] = start[other] + np.minimum(position, length[other] - 1)
     return donor.reshape(batch.segment_BT.shape).astype(np.int32)
@@ -44,44 +44,44 @@ def permute_context(batch: Batch, rng: np.random.Generator) -> Batch:
     """The batch with the context of every sequence's requests in a random order; clocks stay as they are."""
     segment = batch.segment_BT.reshape(-1)
     slot = np.flatnonzero(segment > 0)
-    person = np.cumsum(batch.position_BT.reshape(-1)[slot] == 0)
+    user = np.cumsum(batch.position_BT.reshape(-1)[slot] == 0)
     context = batch.request_context_BTC.copy()
     flat = context.reshape(-1, context.shape[-1])
-    flat[slot] = flat[slot[np.lexsort((rng.random(len(slot)), person))]]
+    flat[slot] = flat[slot[np.lexsort((rng.random(len(slot)), user))]]
     return batch._replace(request_context_BTC=context)
 
 
-def _edits(config: Config, examples: EvaluationSet) -> dict[str, dict[str, Edit]]:
+def _list_interventions(config: Config, examples: EvalDataset) -> dict[str, dict[str, Intervention]]:
     """What is done to what, where the model has it."""
     rng = np.random.default_rng(config.seed)
 
-    def give(donor: int) -> Edit:
+    def give(donor: int) -> Intervention:
         return lambda batch, _: (batch, np.full(batch.segment_BT.shape, donor, np.int32))
 
-    profile: dict[str, Edit] = {
-        "swapped": lambda batch, person: (batch, swap_profiles(batch, person)),
+    profile: dict[str, Intervention] = {
+        "swapped": lambda batch, user: (batch, choose_sources(batch, user)),
         "mean": give(MEAN_PROFILE),
         "empty": give(NO_PROFILE),
     }
-    context: dict[str, Edit] = {
+    context: dict[str, Intervention] = {
         "permuted": lambda batch, _: (permute_context(batch, rng), None),
         "missing": lambda batch, _: (
             batch._replace(request_context_BTC=np.zeros_like(batch.request_context_BTC)),
             None,
         ),
     }
-    edits = {}
+    interventions = {}
     if config.model.personal.n_slots:
-        edits["profile"] = profile
+        interventions["profile"] = profile
     if config.model.request_context and examples.dataset.context:
-        edits["context"] = context
-    return edits
+        interventions["context"] = context
+    return interventions
 
 
-def describe_effects(
-    config: Config, model: SequenceModel, examples: EvaluationSet, table: ItemTable, own: np.ndarray
+def evaluate_interventions(
+    config: Config, model: SequenceModel, examples: EvalDataset, table: Catalog, own: np.ndarray
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """`{part: {edit: {"ndcg@10", "difference", "p_value"}}}` in the union; `difference` is what the model loses by it.
+    """`{part: {intervention: {"ndcg@10", "difference", "p_value"}}}` in the union; `difference` is what the model loses by it.
 
     The mean profile is that of all slots of the batch. What is open (`data.city.n_closed`) is context like any other. A
     missing context means something to a model only if some was missing in training, or hidden by
@@ -90,13 +90,13 @@ def describe_effects(
     Args:
       own: `[targets]`, NDCG@10 of the model as it is.
     """
-    person = examples.dataset.log.person[examples.targets]
+    user = examples.dataset.log.user[examples.targets]
     found: dict[str, Any] = {}
-    for part, edits in _edits(config, examples).items():
-        for name, edit in edits.items():
-            union = rank_targets(model, examples, table, edit)[1]
+    for part, interventions in _list_interventions(config, examples).items():
+        for name, intervention in interventions.items():
+            union = rank_targets(model, examples, table, intervention)[1]
             other = per_target_metrics(union)["ndcg@10"]
-            test = paired_test(own, other, config.seed, person)
-            effect = {"ndcg@10": float(other.mean()), "difference": test.difference, "p_value": test.p_value}
-            found.setdefault(part, {})[name] = effect
+            test = paired_test(own, other, config.seed, user)
+            outcome = {"ndcg@10": float(other.mean()), "difference": test.difference, "p_value": test.p_value}
+            found.setdefault(part, {})[name] = outcome
     return found

@@ -19,7 +19,7 @@ from moerec.data.city.world import World
 from moerec.data.dataset import Dataset
 from moerec.nn.model import SequenceModel
 from moerec.nn.profile.memory import MemoryParams, share_aspects
-from moerec.types import ItemTable
+from moerec.types import Catalog
 
 N_PERMUTATIONS = 1000
 
@@ -42,11 +42,11 @@ def aspects_of_needs(world: World) -> np.ndarray:
 
 
 def describe_aspects(
-    world: World, dataset: Dataset, model: SequenceModel, table: ItemTable, relevance_QM: np.ndarray, rows: np.ndarray
+    world: World, dataset: Dataset, model: SequenceModel, table: Catalog, relevance_QM: np.ndarray, rows: np.ndarray
 ) -> dict[str, Any] | None:
-    """`metrics["aspects"]`: the mean probability that relevance gives to the true need's aspects, and what is chance.
+    """`probes["profile_aspects"]`: the mean probability that relevance gives to the true need's aspects, and what is chance.
 
-    `found` is that mean, over one target a person; `chance` the same with the relevances of other people's targets, at
+    `found` is that mean, over one target a user; `chance` the same with the relevances of other users's targets, at
     their times and in their contexts; `p_value` that of a permutation test;
     `best` what a router would have that always picked the best memory aspect; `writes` `[A, W]`, of what each memory
     aspect holds the share of each of the world's (`names`).
@@ -88,13 +88,13 @@ def relevance_of_aspects(relevance_QM: np.ndarray, personal: PersonalConfig) -> 
     return relevance_QM[:, :-1].reshape(len(relevance_QM), personal.n_aspects, personal.n_scales).sum(axis=2)
 
 
-def written_by_items(model: SequenceModel, table: ItemTable) -> np.ndarray:
+def written_by_items(model: SequenceModel, table: Catalog) -> np.ndarray:
     """`[I, A]` float64, how many events' worth the training events of each item wrote into each aspect."""
     return np.asarray(share_items(model, table), np.float64) * np.asarray(table.count_I)[:, None]
 
 
 @jax.jit
-def share_items(model: SequenceModel, table: ItemTable) -> jax.Array:
+def share_items(model: SequenceModel, table: Catalog) -> jax.Array:
     """`[I, A]`, how an event with each item of the catalogue, of the first action, is shared among the aspects."""
     item_I = jnp.arange(table.service_I.shape[0])
     x_ID = model.event_vectors(item_I, jnp.zeros_like(item_I), table)

@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moerec.eval.ranking import EvaluationSet
+from moerec.eval.ranking import EvalDataset
 from moerec.nn.model import SequenceModel
 from moerec.nn.moe.balance import describe_load
 from moerec.nn.sharding import mesh_of
-from moerec.types import Batch, ItemTable, Routing
+from moerec.types import Batch, Catalog, Routing
 
 N_BINS = 15  # of the calibration error
 _LOG_TEMPERATURES = np.array(sorted(np.linspace(-2, 2, 161), key=abs))  # of equals the nearest to none
 
 
-class Observed(NamedTuple):
+class RoutingStats(NamedTuple):
     """Attributes:
     log_domain_QZ: float32, the analyser's log-posterior at each target that has a history; None in a dense model.
     log_weight_QX: float32, logs of the weights of the mixed answers there; None where the softmax is the only one.
@@ -33,8 +33,8 @@ class Observed(NamedTuple):
 
 
 @jax.jit
-def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: ItemTable):
-    """What of an `Observed` is the model's: the first three of each question, and the routing of the batch."""
+def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: Catalog):
+    """What of an `RoutingStats` is the model's: the first three of each question, and the routing of the batch."""
     counted = batch._replace(weight_BT=(batch.segment_BT > 0).astype(jnp.float32))
     output = model.encode(counted, table)
 
@@ -45,7 +45,7 @@ def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table:
     return *jax.tree.map(pick, (output.log_domain_BTZ, log_weight_BTX, output.relevance_BTM)), output.routing
 
 
-def observe(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> Observed:
+def collect_routing(model: SequenceModel, examples: EvalDataset, table: Catalog) -> RoutingStats:
     """Runs a model over the targets' histories."""
     picked, services, routings = [], [], []
     for which, batch, asked in examples.batches():
@@ -57,7 +57,7 @@ def observe(model: SequenceModel, examples: EvaluationSet, table: ItemTable) -> 
         routings.append(jax.tree.map(lambda x: np.asarray(x, np.float64), routing))
     log_domain_QZ, log_weight_QX, relevance_QM = jax.tree.map(lambda *parts: np.concatenate(parts), *picked)
     total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *routings)
-    return Observed(log_domain_QZ, log_weight_QX, relevance_QM, np.concatenate(services), total)
+    return RoutingStats(log_domain_QZ, log_weight_QX, relevance_QM, np.concatenate(services), total)
 
 
 def macro_f1(guess: np.ndarray, truth: np.ndarray, n_classes: int) -> float:
@@ -89,7 +89,7 @@ def fit_temperature(log_p_QZ: np.ndarray, truth: np.ndarray) -> float:
     return float(np.exp(_LOG_TEMPERATURES[int(np.argmin(losses))]))
 
 
-def describe_routing(fitted: Observed, seen: Observed) -> dict[str, Any]:
+def summarize_routing(fitted: RoutingStats, seen: RoutingStats) -> dict[str, Any]:
     """`metrics["routing"]`: the load on the test histories; the analyser's macro-F1 and calibration at the targets.
 
     `ece` is that of the posterior under the temperature fitted on validation; `ece_raw` without it.
@@ -111,8 +111,8 @@ def describe_routing(fitted: Observed, seen: Observed) -> dict[str, Any]:
     return {**describe_load(seen.routing), "analyser": analyser}
 
 
-def describe_answers(seen: Observed, n_services: int) -> list[list[float] | None]:
-    """`metrics["answers"]`: for each service, mean weights of the mixed answers at its targets that have a history.
+def describe_mixture(seen: RoutingStats, n_services: int) -> list[list[float] | None]:
+    """`probes["mixture_weights"]`: for each service, mean weights of the mixture components at its targets that have a history.
 
     First the softmax over the catalogue, then the pointers; None for a service without such a target.
     """

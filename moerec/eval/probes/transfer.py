@@ -1,6 +1,6 @@
 """What the history in other services is worth to a trained model: with it, without it, and with nothing else.
 
-The targets are those of people who use two services or more; of other services' events those count that stand in the
+The targets are those of users who use two services or more; of other services' events those count that stand in the
 history anyway (`gather_histories`: with `split.per_service`, of strictly earlier times).
 """
 
@@ -9,41 +9,40 @@ from typing import Any
 import numpy as np
 
 from moerec.config import Config
-from moerec.data.dataset import Dataset, find_travellers
-from moerec.eval.baselines import BASELINES
-from moerec.eval.baselines import rank_targets as rank_by_scores
+from moerec.data.dataset import Dataset, find_multi_service_users
+from moerec.eval.baselines import BASELINES, rank_by_scores
 from moerec.eval.metrics import per_target_metrics
-from moerec.eval.ranking import EvaluationSet, rank_targets
+from moerec.eval.ranking import EvalDataset, rank_targets
 from moerec.eval.significance import paired_test
 from moerec.nn.model import SequenceModel
-from moerec.types import ItemTable
+from moerec.types import Catalog
 
 METRICS = ("ndcg@10", "recall@10")
 
 
 def describe_transfer(
-    config: Config, model: SequenceModel, dataset: Dataset, roles: np.ndarray, targets: np.ndarray, table: ItemTable
+    config: Config, model: SequenceModel, dataset: Dataset, split_ids: np.ndarray, targets: np.ndarray, table: Catalog
 ) -> dict[str, dict[str, Any]]:
     """`{service: {n, all, own, others, popularity, gain, cold}}`, ranked in the target's service.
 
     `all`, `own` and `others` are the model's metrics by whose history it is given: that of all services, of the
     target's own, and of the others alone (a newcomer to the service). `popularity` is that in the service. `gain` is
-    all - own, `cold` is others - popularity: difference of NDCG@10, and p-value of a paired test over people. Each
+    all - own, `cold` is others - popularity: difference of NDCG@10, and p-value of a paired test over users. Each
     history is cut to the last `data.history_len` events that it has, so that the own one may reach further back alone.
     """
-    person = np.searchsorted(dataset.log.offsets, targets, side="right") - 1
-    chosen = targets[find_travellers(dataset)[person]]
+    user = np.searchsorted(dataset.log.offsets, targets, side="right") - 1
+    chosen = targets[find_multi_service_users(dataset)[user]]
     if not len(chosen):
         return {}
     found = {}
     for history in ("all", "own", "others"):
-        examples = EvaluationSet(dataset, chosen, config, history=history)
+        examples = EvalDataset(dataset, chosen, config, history=history)
         found[history] = per_target_metrics(rank_targets(model, examples, table)[0])
-    popular = BASELINES["popularity_by_service"](dataset, roles)
+    popular = BASELINES["popularity_by_service"](dataset, split_ids)
     histories = (examples.offsets, examples.rows)  # those of a newcomer: the same items are candidates
     ranked = rank_by_scores(popular, dataset, chosen, histories, config.eval.mask_seen)
     found["popularity"] = per_target_metrics(ranked.in_service)
-    person, service = dataset.log.person[chosen], dataset.event_service[chosen]
+    user, service = dataset.log.user[chosen], dataset.event_service[chosen]
     table_of = {}
     for code, name in enumerate(dataset.catalogue.services):
         rows = service == code
@@ -52,7 +51,7 @@ def describe_transfer(
             tests = {}
             for test, (first, second) in {"gain": ("all", "own"), "cold": ("others", "popularity")}.items():
                 a, b = (found[part]["ndcg@10"][rows] for part in (first, second))
-                result = paired_test(a, b, config.seed, person[rows])
+                result = paired_test(a, b, config.seed, user[rows])
                 tests[test] = {"difference": result.difference, "p_value": result.p_value}
             table_of[name] = {"n": int(rows.sum()), **means, **tests}
     return table_of

@@ -8,7 +8,15 @@ from typing import Any
 
 from moerec.errors import InputError
 from moerec.eval.report.charts import draw_bars, draw_curves, draw_shares
-from moerec.eval.report.table import build_table, config_name, format_value, gap_closed, metric_at, row_label, seen_rule
+from moerec.eval.report.table import (
+    build_report_table,
+    config_name,
+    format_value,
+    gap_closed,
+    metric_at,
+    row_label,
+    seen_rule,
+)
 from moerec.files import read_lines, write_text
 from moerec.train.metric_writer import format_count, format_duration
 
@@ -49,15 +57,15 @@ def write_report(workdir: Path | str) -> Path:
         facts=_list_facts(metrics),
         seen_rule=seen_rule(metrics),
         share=gap_closed(metrics),
-        table=build_table(metrics),
+        table=build_report_table(metrics),
         curves=_draw_training(metrics, lines),
         best_step=(metrics.get("valid") or {}).get("step"),
         slices=_draw_slices(metrics.get("slices") or {}),
-        answers=_draw_answers(metrics),
+        mixture=_draw_mixture(metrics),
         routing=_describe_routing(metrics),
-        effects=_list_effects(metrics),
+        interventions=_list_interventions(metrics),
         transfer=_list_transfer(metrics),
-        aspects=metrics.get("aspects"),
+        aspects=_probe(metrics, "profile_aspects"),
         slice_ranking=_slice_ranking(metrics),
         full=_list_all_metrics(metrics),
         config=_list_config(config if isinstance(config, Mapping) else {}),
@@ -81,7 +89,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _summarise(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The first sentence: the model's union NDCG@10 and the best baseline's."""
-    rows = build_table(metrics).rows
+    rows = build_report_table(metrics).rows
     baselines = [row for row in rows if row.kind == "baseline" and row.cells[0].value is not None]
     best = max(baselines, key=lambda row: row.cells[0].value or 0.0, default=None)
     return {"model": rows[0].cells[0], "best": best and best.label, "best_value": best and best.cells[0].value}
@@ -95,7 +103,7 @@ def _list_facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("wall time", metrics.get("wall_s"), format_duration),
         ("slots per second", metrics.get("tokens_per_s"), format_count),
         ("parameters", metrics.get("n_params"), format_count),
-        ("people", data.get("n_people"), "{:,.0f}".format),
+        ("users", data.get("n_users"), "{:,.0f}".format),
         ("events", data.get("n_events"), "{:,.0f}".format),
         ("items", data.get("n_items"), "{:,.0f}".format),
         ("best step", (metrics.get("valid") or {}).get("step"), "{:,.0f}".format),
@@ -163,12 +171,17 @@ def _describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _list_effects(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(what was taken away, union NDCG@10 then, what is lost, p-value) of each edit of `eval.effects`."""
+def _probe(metrics: Mapping[str, Any], name: str) -> Any:
+    """One entry of `probes`; empty where it was not evaluated."""
+    return (metrics.get("probes") or {}).get(name) or {}
+
+
+def _list_interventions(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what was taken away, union NDCG@10 then, what is lost, p-value) of each edit of `eval.interventions`."""
     return [
-        (f"{part}: {edit}", format_value(e["ndcg@10"]), f"{e['difference']:+.4f}", f"{e['p_value']:.4f}")
-        for part, edits in (metrics.get("proofs") or {}).items()
-        for edit, e in edits.items()
+        (f"{part}: {intervention}", format_value(e["ndcg@10"]), f"{e['difference']:+.4f}", f"{e['p_value']:.4f}")
+        for part, interventions in _probe(metrics, "interventions").items()
+        for intervention, e in interventions.items()
     ]
 
 
@@ -185,20 +198,20 @@ def _list_transfer(metrics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
                 f"{row['gain']['p_value']:.4f}",
             ],
         )
-        for service, row in (metrics.get("transfer") or {}).items()
+        for service, row in _probe(metrics, "transfer").items()
     ]
 
 
-def _draw_answers(metrics: Mapping[str, Any]) -> str | None:
-    """The mean weights of the mixed answers; None where the softmax is the only one."""
-    rows = metrics.get("answers")
+def _draw_mixture(metrics: Mapping[str, Any]) -> str | None:
+    """The mean mixture weights; None where the softmax is the only component."""
+    rows = _probe(metrics, "mixture_weights")
     if not rows:
         return None
     services = metrics["dataset"]["services"]
     known = {service: row for service, row in zip(services, rows, strict=True) if row is not None}
     one_pointer = all(len(row) == 2 for row in known.values())
     columns = ["catalogue", *([] if one_pointer else services), "all services"]
-    return draw_shares(known, columns, "Weights of the answers")
+    return draw_shares(known, columns, "Mixture weights")
 
 
 def _list_all_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

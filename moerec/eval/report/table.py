@@ -47,7 +47,7 @@ class Row(NamedTuple):
     cells: list[Cell]
 
 
-class Table(NamedTuple):
+class ReportTable(NamedTuple):
     columns: list[Column]
     rows: list[Row]
 
@@ -65,7 +65,7 @@ def config_name(metrics: Mapping[str, Any]) -> str:
 
 
 def seen_rule(metrics: Mapping[str, Any]) -> str:
-    """What the ranking did with the items of a person's history; empty where the metrics do not tell."""
+    """What the ranking did with the items of a user's history; empty where the metrics do not tell."""
     config = metrics.get("config")
     masked = (config.get("eval") or {}).get("mask_seen") if isinstance(config, Mapping) else None
     if masked is None:
@@ -86,7 +86,7 @@ def metric_at(result: Mapping[str, Any], part: str, key: str, metric: str) -> fl
     return value if isinstance(value, (int, float)) else None
 
 
-def build_table(metrics: Mapping[str, Any]) -> Table:
+def build_report_table(metrics: Mapping[str, Any]) -> ReportTable:
     """The table of `metrics.json`: the union first, then each service among its own items.
 
     Raises:
@@ -119,7 +119,7 @@ def build_table(metrics: Mapping[str, Any]) -> Table:
             low, high = _interval(intervals, column)
             cells.append(Cell(value, low, high, kind != "ceiling" and value is not None and value == top))
         rows.append(Row(label, kind, cells))
-    return Table(columns, rows)
+    return ReportTable(columns, rows)
 
 
 def _interval(intervals: Mapping[str, Any], column: Column) -> Sequence[float | None]:
@@ -152,7 +152,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     Metrics are at 10 over full rankings; a service's columns rank its own items only. `*` marks the best row in each
     column (the ceiling aside, and where there is another), and the first row is the model.
     """
-    table = build_table(metrics)
+    table = build_report_table(metrics)
     label_width = min(max(len(row.label) for row in table.rows), 28)
     blocks: list[list[int]] = [[]]
     for group in dict.fromkeys(column.group for column in table.columns):
@@ -168,7 +168,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _format_block(table: Table, block: Sequence[int], label_width: int) -> list[str]:
+def _format_block(table: ReportTable, block: Sequence[int], label_width: int) -> list[str]:
     columns = [table.columns[c] for c in block]
     heads = " " * label_width
     for group in dict.fromkeys(column.group for column in columns):

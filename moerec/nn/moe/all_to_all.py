@@ -18,7 +18,7 @@ from pallas_kernels.dispatch import Plan
 from pallas_kernels.varying import zeros_like_all
 
 
-class Traffic(NamedTuple):
+class TransferPlan(NamedTuple):
     """Who sends how much to whom; one device's view.
 
     Attributes:
@@ -40,7 +40,7 @@ class Traffic(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
+class AllToAll:
     """An all-to-all over mesh axis `axis` of `n` devices.
 
     Attributes:
@@ -56,7 +56,7 @@ class Exchange:
     n_places: int
     ragged: bool
 
-    def plan(self, plan: Plan) -> Traffic:
+    def plan(self, plan: Plan) -> TransferPlan:
         """The traffic of a plan whose experts are the devices, with tiles of one place."""
         demand_n = plan.demand_E
         capped_n = jnp.minimum(demand_n, self.n_send)
@@ -67,7 +67,7 @@ class Exchange:
         taken = jnp.clip(self.n_receive - start, 0, capped)
         start = jnp.minimum(start, self.n_receive)
         me = jax.lax.axis_index(self.axis)
-        return Traffic(
+        return TransferPlan(
             sent_n=taken[me],
             received_n=taken[:, me],
             from_n=from_n,
@@ -78,51 +78,51 @@ class Exchange:
             receiver_drops=jnp.sum(capped_n - taken[me]),
         )
 
-    def there(self, rows_P: jax.Array, traffic: Traffic) -> jax.Array:
+    def dispatch(self, rows_P: jax.Array, transfers: TransferPlan) -> jax.Array:
         """`[P, …]` to `[R, …]`, zero where nothing came; rows in order of sender, then of the sender's plan."""
-        return _move(self, True, rows_P, traffic) if _is_float(rows_P) else _send(self, True, rows_P, traffic)
+        return _move(self, True, rows_P, transfers) if _is_float(rows_P) else _send(self, True, rows_P, transfers)
 
-    def back(self, rows_R: jax.Array, traffic: Traffic) -> jax.Array:
+    def combine(self, rows_R: jax.Array, transfers: TransferPlan) -> jax.Array:
         """`[R, …]` to `[P, …]`, zero where nothing had been sent."""
-        return _move(self, False, rows_R, traffic)
+        return _move(self, False, rows_R, transfers)
 
 
 def _is_float(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _send(exchange: Exchange, there: bool, rows: jax.Array, traffic: Traffic) -> jax.Array:
-    out_size = exchange.n_receive if there else exchange.n_places
+def _send(transport: AllToAll, dispatch: bool, rows: jax.Array, transfers: TransferPlan) -> jax.Array:
+    out_size = transport.n_receive if dispatch else transport.n_places
     sides = (
-        (traffic.from_n, traffic.sent_n, traffic.there_n),
-        (traffic.here_n, traffic.received_n, traffic.origin_n),
+        (transfers.from_n, transfers.sent_n, transfers.there_n),
+        (transfers.here_n, transfers.received_n, transfers.origin_n),
     )
-    (start_n, size_n, target_n), (out_start_n, out_size_n, _) = sides if there else sides[::-1]
-    if exchange.ragged:
+    (start_n, size_n, target_n), (out_start_n, out_size_n, _) = sides if dispatch else sides[::-1]
+    if transport.ragged:
         out = zeros_like_all((out_size, *rows.shape[1:]), rows.dtype, rows)
-        return jax.lax.ragged_all_to_all(rows, out, start_n, size_n, target_n, out_size_n, axis_name=exchange.axis)
-    step_C = jnp.arange(exchange.n_send, dtype=jnp.int32)
+        return jax.lax.ragged_all_to_all(rows, out, start_n, size_n, target_n, out_size_n, axis_name=transport.axis)
+    step_C = jnp.arange(transport.n_send, dtype=jnp.int32)
     blocks = _take(rows, start_n[:, None] + step_C, step_C < size_n[:, None])
-    blocks = jax.lax.all_to_all(blocks, exchange.axis, 0, 0, tiled=True)
+    blocks = jax.lax.all_to_all(blocks, transport.axis, 0, 0, tiled=True)
     place = jnp.arange(out_size, dtype=jnp.int32)
     # The last device whose rows start at or before the place; devices of no rows share a start with the next.
     source = jnp.maximum(jnp.searchsorted(out_start_n, place, side="right") - 1, 0)
     step = place - out_start_n[source]
     flat = blocks.reshape(-1, *rows.shape[1:])
-    return _take(flat, source * exchange.n_send + step, step < out_size_n[source])
+    return _take(flat, source * transport.n_send + step, step < out_size_n[source])
 
 
-def _take(rows: jax.Array, index: jax.Array, there: jax.Array) -> jax.Array:
-    found = rows[jnp.where(there, index, 0)]
-    return jnp.where(there.reshape(*there.shape, *(1,) * (rows.ndim - 1)), found, 0)
+def _take(rows: jax.Array, index: jax.Array, dispatch: jax.Array) -> jax.Array:
+    found = rows[jnp.where(dispatch, index, 0)]
+    return jnp.where(dispatch.reshape(*dispatch.shape, *(1,) * (rows.ndim - 1)), found, 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _move(exchange: Exchange, there: bool, rows: jax.Array, traffic: Traffic) -> jax.Array:
-    return _send(exchange, there, rows, traffic)
+def _move(transport: AllToAll, dispatch: bool, rows: jax.Array, transfers: TransferPlan) -> jax.Array:
+    return _send(transport, dispatch, rows, transfers)
 
 
 _move.defvjp(
-    lambda exchange, there, rows, traffic: (_send(exchange, there, rows, traffic), traffic),
-    lambda exchange, there, traffic, g: (_send(exchange, not there, g, traffic), None),
+    lambda transport, dispatch, rows, transfers: (_send(transport, dispatch, rows, transfers), transfers),
+    lambda transport, dispatch, transfers, g: (_send(transport, not dispatch, g, transfers), None),
 )

@@ -12,16 +12,16 @@ from moerec.config import LossConfig, MoEConfig
 from moerec.types import Routing
 
 
-def asked_share(config: MoEConfig, n_services: int) -> np.ndarray:
+def target_load(config: MoEConfig, n_services: int) -> np.ndarray:
     """`[Z, E]`, rows adding up to one: of the assignments of a domain's slots, the share that each expert should get.
 
-    The own group gets `home_share`, the cross group `cross_share`, the other services' groups what is left.
+    The own group gets `own_group_fraction`, the cross group `cross_group_fraction`, the other services' groups what is left.
     """
     share_ZG = np.zeros((n_services, n_services + 1))
-    others = 1 - config.home_share - config.cross_share
+    others = 1 - config.own_group_fraction - config.cross_group_fraction
     share_ZG[:, :-1] = others / max(n_services - 1, 1)
-    share_ZG[np.arange(n_services), np.arange(n_services)] = config.home_share
-    share_ZG[:, -1] = config.cross_share
+    share_ZG[np.arange(n_services), np.arange(n_services)] = config.own_group_fraction
+    share_ZG[:, -1] = config.cross_group_fraction
     share_ZG /= share_ZG.sum(axis=1, keepdims=True)  # with a single service there are no others
     return np.repeat(share_ZG / config.n_per_group, config.n_per_group, axis=1).astype(np.float32)
 
@@ -44,7 +44,7 @@ def balance_losses(routing: Routing, config: MoEConfig) -> dict[str, jax.Array]:
     square of the log-sum-exp (Zoph et al. 2022).
     """
     count_LZE, probability_LZE = routing.count_LZE, routing.probability_LZE
-    asked_ZE = jnp.asarray(asked_share(config, count_LZE.shape[1]))
+    asked_ZE = jnp.asarray(target_load(config, count_LZE.shape[1]))
     slots_LZ = jnp.sum(probability_LZE, axis=-1)  # the probabilities of a slot add up to one
     slots_LZ = jax.lax.stop_gradient(slots_LZ)
     n_L = jnp.maximum(jnp.sum(slots_LZ, axis=-1), 1)
@@ -74,7 +74,7 @@ def update_bias(bias_LE: jax.Array, routing: Routing, config: MoEConfig) -> jax.
     the same on every device.
     """
     count_LZE = routing.count_LZE
-    asked_LE = jnp.sum(count_LZE, axis=-1) @ jnp.asarray(asked_share(config, count_LZE.shape[1]))
+    asked_LE = jnp.sum(count_LZE, axis=-1) @ jnp.asarray(target_load(config, count_LZE.shape[1]))
     return bias_LE + config.bias_rate * jnp.sign(asked_LE - jnp.sum(count_LZE, axis=1))
 
 

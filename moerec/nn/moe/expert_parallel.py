@@ -1,6 +1,6 @@
 """The experts' answers on a mesh: two ways to bring rows and experts together, inside `shard_map`.
 
-`ring`: every device of the expert axis gathers the rows of all, answers with its own experts, and the answers are
+`all_gather`: every device of the expert axis gathers the rows of all, answers with its own experts, and the answers are
 summed back to where the rows came from. Nothing is dropped for want of buffers; the traffic is that of all rows.
 `all_to_all`: only the rows that an expert was chosen for travel to it. Traffic and memory follow the load; buffers
 have a static size, so a bound on them may drop assignments, which is counted.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moerec.config import MoEConfig
-from moerec.nn.moe.all_to_all import Exchange
+from moerec.nn.moe.all_to_all import AllToAll
 from moerec.nn.sharding import MESH_AXES, ROW_AXES
 from pallas_kernels.combine import combine_rows, gather_rows
 from pallas_kernels.dispatch import make_plan
@@ -21,7 +21,7 @@ from pallas_kernels.grouped_ffn import grouped_ffn
 from pallas_kernels.varying import vary
 
 
-class Chosen(NamedTuple):
+class Assignment(NamedTuple):
     """What the router chose for the rows of one device.
 
     Attributes:
@@ -34,7 +34,7 @@ class Chosen(NamedTuple):
     capacity: jax.Array | None
 
 
-class Answer(NamedTuple):
+class ExpertOutput(NamedTuple):
     """Attributes:
     y_SD: weighted sums of the experts' answers. dropped: int32, assignments of this device, or of its experts, that
       found no place: for want of an expert's capacity, of the sender's and of the receiver's buffer.
@@ -47,15 +47,17 @@ class Answer(NamedTuple):
 Matrices = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def answer_alone(x_SD: jax.Array, chosen: Chosen, matrices: Matrices, config: MoEConfig) -> Answer:
+def apply_local(x_SD: jax.Array, chosen: Assignment, matrices: Matrices, config: MoEConfig) -> ExpertOutput:
     """All experts are on this device."""
     plan = make_plan(chosen.expert_SA, matrices[0].shape[0], config.tile, chosen.capacity)
     y_SD = grouped_ffn(x_SD, chosen.weight_SA, *matrices, plan, config.backend)
     dropped = jnp.sum(plan.demand_E - plan.size_E)
-    return Answer(y_SD, jnp.stack([dropped, jnp.zeros_like(dropped), jnp.zeros_like(dropped)]))
+    return ExpertOutput(y_SD, jnp.stack([dropped, jnp.zeros_like(dropped), jnp.zeros_like(dropped)]))
 
 
-def answer_by_ring(x_SD: jax.Array, chosen: Chosen, matrices: Matrices, config: MoEConfig, axis: str) -> Answer:
+def apply_all_gather(
+    x_SD: jax.Array, chosen: Assignment, matrices: Matrices, config: MoEConfig, axis: str
+) -> ExpertOutput:
     """All-gather of the rows, own experts, and a psum-scatter of what they answer."""
     n_local = matrices[0].shape[0]
 
@@ -64,12 +66,12 @@ def answer_by_ring(x_SD: jax.Array, chosen: Chosen, matrices: Matrices, config: 
 
     own = gather(chosen.expert_SA) - jax.lax.axis_index(axis) * n_local
     here = (own >= 0) & (own < n_local)
-    all_rows = Chosen(jnp.where(here, own, n_local), gather(chosen.weight_SA), chosen.capacity)
-    answer = answer_alone(gather(x_SD), all_rows, matrices, config)
-    return Answer(jax.lax.psum_scatter(answer.y_SD, axis, tiled=True), answer.dropped)
+    all_rows = Assignment(jnp.where(here, own, n_local), gather(chosen.weight_SA), chosen.capacity)
+    output = apply_local(gather(x_SD), all_rows, matrices, config)
+    return ExpertOutput(jax.lax.psum_scatter(output.y_SD, axis, tiled=True), output.dropped)
 
 
-def size_exchange(n_rows: int, n_choices: int, n_local: int, n: int, config: MoEConfig) -> tuple[int, int]:
+def size_buffers(n_rows: int, n_choices: int, n_local: int, n: int, config: MoEConfig) -> tuple[int, int]:
     """Most rows from one device to one other, and most that a device takes; without factors none can be lost."""
     most = n_rows * min(n_choices, n_local)
 
@@ -80,29 +82,29 @@ def size_exchange(n_rows: int, n_choices: int, n_local: int, n: int, config: MoE
     return send, bound(config.receive_factor, n_rows * n_choices, n * send)
 
 
-def answer_by_all_to_all(
-    x_SD: jax.Array, chosen: Chosen, matrices: Matrices, config: MoEConfig, axis: str, ragged: bool
-) -> Answer:
+def apply_all_to_all(
+    x_SD: jax.Array, chosen: Assignment, matrices: Matrices, config: MoEConfig, axis: str, ragged: bool
+) -> ExpertOutput:
     """Rows to their experts' devices and answers back; weights never travel."""
     n_local, n = matrices[0].shape[0], jax.lax.axis_size(axis)
     n_rows, n_choices = chosen.expert_SA.shape
     plan = make_plan(chosen.expert_SA // n_local, n, tile=1)
-    n_send, n_receive = size_exchange(n_rows, n_choices, n_local, n, config)
-    exchange = Exchange(axis, n, n_send, n_receive, plan.row_P.shape[0], ragged)
-    traffic = exchange.plan(plan)
-    rows_RD = exchange.there(gather_rows(x_SD, plan), traffic)
+    n_send, n_receive = size_buffers(n_rows, n_choices, n_local, n, config)
+    transport = AllToAll(axis, n, n_send, n_receive, plan.row_P.shape[0], ragged)
+    transfers = transport.plan(plan)
+    rows_RD = transport.dispatch(gather_rows(x_SD, plan), transfers)
     # Numbers from 1, because 0 arrives where nothing does.
     own_P = chosen.expert_SA[plan.row_P, plan.choice_P] % n_local + 1
-    own_R = exchange.there(jnp.where(plan.used_P, own_P, 0), traffic)
+    own_R = transport.dispatch(jnp.where(plan.used_P, own_P, 0), transfers)
     expert_R1 = jnp.where(own_R > 0, own_R - 1, n_local)[:, None]
     ones_R1 = vary(jnp.ones_like(expert_R1, rows_RD.dtype), MESH_AXES)
-    answer = answer_alone(rows_RD, Chosen(expert_R1, ones_R1, chosen.capacity), matrices, config)
-    y_SD = combine_rows(exchange.back(answer.y_SD, traffic), chosen.weight_SA, plan)
-    drops = jnp.stack([jnp.zeros_like(traffic.sender_drops), traffic.sender_drops, traffic.receiver_drops])
-    return Answer(y_SD, answer.dropped + drops)
+    output = apply_local(rows_RD, Assignment(expert_R1, ones_R1, chosen.capacity), matrices, config)
+    y_SD = combine_rows(transport.combine(output.y_SD, transfers), chosen.weight_SA, plan)
+    drops = jnp.stack([jnp.zeros_like(transfers.sender_drops), transfers.sender_drops, transfers.receiver_drops])
+    return ExpertOutput(y_SD, output.dropped + drops)
 
 
-def answer_on_mesh(x_SD: jax.Array, chosen: Chosen, matrices: Matrices, config: MoEConfig) -> Answer:
+def apply_on_mesh(x_SD: jax.Array, chosen: Assignment, matrices: Matrices, config: MoEConfig) -> ExpertOutput:
     """The answers to this device's rows under the config's strategy; call inside `shard_map` over `MESH_AXES`.
 
     Args:
@@ -112,10 +114,10 @@ def answer_on_mesh(x_SD: jax.Array, chosen: Chosen, matrices: Matrices, config: 
     gate, up, down = (vary(m, MESH_AXES) for m in matrices)
     own = (gate, up, down)
     x_SD, chosen = vary(x_SD, MESH_AXES), chosen._replace(weight_SA=vary(chosen.weight_SA, MESH_AXES))
-    if config.strategy == "ring":
-        answer = answer_by_ring(x_SD, chosen, own, config, "expert")
+    if config.strategy == "all_gather":
+        output = apply_all_gather(x_SD, chosen, own, config, "expert")
     elif config.strategy == "all_to_all":
-        answer = answer_by_all_to_all(x_SD, chosen, own, config, "expert", ragged=False)
+        output = apply_all_to_all(x_SD, chosen, own, config, "expert", ragged=False)
     else:
-        answer = answer_by_all_to_all(x_SD, chosen, own, config, "expert", ragged=True)
-    return Answer(jax.lax.psum(answer.y_SD, "model"), jax.lax.psum(answer.dropped, ROW_AXES))
+        output = apply_all_to_all(x_SD, chosen, own, config, "expert", ragged=True)
+    return ExpertOutput(jax.lax.psum(output.y_SD, "model"), jax.lax.psum(output.dropped, ROW_AXES))

@@ -11,16 +11,16 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from moerec.config import ModelConfig, MoEConfig
 from moerec.errors import InputError
 from moerec.nn.layers import SwiGLU, declare, fan_in, fan_in_second
-from moerec.nn.moe.expert_parallel import Chosen, answer_alone, answer_on_mesh
+from moerec.nn.moe.expert_parallel import Assignment, apply_local, apply_on_mesh
 from moerec.nn.sharding import ROW_AXES, param_spec
 from moerec.types import Array, Routing
 from pallas_kernels.router import Routed, route
 
-CLOSED = -1e9  # logit of a group that a slot may not use; its probability is exactly zero
+MASK_VALUE = -1e9  # logit of a group that a slot may not use; its probability is exactly zero
 MATRICES = ("gate_EDF", "up_EDF", "down_EFD")
 
 
-class Request(NamedTuple):
+class RouterInputs(NamedTuple):
     """What the router knows of each slot beside its state.
 
     Attributes:
@@ -51,10 +51,10 @@ def count_experts(config: MoEConfig, n_services: int) -> int:
 
 
 def open_groups(log_domain_SZ: jax.Array, n_open: int) -> jax.Array:
-    """`[S, G]`, zero for the `n_open` most probable services and for the cross group, else `CLOSED`."""
+    """`[S, G]`, zero for the `n_open` most probable services and for the cross group, else `MASK_VALUE`."""
     best_SA = jax.lax.top_k(log_domain_SZ, n_open)[1]
     chosen_SZ = jnp.sum(jax.nn.one_hot(best_SA, log_domain_SZ.shape[1], dtype=jnp.float32), axis=1)
-    return jnp.pad(CLOSED * (1 - chosen_SZ), ((0, 0), (0, 1)))
+    return jnp.pad(MASK_VALUE * (1 - chosen_SZ), ((0, 0), (0, 1)))
 
 
 class DomainExperts(nnx.Module):
@@ -70,9 +70,9 @@ class DomainExperts(nnx.Module):
         k_router, k_gate, k_up, k_down, k_shared = jax.random.split(key, 5)
         zeros = jax.nn.initializers.zeros
         self.router_ED = declare(k_router, (e, d), ("experts", "embed"), fan_in_second)
-        self.lift_EZ = declare(k_router, (e, n_services), ("experts", None), zeros, decay="none")
+        self.w_domain_EZ = declare(k_router, (e, n_services), ("experts", None), zeros, decay="none")
         n_slots = config.personal.n_slots if config.personal.route else 0
-        self.slot_lift_EM = declare(k_router, (e, n_slots), ("experts", None), zeros, decay="none") if n_slots else None
+        self.w_profile_EM = declare(k_router, (e, n_slots), ("experts", None), zeros, decay="none") if n_slots else None
         self.n_services = n_services
         self.bias_E = declare(k_router, (e,), ("experts",), zeros, decay="none")
         self.gate_EDF = declare(k_gate, (e, d, f), ("experts", "embed", "mlp"), _fan_in_each)
@@ -81,7 +81,9 @@ class DomainExperts(nnx.Module):
         self.shared = SwiGLU(k_shared, d, moe.d_shared) if moe.d_shared else None
         self.moe = moe
 
-    def __call__(self, x_BTD: jax.Array, request: Request, key: jax.Array | None) -> tuple[jax.Array, Routing]:
+    def __call__(
+        self, x_BTD: jax.Array, router_inputs: RouterInputs, key: jax.Array | None
+    ) -> tuple[jax.Array, Routing]:
         """The experts' weighted sum `[B, T, D]` (plus the shared expert's), and the sums of the routing of this layer.
 
         Under `jax.set_mesh` rows are split over `ROW_AXES` and experts over `expert`; otherwise all is on one device.
@@ -95,22 +97,22 @@ class DomainExperts(nnx.Module):
             seen_BTD = x_BTD * jax.random.uniform(
                 key, x_BTD.shape, x_BTD.dtype, 1 - moe.jitter_rate, 1 + moe.jitter_rate
             )
-        hint_BTX, lift_EX = request.log_domain_BTZ, self.lift_EZ[...]
-        if self.slot_lift_EM is not None:
+        router_features_BTX, w_features_EX = router_inputs.log_domain_BTZ, self.w_domain_EZ[...]
+        if self.w_profile_EM is not None:
             # What matters of the profile is one more thing known of the slot.
-            assert request.relevance_BTM is not None
-            hint_BTX = jnp.concatenate([hint_BTX, request.relevance_BTM], axis=-1)
-            lift_EX = jnp.concatenate([lift_EX, self.slot_lift_EM[...]], axis=-1)
-        rows = Rows(x_BTD, seen_BTD, hint_BTX, request.domain_BT, request.real_BT)
+            assert router_inputs.relevance_BTM is not None
+            router_features_BTX = jnp.concatenate([router_features_BTX, router_inputs.relevance_BTM], axis=-1)
+            w_features_EX = jnp.concatenate([w_features_EX, self.w_profile_EM[...]], axis=-1)
+        rows = Rows(x_BTD, seen_BTD, router_features_BTX, router_inputs.domain_BT, router_inputs.real_BT)
         matrices = (getattr(self, name)[...] for name in MATRICES)
-        weights = Weights(self.router_ED[...], lift_EX, self.bias_E[...], *matrices)
+        weights = Weights(self.router_ED[...], w_features_EX, self.bias_E[...], *matrices)
         bounded = key is not None and bool(moe.capacity_factor)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            y_BTD, routing = _answer(rows, weights, moe, self.n_services, bounded, None)
+            y_BTD, routing = _apply(rows, weights, moe, self.n_services, bounded, None)
         else:
             axes = {name: getattr(self, name).get_metadata()["axes"] for name in MATRICES}
-            y_BTD, routing = _answer_on_mesh(rows, weights, moe, self.n_services, bounded, mesh, axes)
+            y_BTD, routing = _apply_on_mesh(rows, weights, moe, self.n_services, bounded, mesh, axes)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, routing
@@ -120,28 +122,28 @@ class Rows(NamedTuple):
     """What a layer is given of each slot: states, the states that the router sees, and what else is known of it.
 
     Attributes:
-      hint_BTX: the analyser's log-posterior over services, then the relevance of the profile's memory slots, if any.
+      router_features_BTX: the analyser's log-posterior over services, then the relevance of the profile's memory slots, if any.
     """
 
     x_BTD: jax.Array
     seen_BTD: jax.Array
-    hint_BTX: jax.Array
+    router_features_BTX: jax.Array
     domain_BT: jax.Array
     real_BT: jax.Array
 
 
 class Weights(NamedTuple):
-    """The arrays of `DomainExperts`, or where each is; `lift_EX` is what the hint adds to the logits."""
+    """The arrays of `DomainExperts`, or where each is; `w_features_EX` is what the hint adds to the logits."""
 
     router_ED: Array
-    lift_EX: Array
+    w_features_EX: Array
     bias_E: Array
     gate_EDF: Array
     up_EDF: Array
     down_EFD: Array
 
 
-def _answer_on_mesh(
+def _apply_on_mesh(
     rows: Rows,
     weights: Weights,
     moe: MoEConfig,
@@ -162,17 +164,17 @@ def _answer_on_mesh(
     spec, everywhere = PartitionSpec(ROW_AXES), PartitionSpec()
     matrices = {name: param_spec(axes[name], getattr(weights, name).shape, mesh) for name in axes}
 
-    def answer(rows: Rows, weights: Weights) -> tuple[jax.Array, Routing]:
+    def output(rows: Rows, weights: Weights) -> tuple[jax.Array, Routing]:
         # FSDP: the parts of the matrices come together only here; the transpose is a psum-scatter of the gradients.
         whole = {
             name: jax.lax.all_gather(getattr(weights, name), "data", axis=spec.index("data"), tiled=True)
             for name, spec in matrices.items()
             if "data" in spec
         }
-        return _answer(rows, weights._replace(**whole), moe, n_services, bounded, mesh)
+        return _apply(rows, weights._replace(**whole), moe, n_services, bounded, mesh)
 
     y_BTD, routing = jax.shard_map(
-        answer,
+        output,
         mesh=mesh,
         in_specs=(spec, weights._replace(**{name: matrices.get(name, everywhere) for name in Weights._fields})),
         out_specs=(spec, everywhere),
@@ -180,15 +182,15 @@ def _answer_on_mesh(
     return y_BTD[:n_batch], routing
 
 
-def _answer(
+def _apply(
     rows: Rows, weights: Weights, moe: MoEConfig, n_services: int, bounded: bool, mesh: AbstractMesh | None
 ) -> tuple[jax.Array, Routing]:
     """Routes the rows of a device and has them answered; the sums are those of all devices."""
     shape, n_experts = rows.x_BTD.shape, weights.router_ED.shape[0]
     x_SD, seen_SD = rows.x_BTD.reshape(-1, shape[-1]), rows.seen_BTD.reshape(-1, shape[-1])
     domain_S, real_S = rows.domain_BT.reshape(-1), rows.real_BT.reshape(-1)
-    hint_SX = rows.hint_BTX.reshape(-1, rows.hint_BTX.shape[-1])
-    routed = _route(seen_SD, hint_SX, domain_S, weights, moe, n_services)
+    router_features_SX = rows.router_features_BTX.reshape(-1, rows.router_features_BTX.shape[-1])
+    routed = _route(seen_SD, router_features_SX, domain_S, weights, moe, n_services)
     expert_SA = jnp.where(real_S[:, None], routed.expert_TA, n_experts)
     capacity = None
     if bounded:
@@ -197,32 +199,37 @@ def _answer(
             n_real = jax.lax.psum(n_real, "expert")  # the slots that these experts serve
         even = n_real * moe.n_active / n_experts
         capacity = jnp.maximum(jnp.round(even * moe.capacity_factor), 1).astype(jnp.int32)
-    chosen = Chosen(expert_SA, routed.weight_TA.astype(x_SD.dtype), capacity)
+    chosen = Assignment(expert_SA, routed.weight_TA.astype(x_SD.dtype), capacity)
     dtype = x_SD.dtype
     matrices = (weights.gate_EDF.astype(dtype), weights.up_EDF.astype(dtype), weights.down_EFD.astype(dtype))
     counted_S = (domain_S >= 0).astype(jnp.float32)
     sums = (routed.probability_ZE, routed.count_ZE, jnp.sum(counted_S * jnp.square(routed.lse_T)))
     if mesh is None:
-        answer = answer_alone(x_SD, chosen, matrices, moe)
+        output = apply_local(x_SD, chosen, matrices, moe)
     else:
-        answer = answer_on_mesh(x_SD, chosen, matrices, moe)
+        output = apply_on_mesh(x_SD, chosen, matrices, moe)
         sums = jax.lax.psum(sums, ROW_AXES)
     probability_ZE, count_ZE, square_lse = sums
     routing = Routing(
-        probability_ZE[:n_services], count_ZE[:n_services], square_lse, answer.dropped.astype(jnp.float32)
+        probability_ZE[:n_services], count_ZE[:n_services], square_lse, output.dropped.astype(jnp.float32)
     )
-    return answer.y_SD.reshape(shape), routing
+    return output.y_SD.reshape(shape), routing
 
 
 def _route(
-    seen_SD: jax.Array, hint_SX: jax.Array, domain_S: jax.Array, weights: Weights, moe: MoEConfig, n_services: int
+    seen_SD: jax.Array,
+    router_features_SX: jax.Array,
+    domain_S: jax.Array,
+    weights: Weights,
+    moe: MoEConfig,
+    n_services: int,
 ) -> Routed:
     backend = {"auto": "auto", "pallas_tpu": "pallas_tpu"}.get(moe.backend, "xla")
-    prior, lift = hint_SX, weights.lift_EX
+    prior, lift = router_features_SX, weights.w_features_EX
     if moe.n_open_groups:
         # Closing a group is one more term of the logits that is linear in what is known of the slot.
         group_E = jnp.arange(lift.shape[0]) // moe.n_per_group
-        prior = jnp.concatenate([prior, open_groups(hint_SX[:, :n_services], moe.n_open_groups)], axis=1)
+        prior = jnp.concatenate([prior, open_groups(router_features_SX[:, :n_services], moe.n_open_groups)], axis=1)
         lift = jnp.concatenate([lift, jax.nn.one_hot(group_E, n_services + 1)], axis=1)
     return route(seen_SD, weights.router_ED, prior, lift, weights.bias_E, domain_S, moe.n_active, backend)
 

@@ -1,7 +1,7 @@
-"""What a personaliser is: four pure functions for one person, and one that does a whole packed row at once.
+"""What a personaliser is: four pure functions for one user, and one that does a whole packed row at once.
 
 After the grammar of optax: a variant is a function that returns a `Personalizer`; parameters and states are pytrees
-that the caller holds, and everything is written for one person, to be vmapped. Letters: D model width, M memory slots,
+that the caller holds, and everything is written for one user, to be vmapped. Letters: D model width, M memory slots,
 W of them that are written to, P width of the memory, T slots, Y static profile fields, N heads, H their width.
 """
 
@@ -16,7 +16,7 @@ Params = Any
 
 
 class UserState(NamedTuple):
-    """All that is kept of a person between events; of fixed size, whatever the length of their history.
+    """All that is kept of a user between events; of fixed size, whatever the length of their history.
 
     Attributes:
       memory_MP: float32, rows of what is kept (a row a slot, but in `low_rank_memory`); the last column counts writes.
@@ -30,13 +30,13 @@ class UserState(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What the person did: the event's vector (item, service, action) `x_D`, and its time, int32."""
+    """What the user did: the event's vector (item, service, action) `x_D`, and its time, int32."""
 
     x_D: jax.Array
     time: jax.Array
 
 
-class Request(NamedTuple):
+class ProfileRequest(NamedTuple):
     """When something is wanted, int32 (may be `NO_TIME`), and the static profile fields' codes `[Y]`, 0 missing."""
 
     time: jax.Array
@@ -44,14 +44,14 @@ class Request(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """What the memory slots of all people have in common: see `Slots`. A personaliser's own has N 1 and H D."""
+    """What the memory slots of all users have in common: see `ProfileMemory`. A personaliser's own has N 1 and H D."""
 
     base_MNH: jax.Array
     mass_WNH: jax.Array
     read_PNH: jax.Array
 
 
-class Condition(NamedTuple):
+class ProfileState(NamedTuple):
     """What the model is conditioned on, float32; W = M - 1 slots are written to, the last one is that of the fields.
 
     Attributes:
@@ -65,13 +65,13 @@ class Condition(NamedTuple):
     field_D: jax.Array | None
     summary_D: jax.Array
 
-    def slots(self, basis: Basis) -> "Slots":
+    def slots(self, basis: Basis) -> "ProfileMemory":
         """The memory slots; works on conditions of many places, too."""
         field_1D = None if self.field_D is None else self.field_D[..., None, :]
-        return Slots(basis, self.mean_WP, self.evidence_W, field_1D)
+        return ProfileMemory(basis, self.mean_WP, self.evidence_W, field_1D)
 
 
-class Slots(NamedTuple):
+class ProfileMemory(NamedTuple):
     """The memory slots of many places X as vectors, `base + mean @ read + evidence * mass`, the last `base + field`.
 
     Each head has vectors of its own, or all have one (N is 1). They are attended to by their parts: `[X, M, N, H]`
@@ -84,8 +84,8 @@ class Slots(NamedTuple):
     evidence_XW: jax.Array
     field_XNH: jax.Array | None
 
-    def project(self, w_DNH: jax.Array, dtype: DTypeLike) -> "Slots":
-        """The slots as keys or values of heads. Of what is a person's own, only the static fields are multiplied."""
+    def project(self, w_DNH: jax.Array, dtype: DTypeLike) -> "ProfileMemory":
+        """The slots as keys or values of heads. Of what is a user's own, only the static fields are multiplied."""
         basis = Basis(*(jnp.einsum("XD,DNH->XNH", part.squeeze(1), w_DNH) for part in self.basis))
         if self.field_XNH is None:
             return self._replace(basis=basis)
@@ -125,18 +125,18 @@ class Personalizer(NamedTuple):
       init: `(key) -> params`.
       init_user: `() -> UserState`, of somebody of whom nothing is known.
       observe: `(params, UserState, Event) -> UserState`, O(1).
-      condition: `(params, UserState, Request) -> Condition`.
+      condition: `(params, UserState, ProfileRequest) -> ProfileState`.
       unroll: `(params, Event of [T, ...], first_T, start=None) -> UserState of [T, ...]`, the states *before* each slot
-        of a packed row, as `observe` would give them one after the other; `first_T` says where a new person starts. The
+        of a packed row, as `update` would give them one after the other; `first_T` says where a new user starts. The
         first of the row has the state `start` before their first slot, or is nobody yet.
       basis: `(params) -> Basis`.
-      n_slots: M of `Slots`.
+      n_slots: M of `ProfileMemory`.
     """
 
     init: Callable[[jax.Array], Params]
     init_user: Callable[[], UserState]
-    observe: Callable[[Params, UserState, Event], UserState]
-    condition: Callable[[Params, UserState, Request], Condition]
-    unroll: Callable[..., UserState]
+    update: Callable[[Params, UserState, Event], UserState]
+    read: Callable[[Params, UserState, ProfileRequest], ProfileState]
+    prefix_states: Callable[..., UserState]
     basis: Callable[[Params], Basis]
     n_slots: int

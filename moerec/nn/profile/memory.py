@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moerec.nn.layers import RMSNorm, declare, fan_in, fan_in_second, normal
-from moerec.nn.profile.api import Basis, Condition, Event, Personalizer, Request, UserState
+from moerec.nn.profile.api import Basis, Event, Personalizer, ProfileRequest, ProfileState, UserState
 from moerec.nn.profile.recurrence import (
     HOUR,
     Writes,
     accumulate_elapsed,
     carried_before,
-    chunked_before,
+    chunked_exclusive_scan,
     elapsed_since,
     is_continued,
     last_known,
@@ -26,7 +26,7 @@ LEAST_HOURS, MOST_HOURS = 1.0, 365.25 * 24  # bounds of the half-lives
 MOST_GAIN = 0.98  # of `delta_memory`: what is overwritten leaves a trace, so that its logarithm is finite
 
 
-class Sizes(NamedTuple):
+class MemorySizes(NamedTuple):
     """`d_model`; aspects and time scales, whose product is the number of written slots; width of what is written;
     how many codes each static profile field has (the first of them "missing"); and of `low_rank_memory` the rank.
     """
@@ -49,7 +49,7 @@ class MemoryParams(nnx.Module):
     Slot `a * n_scales + s` holds aspect a at time scale s; one more slot, never written, speaks of the static fields.
     """
 
-    def __init__(self, key: jax.Array, sizes: Sizes):
+    def __init__(self, key: jax.Array, sizes: MemorySizes):
         d, a, s, p, fields, _ = sizes
         keys = jax.random.split(key, 7)
         zeros = jax.nn.initializers.zeros
@@ -70,7 +70,7 @@ class LowRankParams(nnx.Module):
     The first of the R keys is 1 for every event.
     """
 
-    def __init__(self, key: jax.Array, sizes: Sizes):
+    def __init__(self, key: jax.Array, sizes: MemorySizes):
         d, a, s, p, fields, rank = sizes
         keys = jax.random.split(key, 6)
         zeros = jax.nn.initializers.zeros
@@ -108,19 +108,19 @@ def _forget(rate_X: jax.Array, earlier: jax.Array, later: jax.Array) -> jax.Arra
     return jnp.exp(-rate_X * (elapsed_since(earlier, later).astype(jnp.float32) / HOUR))
 
 
-def null(sizes: Sizes, chunk: int = 64) -> Personalizer:
+def null(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     """Nothing is remembered, and nothing known."""
 
     def init_user() -> UserState:
         return UserState(jnp.zeros((0, 0)), jnp.asarray(NO_TIME), jnp.zeros((), jnp.int32))
 
-    def observe(params: Any, state: UserState, event: Event) -> UserState:
+    def update(params: Any, state: UserState, event: Event) -> UserState:
         return state._replace(n_events=state.n_events + 1)
 
-    def condition(params: Any, state: UserState, request: Request) -> Condition:
-        return Condition(jnp.zeros((0, 0)), jnp.zeros(0), None, jnp.zeros(sizes.d_model))
+    def read_state(params: Any, state: UserState, request: ProfileRequest) -> ProfileState:
+        return ProfileState(jnp.zeros((0, 0)), jnp.zeros(0), None, jnp.zeros(sizes.d_model))
 
-    def unroll(params: Any, event: Event, first_T: jax.Array, start: UserState | None = None) -> UserState:
+    def prefix_states(params: Any, event: Event, first_T: jax.Array, start: UserState | None = None) -> UserState:
         t = first_T.shape[0]
         time_T = jnp.full(t, NO_TIME)
         return UserState(jnp.zeros((t, 0, 0)), time_T, _count_before(first_T, start))
@@ -129,32 +129,32 @@ def null(sizes: Sizes, chunk: int = 64) -> Personalizer:
         nothing_X1D = jnp.zeros((0, 1, sizes.d_model))
         return Basis(nothing_X1D, nothing_X1D, nothing_X1D)
 
-    return Personalizer(lambda key: (), init_user, observe, condition, unroll, basis, 0)
+    return Personalizer(lambda key: (), init_user, update, read_state, prefix_states, basis, 0)
 
 
-def ema_memory(sizes: Sizes, chunk: int = 64) -> Personalizer:
+def ema_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     """Each slot sums up what was written, forgotten at its half-life; divided by its mass it is an average."""
 
-    def write(params: MemoryParams, x_D: jax.Array) -> Write:
+    def write(params: MemoryParams, x_D: jax.Array) -> MemoryWrite:
         gain_M, value_P = _read_event(params, x_D, sizes)
-        return Write(jnp.zeros_like(gain_M), gain_M, value_P)
+        return MemoryWrite(jnp.zeros_like(gain_M), gain_M, value_P)
 
     return _make(sizes, _of_aspects(sizes, write), chunk)
 
 
-def delta_memory(sizes: Sizes, chunk: int = 64) -> Personalizer:
+def delta_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     """Gated overwrite: an event replaces a share of what stands in the slots of its aspects, beside the decay."""
 
-    def write(params: MemoryParams, x_D: jax.Array) -> Write:
+    def write(params: MemoryParams, x_D: jax.Array) -> MemoryWrite:
         gain_M, value_P = _read_event(params, x_D, sizes)
         gain_M = MOST_GAIN * jnp.minimum(gain_M, 1)
-        return Write(jnp.log1p(-gain_M), gain_M, value_P)
+        return MemoryWrite(jnp.log1p(-gain_M), gain_M, value_P)
 
     return _make(sizes, _of_aspects(sizes, write), chunk)
 
 
-def low_rank_memory(sizes: Sizes, chunk: int = 64) -> Personalizer:
-    """A low-rank adapter a person: all share the slots, and each has an own update of rank R of them.
+def low_rank_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
+    """A low-rank adapter a user: all share the slots, and each has an own update of rank R of them.
 
     At each time scale the state is a matrix `[R, P]` of fast weights, to which an event adds the outer product of its
     key and its value (Schlag et al. 2021), forgotten at the scale's half-life; the slots are `mix [A, R]` times that
@@ -162,11 +162,11 @@ def low_rank_memory(sizes: Sizes, chunk: int = 64) -> Personalizer:
     """
     rank, n_scales = sizes.rank, sizes.n_scales
 
-    def write(params: LowRankParams, x_D: jax.Array) -> Write:
+    def write(params: LowRankParams, x_D: jax.Array) -> MemoryWrite:
         x_D = params.norm(x_D.astype(jnp.float32))
         key_R = jnp.concatenate([jnp.ones(1), x_D @ params.key_DR[...]])
         value_P = jnp.append(x_D @ params.value_DP[...], 1.0)
-        return Write(jnp.zeros(rank * n_scales), jnp.repeat(key_R, n_scales), value_P)
+        return MemoryWrite(jnp.zeros(rank * n_scales), jnp.repeat(key_R, n_scales), value_P)
 
     def read(params: LowRankParams, memory_XP: jax.Array) -> tuple[jax.Array, jax.Array]:
         memory_RSP = memory_XP.reshape(rank, n_scales, -1)
@@ -180,7 +180,7 @@ def low_rank_memory(sizes: Sizes, chunk: int = 64) -> Personalizer:
     return _make(sizes, _Kind(lambda key: LowRankParams(key, sizes), rank * n_scales, rates, write, read), chunk)
 
 
-class Write(NamedTuple):
+class MemoryWrite(NamedTuple):
     """What an event does to each row X of a memory: logarithm of what is kept, gain, and the value that is written."""
 
     log_keep_X: jax.Array
@@ -198,7 +198,7 @@ class _Kind(NamedTuple):
     init: Callable[[jax.Array], Any]
     n_rows: int
     rates: Callable[[Any], jax.Array]
-    write: Callable[[Any, jax.Array], Write]
+    write: Callable[[Any, jax.Array], MemoryWrite]
     read: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -207,7 +207,7 @@ def share_aspects(params: MemoryParams, x_D: jax.Array) -> jax.Array:
     return jax.nn.softmax(params.norm(x_D.astype(jnp.float32)) @ params.aspect_DA[...])
 
 
-def _read_event(params: MemoryParams, x_D: jax.Array, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+def _read_event(params: MemoryParams, x_D: jax.Array, sizes: MemorySizes) -> tuple[jax.Array, jax.Array]:
     """How much an event has to say to each slot, in (0, 1), and what; its last entry, 1, counts what was written."""
     share_A = share_aspects(params, x_D)
     x_D = params.norm(x_D.astype(jnp.float32))
@@ -216,7 +216,7 @@ def _read_event(params: MemoryParams, x_D: jax.Array, sizes: Sizes) -> tuple[jax
     return gain_M, jnp.append(x_D @ params.value_DP[...], 1.0)
 
 
-def _of_aspects(sizes: Sizes, write: Callable) -> _Kind:
+def _of_aspects(sizes: MemorySizes, write: Callable) -> _Kind:
     """A memory whose rows are its slots."""
 
     def read(params: MemoryParams, memory_MP: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -226,7 +226,7 @@ def _of_aspects(sizes: Sizes, write: Callable) -> _Kind:
     return _Kind(lambda key: MemoryParams(key, sizes), sizes.n_written, decay_rates, write, read)
 
 
-def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
+def _make(sizes: MemorySizes, kind: _Kind, chunk: int) -> Personalizer:
     n_written = sizes.n_written
     offsets = tuple(sum(sizes.field_sizes[:f]) for f in range(len(sizes.field_sizes)))
 
@@ -234,7 +234,7 @@ def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
         memory_XP = jnp.zeros((kind.n_rows, sizes.d_memory + 1))
         return UserState(memory_XP, jnp.asarray(NO_TIME), jnp.zeros((), jnp.int32))
 
-    def observe(params: Any, state: UserState, event: Event) -> UserState:
+    def update(params: Any, state: UserState, event: Event) -> UserState:
         write = kind.write(params, event.x_D)
         hours = elapsed_since(state.time, event.time).astype(jnp.float32) / HOUR
         decay_X = jnp.exp(write.log_keep_X - kind.rates(params) * hours)
@@ -242,20 +242,20 @@ def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
         time = jnp.where(event.time == NO_TIME, state.time, event.time)
         return UserState(memory_XP, time, state.n_events + 1)
 
-    def unroll(params: Any, event: Event, first_T: jax.Array, start: UserState | None = None) -> UserState:
+    def prefix_states(params: Any, event: Event, first_T: jax.Array, start: UserState | None = None) -> UserState:
         write_T = jax.vmap(lambda x_D: kind.write(params, x_D))(event.x_D)
         # The time of the state that the row begins with, and then the events'.
         time_S = jnp.append(init_user().time if start is None else start.time, event.time)
         first_S = jnp.append(jnp.array([True, False]), first_T[1:])
         writes = Writes(accumulate_elapsed(time_S, first_S)[1:], kind.rates(params), *write_T, first_T)
-        memory_TXP = chunked_before(writes, chunk)
+        memory_TXP = chunked_exclusive_scan(writes, chunk)
         if start is not None:
             memory_TXP += carried_before(writes, start.memory_MP)
         known_T = last_known(time_S, first_S)[:-1]
         before_T = jnp.where(first_S[1:], NO_TIME, known_T)
         return UserState(memory_TXP, before_T, _count_before(first_T, start))
 
-    def condition(params: Any, state: UserState, request: Request) -> Condition:
+    def read_state(params: Any, state: UserState, request: ProfileRequest) -> ProfileState:
         left_X = _forget(kind.rates(params), state.time, request.time)
         mean_WP, mass_W = kind.read(params, left_X[:, None] * state.memory_MP)
         field_D = None
@@ -263,7 +263,7 @@ def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
             rows_Y = request.field_Y + jnp.asarray(offsets, jnp.int32)
             field_D = jnp.sum(jnp.where(request.field_Y[:, None] > 0, params.field_XD[...][rows_Y], 0), axis=0)
         known_M = jnp.append(jnp.full(n_written, state.n_events > 0), jnp.any(request.field_Y > 0))
-        held = Condition(mean_WP, jnp.log1p(mass_W), field_D, jnp.zeros(sizes.d_model))
+        held = ProfileState(mean_WP, jnp.log1p(mass_W), field_D, jnp.zeros(sizes.d_model))
         summary_D = held.slots(basis(params)).read(known_M[None] / (n_written + 1))[0]
         return held._replace(summary_D=summary_D)
 
@@ -271,7 +271,7 @@ def _make(sizes: Sizes, kind: _Kind, chunk: int) -> Personalizer:
         parts = params.slot_MD, params.mass_MD, params.read_PD
         return Basis(*(x_XD[...][:, None] for x_XD in parts))
 
-    return Personalizer(kind.init, init_user, observe, condition, unroll, basis, n_written + 1)
+    return Personalizer(kind.init, init_user, update, read_state, prefix_states, basis, n_written + 1)
 
 
 def _count_before(first_T: jax.Array, start: UserState | None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The profile in the model: every person's state before each slot, and which of its aspects matter to the request."""
+"""The profile in the model: every user's state before each slot, and which of its aspects matter to the request."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.layers import RMSNorm, declare, fan_in
-from moerec.nn.profile.api import Condition, Event, Personalizer, Request, Slots, UserState
-from moerec.nn.profile.memory import Sizes, delta_memory, ema_memory, low_rank_memory, null
+from moerec.nn.profile.api import Event, Personalizer, ProfileMemory, ProfileRequest, ProfileState, UserState
+from moerec.nn.profile.memory import MemorySizes, delta_memory, ema_memory, low_rank_memory, null
 from moerec.types import Batch
 
 NO_PROFILE, MEAN_PROFILE = -1, -2  # in the place of a slot whose profile is given
@@ -20,7 +20,7 @@ def make_personalizer(config: ModelConfig, field_sizes: tuple[int, ...]) -> Pers
     """The variant that the config names."""
     personal = config.personal
     fields = field_sizes if personal.fields else ()
-    sizes = Sizes(config.d_model, personal.n_aspects, personal.n_scales, personal.d_memory, fields, personal.rank)
+    sizes = MemorySizes(config.d_model, personal.n_aspects, personal.n_scales, personal.d_memory, fields, personal.rank)
     return VARIANTS[personal.memory](sizes, personal.chunk)
 
 
@@ -38,7 +38,7 @@ class Reading(NamedTuple):
 
 
 class ProfileRouter(nnx.Module):
-    """Attention of each slot over the memory slots of its person's profile."""
+    """Attention of each slot over the memory slots of its user's profile."""
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         d = config.d_model
@@ -47,7 +47,7 @@ class ProfileRouter(nnx.Module):
         zeros = jax.nn.initializers.zeros
         self.out_DD = declare(key, (d, d), (None, "embed"), zeros) if config.personal.read else None
 
-    def __call__(self, x_BTD: jax.Array, slots: Slots) -> Reading:
+    def __call__(self, x_BTD: jax.Array, slots: ProfileMemory) -> Reading:
         d = x_BTD.shape[-1]
         query_BTD = self.norm(x_BTD.astype(jnp.float32)) @ self.query_DD[...]
         log_BTM = jax.nn.log_softmax(slots.score(query_BTD[:, :, None])[:, :, 0] * d**-0.5)
@@ -65,8 +65,8 @@ def condition_slots(
     event_BTD: jax.Array,
     fields: bool,
     start_B: UserState | None = None,
-) -> Condition:
-    """The `Condition` of every slot, `[B, T, ...]`: the state before its event, as of its request.
+) -> ProfileState:
+    """The `ProfileState` of every slot, `[B, T, ...]`: the state before its event, as of its request.
 
     Args:
       event_BTD: vectors of the events. fields: whether the static profile fields are read.
@@ -76,27 +76,31 @@ def condition_slots(
     first_BT = batch.position_BT == 0
 
     def of_row(x_TD, time_T, first_T, request_T, field_TY, start):
-        states = personalizer.unroll(params, Event(x_TD, time_T), first_T, start)
-        return jax.vmap(lambda s, t, f: personalizer.condition(params, s, Request(t, f)))(states, request_T, field_TY)
+        states = personalizer.prefix_states(params, Event(x_TD, time_T), first_T, start)
+        return jax.vmap(lambda s, t, f: personalizer.read(params, s, ProfileRequest(t, f)))(
+            states, request_T, field_TY
+        )
 
     return jax.vmap(of_row)(event_BTD, batch.time_BT, first_BT, batch.request_time_BT, field_BTY, start_B)
 
 
-def exchange(condition: Condition, donor_BT: jax.Array, is_slot_BT: jax.Array, nobody: Condition) -> Condition:
+def swap_profiles(
+    read_state: ProfileState, profile_source_BT: jax.Array, is_slot_BT: jax.Array, nobody: ProfileState
+) -> ProfileState:
     """Other profiles in the place of the slots' own.
 
     Args:
-      donor_BT: int32 flat slot whose profile each slot gets, or `NO_PROFILE`, or `MEAN_PROFILE`: that of all slots.
-      is_slot_BT: which slots count for the mean. nobody: of a person of whom nothing is known.
+      profile_source_BT: int32 flat slot whose profile each slot gets, or `NO_PROFILE`, or `MEAN_PROFILE`: that of all slots.
+      is_slot_BT: which slots count for the mean. nobody: of a user of whom nothing is known.
     """
 
     def pick(own_BTX: jax.Array, nothing_X: jax.Array) -> jax.Array:
         def over(mask_BT):
             return mask_BT.reshape(mask_BT.shape + (1,) * nothing_X.ndim)
 
-        given = own_BTX.reshape(donor_BT.size, *nothing_X.shape)[jnp.maximum(donor_BT, 0)]
+        given = own_BTX.reshape(profile_source_BT.size, *nothing_X.shape)[jnp.maximum(profile_source_BT, 0)]
         mean = jnp.sum(jnp.where(over(is_slot_BT), own_BTX, 0), axis=(0, 1)) / jnp.maximum(jnp.sum(is_slot_BT), 1)
-        given = jnp.where(over(donor_BT == MEAN_PROFILE), mean, given)
-        return jnp.where(over(donor_BT == NO_PROFILE), nothing_X, given)
+        given = jnp.where(over(profile_source_BT == MEAN_PROFILE), mean, given)
+        return jnp.where(over(profile_source_BT == NO_PROFILE), nothing_X, given)
 
-    return jax.tree.map(pick, condition, nobody)
+    return jax.tree.map(pick, read_state, nobody)

@@ -74,7 +74,7 @@ def carried_before(writes: Writes, state_MP: jax.Array) -> jax.Array:
     return jnp.where(is_continued(writes.first_T)[:, None], left_TM, 0)[:, :, None] * state_MP
 
 
-def scan_before(writes: Writes) -> jax.Array:
+def exclusive_scan(writes: Writes) -> jax.Array:
     """The states `[T, M, P]` by an associative scan: log T passes over arrays of the result's size."""
     elapsed_T, rate_M, log_keep_TM, gain_TM, value_TP, first_T = writes
     step_T = jnp.diff(elapsed_T, prepend=elapsed_T[:1]).astype(jnp.float32) / HOUR
@@ -89,7 +89,7 @@ def scan_before(writes: Writes) -> jax.Array:
     return jnp.where(first_T[:, None, None], 0, before_TMP)
 
 
-def chunked_before(writes: Writes, chunk: int = 64) -> jax.Array:
+def chunked_exclusive_scan(writes: Writes, chunk: int = 64) -> jax.Array:
     """The same by chunks: matmuls within a chunk, a scan over the states at their ends.
 
     What slot u wrote is found before slot t with the factor of the decays in between: the states are `[C, C] @ [C, P]`

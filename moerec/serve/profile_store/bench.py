@@ -18,15 +18,15 @@ TEMPLATE = {
 _REPEATS = 5
 
 
-def measure(folder: Path, n_people: int, batch_size: int = 1000, n_read: int = 10_000) -> dict[str, float]:
-    """Fills a store at `folder`, updates random people, reads random people; medians, from the page cache.
+def measure(folder: Path, n_users: int, batch_size: int = 1000, n_read: int = 10_000) -> dict[str, float]:
+    """Fills a store at `folder`, updates random users, reads random users; medians, from the page cache.
 
-    Rates are people a second of batches that are on disk; `memory_bytes` is what a person costs an open store.
+    Rates are users a second of batches that are on disk; `memory_bytes` is what a user costs an open store.
     """
     rng = np.random.default_rng(0)
-    ids = np.array([f"person-{k:08d}" for k in range(n_people)])
+    ids = np.array([f"user-{k:08d}" for k in range(n_users)])
     store = ProfileStore.create(folder, TEMPLATE)
-    parts = (ids[lo : lo + 10_000] for lo in range(0, n_people, 10_000))
+    parts = (ids[lo : lo + 10_000] for lo in range(0, n_users, 10_000))
     add_s = sum(_time(store.update, part, _draw(rng, len(part))) for part in parts)
     batches = [rng.choice(ids, batch_size, replace=False) for _ in range(_REPEATS)]
     states = _draw(rng, batch_size)
@@ -40,14 +40,14 @@ def measure(folder: Path, n_people: int, batch_size: int = 1000, n_read: int = 1
     memory, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return {
-        "people": len(opened),
+        "users": len(opened),
         "state_bytes": sum(leaf.nbytes for leaf in TEMPLATE.values()),
-        "added_per_s": n_people / add_s,
+        "added_per_s": n_users / add_s,
         "updated_per_s": batch_size / update_s,
         "read_s": read_s,
         "read_one_s": read_one_s,
         "open_s": open_s,
-        "memory_bytes": memory / n_people,
+        "memory_bytes": memory / n_users,
     }
 
 

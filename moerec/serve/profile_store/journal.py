@@ -28,7 +28,7 @@ _THREADS = 8  # they wait for the disk
 
 
 @dataclasses.dataclass(frozen=True)
-class Write:
+class FileWrite:
     """Pieces to write into one file: piece r of `lengths[r]` bytes at `offsets[r]`, from `data` one after another.
 
     Attributes:
@@ -44,7 +44,7 @@ class Write:
     data: np.ndarray
 
 
-def commit(folder: Path, writes: Sequence[Write]) -> None:
+def commit(folder: Path, writes: Sequence[FileWrite]) -> None:
     """Carries out all writes, or none. The caller holds the lock exclusively, and no journal is left to recover.
 
     When this returns the writes are on disk. Where it raises, the batch is either not begun, or committed and finished
@@ -118,7 +118,7 @@ def write_all(handle: int, data: memoryview, offset: int) -> None:
         data, offset = data[n:], offset + n
 
 
-def _serialise(writes: Sequence[Write]) -> Iterator[bytes | memoryview]:
+def _serialise(writes: Sequence[FileWrite]) -> Iterator[bytes | memoryview]:
     header = json.dumps([[write.file, len(write.offsets), len(write.data)] for write in writes]).encode()
     yield _MAGIC + struct.pack("<Q", len(header)) + header
     for write in writes:
@@ -127,7 +127,7 @@ def _serialise(writes: Sequence[Write]) -> Iterator[bytes | memoryview]:
         yield write.data.data
 
 
-def _parse(journal: bytes, path: Path) -> list[Write]:
+def _parse(journal: bytes, path: Path) -> list[FileWrite]:
     if journal[:16] != _MAGIC or zlib.crc32(journal[:-4]) != int.from_bytes(journal[-4:], "little"):
         raise WorkError(f"{path}: is damaged; the batch in it cannot be finished")
     at = 24 + int.from_bytes(journal[16:24], "little")
@@ -140,19 +140,19 @@ def _parse(journal: bytes, path: Path) -> list[Write]:
         offsets = np.frombuffer(journal, "<i8", n_pieces, at)
         lengths = np.frombuffer(journal, "<i8", n_pieces, at + 8 * n_pieces)
         at += 16 * n_pieces
-        writes.append(Write(file, offsets, lengths, np.frombuffer(journal, np.uint8, n_bytes, at)))
+        writes.append(FileWrite(file, offsets, lengths, np.frombuffer(journal, np.uint8, n_bytes, at)))
         at += n_bytes
     return writes
 
 
-def _carry_out(folder: Path, writes: Sequence[Write]) -> None:
+def _carry_out(folder: Path, writes: Sequence[FileWrite]) -> None:
     with ThreadPoolExecutor(max(min(_THREADS, len(writes)), 1)) as pool:
         list(pool.map(lambda write: _write_pieces(folder, write), writes))
     # Not flushed: should a power cut bring the journal back, it is carried out once more; a later one replaces it.
     (folder / JOURNAL).unlink()
 
 
-def _write_pieces(folder: Path, write: Write) -> None:
+def _write_pieces(folder: Path, write: FileWrite) -> None:
     ends = write.offsets + write.lengths
     first = np.flatnonzero(np.concatenate([[True], write.offsets[1:] != ends[:-1]]))  # of each run without gaps
     bounds = np.concatenate([[0], np.cumsum(write.lengths)])

@@ -21,7 +21,7 @@ DTYPES = ("bool", *_INTEGERS, "bfloat16", "float16", "float32", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of a person's state."""
+    """One array of a user's state."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,31 +36,31 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """What profile_store.json holds. A person's state on disk is the bytes of the leaves, one after another.
+class StoreLayout:
+    """What profile_store.json holds. A user's state on disk is the bytes of the leaves, one after another.
 
     Attributes:
-      people_per_shard: of one file; people_per_chunk of them, which divides it, are read together.
+      users_per_shard: of one file; users_per_chunk of them, which divides it, are read together.
       label: what the states are, to whoever made the store.
     """
 
     leaves: tuple[Leaf, ...]
-    people_per_shard: int
-    people_per_chunk: int
+    users_per_shard: int
+    users_per_chunk: int
     label: str = ""
 
     @classmethod
-    def of(cls, template: Any, people_per_shard: int, label: str = "") -> "Layout":
+    def of(cls, template: Any, users_per_shard: int, label: str = "") -> "StoreLayout":
         """Chunks get as near to 4 KiB as they can. Raises InputError for what cannot be stored."""
-        if people_per_shard < 1:
-            raise InputError(f"people_per_shard is {people_per_shard}; at least 1 is needed")
+        if users_per_shard < 1:
+            raise InputError(f"users_per_shard is {users_per_shard}; at least 1 is needed")
         leaves = describe(template)
         wanted = max(_CHUNK_BYTES // sum(leaf.n_bytes for leaf in leaves), 1)
-        return cls(leaves, people_per_shard, math.gcd(people_per_shard, 1 << (wanted.bit_length() - 1)), label)
+        return cls(leaves, users_per_shard, math.gcd(users_per_shard, 1 << (wanted.bit_length() - 1)), label)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of a person's state."""
+        """Bytes of a user's state."""
         return sum(leaf.n_bytes for leaf in self.leaves)
 
     def pack(self, values: Sequence[np.ndarray]) -> np.ndarray:
@@ -82,7 +82,7 @@ class Layout:
         return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
 
     @classmethod
-    def load(cls, folder: Path) -> "Layout":
+    def load(cls, folder: Path) -> "StoreLayout":
         """Raises InputError where the folder is not a profile store of this version."""
         path = folder / META
         if not path.is_file():
@@ -93,9 +93,9 @@ class Layout:
             if version != FORMAT_VERSION:
                 raise InputError(f"{path}: format version {version!r} is unknown; this program knows {FORMAT_VERSION}")
             leaves = tuple(Leaf(**leaf | {"shape": tuple(leaf["shape"])}) for leaf in fields["leaves"])
-            layout = cls(leaves, fields["people_per_shard"], fields["people_per_chunk"], fields.get("label", ""))
+            layout = cls(leaves, fields["users_per_shard"], fields["users_per_chunk"], fields.get("label", ""))
             if not layout._is_sound():
-                raise ValueError("a leaf, or the number of people in a shard or chunk, makes no sense")
+                raise ValueError("a leaf, or the number of users in a shard or chunk, makes no sense")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -103,14 +103,14 @@ class Layout:
         return layout
 
     def _is_sound(self) -> bool:
-        sizes = [self.people_per_shard, self.people_per_chunk]
+        sizes = [self.users_per_shard, self.users_per_chunk]
         sizes += [size for leaf in self.leaves for size in leaf.shape]
         return (
             len(self.leaves) > 0
             and all(isinstance(size, int) and size > 0 for size in sizes)
             and all(isinstance(leaf.name, str) and leaf.dtype in DTYPES for leaf in self.leaves)
             and isinstance(self.label, str)
-            and self.people_per_shard % self.people_per_chunk == 0
+            and self.users_per_shard % self.users_per_chunk == 0
         )
 
     def check_template(self, template: Any, place: str) -> None:
@@ -127,7 +127,7 @@ class Layout:
     def check_states(self, ids: Sequence[str], states: Any) -> list[np.ndarray]:
         """The leaves [P, ...] of `states` in the store's order.
 
-        Raises InputError, which names the leaf, where they do not fit the store, or the person, where they are not
+        Raises InputError, which names the leaf, where they do not fit the store, or the user, where they are not
         finite.
         """
         given = flatten(states)
@@ -140,7 +140,7 @@ class Layout:
                 raise InputError(f"leaf {leaf.name} of the store is not in the states")
             value = np.asarray(given[leaf.name])
             if value.dtype != np.dtype(leaf.dtype) or value.shape != (len(ids), *leaf.shape):
-                wanted = f"{leaf.dtype}{[len(ids), *leaf.shape]} for {len(ids)} people"
+                wanted = f"{leaf.dtype}{[len(ids), *leaf.shape]} for {len(ids)} users"
                 raise InputError(f"leaf {leaf.name} is {value.dtype}{list(value.shape)}, not {wanted}")
             _refuse_nonfinite(value, leaf.name, ids)
             found.append(value)
@@ -162,7 +162,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def describe(template: Any) -> tuple[Leaf, ...]:
-    """The leaves of one person's state: a tree of arrays, or of anything else with a shape and a dtype.
+    """The leaves of one user's state: a tree of arrays, or of anything else with a shape and a dtype.
 
     Raises InputError, which names the leaf, where one is no array of numbers or has no elements.
     """
@@ -186,4 +186,4 @@ def _refuse_nonfinite(value: np.ndarray, name: str, ids: Sequence[str]) -> None:
         return
     wrong = ~np.isfinite(value).all(axis=tuple(range(1, value.ndim)))
     if wrong.any():
-        raise InputError(f"person {ids[int(np.argmax(wrong))]!r}: leaf {name} of the state is not finite")
+        raise InputError(f"user {ids[int(np.argmax(wrong))]!r}: leaf {name} of the state is not finite")

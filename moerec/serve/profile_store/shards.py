@@ -1,4 +1,4 @@
-"""The states: a Zarr v3 array uint8 [rows, bytes of a state] in shards of people, read by TensorStore.
+"""The states: a Zarr v3 array uint8 [rows, bytes of a state] in shards of users, read by TensorStore.
 
 A shard is `sharding_indexed`, its chunks uncompressed, all present, in order: a row lies at a fixed place, and the
 index at the end of the file says so and never changes. A free row is zeros.
@@ -13,8 +13,8 @@ import numpy as np
 import tensorstore as ts
 
 from moerec.errors import WorkError
-from moerec.serve.profile_store.journal import Write, sync, write_all
-from moerec.serve.profile_store.layout import Layout
+from moerec.serve.profile_store.journal import FileWrite, sync, write_all
+from moerec.serve.profile_store.layout import StoreLayout
 
 STATES = "states"
 _RAW = [{"name": "bytes"}]
@@ -24,9 +24,9 @@ _RAW_INDEX = [{"name": "bytes", "configuration": {"endian": "little"}}]
 class Shards:
     """The array of one open store. Growing and writing need the lock exclusively, reading needs it shared."""
 
-    def __init__(self, folder: Path, layout: Layout):
+    def __init__(self, folder: Path, layout: StoreLayout):
         self._folder, self._n_bytes = folder / STATES, layout.n_bytes
-        self._per_shard, self._per_chunk = layout.people_per_shard, layout.people_per_chunk
+        self._per_shard, self._per_chunk = layout.users_per_shard, layout.users_per_chunk
         self._spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{self._folder}/"}}
         # Nothing is cached: rows are overwritten in place, faster than the time stamps that TensorStore would trust.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -62,14 +62,14 @@ class Shards:
             return np.zeros((0, self._n_bytes), np.uint8)
         return self._reach(int(rows.max()) + 1)[rows].read().result()
 
-    def plan(self, rows: np.ndarray, states: np.ndarray) -> Iterator[Write]:
+    def plan(self, rows: np.ndarray, states: np.ndarray) -> Iterator[FileWrite]:
         """The writes that give rows (int64 [P], ascending) their `states`, uint8 [P, n_bytes], contiguous."""
         shard, place = np.divmod(rows, self._per_shard)
         first = np.flatnonzero(np.concatenate([[True], shard[1:] != shard[:-1]])).tolist()
         for lo, hi in zip(first, [*first[1:], len(rows)], strict=True):
             file = f"{STATES}/{self._path(int(shard[lo])).name}"
             lengths = np.full(hi - lo, self._n_bytes, np.int64)
-            yield Write(file, place[lo:hi] * self._n_bytes, lengths, states[lo:hi].reshape(-1))
+            yield FileWrite(file, place[lo:hi] * self._n_bytes, lengths, states[lo:hi].reshape(-1))
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"c.{shard}.0"

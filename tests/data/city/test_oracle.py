@@ -14,8 +14,8 @@ from moerec.data.city.timeline import read_openings
 from moerec.data.dataset import EventLog, permute_items
 from moerec.errors import InputError
 
-TINY = {"n_people": 6, "events_per_person": 3, "items_per_service": 4, "n_types": 2, "n_needs": 3}
-SMALL = {"n_people": 60, "events_per_person": 14, "items_per_service": 40, "n_types": 4, "n_needs": 8}
+TINY = {"n_users": 6, "events_per_user": 3, "items_per_service": 4, "n_types": 2, "n_needs": 3}
+SMALL = {"n_users": 60, "events_per_user": 14, "items_per_service": 40, "n_types": 4, "n_needs": 8}
 CATEGORIES = list(names.CATEGORIES.values())
 
 
@@ -84,17 +84,17 @@ class Enumeration:
             logits.append(u)
         return normalise(logits)
 
-    def fields(self, person, u):
+    def fields(self, user, u):
         noise, product = self.config.profile_noise_rate, 1.0
         for field, values in names.ASPECTS.items():
-            if self.use_profile and self.profile[field][person]:
-                hit = self.profile[field][person] == values[self.world.aspect_K[field][u]]
+            if self.use_profile and self.profile[field][user]:
+                hit = self.profile[field][user] == values[self.world.aspect_K[field][u]]
                 product *= noise / len(values) + (1 - noise) * hit
         return product
 
-    def predict(self, person, t):
-        """The predictive over all items of the person's event `t`, by sums over all latent paths."""
-        w, start = self.world, int(self.log.offsets[person])
+    def predict(self, user, t):
+        """The predictive over all items of the user's event `t`, by sums over all latent paths."""
+        w, start = self.world, int(self.log.offsets[user])
         prior, rho = w.type_prior_K, self.config.rho
         events = range(start, start + t + 1)
         total = np.zeros(3 * self.n)
@@ -106,7 +106,7 @@ class Enumeration:
         }  # fmt: skip
         chain = {(e, p): self.needs(e, p) for e in events for p in ([None] if e == start else range(self.n_needs))}
         for u, *types in itertools.product(range(self.n_types), repeat=4):
-            weight = prior[u] * self.fields(person, u)
+            weight = prior[u] * self.fields(user, u)
             for s in types:
                 weight *= rho * (s == u) + (1 - rho) * prior[s]
             for path in itertools.product(range(self.n_needs), repeat=t + 1):
@@ -130,7 +130,7 @@ class Enumeration:
         ({"rho": 0.0, "habit": 2.0}, False, 2),
         ({"rho": 1.0, "tau": 3.0}, True, 3),
         ({"identical_services": True, "kappa": 2.0}, False, 4),
-        ({"identical_people": True}, False, 5),
+        ({"identical_users": True}, False, 5),
         ({"n_needs": 1, "n_types": 3}, True, 6),
         ({"rho": 0.0, "n_closed": 2}, False, 7),
     ],
@@ -140,7 +140,7 @@ def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
     # categories drawn from a few, so that habits come into play on four items
     world = dataclasses.replace(world, category_I=world.category_I % 3 + 7)
     world = dataclasses.replace(world, variety_I=world.variety_I % 3)
-    longer = np.concatenate([[0], np.cumsum([4, 4, 3, 2, 2, 3])])  # more than three events need other people's
+    longer = np.concatenate([[0], np.cumsum([4, 4, 3, 2, 2, 3])])  # more than three events need other users's
     log = dataset.log
     dataset = dataclasses.replace(
         dataset,
@@ -153,10 +153,10 @@ def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
         dataset.log.context[is_closed, 3] = 0
     predicted = posterior_predictive(world, dataset, use_profile=use_profile)
     expected = Enumeration(world, dataset, use_profile)
-    for person in range(6):
-        for t in range(int(np.diff(longer)[person])):
-            exact = expected.predict(person, t)
-            got = np.exp(predicted[longer[person] + t].astype(float))
+    for user in range(6):
+        for t in range(int(np.diff(longer)[user])):
+            exact = expected.predict(user, t)
+            got = np.exp(predicted[longer[user] + t].astype(float))
             np.testing.assert_allclose(got, exact, rtol=2e-5, atol=1e-9)
 
 
@@ -212,9 +212,9 @@ def test_targets_may_come_in_any_order_more_than_once_and_in_any_chunks(small):
     every = posterior_predictive(world, dataset)
     targets = np.random.default_rng(0).integers(dataset.log.n_events, size=300)
     got, seen = np.empty((300, dataset.catalogue.n_items), np.float32), np.zeros(300, int)
-    for positions, scores in predict_targets(world, dataset, targets, people_per_chunk=7, rows_per_chunk=16):
+    for positions, scores in predict_targets(world, dataset, targets, users_per_chunk=7, rows_per_chunk=16):
         assert scores.dtype == np.float32
-        assert len(positions) < 16 + 7 * 2  # a step of a chunk adds at most its people, and a target seldom repeats
+        assert len(positions) < 16 + 7 * 2  # a step of a chunk adds at most its users, and a target seldom repeats
         got[positions] = scores
         seen[positions] += 1
     assert np.all(seen == 1)
@@ -226,7 +226,7 @@ def test_sees_the_past_only(small):
     dataset, world = small
     target = dataset.log.offsets[:-1] + 2
     item = dataset.log.item.copy()
-    position = np.arange(len(item)) - dataset.log.offsets[:-1][dataset.log.person]
+    position = np.arange(len(item)) - dataset.log.offsets[:-1][dataset.log.user]
     item[position >= 2] = (item[position >= 2] + 17) % dataset.catalogue.n_items
     np.testing.assert_array_equal(
         posterior_predictive(world, dataset, target), posterior_predictive(world, with_log(dataset, item=item), target)
@@ -243,7 +243,7 @@ def test_follows_a_renumbering_of_the_items(small):
 
 
 def test_is_calibrated_and_scores_better_than_perturbed_predictors():
-    dataset, world = generate(CityConfig(n_people=400, events_per_person=30, items_per_service=60, n_types=4), 3)
+    dataset, world = generate(CityConfig(n_users=400, events_per_user=30, items_per_service=60, n_types=4), 3)
     log = dataset.log
     targets = np.concatenate([last_events(dataset), last_events(dataset) - 2])
     score = posterior_predictive(world, dataset, targets).astype(float)
@@ -271,7 +271,7 @@ def test_is_calibrated_and_scores_better_than_perturbed_predictors():
 
 
 def test_profiles_help_where_there_is_no_past_and_only_if_types_are_shared():
-    config = CityConfig(n_people=1500, events_per_person=3, items_per_service=60, profile_missing_rate=0.1)
+    config = CityConfig(n_users=1500, events_per_user=3, items_per_service=60, profile_missing_rate=0.1)
     for rho in (1.0, 0.0):
         dataset, world = generate(dataclasses.replace(config, rho=rho), 0)
         first = dataset.log.offsets[:-1]
@@ -283,8 +283,8 @@ def test_profiles_help_where_there_is_no_past_and_only_if_types_are_shared():
             np.testing.assert_allclose(used, without, atol=1e-4)
 
 
-def test_profile_of_identical_people_tells_nothing():
-    dataset, world = generate(CityConfig(**(SMALL | {"identical_people": True})), 0)
+def test_profile_of_identical_users_tells_nothing():
+    dataset, world = generate(CityConfig(**(SMALL | {"identical_users": True})), 0)
     a, b = (posterior_predictive(world, dataset, use_profile=flag) for flag in (False, True))
     np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -319,8 +319,8 @@ def test_without_tau_habit_and_kappa_the_order_of_the_past_does_not_matter():
         assert np.abs(moved).max() > 0.05
 
 
-def test_identical_people_without_tau_and_habit_have_no_use_for_the_past():
-    fields = {"identical_people": True, "tau": 0.0, "habit": 0.0}
+def test_identical_users_without_tau_and_habit_have_no_use_for_the_past():
+    fields = {"identical_users": True, "tau": 0.0, "habit": 0.0}
     dataset, world = generate(CityConfig(**(SMALL | fields)), 0)
     other = np.random.default_rng(0).integers(dataset.catalogue.n_items, size=dataset.log.n_events).astype(np.int32)
     np.testing.assert_allclose(

@@ -14,7 +14,7 @@ from moerec.data.city.timeline import read_openings
 @pytest.fixture(scope="module")
 def plain():
     """Nothing but the chain of needs and the tastes: every empirical frequency has one closed form."""
-    return generate(CityConfig(n_people=800, events_per_person=40, kappa=0, habit=0, items_per_service=100), 5)
+    return generate(CityConfig(n_users=800, events_per_user=40, kappa=0, habit=0, items_per_service=100), 5)
 
 
 def chi_square(observed: np.ndarray, probability: np.ndarray) -> tuple[float, int]:
@@ -31,7 +31,7 @@ def softmax(x):
 def test_needs_follow_the_transition_table(plain):
     dataset, world = plain
     log, need = dataset.log, world.truth.need.astype(int)
-    follows = np.flatnonzero(log.person[1:] == log.person[:-1]) + 1
+    follows = np.flatnonzero(log.user[1:] == log.user[:-1]) + 1
     days = (log.time[follows] - log.time[follows - 1]) / 86400
     n = len(world.needs)
     expected, variance, observed = np.zeros((n, n)), np.zeros((n, n)), np.zeros((n, n))
@@ -63,7 +63,7 @@ def test_items_follow_need_and_type(plain):
     for z in range(3):
         items = np.arange(100 * z, 100 * z + 100)
         event = np.flatnonzero(dataset.event_service == z)
-        kind = world.truth.type_PZ[dataset.log.person[event], z]
+        kind = world.truth.type_PZ[dataset.log.user[event], z]
         for n in range(len(world.needs)):
             for k in range(world.n_types):
                 rows = event[(kind == k) & (world.truth.need[event] == n)]
@@ -84,7 +84,7 @@ def test_items_follow_need_and_type(plain):
 
 def test_types_are_shared_with_probability_rho():
     for rho in (0.0, 0.4, 1.0):
-        _, world = generate(CityConfig(n_people=6000, events_per_person=3, items_per_service=20, rho=rho), 0)
+        _, world = generate(CityConfig(n_users=6000, events_per_user=3, items_per_service=20, rho=rho), 0)
         truth, prior = world.truth, world.type_prior_K
         same = (truth.type_PZ == truth.type_P[:, None]).mean(axis=0)
         assert same == pytest.approx(rho + (1 - rho) * (prior**2).sum(), abs=0.025)
@@ -94,7 +94,7 @@ def test_types_are_shared_with_probability_rho():
 
 
 def test_profiles_are_missing_and_wrong_at_the_configured_rates():
-    config = CityConfig(n_people=6000, events_per_person=3, items_per_service=20)
+    config = CityConfig(n_users=6000, events_per_user=3, items_per_service=20)
     dataset, world = generate(config, 1)
     assert dataset.profile.keys() == names.ASPECTS.keys()
     for field, values in names.ASPECTS.items():
@@ -110,10 +110,10 @@ def test_habits_repeat_staples_and_spare_durables():
     """The very same item again in its category, with the habit on and off."""
     share = {}
     for habit in (0.0, 1.0):
-        config = CityConfig(n_people=600, events_per_person=40, habit=habit, items_per_service=60)
+        config = CityConfig(n_users=600, events_per_user=40, habit=habit, items_per_service=60)
         dataset, world = generate(config, 2)
         log, item = dataset.log, dataset.log.item
-        key = log.person * 10_000 + dataset.event_service * 1000 + world.category_I[item]
+        key = log.user * 10_000 + dataset.event_service * 1000 + world.category_I[item]
         order = np.argsort(key, kind="stable")
         again = key[order][1:] == key[order][:-1]
         same = item[order][1:] == item[order][:-1]
@@ -124,8 +124,8 @@ def test_habits_repeat_staples_and_spare_durables():
     assert share[1.0][1] < share[0.0][1] - 0.02
 
 
-def test_identical_people_have_one_type_and_profiles_that_tell_nothing():
-    dataset, world = generate(CityConfig(n_people=50, events_per_person=5, identical_people=True), 0)
+def test_identical_users_have_one_type_and_profiles_that_tell_nothing():
+    dataset, world = generate(CityConfig(n_users=50, events_per_user=5, identical_users=True), 0)
     assert world.n_types == 1
     assert not world.truth.type_PZ.any()
     assert not world.truth.type_P.any()
@@ -145,8 +145,8 @@ def test_identical_services_differ_by_label_only():
     assert not world.service_when_DZ.any()
 
 
-def test_people_come_back_to_each_service_after_it_was_closed_to_them():
-    config = CityConfig(n_people=50, events_per_person=80, items_per_service=40, n_closed=15, rho=0.0)
+def test_users_come_back_to_each_service_after_it_was_closed_to_them():
+    config = CityConfig(n_users=50, events_per_user=80, items_per_service=40, n_closed=15, rho=0.0)
     dataset, _ = generate(config, 3)
     offsets, service = dataset.log.offsets, dataset.event_service
     last = set()

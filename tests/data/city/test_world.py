@@ -1,4 +1,4 @@
-"""The city's parameters, catalogue, people and events."""
+"""The city's parameters, catalogue, users and events."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from moerec.errors import InputError
 
 
 def small(**fields) -> CityConfig:
-    return CityConfig(**({"n_people": 150, "events_per_person": 20, "items_per_service": 60} | fields))
+    return CityConfig(**({"n_users": 150, "events_per_user": 20, "items_per_service": 60} | fields))
 
 
 def same_logs(a, b) -> bool:
@@ -30,7 +30,7 @@ def test_default_size(default):
     dataset, world = default
     assert dataset.catalogue.services == ("samokat", "megamarket", "kuper")
     assert np.diff(dataset.catalogue.offsets).tolist() == [600, 600, 600]
-    assert dataset.log.n_people == len(dataset.people) == len(set(dataset.people)) == 2000
+    assert dataset.log.n_users == len(dataset.users) == len(set(dataset.users)) == 2000
     assert dataset.log.n_events / 2000 == pytest.approx(80, abs=3)
     assert np.diff(dataset.log.offsets).min() >= 3
     assert np.all(np.bincount(dataset.event_service) > 0.2 * dataset.log.n_events)
@@ -47,9 +47,9 @@ def test_same_seed_same_city_and_other_seed_another():
     assert not np.array_equal(one.catalogue.text, other.catalogue.text)
 
 
-def test_the_knobs_of_people_leave_the_parameters_as_they_are():
+def test_the_knobs_of_users_leave_the_parameters_as_they_are():
     world = make_world(small(), 1)
-    turned = make_world(small(rho=0, kappa=0, tau=0, habit=0, n_people=7, events_per_person=5), 1)
+    turned = make_world(small(rho=0, kappa=0, tau=0, habit=0, n_users=7, events_per_user=5), 1)
     for field in dataclasses.fields(world):
         value, other = getattr(world, field.name), getattr(turned, field.name)
         if isinstance(value, np.ndarray):
@@ -88,8 +88,8 @@ def test_item_numbers_carry_no_information(default):
 
 def test_times_rise_and_follow_the_day_and_the_context_is_the_days(default):
     log, context = default[0].log, default[0].context
-    same_person = log.person[1:] == log.person[:-1]
-    assert np.all(np.diff(log.time)[same_person] > 0)
+    same_user = log.user[1:] == log.user[:-1]
+    assert np.all(np.diff(log.time)[same_user] > 0)
     year = log.time.astype("datetime64[s]").astype("datetime64[Y]")
     assert np.all(year == np.datetime64("2024"))
     assert log.context.min() >= 1
@@ -135,7 +135,7 @@ def test_the_strongest_effects_leave_every_probability_finite(knob):
         small(**{knob: 10.1})
 
 
-@pytest.mark.parametrize("fields", [{"n_needs": 1}, {"n_types": 1}, {"items_per_service": 2}, {"n_people": 1}])
+@pytest.mark.parametrize("fields", [{"n_needs": 1}, {"n_types": 1}, {"items_per_service": 2}, {"n_users": 1}])
 def test_the_smallest_cities_work(fields):
     dataset, world = generate(small(**fields), 0)
     assert dataset.log.n_events == len(world.truth.need)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.prepare import spill, tables
-from moerec.data.prepare.prepare import describe, prepare
+from moerec.data.prepare.tables_to_shards import describe, prepare
 from moerec.data.shards import load_dataset
 from moerec.errors import InputError
 
@@ -56,7 +56,7 @@ def write_tsv(path, rows, columns=COLUMNS):
 
 
 def sequences(dataset):
-    """Person -> events in words, through the names of the data set."""
+    """User -> events in words, through the names of the data set."""
     catalogue, log = dataset.catalogue, dataset.log
     names = {k: ["", *list(values)] for k, values in enumerate(dataset.context.values())}
     events = [
@@ -69,35 +69,35 @@ def sequences(dataset):
         )
         for i, a, t, context in zip(log.item, log.action, log.time, log.context, strict=True)
     ]
-    spans = zip(dataset.people, log.offsets[:-1], log.offsets[1:], strict=True)
-    return {str(person): events[lo:hi] for person, lo, hi in spans}
+    spans = zip(dataset.users, log.offsets[:-1], log.offsets[1:], strict=True)
+    return {str(user): events[lo:hi] for user, lo, hi in spans}
 
 
 def expected_sequences(rows, drop_duplicates=False):
-    people, seen = {}, set()
+    users, seen = {}, set()
     for user, *place, time, weather, city in rows:
         if drop_duplicates and time and (user, *place, time) in seen:
             continue
         seen.add((user, *place, time))
-        people.setdefault(user, []).append((float(time) if time else None, *place, weather, city))
-    for events in people.values():
+        users.setdefault(user, []).append((float(time) if time else None, *place, weather, city))
+    for events in users.values():
         if all(event[0] is not None for event in events):
             events.sort(key=lambda event: event[0])
     return {
         user: [(*e[1:4], int(e[0]) if e[0] is not None else int(UNKNOWN_TIME), *e[4:]) for e in events]
-        for user, events in people.items()
+        for user, events in users.items()
     }
 
 
 @settings(max_examples=40)
-@given(rows=ROWS, refuse=st.booleans(), block_bytes=st.sampled_from([128, 1 << 20]), people=st.integers(1, 4))
-def test_events_are_those_of_a_plain_reading(tmp_path_factory, rows, refuse, block_bytes, people):
+@given(rows=ROWS, refuse=st.booleans(), block_bytes=st.sampled_from([128, 1 << 20]), users=st.integers(1, 4))
+def test_events_are_those_of_a_plain_reading(tmp_path_factory, rows, refuse, block_bytes, users):
     folder = tmp_path_factory.mktemp("prepare")
     write_tsv(folder / "events.tsv", rows)
     files = {"duplicates": "refuse", "on_bad_rows": "quarantine"} if refuse else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "BLOCK_BYTES", block_bytes)
-        patch.setattr(spill, "PEOPLE_PER_BLOCK", people)
+        patch.setattr(spill, "USERS_PER_BLOCK", users)
         report = prepare(config(folder, "events.tsv", **files), folder / "out")
     dataset = load_dataset(folder / "out")
     expected = expected_sequences(rows, drop_duplicates=refuse)
@@ -108,7 +108,7 @@ def test_events_are_those_of_a_plain_reading(tmp_path_factory, rows, refuse, blo
         == len(rows) - sum(report.quarantined.get("events.tsv", {}).values())
     )
     pairs = {(user, event[0]) for user, events in expected.items() for event in events}
-    assert {name: n["people"] for name, n in report.services.items()} == Counter(service for _, service in pairs)
+    assert {name: n["users"] for name, n in report.services.items()} == Counter(service for _, service in pairs)
     events = Counter(event[0] for events in expected.values() for event in events)
     assert {name: n["events"] for name, n in report.services.items()} == events
 
@@ -128,27 +128,27 @@ def test_every_format_gives_the_same_data_set(tmp_path_factory, rows):
     first = datasets[0]
     for other in datasets[1:]:
         assert sequences(other) == sequences(first)
-        assert (other.people.tolist(), other.actions) == (first.people.tolist(), first.actions)
+        assert (other.users.tolist(), other.actions) == (first.users.tolist(), first.actions)
         assert other.catalogue.ids.tolist() == first.catalogue.ids.tolist()
         assert other.context == first.context
 
 
 @settings(max_examples=12)
 @given(rows=ROWS, seed=st.integers(0, 99))
-def test_the_order_of_different_people_does_not_matter(tmp_path_factory, rows, seed):
+def test_the_order_of_different_users_does_not_matter(tmp_path_factory, rows, seed):
     folder = tmp_path_factory.mktemp("prepare")
     rng = np.random.default_rng(seed)
     queues = {}
     for row in rows:
         queues.setdefault(row[0], []).append(row)
-    users = rng.permutation([row[0] for row in rows])  # each person's own order stays
+    users = rng.permutation([row[0] for row in rows])  # each user's own order stays
     write_tsv(folder / "a.tsv", rows)
     write_tsv(folder / "b.tsv", [queues[user].pop(0) for user in users])
     a, b = (read_tables(config(folder, name)) for name in ("a.tsv", "b.tsv"))
     assert sequences(a) == sequences(b)
 
 
-def test_items_and_people_carry_their_tables(tmp_path):
+def test_items_and_users_carry_their_tables(tmp_path):
     rows = [("u1", "toys", "9", "a", "1", "", "x"), ("u2", "food", "9", "a", "1", "", "x")]
     write_tsv(tmp_path / "events.tsv", rows)
     items = [
@@ -172,7 +172,7 @@ def test_items_and_people_carry_their_tables(tmp_path):
     assert catalogue.attributes.tolist() == [
         "the_tags=dry_goods the_tags=hot_drink brand=acme", "the_tags=bread", "", "brand=ball_co",
     ]  # fmt: skip
-    assert dataset.people.tolist() == ["u1", "u2"]
+    assert dataset.users.tolist() == ["u1", "u2"]
     assert dataset.log.item.tolist() == [3, 1]
     assert {name: values.tolist() for name, values in dataset.profile.items()} == {"sex": ["", "m"], "age": ["", ""]}
 
@@ -252,7 +252,7 @@ import sys, time
 from pathlib import Path
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data import shards
-from moerec.data.prepare import prepare
+from moerec.data.prepare.tables_to_shards import prepare
 write, spot = {target}, sys.argv[1]
 def stop(*arguments):
     write(*arguments)
@@ -389,15 +389,15 @@ def test_real_tables_have_the_published_counts_and_sequences(data_dir, tmp_path,
     with gzip.open(data_dir / name / files.interactions, "rt", encoding="utf-8") as file:
         names, *rows = (line.rstrip("\n").split("\t") for line in file)
     at = {column.split(":")[0]: k for k, column in enumerate(names)}
-    people = {}
+    users = {}
     for row in rows:
-        people.setdefault(row[at[columns.user]], []).append(row)
+        users.setdefault(row[at[columns.user]], []).append(row)
     if name == "amazon3":
-        kinds = Counter(len({row[at["domain"]] for row in events}) for events in people.values())
+        kinds = Counter(len({row[at["domain"]] for row in events}) for events in users.values())
         assert (kinds[2], kinds[3]) == (3209, 741)
     log, ids = dataset.log, dataset.catalogue.ids[dataset.log.item].tolist()
-    for p in range(0, log.n_people, max(1, log.n_people // 500)):
-        events = people[dataset.people[p]]
+    for p in range(0, log.n_users, max(1, log.n_users // 500)):
+        events = users[dataset.users[p]]
         if all(row[at[columns.time]] for row in events):
             events = sorted(events, key=lambda row: float(row[at[columns.time]]))
         assert ids[log.offsets[p] : log.offsets[p + 1]] == [row[at[columns.item]] for row in events]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data.dataset import UNKNOWN_TIME
-from moerec.data.prepare.prepare import prepare
+from moerec.data.prepare.tables_to_shards import prepare
 from moerec.data.prepare.row_validation import castable, parse_times
 from moerec.data.shards import load_dataset
 from moerec.errors import InputError
@@ -75,7 +75,7 @@ def test_a_bad_row_is_an_error_or_goes_to_quarantine(tmp_path, line, message, re
     with_bad, clean = load_dataset(tmp_path / "out"), load_dataset(tmp_path / "clean")
     for name in ("offsets", "item", "action", "time"):
         np.testing.assert_array_equal(getattr(with_bad.log, name), getattr(clean.log, name))
-    assert with_bad.people.tolist() == clean.people.tolist()
+    assert with_bad.users.tolist() == clean.users.tolist()
     assert with_bad.actions == clean.actions
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moerec.config import PersonalConfig
-from moerec.eval.probes.interventions import permute_context, swap_profiles
+from moerec.eval.probes.interventions import choose_sources, permute_context
 from moerec.nn.profile.profile_router import MEAN_PROFILE, NO_PROFILE
 from tests.small_model import SIZES, lay, make_batch, make_model, make_sequence, make_table
 from tests.small_model import make_config as make_model_config
@@ -18,8 +18,8 @@ TABLE = jax.tree.map(jnp.asarray, make_table())
 PERSONAL = PersonalConfig(layers=(1,), n_aspects=3, n_scales=2, d_memory=4, chunk=4)
 
 
-def list_people(batch):
-    """The flat slots of each person, in the order of the batch."""
+def list_users(batch):
+    """The flat slots of each user, in the order of the batch."""
     rows, slots = batch.segment_BT.shape
     keys = [(b, int(s)) for b in range(rows) for s in np.unique(batch.segment_BT[b]) if s]
     return [b * slots + np.flatnonzero(batch.segment_BT[b] == s) for b, s in keys]
@@ -27,10 +27,10 @@ def list_people(batch):
 
 @settings(max_examples=40)
 @given(LENGTHS, st.integers(0, 99))
-def test_everybody_gets_the_profile_of_the_next_person_as_far_on(lengths, seed):
+def test_everybody_gets_the_profile_of_the_next_user_as_far_on(lengths, seed):
     batch = make_batch(seed, lengths, 16)
-    donor, people = swap_profiles(batch, np.arange(sum(map(len, lengths)))).reshape(-1), list_people(batch)
-    for own, other in zip(people, [*people[1:], people[0]], strict=True):
+    donor, users = choose_sources(batch, np.arange(sum(map(len, lengths)))).reshape(-1), list_users(batch)
+    for own, other in zip(users, [*users[1:], users[0]], strict=True):
         assert donor[own].tolist() == [other[min(k, len(other) - 1)] for k in range(len(own))]
 
 
@@ -38,13 +38,13 @@ def test_everybody_gets_the_profile_of_the_next_person_as_far_on(lengths, seed):
 @given(LENGTHS, st.data())
 def test_nobody_gets_an_own_profile_by_another_of_their_sequences(lengths, data):
     batch = make_batch(0, lengths, 16)
-    sequences = list_people(batch)
-    person = np.sort(data.draw(st.lists(st.integers(0, 3), min_size=len(sequences), max_size=len(sequences))))
+    sequences = list_users(batch)
+    user = np.sort(data.draw(st.lists(st.integers(0, 3), min_size=len(sequences), max_size=len(sequences))))
     owner = np.full(batch.segment_BT.size, -1)
-    for own, name in zip(sequences, person, strict=True):
+    for own, name in zip(sequences, user, strict=True):
         owner[own] = name
-    donor = swap_profiles(batch, person).reshape(-1)
-    names = sorted(set(person.tolist()))
+    donor = choose_sources(batch, user).reshape(-1)
+    names = sorted(set(user.tolist()))
     following = dict(zip(names, [*names[1:], names[0]], strict=True))
     used = owner >= 0
     assert owner[donor[used]].tolist() == [following[name] for name in owner[used]]
@@ -53,11 +53,11 @@ def test_nobody_gets_an_own_profile_by_another_of_their_sequences(lengths, data)
 
 @settings(max_examples=40)
 @given(LENGTHS, st.integers(0, 99))
-def test_contexts_are_permuted_within_a_person(lengths, seed):
+def test_contexts_are_permuted_within_a_user(lengths, seed):
     batch = make_batch(seed, lengths, 16)
     permuted = permute_context(batch, np.random.default_rng(seed))
     before, after = (x.request_context_BTC.reshape(-1, 2) for x in (batch, permuted))
-    for own in list_people(batch):
+    for own in list_users(batch):
         assert sorted(map(tuple, after[own])) == sorted(map(tuple, before[own]))
     padding = batch.segment_BT.reshape(-1) == 0
     np.testing.assert_array_equal(after[padding], before[padding])
@@ -76,13 +76,13 @@ def test_permutations_are_random():
 def encode():
     """Compiled once: states of two rows of eight slots under other profiles, or (no donors) their own."""
     model = make_model(make_model_config(personal=PERSONAL, event_time=False, request_time=False))
-    compiled = jax.jit(lambda batch, donor: model.encode(batch, TABLE, donor_BT=donor).state_BTD)
+    compiled = jax.jit(lambda batch, donor: model.encode(batch, TABLE, profile_source_BT=donor).state_BTD)
     own = np.arange(16, dtype=np.int32).reshape(2, 8)
     return lambda batch, donor=own: np.asarray(compiled(batch, np.broadcast_to(donor, own.shape).astype(np.int32)))
 
 
 def make_twins(seed: int, n: int = 6):
-    """Two people with one history, but other fields."""
+    """Two users with one history, but other fields."""
     one = make_sequence(np.random.default_rng(seed), n)
     other = {**one, "field_BTY": (one["field_BTY"] + 1) % np.array(SIZES.field_sizes)}
     return lay([[one], [other]], 8)
@@ -96,9 +96,9 @@ def test_with_its_own_profile_a_slot_is_as_it_was(encode):
 
 def test_nobodys_profile_is_that_of_a_first_slot_without_fields(encode):
     rng = np.random.default_rng(1)
-    people = [make_sequence(rng, n) for n in (6, 7)]
-    people[0]["field_BTY"] = np.zeros_like(people[0]["field_BTY"])
-    batch = lay([[person] for person in people], 8)
+    users = [make_sequence(rng, n) for n in (6, 7)]
+    users[0]["field_BTY"] = np.zeros_like(users[0]["field_BTY"])
+    batch = lay([[user] for user in users], 8)
     changed = np.abs(encode(batch, NO_PROFILE) - encode(batch)).max(axis=-1) > 1e-4
     assert changed[0, :6].tolist() == [False, *[True] * 5]
     assert changed[1, :7].all()
@@ -108,7 +108,7 @@ def test_twins_with_each_others_profile_have_each_others_states(encode):
     batch = make_twins(2)
     plain = encode(batch)
     assert np.abs(plain[0] - plain[1]).max() > 1e-3
-    np.testing.assert_allclose(encode(batch, swap_profiles(batch, np.arange(2))), plain[::-1], atol=1e-5)
+    np.testing.assert_allclose(encode(batch, choose_sources(batch, np.arange(2))), plain[::-1], atol=1e-5)
 
 
 def test_with_the_mean_profile_twins_have_one_state(encode):

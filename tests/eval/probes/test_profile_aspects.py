@@ -57,7 +57,7 @@ def test_relevance_that_follows_the_need_is_found_and_relevance_at_random_is_cha
     assert found["p_value"] == pytest.approx(1 / 1001)
     assert found["best"] >= found["found"]
     by_hand = np.where(about_diet > 0.3, about_diet, (aspects_of_needs(world)[world.truth.need] @ found["writes"][1]))
-    assert found["found"] == pytest.approx(by_hand[dataset.log.offsets[:-1]].mean())  # a target a person
+    assert found["found"] == pytest.approx(by_hand[dataset.log.offsets[:-1]].mean())  # a target a user
     guess = np.zeros((len(rows), 7))
     guess[np.arange(len(rows)), np.random.default_rng(0).integers(0, 6, len(rows))] = 1
     chance = describe_aspects(world, dataset, model, data.item_table, guess, rows)

@@ -11,7 +11,7 @@ import pytest
 from moerec.config import MoEConfig
 from moerec.data.load import load_data
 from moerec.eval.evaluate_run import make_test_set
-from moerec.eval.probes.routing import calibration_error, describe_answers, fit_temperature, macro_f1, observe
+from moerec.eval.probes.routing import calibration_error, collect_routing, describe_mixture, fit_temperature, macro_f1
 from moerec.eval.report import write_report
 from moerec.eval.run import run
 from moerec.nn.model import SequenceModel
@@ -84,28 +84,28 @@ def test_a_run_of_a_mixture_reports_its_routing(mixture):
     )
     page = (folder / "report.html").read_text()
     assert "Load by service and expert" in page
-    assert "Weights of the answers" not in page
+    assert "Mixture weights" not in page
 
 
 @pytest.mark.parametrize("rows", [[[0.5, 0.1, 0.1, 0.1, 0.2], None, [0.2] * 5], [[0.7, 0.3]] * 3])
-def test_the_report_shows_the_weights_of_the_answers(mixture, tmp_path, rows):
+def test_the_report_shows_the_mixture_weights(mixture, tmp_path, rows):
     _, metrics = mixture
-    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "answers": rows}))
+    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "probes": {"mixture_weights": rows}}))
     page = write_report(tmp_path).read_text()
-    assert "Weights of the answers" in page
+    assert "Mixture weights" in page
     assert ">70<" in page if len(rows[0]) == 2 else ">50<" in page
 
 
-def test_the_weights_of_the_answers_are_means_by_service(tmp_path):
+def test_the_mixture_weights_are_means_by_service(tmp_path):
     """The catalogue's weight is made .5 and the pointers' of each service known, by biases alone."""
     config = make_config(steps=1)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, copy="services"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, pointer="services"))
     data = load_data(config.data, tmp_path)
     test, table = make_test_set(config, data).examples, jax.tree.map(jnp.asarray, data.item_table)
     model = fill(jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, make_sizes(data))))
     weight, bias = model.aggregator.weight_DX, model.aggregator.bias_X
     weight[...], bias[...] = jnp.zeros_like(weight[...]), jnp.log(jnp.asarray([5.0, 1, 2, 3, 4]))
-    found = describe_answers(observe(model, test, table), 3)
+    found = describe_mixture(collect_routing(model, test, table), 3)
     assert np.shape(found) == (3, 5)
     owner = np.repeat(np.arange(len(test.targets)), np.diff(test.offsets))
     expected = []

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from moerec.config import SplitConfig
-from moerec.data.dataset import find_travellers
+from moerec.data.dataset import find_multi_service_users
 from moerec.data.load import load_data
 from moerec.data.splits import TEST, select_targets
 from moerec.eval.metrics import per_target_metrics
 from moerec.eval.probes.transfer import describe_transfer
-from moerec.eval.ranking import EvaluationSet, rank_targets
+from moerec.eval.ranking import EvalDataset, rank_targets
 from moerec.train.loop import make_sizes
 from moerec.train.step import init_state
 from tests.tiny import make_config
@@ -28,30 +28,30 @@ def trained(tmp_path_factory):
 
 
 def delete(dataset, row: int, own: bool):
-    """The person of a target alone, with the events of strictly earlier times of its service, or of the others."""
+    """The user of a target alone, with the events of strictly earlier times of its service, or of the others."""
     log, service = dataset.log, dataset.event_service
-    person = log.person[row]
+    user = log.user[row]
     rows = [
         r
-        for r in range(log.offsets[person], row)
+        for r in range(log.offsets[user], row)
         if (service[r] == service[row]) == own and (own or log.time[r] < log.time[row])
     ]
     kept = log.take(np.array([*rows, row]), np.array([0, len(rows) + 1]))
-    profile = {name: values[[person]] for name, values in dataset.profile.items()}
-    return dataclasses.replace(dataset, log=kept, people=dataset.people[[person]], profile=profile), len(rows)
+    profile = {name: values[[user]] for name, values in dataset.profile.items()}
+    return dataclasses.replace(dataset, log=kept, users=dataset.users[[user]], profile=profile), len(rows)
 
 
 def test_metrics_are_those_of_data_without_the_other_or_the_own_events(trained):
     config, data, model = trained
     dataset = data.dataset
-    targets = select_targets(dataset, data.roles, TEST)[::9]
-    found = describe_transfer(config, model, dataset, data.roles, targets, data.item_table)
-    assert find_travellers(dataset)[dataset.log.person[targets]].all()
+    targets = select_targets(dataset, data.split_ids, TEST)[::9]
+    found = describe_transfer(config, model, dataset, data.split_ids, targets, data.item_table)
+    assert find_multi_service_users(dataset)[dataset.log.user[targets]].all()
     by_hand = {name: {"own": [], "others": []} for name in dataset.catalogue.services}
     for row in targets:
         for history in ("own", "others"):
             alone, last = delete(dataset, int(row), history == "own")
-            ranks = rank_targets(model, EvaluationSet(alone, np.array([last]), config), data.item_table)[0]
+            ranks = rank_targets(model, EvalDataset(alone, np.array([last]), config), data.item_table)[0]
             name = dataset.catalogue.services[dataset.event_service[row]]
             by_hand[name][history].append(float(per_target_metrics(ranks)["ndcg@10"][0]))
     for name, values in by_hand.items():
@@ -70,9 +70,9 @@ def test_metrics_are_those_of_data_without_the_other_or_the_own_events(trained):
 def test_who_uses_one_service_is_no_traveller(trained):
     _, data, _ = trained
     dataset, log = data.dataset, data.dataset.log
-    rows = np.flatnonzero((dataset.event_service == 0) | (log.person >= 3))
-    counts = np.bincount(log.person[rows], minlength=log.n_people)
+    rows = np.flatnonzero((dataset.event_service == 0) | (log.user >= 3))
+    counts = np.bincount(log.user[rows], minlength=log.n_users)
     alone = dataclasses.replace(dataset, log=log.take(rows, np.concatenate([[0], np.cumsum(counts)])))
-    assert find_travellers(alone).tolist() == [False] * 3 + [True] * (log.n_people - 3)
-    targets = np.flatnonzero(alone.log.person < 3)[-1:]
-    assert describe_transfer(*trained[:1], trained[2], alone, data.roles, targets, data.item_table) == {}
+    assert find_multi_service_users(alone).tolist() == [False] * 3 + [True] * (log.n_users - 3)
+    targets = np.flatnonzero(alone.log.user < 3)[-1:]
+    assert describe_transfer(*trained[:1], trained[2], alone, data.split_ids, targets, data.item_table) == {}

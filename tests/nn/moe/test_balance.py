@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from moerec.config import LossConfig, MoEConfig
-from moerec.nn.moe.balance import asked_share, balance_losses, describe_load, update_bias, weigh_losses
+from moerec.nn.moe.balance import balance_losses, describe_load, target_load, update_bias, weigh_losses
 from moerec.types import Routing
 
-MOE = MoEConfig(layers=(0,), n_per_group=2, n_active=2, home_share=0.6, cross_share=0.3, bias_rate=0.1)
+MOE = MoEConfig(layers=(0,), n_per_group=2, n_active=2, own_group_fraction=0.6, cross_group_fraction=0.3, bias_rate=0.1)
 
 
 def draw_routing(n_layers: int = 2, slots=(30, 10, 0), seed: int = 0) -> Routing:
@@ -25,15 +25,15 @@ def draw_routing(n_layers: int = 2, slots=(30, 10, 0), seed: int = 0) -> Routing
 
 
 def test_a_domain_asks_for_its_own_group_for_the_cross_group_and_for_a_little_of_the_others():
-    share = asked_share(MOE, 3)
+    share = target_load(MOE, 3)
     np.testing.assert_allclose(share[1], [0.025, 0.025, 0.3, 0.3, 0.025, 0.025, 0.15, 0.15], rtol=1e-6)
-    np.testing.assert_allclose(asked_share(MOE, 1), [[1 / 3, 1 / 3, 1 / 6, 1 / 6]], rtol=1e-6)
+    np.testing.assert_allclose(target_load(MOE, 1), [[1 / 3, 1 / 3, 1 / 6, 1 / 6]], rtol=1e-6)
 
 
 def test_losses_by_hand():
     routing = draw_routing()
     losses = balance_losses(routing, MOE)
-    q = asked_share(MOE, 3)
+    q = target_load(MOE, 3)
     n = np.array([30, 10, 0])
     overall, within = [], []
     for p, c in zip(np.asarray(routing.probability_LZE), np.asarray(routing.count_LZE), strict=True):
@@ -50,7 +50,7 @@ def test_losses_by_hand():
 
 
 def as_asked(n: np.ndarray) -> Routing:
-    load = (n[:, None] * asked_share(MOE, 3))[None]
+    load = (n[:, None] * target_load(MOE, 3))[None]
     return Routing(jnp.asarray(load), jnp.asarray(2 * load), jnp.zeros(1), jnp.zeros((1, 3)))
 
 
@@ -61,8 +61,10 @@ def test_load_as_asked_costs_one_and_leaves_the_bias(slots):
     losses = balance_losses(routing, MOE)
     assert float(losses["balance"]) == pytest.approx(1, rel=1e-5)
     assert float(losses["domain_balance"]) == pytest.approx(1, rel=1e-5)
-    even = MoEConfig(layers=(0,), n_per_group=2, n_active=2, home_share=0.5, cross_share=0.25, bias_rate=0.1)
-    count = routing.count_LZE[:, :, :1] * 0 + 8 * jnp.asarray(asked_share(even, 3))  # powers of two: nothing is rounded
+    even = MoEConfig(
+        layers=(0,), n_per_group=2, n_active=2, own_group_fraction=0.5, cross_group_fraction=0.25, bias_rate=0.1
+    )
+    count = routing.count_LZE[:, :, :1] * 0 + 8 * jnp.asarray(target_load(even, 3))  # powers of two: nothing is rounded
     np.testing.assert_array_equal(update_bias(jnp.ones((1, 8)), routing._replace(count_LZE=count), even), 1)
 
 

@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moerec.config import MoEConfig
 from moerec.errors import InputError
-from moerec.nn.moe.all_to_all import Exchange
-from moerec.nn.moe.expert_parallel import size_exchange
-from moerec.nn.moe.experts import DomainExperts, Request
+from moerec.nn.moe.all_to_all import AllToAll
+from moerec.nn.moe.expert_parallel import size_buffers
+from moerec.nn.moe.experts import DomainExperts, RouterInputs
 from moerec.nn.sharding import ROW_AXES, make_mesh, param_shardings
 from pallas_kernels.dispatch import make_plan
 from tests.small_model import fill, make_config
@@ -21,7 +21,7 @@ from tests.small_model import fill, make_config
 N_SERVICES, D, B, T = 3, 8, 8, 5
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 4, 1), (2, 4, 1), (2, 2, 2)]
 MOE = MoEConfig(layers=(0,), n_per_group=2, d_expert=4, n_active=2, tile=4)
-STRATEGIES = ("ring", "all_to_all", "ragged_all_to_all")
+STRATEGIES = ("all_gather", "all_to_all", "ragged_all_to_all")
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +53,13 @@ def draw_layer(moe: MoEConfig = MOE, skew: float = 0.0):
     real = rng.random((B, T)) < 0.8
     domain = np.where(real, rng.integers(-1, N_SERVICES, (B, T)), -1).astype(np.int32)
     log_domain = jnp.asarray(np.log(rng.dirichlet(np.ones(N_SERVICES), (B, T))), jnp.float32)
-    return layer, x, Request(log_domain, jnp.asarray(domain), jnp.asarray(real))
+    return layer, x, RouterInputs(log_domain, jnp.asarray(domain), jnp.asarray(real))
 
 
 def answer_densely(layer, x, request):
     """All experts over all rows, in one einsum each; nothing of ours but the weights."""
     logit = jnp.einsum("btd,ed->bte", x, layer.router_ED[...])
-    logit += jnp.einsum("btz,ez->bte", request.log_domain_BTZ, layer.lift_EZ[...])
+    logit += jnp.einsum("btz,ez->bte", request.log_domain_BTZ, layer.w_domain_EZ[...])
     p = jnp.exp(logit) / jnp.sum(jnp.exp(logit), axis=-1, keepdims=True)
     score = jax.lax.stop_gradient(logit + layer.bias_E[...])
     chosen = jnp.sum(score[..., None, :] > score[..., :, None], axis=-1) < layer.moe.n_active
@@ -173,15 +173,15 @@ def exchange_on_mesh(expert_SA, n, n_send, n_receive, rows_SD, ragged):
 
     def body(expert_SA, rows_SD):
         plan = make_plan(expert_SA, n, tile=1)
-        exchange = Exchange("expert", n, n_send, n_receive, plan.row_P.shape[0], ragged)
-        traffic = exchange.plan(plan)
+        transport = AllToAll("expert", n, n_send, n_receive, plan.row_P.shape[0], ragged)
+        transfers = transport.plan(plan)
         rows_P = jnp.where(plan.used_P[:, None], rows_SD[plan.row_P], 0)
-        arrived, pull_there = jax.vjp(lambda r: exchange.there(r, traffic), rows_P)
-        returned, pull_back = jax.vjp(lambda r: exchange.back(r, traffic), arrived)
+        arrived, pull_there = jax.vjp(lambda r: transport.dispatch(r, transfers), rows_P)
+        returned, pull_back = jax.vjp(lambda r: transport.combine(r, transfers), arrived)
         pulled = (pull_back(rows_P)[0], pull_there(arrived)[0])
-        back = jnp.where(plan.kept_TA[..., None], returned[plan.place_TA], 0)
-        drops = jnp.stack([traffic.sender_drops, traffic.receiver_drops])
-        return jax.tree.map(lambda a: a[None], (arrived, back, drops, pulled))
+        combine = jnp.where(plan.kept_TA[..., None], returned[plan.place_TA], 0)
+        drops = jnp.stack([transfers.sender_drops, transfers.receiver_drops])
+        return jax.tree.map(lambda a: a[None], (arrived, combine, drops, pulled))
 
     spec = PartitionSpec("expert")
     return jax.jit(
@@ -196,7 +196,7 @@ def test_what_arrives_and_what_is_dropped_is_counted_row_by_row(n_send, n_receiv
     rng = np.random.default_rng(n_send)
     expert_SA = rng.choice(n + 1, (n * n_rows, 2), p=[0.5, 0.2, 0, 0.2, 0.1]).astype(np.int32)  # n is nowhere
     rows_SD = rng.standard_normal((n * n_rows, 3)).astype(np.float32)
-    arrived, back, drops, (pulled_back, pulled_there) = exchange_on_mesh(
+    arrived, combine, drops, (pulled_back, pulled_there) = exchange_on_mesh(
         expert_SA, n, n_send, n_receive, rows_SD, ragged
     )
     kept = np.zeros(expert_SA.shape, bool)
@@ -217,7 +217,9 @@ def test_what_arrives_and_what_is_dropped_is_counted_row_by_row(n_send, n_receiv
         padded[: len(expected)] = expected or padded[:0]
         np.testing.assert_array_equal(arrived[receiver], padded)
     np.testing.assert_array_equal(drops, np.stack([sender_drops, receiver_drops], axis=1))
-    np.testing.assert_array_equal(np.reshape(back, (n * n_rows, 2, 3)), np.where(kept[..., None], rows_SD[:, None], 0))
+    np.testing.assert_array_equal(
+        np.reshape(combine, (n * n_rows, 2, 3)), np.where(kept[..., None], rows_SD[:, None], 0)
+    )
     # The transposes: what is pulled back through one way is what the other way brings.
     np.testing.assert_array_equal(pulled_back, arrived)
     total = float(np.sum(np.square(pulled_there)))
@@ -240,7 +242,7 @@ def test_dropped_assignments_add_nothing_and_are_counted_in_the_layer():
 
 
 def test_buffers_hold_everything_unless_they_are_bounded():
-    assert size_exchange(100, 2, 4, 8, MOE) == (200, 1600)
-    assert size_exchange(100, 2, 1, 8, MOE) == (100, 800)  # a row goes to one expert once
+    assert size_buffers(100, 2, 4, 8, MOE) == (200, 1600)
+    assert size_buffers(100, 2, 1, 8, MOE) == (100, 800)  # a row goes to one expert once
     bounded = dataclasses.replace(MOE, send_factor=2.0, receive_factor=1.5)
-    assert size_exchange(100, 2, 4, 8, bounded) == (50, 300)
+    assert size_buffers(100, 2, 4, 8, bounded) == (50, 300)

@@ -9,7 +9,7 @@ from moerec.config import ModelConfig, MoEConfig
 from moerec.errors import InputError
 from moerec.nn.block import split_layers
 from moerec.nn.layers import SwiGLU
-from moerec.nn.moe.experts import DomainExperts, Request, count_experts
+from moerec.nn.moe.experts import DomainExperts, RouterInputs, count_experts
 from tests.nn import numpy_model as oracle
 from tests.small_model import SIZES, fill, make_batch, make_config, make_model, make_table, worst_gap
 
@@ -34,7 +34,7 @@ def draw_layer(moe: MoEConfig, n_slots: int = 11, seed: int = 0):
     real = np.arange(n_slots)[None] < n_slots - 2
     domain = np.where(real, rng.integers(-1, N_SERVICES, (1, n_slots)), -1).astype(np.int32)
     log_domain = np.log(rng.dirichlet(np.ones(N_SERVICES), (1, n_slots))).astype(np.float32)
-    return layer, x, Request(log_domain, domain, real)
+    return layer, x, RouterInputs(log_domain, domain, real)
 
 
 @jax.jit
@@ -73,7 +73,7 @@ def test_the_sums_are_those_of_the_slots_that_have_a_domain():
     probability, count, square = np.zeros((N_SERVICES, 8)), np.zeros((N_SERVICES, 8)), 0.0
     for t, z in enumerate(request.domain_BT[0]):
         if z >= 0:
-            logits = w["router_ED"] @ x[0, t] + w["lift_EZ"] @ request.log_domain_BTZ[0, t]
+            logits = w["router_ED"] @ x[0, t] + w["w_domain_EZ"] @ request.log_domain_BTZ[0, t]
             probability[z] += oracle.softmax(logits)
             count[z, np.argsort(-(logits + w["bias_E"]))[:2]] += 1
             square += np.log(np.sum(np.exp(logits))) ** 2
@@ -85,7 +85,7 @@ def test_the_sums_are_those_of_the_slots_that_have_a_domain():
 
 def permute(layer: DomainExperts, order: np.ndarray) -> DomainExperts:
     layer = jax.tree.map(lambda leaf: leaf, layer)
-    for name in ("router_ED", "lift_EZ", "bias_E", "gate_EDF", "up_EDF", "down_EFD"):
+    for name in ("router_ED", "w_domain_EZ", "bias_E", "gate_EDF", "up_EDF", "down_EFD"):
         weight = getattr(layer, name)
         weight[...] = weight[...][order]
     return layer

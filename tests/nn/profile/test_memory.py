@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerec.nn.profile import Event, Request, Sizes, delta_memory, ema_memory, low_rank_memory, null
+from moerec.nn.profile import Event, MemorySizes, ProfileRequest, delta_memory, ema_memory, low_rank_memory, null
 from moerec.nn.profile.memory import LEAST_HOURS, MOST_GAIN, MOST_HOURS, decay_rates
-from moerec.nn.profile.recurrence import Writes, accumulate_elapsed, chunked_before, scan_before
+from moerec.nn.profile.recurrence import Writes, accumulate_elapsed, chunked_exclusive_scan, exclusive_scan
 from moerec.types import NO_TIME
 from tests.small_model import fill, worst_gap
 
-SIZES = Sizes(d_model=6, n_aspects=2, n_scales=2, d_memory=3, field_sizes=(3, 2), rank=3)
+SIZES = MemorySizes(d_model=6, n_aspects=2, n_scales=2, d_memory=3, field_sizes=(3, 2), rank=3)
 MEMORIES = {"ema": ema_memory, "delta": delta_memory, "low_rank": low_rank_memory}
 LENGTHS = (1, 5, 1, 9, 4)
 HOUR, YEAR = 3600, 31_557_600
@@ -27,7 +27,7 @@ def make_params(name: str):
 
 
 def draw_row(seed: int, lengths=LENGTHS):
-    """Events of people one after the other in a row: times from minutes to years apart, some of them unknown."""
+    """Events of users one after the other in a row: times from minutes to years apart, some of them unknown."""
     rng = np.random.default_rng(seed)
     first = np.concatenate([np.arange(n) == 0 for n in lengths])
     gaps = np.exp(rng.uniform(np.log(60), np.log(YEAR), len(first))).astype(np.int64)
@@ -74,10 +74,10 @@ def remember_by_hand(name: str, params, event: Event, first: np.ndarray):
 
 @pytest.mark.parametrize("name", MEMORIES)
 @pytest.mark.parametrize("chunk", [3, 8, 64])
-def test_a_packed_row_holds_the_states_of_each_person_alone(name, chunk):
+def test_a_packed_row_holds_the_states_of_each_user_alone(name, chunk):
     params = make_params(name)
     event, first = draw_row(1)
-    states = jax.jit(lambda p, e, f: MEMORIES[name](SIZES, chunk).unroll(p, e, f))(params, event, first)
+    states = jax.jit(lambda p, e, f: MEMORIES[name](SIZES, chunk).prefix_states(p, e, f))(params, event, first)
     for t, (memory, last, n) in enumerate(remember_by_hand(name, params, event, first)):
         np.testing.assert_allclose(states.memory_MP[t], memory, atol=1e-5 * max(np.abs(memory).max(), 1))
         assert (states.time[t], states.n_events[t]) == (last, n)
@@ -88,8 +88,8 @@ def test_serving_keeps_the_state_that_training_saw(name):
     personalizer = {**MEMORIES, "null": null}[name](SIZES)
     params = () if name == "null" else make_params(name)
     event, first = draw_row(2)
-    states = jax.jit(personalizer.unroll)(params, event, first)
-    observe = jax.jit(personalizer.observe)
+    states = jax.jit(personalizer.prefix_states)(params, event, first)
+    update = jax.jit(personalizer.update)
     state = personalizer.init_user()
     for t in range(len(first)):
         state = personalizer.init_user() if first[t] else state
@@ -97,34 +97,34 @@ def test_serving_keeps_the_state_that_training_saw(name):
         assert states.n_events[t] == state.n_events
         if name != "null":
             assert states.time[t] == state.time
-        state = observe(params, state, jax.tree.map(lambda x, t=t: x[t], event))
+        state = update(params, state, jax.tree.map(lambda x, t=t: x[t], event))
 
 
 @settings(max_examples=10)
 @given(st.integers(0, 99), st.integers(1, 11), st.sampled_from([*MEMORIES, "null"]))
 def test_a_row_that_goes_on_from_a_state_is_the_rest_of_the_whole_one(seed, cut, name):
-    """Values, and gradients with respect to what came before, of a first person cut anywhere and a second one."""
+    """Values, and gradients with respect to what came before, of a first user cut anywhere and a second one."""
     personalizer = {**MEMORIES, "null": null}[name](SIZES, 3)
     params = () if name == "null" else make_params(name)
     event, first = draw_row(seed, (12, 3))
-    unroll, observe = jax.jit(personalizer.unroll), jax.jit(personalizer.observe)
+    prefix_states, update = jax.jit(personalizer.prefix_states), jax.jit(personalizer.update)
 
     def go_on(x_D):
         start = personalizer.init_user()
         for t in range(cut):
-            start = observe(params, start, Event(x_D[t], event.time[t]))
+            start = update(params, start, Event(x_D[t], event.time[t]))
         rest = jax.tree.map(lambda leaf: leaf[cut:], event._replace(x_D=x_D))
         is_first = jnp.asarray(first[cut:]).at[0].set(True)  # of the row, whoever goes on in it
-        return unroll(params, rest, is_first, start)
+        return prefix_states(params, rest, is_first, start)
 
-    whole = unroll(params, event, first)
+    whole = prefix_states(params, event, first)
     for found, expected in zip(go_on(event.x_D), whole, strict=True):
         np.testing.assert_allclose(found, expected[cut:], atol=2e-5)
     slopes = [
         jax.grad(lambda x_D, run=run: jnp.sum(run(x_D).memory_MP ** 2))(event.x_D)
         for run in (
             go_on,
-            lambda x: jax.tree.map(lambda leaf: leaf[cut:], unroll(params, event._replace(x_D=x), first)),
+            lambda x: jax.tree.map(lambda leaf: leaf[cut:], prefix_states(params, event._replace(x_D=x), first)),
         )
     ]
     np.testing.assert_allclose(*slopes, atol=1e-3 * max(np.abs(slopes[1]).max(), 1))
@@ -146,7 +146,7 @@ def value_and_slopes(chunk: int | None):
 
     def total(rate, keep, gain, value, elapsed, first, cotangent):
         writes = Writes(elapsed, rate, keep, gain, value, first)
-        out = scan_before(writes) if chunk is None else chunked_before(writes, chunk)
+        out = exclusive_scan(writes) if chunk is None else chunked_exclusive_scan(writes, chunk)
         return jnp.sum(out * cotangent), out
 
     return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))
@@ -177,7 +177,7 @@ def test_a_long_gap_costs_no_digits_afterwards():
         accumulate_elapsed(time, first), np.array([0.7], np.float32), np.zeros((5, 1), np.float32), value, value, first
     )
     last = 1 + np.exp(-0.7 / 60)
-    for before in (chunked_before, scan_before):
+    for before in (chunked_exclusive_scan, exclusive_scan):
         np.testing.assert_allclose(before(writes)[:, 0, 0], [0, 1, 1 + np.exp(-0.7 * 10 / 3600), 1, last], rtol=1e-6)
 
 
@@ -191,21 +191,21 @@ def test_half_lives_stay_within_their_bounds(x):
 def test_without_events_a_memory_is_forgotten_at_its_half_life():
     personalizer, params = ema_memory(SIZES), make_params("ema")
     event, _ = draw_row(3)
-    state = personalizer.observe(params, personalizer.init_user(), Event(event.x_D[0], jnp.int32(0)))
+    state = personalizer.update(params, personalizer.init_user(), Event(event.x_D[0], jnp.int32(0)))
     half_life = float(np.log(2) / decay_rates(params)[1])
     later = Event(jnp.asarray(event.x_D[1]), jnp.int32(round(half_life * HOUR)))
     after = (
-        personalizer.observe(params, state, later).memory_MP
-        - personalizer.observe(params, personalizer.init_user(), later).memory_MP
+        personalizer.update(params, state, later).memory_MP
+        - personalizer.update(params, personalizer.init_user(), later).memory_MP
     )
     np.testing.assert_allclose(after[1], state.memory_MP[1] / 2, rtol=1e-4)
 
 
-def form_slots(personalizer, params, condition) -> np.ndarray:
+def form_slots(personalizer, params, read_state) -> np.ndarray:
     """The memory slots as vectors `[M, D]`."""
     base_MD, mass_WD, read_PD = (part[:, 0] for part in personalizer.basis(params))
-    written = condition.mean_WP @ read_PD + condition.evidence_W[:, None] * mass_WD
-    return np.asarray(base_MD + np.concatenate([written, condition.field_D[None]]))
+    written = read_state.mean_WP @ read_PD + read_state.evidence_W[:, None] * mass_WD
+    return np.asarray(base_MD + np.concatenate([written, read_state.field_D[None]]))
 
 
 @pytest.mark.parametrize("name", MEMORIES)
@@ -213,18 +213,18 @@ def test_a_condition_knows_what_is_known(name):
     personalizer, params = MEMORIES[name](SIZES), make_params(name)
     nobody = personalizer.init_user()
     event, _ = draw_row(4)
-    somebody = personalizer.observe(params, nobody, Event(event.x_D[0], jnp.int32(100)))
+    somebody = personalizer.update(params, nobody, Event(event.x_D[0], jnp.int32(100)))
     nothing, fields = np.zeros(2, np.int32), np.array([2, 0], np.int32)
 
-    def condition(state, time, codes):
-        return personalizer.condition(params, state, Request(jnp.int32(time), codes))
+    def read_state(state, time, codes):
+        return personalizer.read(params, state, ProfileRequest(jnp.int32(time), codes))
 
-    np.testing.assert_array_equal(condition(nobody, 200, nothing).summary_D, np.zeros(6))
-    for known in (condition(nobody, 200, fields), condition(somebody, 200, nothing)):
+    np.testing.assert_array_equal(read_state(nobody, 200, nothing).summary_D, np.zeros(6))
+    for known in (read_state(nobody, 200, fields), read_state(somebody, 200, nothing)):
         assert np.abs(known.summary_D).max() > 1e-3
 
     def slots(state, time):
-        return form_slots(personalizer, params, condition(state, time, nothing))
+        return form_slots(personalizer, params, read_state(state, time, nothing))
 
     late, later = (slots(somebody, t) for t in (200, 200 + 20 * YEAR))
     empty = slots(nobody, 200)
@@ -250,10 +250,10 @@ def test_slots_are_means_of_what_was_written_by_hand(name):
     written = written.reshape(4, -1) + np.log1p(mass).reshape(4, 1) * w["mass_MD"]
     fields = w["field_XD"][2] + w["field_XD"][3 + 1]
     expected = w["slot_MD"] + np.concatenate([written, fields[None]])
-    states = personalizer.unroll(params, event, first)
+    states = personalizer.prefix_states(params, event, first)
     state = jax.tree.map(lambda x: x[-1], states)
-    request = Request(jnp.int32(int(last) + int(hours * HOUR)), np.array([2, 1], np.int32))
-    found = personalizer.condition(params, state, request)
+    request = ProfileRequest(jnp.int32(int(last) + int(hours * HOUR)), np.array([2, 1], np.int32))
+    found = personalizer.read(params, state, request)
     np.testing.assert_allclose(form_slots(personalizer, params, found), expected, atol=1e-5)
     np.testing.assert_allclose(found.summary_D, expected.mean(axis=0), atol=1e-5)
 
@@ -263,7 +263,7 @@ def test_memory_of_the_training_pass_grows_linearly_with_the_slots():
         shapes = jax.eval_shape(lambda: draw_shapes(t))
 
         def total(keep, gain, value, elapsed, first):
-            return jnp.sum(chunked_before(Writes(elapsed, jnp.ones(4), keep, gain, value, first)) ** 2)
+            return jnp.sum(chunked_exclusive_scan(Writes(elapsed, jnp.ones(4), keep, gain, value, first)) ** 2)
 
         compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes

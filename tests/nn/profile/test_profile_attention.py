@@ -11,10 +11,10 @@ import pytest
 
 from moerec.config import ModelConfig, MoEConfig, PersonalConfig
 from moerec.errors import InputError
-from moerec.nn.attention import PersonalBias, View, rotate
+from moerec.nn.attention import ProfileAttention, ProfileContext, rotate
 from moerec.nn.block import split_layers
 from moerec.nn.model import SequenceModel
-from moerec.nn.profile import Basis, Slots
+from moerec.nn.profile import Basis, ProfileMemory
 from moerec.nn.temporal import N_GAPS
 from moerec.types import NO_TIME
 from pallas_kernels.attention import attend_few, attend_prefix
@@ -71,7 +71,7 @@ def make_sequences() -> list[list[dict]]:
 
 
 @pytest.mark.parametrize("memory", ["ema", "delta", "low_rank"])
-def test_packed_people_have_the_states_of_each_alone(memory):
+def test_packed_users_have_the_states_of_each_alone(memory):
     model = make_model(make_personal(memory=memory))
     rows = make_sequences()
     packed = encode(model, lay([*rows, *[[]] * 3], 12))
@@ -80,7 +80,7 @@ def test_packed_people_have_the_states_of_each_alone(memory):
     assert_packed_is_alone(packed.relevance_BTM, alone.relevance_BTM, rows, atol=2e-5)
 
 
-def test_a_slot_reaches_only_later_states_of_its_person():
+def test_a_slot_reaches_only_later_states_of_its_user():
     model = make_model(make_personal())
     batch = lay(make_sequences(), 12)
     before = np.asarray(encode(model, batch).state_BTD)
@@ -129,7 +129,7 @@ def test_what_lies_before_the_window_is_still_remembered():
         ("query_scale", "attention.personal.query_scale_DNH"),
         ("time_bias", "attention.personal.time_bias_NR"),
         ("pair_bias", "attention.personal.pair_NZZ"),
-        ("route", "ffn.slot_lift_EM"),
+        ("route", "ffn.w_profile_EM"),
     ],
 )
 def test_each_part_has_its_switch(switch, name):
@@ -141,17 +141,17 @@ def test_each_part_has_its_switch(switch, name):
     assert any(found.endswith(name) for found in names(on) - names(off))
 
 
-def draw_slots(rng, shape: tuple[int, ...], m: int, d: int, p: int = 3) -> Slots:
+def draw_slots(rng, shape: tuple[int, ...], m: int, d: int, p: int = 3) -> ProfileMemory:
     shared = Basis(*(rng.standard_normal((rows, 1, d)) for rows in (m, m - 1, p)))
     own = (
         rng.standard_normal((*shape, m - 1, p)),
         rng.standard_normal((*shape, m - 1)),
         rng.standard_normal((*shape, 1, d)),
     )
-    return Slots(shared, *own)
+    return ProfileMemory(shared, *own)
 
 
-def form_slots(slots: Slots):
+def form_slots(slots: ProfileMemory):
     """The memory slots as vectors `[X, M, D]`; works on JAX's arrays and numpy's."""
     base, mass, read = (part[:, 0] for part in slots.basis)
     written = slots.mean_XWP @ read + slots.evidence_XW[..., None] * mass
@@ -223,7 +223,7 @@ def test_slots_without_fields_are_those_with_nothing_in_them():
 SEGMENT_9 = np.array([1, 1, 1, 2, 2, 2, 2, 2, 0], np.int32)
 
 
-def attend_by_hand(w, q, k, v, view: View, window: int, own_only: bool):
+def attend_by_hand(w, q, k, v, view: ProfileContext, window: int, own_only: bool):
     """One row, one head and slot at a time, in float64; slots' places are their order in the row."""
     t, n, h = q.shape
     out, all_slots = np.zeros_like(q), form_slots(view.slots)
@@ -260,11 +260,11 @@ def softmax(x) -> np.ndarray:
 @pytest.mark.parametrize("own_only", [False, True])
 def test_attention_is_that_of_loops_in_value_and_gradient(own_only):
     config = make_personal(window=4, other_services=not own_only)
-    module = fill(jax.eval_shape(lambda: PersonalBias(jax.random.key(0), config, SIZES.n_services)))
+    module = fill(jax.eval_shape(lambda: ProfileAttention(jax.random.key(0), config, SIZES.n_services)))
     rng = np.random.default_rng(1)
     t, n, k, h, d, m = 9, config.n_heads, config.n_kv_heads, config.d_head, config.d_model, 3
     time = np.cumsum(rng.integers(0, 10**6, t)) * rng.integers(0, 2, t)
-    view = View(
+    view = ProfileContext(
         time_BT=np.where(rng.random((1, t)) < 0.2, NO_TIME, time).astype(np.int32),
         service_BT=rng.integers(0, SIZES.n_services, (1, t)).astype(np.int32),
         slots=draw_slots(rng, (1, t), m, d),
@@ -275,8 +275,8 @@ def test_attention_is_that_of_loops_in_value_and_gradient(own_only):
     cotangent = rng.standard_normal((1, t, n, h))
 
     def total(module, q, key, value, summary, *slots):
-        # Times that do not rise within a person, too: the gap is then none.
-        seen = view._replace(slots=Slots(Basis(*slots[:3]), *slots[3:]), summary_BTD=summary)
+        # Times that do not rise within a user, too: the gap is then none.
+        seen = view._replace(slots=ProfileMemory(Basis(*slots[:3]), *slots[3:]), summary_BTD=summary)
         place = 5 + np.arange(t, dtype=np.int32)[None]  # from anywhere: distances alone matter
         q, key, value = (x.astype(jnp.float32) for x in (q, key, value))
         q = module.scale(q, seen)
@@ -287,7 +287,7 @@ def test_attention_is_that_of_loops_in_value_and_gradient(own_only):
     gradients, out = jax.jit(jax.grad(total, argnums=tuple(range(11)), has_aux=True))(module, *inputs)
 
     def by_hand(w):
-        slots = Slots(Basis(w["base"], w["mass"], w["slot_read"]), w["mean"], w["evidence"], w["field"])
+        slots = ProfileMemory(Basis(w["base"], w["mass"], w["slot_read"]), w["mean"], w["evidence"], w["field"])
         seen = view._replace(slots=slots, summary_BTD=w["summary"])
         return attend_by_hand(w, w["q"][0], w["k"][0], w["v"][0], seen, 4, own_only)
 

@@ -1,6 +1,6 @@
-"""Who is in the store: ids, their rows and versions. people.bin and ids.bin on disk, a table and a dict in memory.
+"""Who is in the store: ids, their rows and versions. users.bin and ids.bin on disk, a table and a dict in memory.
 
-A row is a person's place in every array. A deleted person's row, and room in ids.bin, go to a later one.
+A row is a user's place in every array. A deleted user's row, and room in ids.bin, go to a later one.
 """
 
 import dataclasses
@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 
 from moerec.errors import InputError, WorkError
-from moerec.serve.profile_store.journal import Write
+from moerec.serve.profile_store.journal import FileWrite
 
-PEOPLE = "people.bin"
+USERS = "users.bin"
 IDS = "ids.bin"
 _HEAD_BYTES = 64
 # `sequence` counts the committed batches; `n_rows` rows are or were in use; the ids take `n_id_bytes`.
 _HEAD = np.dtype([("sequence", "<u8"), ("n_rows", "<u8"), ("n_id_bytes", "<u8")])
-# `birth` is the sequence number that the person came with, 0 in a free row: it tells another process that a row has
+# `birth` is the sequence number that the user came with, 0 in a free row: it tells another process that a row has
 # changed hands. The id is `length` bytes at `start`, where `room` bytes are the row's own.
 _ROW = np.dtype([("version", "<u8"), ("birth", "<u8"), ("start", "<u8"), ("length", "<u4"), ("room", "<u4")])
 
 
 class VersionConflict(WorkError):
-    """Another writer was faster: a person's version is not the expected one. Nothing was written."""
+    """Another writer was faster: a user's version is not the expected one. Nothing was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Change:
     Attributes:
       head: `_HEAD` after it.
       rows: int64 [P], ascending; records are `_ROW` [P] of them after it.
-      ids: [P], of the same order; None for a person who goes.
+      ids: [P], of the same order; None for a user who goes.
       writes: the same for the files.
     """
 
@@ -42,10 +42,10 @@ class Change:
     rows: np.ndarray
     records: np.ndarray
     ids: Sequence[str | None]
-    writes: list[Write]
+    writes: list[FileWrite]
 
 
-class People:
+class Users:
     """The table of one open store; `refresh` under the lock makes it that of the disk."""
 
     def __init__(self, folder: Path):
@@ -57,7 +57,7 @@ class People:
 
     @staticmethod
     def create(folder: Path) -> None:
-        (folder / PEOPLE).write_bytes(bytes(_HEAD_BYTES))
+        (folder / USERS).write_bytes(bytes(_HEAD_BYTES))
         (folder / IDS).write_bytes(b"")
 
     def __len__(self) -> int:
@@ -77,21 +77,21 @@ class People:
         versions[rows >= 0] = self._table["version"][rows[rows >= 0]]
         return versions
 
-    def list_people(self) -> tuple[list[str], np.ndarray]:
+    def list_users(self) -> tuple[list[str], np.ndarray]:
         """All ids, by row, and their rows int64 [N]."""
         rows = np.flatnonzero(self._table["version"][: self.n_rows])
         return [name for name in self._ids if name is not None], rows
 
     def refresh(self) -> None:
         """Takes over what other processes have changed. Raises WorkError where the files are cut."""
-        with (self._folder / PEOPLE).open("rb") as file:
+        with (self._folder / USERS).open("rb") as file:
             head = np.fromfile(file, _HEAD, 1)
             if len(head) and head[0]["sequence"] == self._head["sequence"]:
                 return
             file.seek(_HEAD_BYTES)
             table = np.fromfile(file, _ROW, int(head[0]["n_rows"]) if len(head) else 0)
         if not len(head) or len(table) != head[0]["n_rows"]:
-            raise WorkError(f"{self._folder / PEOPLE}: is cut short")
+            raise WorkError(f"{self._folder / USERS}: is cut short")
         before = np.zeros(len(table), np.uint64)
         n_known = min(self.n_rows, len(table))
         before[:n_known] = self._table["birth"][:n_known]
@@ -103,13 +103,13 @@ class People:
     def plan_update(self, ids: Sequence[str], expected: np.ndarray | None) -> tuple[Change, np.ndarray]:
         """The change that gives each of `ids` the next version, and the order of `ids` that its rows have, int64 [P].
 
-        Raises VersionConflict where a version is not `expected` (int64 [P]; 0 for a person who is not there).
+        Raises VersionConflict where a version is not `expected` (int64 [P]; 0 for a user who is not there).
         """
         rows = self.find(ids)
         versions = self.versions(rows)
         if expected is not None and (versions != expected).any():
             k = int(np.argmax(versions != expected))
-            raise VersionConflict(f"person {ids[k]!r}: the version is {versions[k]}, not the expected {expected[k]}")
+            raise VersionConflict(f"user {ids[k]!r}: the version is {versions[k]}, not the expected {expected[k]}")
         new = np.flatnonzero(rows < 0)
         rows[new] = self._allocate(len(new))
         order = np.argsort(rows)
@@ -141,7 +141,7 @@ class People:
         self._table[change.rows] = change.records
         self._head = change.head  # last, as in `refresh`
 
-    def _make_change(self, rows, records, ids, n_id_bytes: int, writes: list[Write]) -> Change:
+    def _make_change(self, rows, records, ids, n_id_bytes: int, writes: list[FileWrite]) -> Change:
         head = self._head.copy()
         head["sequence"] += np.uint64(1)
         head["n_rows"] = max(self.n_rows, int(rows[-1]) + 1)
@@ -149,10 +149,10 @@ class People:
         offsets = np.concatenate([[0], _HEAD_BYTES + _ROW.itemsize * rows])
         lengths = np.array([_HEAD.itemsize] + [_ROW.itemsize] * len(rows), np.int64)
         data = np.frombuffer(head.tobytes() + records.tobytes(), np.uint8)
-        return Change(head, rows, records, ids, [Write(PEOPLE, offsets, lengths, data), *writes])
+        return Change(head, rows, records, ids, [FileWrite(USERS, offsets, lengths, data), *writes])
 
     def _allocate(self, n: int) -> np.ndarray:
-        """Rows for n new people: free ones first."""
+        """Rows for n new users: free ones first."""
         free = np.zeros(0, np.int64)
         if len(self) < self.n_rows:
             free = np.flatnonzero(self._table["version"][: self.n_rows] == 0)[:n]
@@ -179,12 +179,12 @@ class People:
         return end + int(sizes.sum())
 
     @staticmethod
-    def _write_ids(records: np.ndarray, texts: list[bytes]) -> Write:
+    def _write_ids(records: np.ndarray, texts: list[bytes]) -> FileWrite:
         starts = records["start"].astype(np.int64)
         order = np.argsort(starts, kind="stable")
         lengths = np.array([len(texts[k]) for k in order.tolist()], np.int64)
         data = b"".join([texts[k] for k in order.tolist()])
-        return Write(IDS, starts[order], lengths, np.frombuffer(data, np.uint8))
+        return FileWrite(IDS, starts[order], lengths, np.frombuffer(data, np.uint8))
 
     def _read_ids(self, records: np.ndarray) -> list[str | None]:
         """Ids of `_ROW` [P] as they are on disk; None for free rows."""
@@ -202,9 +202,9 @@ class People:
         return [heap[lo:hi].decode() if birth else None for (lo, hi), birth in zip(bounds, births, strict=True)]
 
     def _take_ids(self, rows: np.ndarray, ids: Sequence[str | None], n_rows: int) -> None:
-        """Gives rows to other people, or to nobody. Doing so again, also after half of it, does no harm."""
+        """Gives rows to other users, or to nobody. Doing so again, also after half of it, does no harm."""
         self._ids += [None] * (n_rows - len(self._ids))
-        for row in rows.tolist():  # all go before any comes: a person may have moved to another row
+        for row in rows.tolist():  # all go before any comes: a user may have moved to another row
             old = self._ids[row]
             if old is not None:
                 self._row_of.pop(old, None)
@@ -222,9 +222,9 @@ def check_ids(ids: Any) -> list[str]:
     found: list[str] = []
     for name in ids:
         if not isinstance(name, str):
-            raise InputError(f"person {name!r}: an id must be a string, not {type(name).__name__}")
+            raise InputError(f"user {name!r}: an id must be a string, not {type(name).__name__}")
         if "\0" in name:  # arrays of strings cannot hold it at the end
-            raise InputError(f"person {name!r}: an id must not contain a zero character")
+            raise InputError(f"user {name!r}: an id must not contain a zero character")
         found.append(str(name))
     return found
 
@@ -235,10 +235,10 @@ def check_unique_ids(ids: Any) -> list[str]:
     seen: set[str] = set()
     for name in found:
         if name in seen:
-            raise InputError(f"person {name!r} is twice in the batch")
+            raise InputError(f"user {name!r} is twice in the batch")
         seen.add(name)
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise InputError(f"person {name!r}: the id is no valid Unicode text") from None
+            raise InputError(f"user {name!r}: the id is no valid Unicode text") from None
     return found

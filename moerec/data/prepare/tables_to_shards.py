@@ -1,8 +1,8 @@
-"""Tables to a prepared folder, streaming: batch by batch into codes, the codes onto disk by blocks of people, block by
+"""Tables to a prepared folder, streaming: batch by batch into codes, the codes onto disk by blocks of users, block by
 block into shards.
 
 Peak memory: one batch of the columns in use, about 150 bytes for each different user and item, the texts of the item
-table, the profiles, and one block of `spill.PEOPLE_PER_BLOCK` people's events while it is sorted.
+table, the profiles, and one block of `spill.USERS_PER_BLOCK` users's events while it is sorted.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from moerec.data.dataset import TOTAL, UNKNOWN_TIME
 from moerec.data.prepare import row_validation as defects
 from moerec.data.prepare import spill
 from moerec.data.prepare.row_validation import DefectLog, RowCheck
-from moerec.data.prepare.tables import Batch, Table, read_batches
+from moerec.data.prepare.tables import RowBatch, SourceTable, read_batches
 from moerec.data.prepare.vocab import (
     MAX_CODE,
-    Codes,
+    IdVocab,
     ItemCodes,
     item_service,
     open_tables,
@@ -45,10 +45,10 @@ class PrepareReport:
     """
 
     folder: str
-    n_people: int
+    n_users: int
     n_items: int
     n_events: int
-    services: dict[str, dict[str, int]]  # name -> people, items, events
+    services: dict[str, dict[str, int]]  # name -> users, items, events
     quarantined: dict[str, dict[str, int]]
     wall_s: float
     replaced: bool
@@ -57,13 +57,13 @@ class PrepareReport:
 class InteractionCoder:
     """Checks the interaction rows and turns the good ones into coded events (`spill.event_dtype`)."""
 
-    def __init__(self, table: Table, config: DataConfig, items: ItemCodes | None, log: DefectLog):
+    def __init__(self, table: SourceTable, config: DataConfig, items: ItemCodes | None, log: DefectLog):
         self.table, self.schema, self.files, self.log = table, config.schema, config.tables, log
         schema = self.schema
         self.closed = items is not None
         self.items = items or ItemCodes()
-        self.people = Codes()
-        self.actions = Codes()
+        self.users = IdVocab()
+        self.actions = IdVocab()
         self.edges = schema.edges
         self.context = {column: _open_codes(self.edges.get(column)) for column in schema.context}
         self.dtype = spill.event_dtype(len(schema.context))
@@ -71,7 +71,7 @@ class InteractionCoder:
         self.text_columns = [column for column in dict.fromkeys(text) if column]
         self.columns = list(dict.fromkeys([*self.text_columns, *([schema.time] if schema.time else [])]))
 
-    def encode(self, batch: Batch) -> np.ndarray:
+    def encode(self, batch: RowBatch) -> np.ndarray:
         """`[good rows]` coded events, in the order of the rows."""
         schema = self.schema
         self.log.add_ragged(self.table, batch)
@@ -93,7 +93,7 @@ class InteractionCoder:
         events["row"], events["micros"] = check2.rows[check2.good], micros[check.good][check2.good]
         events["service"], events["item"] = service[check2.good], item[check2.good]
         values = {column: array.filter(pa.array(check2.good)) for column, array in values.items()}
-        events["person"] = self.people.encode(values[schema.user])
+        events["user"] = self.users.encode(values[schema.user])
         events["action"] = self._encode_narrow(self.actions, values, schema.action) if schema.action else 0
         for k, (column, codes) in enumerate(self.context.items()):
             is_numeric = column in ranges
@@ -130,42 +130,42 @@ class InteractionCoder:
         )  # fmt: skip
         return check, service, item
 
-    def _encode_narrow(self, codes: Codes, values: dict[str, pa.Array], column: str) -> np.ndarray:
+    def _encode_narrow(self, codes: IdVocab, values: dict[str, pa.Array], column: str) -> np.ndarray:
         found = codes.encode(values[column])
         if len(codes) > MAX_CODE:
             raise InputError(f"{self.table.label}, column {column}: more than {MAX_CODE} different values")
         return found
 
 
-def _open_codes(edges: tuple[float, ...] | None) -> Codes:
+def _open_codes(edges: tuple[float, ...] | None) -> IdVocab:
     """Codes of a context column: of "missing" alone, or, with edges, of all ranges too."""
     if edges is None:
-        return Codes({b"": 0})
-    return Codes({b"": 0} | {name.encode(): k for k, name in enumerate(name_ranges(edges), 1)})
+        return IdVocab({b"": 0})
+    return IdVocab({b"": 0} | {name.encode(): k for k, name in enumerate(name_ranges(edges), 1)})
 
 
 class _ServiceCounts:
-    """People and events of each service."""
+    """Users and events of each service."""
 
     def __init__(self, n_services: int):
-        self.people = np.zeros(n_services, np.int64)
+        self.users = np.zeros(n_services, np.int64)
         self.events = np.zeros(n_services, np.int64)
 
     def add(self, events: np.ndarray):
-        n = len(self.people)
-        person = (events["person"] - events["person"][0]).astype(np.int64)
-        counts = np.bincount(person * n + events["service"])
+        n = len(self.users)
+        user = (events["user"] - events["user"][0]).astype(np.int64)
+        counts = np.bincount(user * n + events["service"])
         pairs = np.pad(counts, (0, -len(counts) % n)).reshape(-1, n)
-        self.people += (pairs > 0).sum(0)
+        self.users += (pairs > 0).sum(0)
         self.events += pairs.sum(0)
 
 
 def describe(report: PrepareReport) -> str:
     """The report as lines of text."""
-    lines = [f"{'service':<16}{'people':>12}{'items':>12}{'events':>14}"]
+    lines = [f"{'service':<16}{'users':>12}{'items':>12}{'events':>14}"]
     rows = [*report.services.items()]
-    rows.append(("all", {"people": report.n_people, "items": report.n_items, "events": report.n_events}))
-    lines += [f"{name:<16}{n['people']:>12,}{n['items']:>12,}{n['events']:>14,}" for name, n in rows]
+    rows.append(("all", {"users": report.n_users, "items": report.n_items, "events": report.n_events}))
+    lines += [f"{name:<16}{n['users']:>12,}{n['items']:>12,}{n['events']:>14,}" for name, n in rows]
     lines += describe_quarantine(report.quarantined)
     done = "replaced what was prepared there," if report.replaced else "written"
     return "\n".join([*lines, f"{report.folder}: {done} in {report.wall_s:.1f} s"])
@@ -202,13 +202,13 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
             if tables.items:
                 table, column = tables.items, item_service(config.schema)
             raise InputError(f'{table.label}, column {column}: no service can be called "{TOTAL}"')
-        if not coder.people:
+        if not coder.users:
             log.check(tables.interactions)
             raise InputError(f"{tables.interactions.label}: no good row is left")
-        with shards.ShardWriter(folder, len(coder.people), config.n_shards) as writer:
+        with shards.ShardWriter(folder, len(coder.users), config.n_shards) as writer:
             lengths, counts = _write_events(events, coder, writer)
         log.check(tables.interactions)
-        profile = read_profiles(tables.users, config.schema, coder.people, log) if tables.users else {}
+        profile = read_profiles(tables.users, config.schema, coder.users, log) if tables.users else {}
         (folder / "spill").rmdir()
         log.write_quarantine(tables.all, folder / QUARANTINE)
         _write_tables(folder, coder, catalogue, lengths, profile)
@@ -219,11 +219,11 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
     sizes = np.diff(coder.items.offsets).tolist()
     return PrepareReport(
         folder=str(out),
-        n_people=meta.n_people,
+        n_users=meta.n_users,
         n_items=meta.n_items,
         n_events=meta.n_events,
         services={
-            name: {"people": int(counts.people[z]), "items": sizes[z], "events": int(counts.events[z])}
+            name: {"users": int(counts.users[z]), "items": sizes[z], "events": int(counts.events[z])}
             for z, name in enumerate(meta.services)
         },
         quarantined=log.counts,
@@ -252,19 +252,19 @@ def is_current(config: DataConfig, folder: Path) -> bool:
 def _write_events(
     events: spill.Spill, coder: InteractionCoder, writer: shards.ShardWriter
 ) -> tuple[np.ndarray, _ServiceCounts]:
-    """Sorts and writes block by block; returns `[people]` numbers of events."""
+    """Sorts and writes block by block; returns `[users]` numbers of events."""
     offsets = coder.items.offsets
     counts = _ServiceCounts(len(offsets) - 1)
     lengths = []
-    for first in range(0, len(coder.people), spill.PEOPLE_PER_BLOCK):
-        block = events.read(first // spill.PEOPLE_PER_BLOCK)
-        block = block[spill.order_by_person(block)]
+    for first in range(0, len(coder.users), spill.USERS_PER_BLOCK):
+        block = events.read(first // spill.USERS_PER_BLOCK)
+        block = block[spill.order_by_user(block)]
         if coder.files.duplicates == "refuse":
             block = _drop_duplicates(block, coder)
         if coder.log.failed:
             continue  # nothing will be kept, but the lowest bad row is still to be found
-        n = min(spill.PEOPLE_PER_BLOCK, len(coder.people) - first)
-        lengths.append(np.bincount(block["person"] - first, minlength=n))
+        n = min(spill.USERS_PER_BLOCK, len(coder.users) - first)
+        lengths.append(np.bincount(block["user"] - first, minlength=n))
         records = np.empty(len(block), shards.record_dtype(len(coder.context)))
         records["item"] = offsets[block["service"]] + block["item"]
         records["time"] = np.where(block["micros"] == UNKNOWN_TIME, UNKNOWN_TIME, block["micros"] // 1_000_000)
@@ -286,7 +286,11 @@ def _drop_duplicates(block: np.ndarray, coder: InteractionCoder) -> np.ndarray:
 
 
 def _write_tables(
-    folder: Path, coder: InteractionCoder, catalogue: pa.Table | None, lengths: np.ndarray, profile: dict[str, pa.Array]
+    folder: Path,
+    coder: InteractionCoder,
+    catalogue: pa.Table | None,
+    lengths: np.ndarray,
+    profile: dict[str, pa.Array],
 ):
     if catalogue is None:
         ids = pa.array([name for codes in coder.items.items for name in codes.names()], pa.string())
@@ -295,7 +299,7 @@ def _write_tables(
     else:
         columns = {name: catalogue[name] for name in ("id", "text", "attributes")}
     shards.write_items(folder, coder.items.services.names(), coder.items.offsets, columns)
-    shards.write_people(folder, pa.array(coder.people, pa.binary()).cast(pa.string()), lengths, profile)
+    shards.write_users(folder, pa.array(coder.users, pa.binary()).cast(pa.string()), lengths, profile)
 
 
 def _describe(
@@ -306,7 +310,7 @@ def _describe(
         actions=tuple(coder.actions.names()) or ("event",),
         context={column: tuple(codes.names()[1:]) for column, codes in coder.context.items()},
         profile=profile,
-        n_people=len(coder.people),
+        n_users=len(coder.users),
         n_events=n_events,
         n_items=int(coder.items.offsets[-1]),
         shards=files,
