@@ -22,7 +22,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench lock clean
+.PHONY: help demo test lint bench docs lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -44,6 +44,9 @@ bench: $(VENV)/.installed-$(VERSION)  ## slots a second of the step, the loader 
 	$(RUN) experiments.bench_experts
 	$(RUN) pallas_kernels.bench
 
+docs: $(VENV)/.installed-dev-$(VERSION)  ## build the documentation into site/; a broken link or a missing name is an error
+	$(RUN) mkdocs build --strict
+
 lock: $(VENV)/.created-$(VERSION)  ## write requirements.lock anew from pyproject.toml, with the newest versions
 	$(RUN) pip install --quiet --disable-pip-version-check uv
 	$(VENV)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --no-annotate \
@@ -51,8 +54,8 @@ lock: $(VENV)/.created-$(VERSION)  ## write requirements.lock anew from pyprojec
 	sed -i.old -e "s/ ; python_full_version < '3.13' and sys_platform == 'linux'$$//" \
 		-e "s/python_full_version < '3.13' and //; s/ and sys_platform == 'linux'$$//" requirements.lock && rm requirements.lock.old
 
-clean:  ## remove the environments and the tools' caches; runs/ stays
-	rm -rf .venv .venv-3.* .mypy_cache .pytest_cache .ruff_cache .hypothesis build moerec.egg-info
+clean:  ## remove the environments, the site and the tools' caches; runs/ stays
+	rm -rf .venv .venv-3.* .mypy_cache .pytest_cache .ruff_cache .hypothesis build site moerec.egg-info
 
 $(VENV)/.created-$(VERSION):
 	@test -n "$(VERSION)" || { echo "make: $(PYTHON) is neither Python 3.11 nor 3.12; say make PYTHON=/path/to/python" >&2; exit 2; }
