@@ -1,4 +1,4 @@
-"""Every figure of the results pages, of the configs' `Result:` lines and of the README is in a JSON file of `results/`."""
+"""Figures of the results pages, of the configs' `Result:` lines and of the README's table are in the JSON of a page."""
 
 import ast
 import json
@@ -126,7 +126,8 @@ def test_the_table_of_the_readme_is_that_of_the_demo():
         if re.search(r"(?: \.\d{4}\*? *){2}", line):
             name, *cells = re.split(r"\s{2,}|(?<=\*)\s+", line.strip())
             shown[name] = [cell.removesuffix("*") for cell in cells]
-            assert [c.endswith("*") for c in cells] == [name != "ceiling" and c[:5] == b for c, b in zip(cells, best)]
+            stars = [name != "ceiling" and cell == top for cell, top in zip(shown[name], best, strict=True)]
+            assert [cell.endswith("*") for cell in cells] == stars
     assert shown == expected
     assert f"{numbers['targets']:,} targets" in block
     assert f"{numbers['gap_closed_percent']} % of the gap" in block
