@@ -2,7 +2,8 @@
 
 Command: python -m experiments.train --config=configs/amazon3_moe.py --workdir=runs/amazon3_moe
 Hardware: one CPU core.
-Result: recall@10 / NDCG@10 of beauty .108 / .063, sports .065 / .038, toys .117 / .071; 43 minutes.
+Result: recall@10 / NDCG@10 of beauty .108 / .063, sports .065 / .038, toys .117 / .071; 43 minutes
+(results/amazon3.json).
 """
 
 import dataclasses

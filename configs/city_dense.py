@@ -2,7 +2,7 @@
 
 Command: python -m experiments.train --config=configs/city_dense.py --workdir=runs/city_dense
 Hardware: two CPU cores.
-Result: union NDCG@10 .2216, mean of five worlds (seed = data.seed = 1 to 5).
+Result: union NDCG@10 .2216, mean of five worlds (results/city_experts.json).
 """
 
 from moerec.config import Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig

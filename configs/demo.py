@@ -2,7 +2,8 @@
 
 Command: python -m experiments.train --config=configs/demo.py --workdir=runs/demo   (or `make demo`)
 Hardware: two CPU cores.
-Result: union NDCG@10 .211; SASRec with sampled softmax .115, ceiling .250; 82 % of the gap closed.
+Result: union NDCG@10 .2104; SASRec with sampled softmax .1152, ceiling .2497; 81 % of the gap closed
+(results/demo.json).
 """
 
 import dataclasses

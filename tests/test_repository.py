@@ -232,4 +232,4 @@ def test_the_config_of_the_readme_is_one():
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)  # noqa: S102 (our own text)
     schema = names["get_config"]().data.schema
-    assert (schema.user, schema.time, schema.text) == ("user", "when", ("title",))
+    assert (schema.user, schema.time, schema.text) == ("customer", "when", ("title",))
