@@ -1,10 +1,11 @@
 """The letter legend, and the containers that pass between the parts.
 
-B sequences (packed rows), T slots, S slots of a whole step or attended slots, D model width, N query heads, K key/value
-heads, H head width, F feed-forward width, L layers, V text vocabulary, W text tokens of an item, I items, Z services,
-C context features, Y static profile fields, M memory slots of a profile, Q predictions asked for, E experts, A experts
-of a slot, G groups of experts (Z and the cross group), X answers that are mixed (the catalogue's, then the groups').
-Arrays carry them as a suffix: `x_BTD`.
+Letters, one meaning each: A active experts of a slot, B sequences (packed rows), C context features, D model width, E
+experts, F expert or feed-forward width, G groups of experts (Z and the cross group), H head width, I items, J negatives
+and other candidates, K key/value heads, L layers, M memory slots of a profile, N query heads, P width of a profile's
+memory, Q predictions asked for, R routed rows, S attended slots or the slots of a whole step, T slots, U users, V text
+vocabulary, W text tokens of an item, X components of a mixture or features of no other name, Y static profile fields,
+Z services. Arrays carry them as a suffix: `x_BTD`.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -16,51 +17,80 @@ Array: TypeAlias = Any  # np.ndarray where the loader makes it, jax.Array on the
 NO_TIME = np.int32(np.iinfo(np.int32).min)  # a time that is not known
 EPOCH_2000 = 946_684_800  # device times are int32 seconds since 2000-01-01, which lasts from 1931 to 2068
 
+PADDING, EVENT, RECOMMEND = 0, 1, 2  # kinds of slots; the last is the control token `<|recommend|>`
 
-class Batch(NamedTuple):
-    """Packed slots. A slot is an event; `request_*` and `target_*` belong to the event after it.
+
+class Request(NamedTuple):
+    """What is known of what comes next; carried by the slot at which the prediction is asked for.
 
     Attributes:
-      item_BT: int32 index into the catalogue.
+      time_BT: int32 seconds since 2000, UTC, or `NO_TIME`.
+      utc_offset_BT: int32 seconds that clocks at the request's place are ahead of UTC.
+      context_BTC: int32 codes, 0 missing.
+      field_BTY: int32 codes of the user's static profile fields, 0 missing.
+    """
+
+    time_BT: Array
+    utc_offset_BT: Array
+    context_BTC: Array
+    field_BTY: Array
+
+
+class Target(NamedTuple):
+    """What a task wants of each slot.
+
+    Attributes:
+      label_BT: int32, of the task's own vocabulary (0 where the weight is 0).
+      weight_BT: float32 weight of the slot's loss; 0 for padding and for slots without a target.
+    """
+
+    label_BT: Array
+    weight_BT: Array
+
+
+class Batch(NamedTuple):
+    """Packed slots. A slot is an event, or a control token; `request` belongs to what comes after it.
+
+    Attributes:
+      kind_BT: int32, `PADDING`, `EVENT` or `RECOMMEND`.
+      item_BT: int32 index into the catalogue; 0 where the slot is no event.
+      service_BT: int32 service of the item; Z, the number of services, where the slot is no event.
       action_BT: int32.
       time_BT: int32 seconds since 2000, UTC, or `NO_TIME`.
       utc_offset_BT: int32 seconds that clocks at the event's place are ahead of UTC.
       position_BT: int32 place within its own sequence, from 0.
       segment_BT: int32 from 1 in each row; 0 is padding.
-      request_time_BT: int32 seconds since 2000, UTC, or `NO_TIME`.
-      request_utc_offset_BT: int32, as `utc_offset_BT`.
-      request_context_BTC: int32 codes, 0 missing.
-      field_BTY: int32 codes of the user's static profile fields, 0 missing.
-      target_BT: int32 index of the next item (0 where the weight is 0).
-      weight_BT: float32 weight of the slot's loss; 0 for padding and for slots without a target.
+      request: what is known of what comes next.
+      targets: by the name of the task.
     """
 
+    kind_BT: Array
     item_BT: Array
+    service_BT: Array
     action_BT: Array
     time_BT: Array
     utc_offset_BT: Array
     position_BT: Array
     segment_BT: Array
-    request_time_BT: Array
-    request_utc_offset_BT: Array
-    request_context_BTC: Array
-    field_BTY: Array
-    target_BT: Array
-    weight_BT: Array
+    request: Request
+    targets: dict[str, Target]
 
 
 class Catalog(NamedTuple):
-    """What the model knows of the catalogue without learning it.
+    """What the model knows of the items.
 
     Attributes:
-      service_I: int32 service of each item.
+      service_I: int32 service of each item; it rises, a service's items stand together.
       token_IW: int32 text and attribute tokens, 0 is padding.
       count_I: float32 number of training events of each item.
+      vector_ID, bias_I: of the items as candidates, once the catalogue is bound to parameters (`SequenceModel.bind`).
     """
 
     service_I: Array
     token_IW: Array
     count_I: Array
+    vector_ID: Array | None = None
+    bias_I: Array | None = None
 
 
 class Routing(NamedTuple):
@@ -83,10 +113,10 @@ class Routing(NamedTuple):
 
 
 class PointerMixture(NamedTuple):
-    """What is mixed into the distribution over items: `p(item) = w_0 softmax(item) + Σ_s copy_s [item_s = item]`.
+    """The mixture `p(item) = w_0 softmax(item) + Σ_s copy_s [item_s = item]` of the softmax and the pointers.
 
     Attributes:
-      log_weight_BTX: float32 logs of the answers' weights, the catalogue's softmax first, then the groups' pointers.
+      log_weight_BTX: float32 logs of the components' weights, the softmax first, then the pointers.
       copy_BTS: float32, what all pointers together give to each event of the history, their weights included.
     """
 
@@ -94,8 +124,8 @@ class PointerMixture(NamedTuple):
     copy_BTS: Array
 
 
-class Output(NamedTuple):
-    """What the model makes of a batch.
+class Outputs(NamedTuple):
+    """What the model makes of a batch. Nothing in it depends on a target.
 
     Attributes:
       state_BTD: float32, from which the next item is predicted.
@@ -103,11 +133,11 @@ class Output(NamedTuple):
       routing: of the mixture layers; None in a dense model.
       relevance_BTM: float32, how much each memory slot of the user's profile matters to the request; adds up to one.
         None in a model that is not personal.
-      answers: what is mixed; None where the catalogue's softmax is the only answer.
+      pointers: the mixture with the pointers; None where the softmax is the only component.
     """
 
     state_BTD: Array
     log_domain_BTZ: Array | None
     routing: Routing | None
     relevance_BTM: Array | None = None
-    answers: PointerMixture | None = None
+    pointers: PointerMixture | None = None

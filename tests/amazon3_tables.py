@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from moerec.data.dataset import Catalogue, Dataset, EventLog
+from moerec.data.dataset import ItemTable, Dataset, EventLog
 
 SERVICES = ("beauty", "sports", "toys")
 
@@ -33,7 +33,7 @@ def read_amazon3(services=SERVICES) -> Dataset:
     order = np.lexsort((day, user))
     n_per_service = np.bincount(keys // 10**6, minlength=len(services))
     blank = np.full(len(keys), "")
-    catalogue = Catalogue(
+    catalogue = ItemTable(
         tuple(services), np.concatenate([[0], np.cumsum(n_per_service)]), (keys % 10**6).astype(str), blank, blank
     )
     n = len(rows)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moerec.data.dataset import UNKNOWN_TIME, Catalogue, Dataset, EventLog
+from moerec.data.dataset import UNKNOWN_TIME, ItemTable, Dataset, EventLog
 
 
 def make_dataset(lengths, items_per_service=(5, 8), n_context=2, seed=0) -> Dataset:
@@ -13,7 +13,7 @@ def make_dataset(lengths, items_per_service=(5, 8), n_context=2, seed=0) -> Data
     time = 1_000_000_000 + np.cumsum(rng.integers(0, 90_000, n)).astype(np.int64)
     time[rng.random(n) < 0.1] = UNKNOWN_TIME
     return Dataset(
-        catalogue=Catalogue(
+        catalogue=ItemTable(
             tuple(f"service {z}" for z in range(len(items_per_service))),
             np.concatenate([[0], np.cumsum(items_per_service)]).astype(np.int64),
             # in no order, so that a sort by id differs from the order of the items

@@ -167,6 +167,7 @@ class DataConfig:
     seed: int = 0  # the city, the permutation of item ids, the split by user
     seq_len: int = 128  # slots of a packed row
     history_len: int = 128  # most slots of one user's sequence that a prediction sees
+    first_event: bool = True  # sequences begin with a control slot, from which each user's first event is predicted
     reader: str = "memory"  # training events from memory, or from the shards as they are needed
     n_shards: int = 4  # ArrayRecord files of a prepared folder
     max_tokens: int = 24  # text and attribute tokens of an item

@@ -16,7 +16,7 @@ UNKNOWN_TIME = np.int64(np.iinfo(np.int64).min)
 
 
 @dataclasses.dataclass(frozen=True)
-class Catalogue:
+class ItemTable:
     """The items of all services: item `i` of service `z` has `offsets[z] <= i < offsets[z + 1]`.
 
     Attributes:
@@ -50,7 +50,7 @@ class Catalogue:
     def n_services(self) -> int:
         return len(self.services)
 
-    @property
+    @functools.cached_property
     def service(self) -> np.ndarray:
         """`[I]` int32, the service code of each item."""
         return np.repeat(np.arange(self.n_services, dtype=np.int32), np.diff(self.offsets))
@@ -99,10 +99,14 @@ class EventLog:
         columns = (self.item, self.action, self.time, self.context, self.utc_offset)
         return EventLog(offsets, *(column[rows] for column in columns))
 
-    @property
+    @functools.cached_property
     def user(self) -> np.ndarray:
         """`[events]` int64, the user of each event."""
         return np.repeat(np.arange(self.n_users), np.diff(self.offsets))
+
+    def users_of(self, rows: np.ndarray) -> np.ndarray:
+        """`[n]` int64, whose the events in these rows are."""
+        return np.searchsorted(self.offsets, rows, side="right") - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Dataset:
       profile: field name -> `[users]` unicode; the empty string is "missing".
     """
 
-    catalogue: Catalogue
+    catalogue: ItemTable
     log: EventLog
     users: np.ndarray
     actions: tuple[str, ...] = ("event",)
@@ -136,14 +140,17 @@ class Dataset:
         n = self.log.n_users
         return np.stack(columns, axis=1).astype(np.int32) if columns else np.zeros((n, 0), np.int32), tuple(sizes)
 
-    @property
+    @functools.cached_property
     def event_service(self) -> np.ndarray:
         """`[events]` int32, the service of each event's item."""
         return self.catalogue.service[self.log.item]
 
 
-def permute_items(dataset: Dataset, seed: int) -> Dataset:
-    """Renumbers the items at random within their service, so that no model can read anything from an id's value."""
+def permute_items(dataset: Dataset, seed: int) -> tuple[Dataset, np.ndarray]:
+    """Renumbers the items at random within their service, so that no model can read anything from an id's value.
+
+    Returns the data set, and `[I]` int32, the new number of each item.
+    """
     catalogue = dataset.catalogue
     rng = np.random.default_rng(seed)
     order = np.concatenate(
@@ -151,13 +158,14 @@ def permute_items(dataset: Dataset, seed: int) -> Dataset:
     )
     new_index = np.empty(len(order), np.int32)
     new_index[order] = np.arange(len(order), dtype=np.int32)
-    return dataclasses.replace(
+    permuted = dataclasses.replace(
         dataset,
         catalogue=dataclasses.replace(
             catalogue, ids=catalogue.ids[order], text=catalogue.text[order], attributes=catalogue.attributes[order]
         ),
         log=dataclasses.replace(dataset.log, item=new_index[dataset.log.item]),
     )
+    return permuted, new_index
 
 
 def find_multi_service_users(dataset: Dataset) -> np.ndarray:
@@ -172,7 +180,7 @@ def keep_last_events(dataset: Dataset, targets: np.ndarray, n: int) -> tuple[Dat
     Returns it, and the targets' rows in it.
     """
     log = dataset.log
-    user = np.searchsorted(log.offsets, targets, side="right") - 1
+    user = log.users_of(targets)
     length = np.minimum(targets - log.offsets[user], n) + 1
     offsets = np.concatenate([[0], np.cumsum(length)])
     rows = np.arange(offsets[-1]) + np.repeat(targets + 1 - offsets[1:], length)

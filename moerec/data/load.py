@@ -1,6 +1,7 @@
 """From a config to the data of a run: generate, prepare or open it, permute the ids, assign the roles."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from moerec.data import city
 from moerec.data.dataset import Dataset, mark_unseen, permute_items
 from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
 from moerec.data.prepare.tables_to_shards import is_current, prepare
-from moerec.data.shards import Meta, load_dataset, open_source, write_dataset
+from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties
 from moerec.data.timezones import find_zones
 from moerec.data.tokenizer import TokenTable, tokenize
@@ -30,6 +31,7 @@ class RunData:
       dataset: with permuted item numbers. roles: `[events]` int8. tokens: the items' texts.
       world: the city world behind it, or None.
       folder: the prepared folder that `dataset` was read from, or None.
+      item_number: `[I]` int32, the number in `dataset` of each item of the source.
       quarantined: rows that were put aside when it was prepared, by file and reason.
     """
 
@@ -38,9 +40,10 @@ class RunData:
     tokens: TokenTable
     world: city.World | None
     folder: Path | None
+    item_number: np.ndarray
     quarantined: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the events, their roles, the items and the users's fields: equal for equal data."""
         log, catalogue = self.dataset.log, self.dataset.catalogue
@@ -55,8 +58,9 @@ class RunData:
             found.update("\0".join(names).encode())
         return found.hexdigest()
 
-    @property
-    def item_table(self) -> Catalog:
+    @functools.cached_property
+    def catalog(self) -> Catalog:
+        """What a model is given of the items."""
         catalogue = self.dataset.catalogue
         count = np.bincount(self.dataset.log.item[self.split_ids == TRAIN], minlength=catalogue.n_items)
         return Catalog(catalogue.service, self.tokens.ids, count.astype(np.float32))
@@ -102,7 +106,7 @@ def _require_same(data: RunData, workdir: Path) -> None:
 
 
 def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, folder: Path | None) -> RunData:
-    dataset = permute_items(dataset, config.seed)
+    dataset, item_number = permute_items(dataset, config.seed)
     if config.split.shuffle_ties:
         dataset = shuffle_ties(dataset, config.seed)
     split_ids = assign_split_ids(dataset, config.split, config.seed)
@@ -112,14 +116,16 @@ def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, fo
         utc_offset = zones.find_utc_offsets(log.user, log.time, log.context)
         dataset = dataclasses.replace(dataset, log=dataclasses.replace(log, utc_offset=utc_offset))
     if world is None:  # all of the city's values are known, and its oracle asks for them
-        dataset = mark_unseen(dataset, _find_requests(dataset, split_ids == TRAIN))
+        dataset = mark_unseen(dataset, _find_requests(dataset, split_ids == TRAIN, config.first_event))
     tokens = tokenize(dataset.catalogue, config.max_tokens, config.vocab_size)
     quarantined = {} if folder is None else Meta.load(folder).extra.get("quarantined", {})
-    return RunData(dataset, split_ids, tokens, world, folder, quarantined)
+    return RunData(dataset, split_ids, tokens, world, folder, item_number, quarantined)
 
 
-def _find_requests(dataset: Dataset, keep: np.ndarray) -> np.ndarray:
-    """`[events]` bool, those whose context is trained on: all that are trained on but the first of each user."""
+def _find_requests(dataset: Dataset, keep: np.ndarray, first_event: bool) -> np.ndarray:
+    """`[events]` bool, those whose context is trained on: all that are predicted in training."""
+    if first_event:
+        return keep
     kept = np.flatnonzero(keep)
     is_request = keep.copy()
     is_request[kept[np.unique(dataset.log.user[kept], return_index=True)[1]]] = False
@@ -144,21 +150,4 @@ def make_reader(config: DataConfig, data: RunData) -> EventReader:
         return MemoryReader(data.dataset.log, keep, fields)
     source = open_source(data.folder)
     log = data.dataset.log
-    return ShardReader(source, log.offsets, keep, _item_numbers(data), fields, log.utc_offset)
-
-
-def _item_numbers(data: RunData) -> np.ndarray:
-    """`[I]` int32, from the item numbers of the folder to the permuted ones of the data set."""
-    assert data.folder is not None
-    stored, used = load_catalogue_ids(data.folder), data.dataset.catalogue
-    numbers = np.empty(used.n_items, np.int32)
-    for lo, hi in zip(used.offsets[:-1], used.offsets[1:], strict=True):
-        numbers[lo + np.argsort(stored[lo:hi])] = lo + np.argsort(used.ids[lo:hi])
-    return numbers
-
-
-def load_catalogue_ids(folder: Path) -> np.ndarray:
-    """`[I]` unicode, the items' ids in the order of a prepared folder."""
-    import pyarrow.parquet as pq
-
-    return np.array(pq.read_table(folder / "items.parquet", columns=["id"])["id"].to_pylist(), dtype=str)
+    return ShardReader(source, log.offsets, keep, data.item_number, fields, log.utc_offset)

@@ -5,16 +5,18 @@ is a seeded permutation of the users's windows; the stream of epochs has no end,
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
 
-from moerec.data.dataset import EventLog
-from moerec.data.packing import fill_batch, place_sequences
-from moerec.data.shards import UserSource, read_users
+from moerec.data.dataset import EventLog, ItemTable
+from moerec.data.histories import make_histories
+from moerec.data.packing import Packed, Placement, Sequences, pack, place_sequences
+from moerec.data.prepare.shards import UserSource, read_users
 from moerec.errors import InputError
-from moerec.types import Batch
+from moerec.types import Batch, Target
 
 
 class EventReader(Protocol):
@@ -85,13 +87,14 @@ class EpochPlan(NamedTuple):
     length: np.ndarray
 
 
-def plan_epoch(n_events_P: np.ndarray, users: np.ndarray, history_len: int, rng: np.random.Generator) -> EpochPlan:
+def plan_epoch(n_slots_U: np.ndarray, users: np.ndarray, history_len: int, rng: np.random.Generator) -> EpochPlan:
     """Cuts each user's slots into windows of at most `history_len` and shuffles them.
 
-    A user with n events has n - 1 slots (an event and the one to predict). Those who do not fit into one window
-    start at a random offset, so that over epochs every slot is seen with different lengths of history.
+    A user with n events has n - 1 slots (an event and the one to predict), or n with the control slot that predicts the
+    first event. Those who do not fit into one window start at a random offset, so that over epochs every slot is seen
+    with different lengths of history.
     """
-    slots = n_events_P[users] - 1
+    slots = n_slots_U[users]
     users, slots = users[slots > 0], slots[slots > 0]
     head = np.where(slots > history_len, rng.integers(1, history_len + 1, len(slots)), slots)
     n_windows = 1 + -(-(slots - head) // history_len)
@@ -106,36 +109,42 @@ def plan_epoch(n_events_P: np.ndarray, users: np.ndarray, history_len: int, rng:
 @dataclasses.dataclass(frozen=True)
 class StreamOptions:
     """Attributes: `n_rows` packed rows of this process's batch, each of `row_len` slots; most slots of a window;
-    the seed; and which of the processes this is.
+    the seed; whether a control slot predicts each user's first event; and which of the processes this is.
     """
 
     n_rows: int
     row_len: int
     history_len: int
     seed: int
+    first_event: bool = True
     process_index: int = 0
     process_count: int = 1
+
+
+Render = Callable[[Packed], dict[str, Target]]  # what the tasks want of packed slots
 
 
 class PackedStream(grain.IterDataset[Batch]):
     """Endless packed batches of this process's users (every `process_count`-th one)."""
 
-    def __init__(self, reader: EventReader, options: StreamOptions):
+    def __init__(self, reader: EventReader, items: ItemTable, render: Render, options: StreamOptions):
         super().__init__()
-        if not np.any(reader.lengths[options.process_index :: options.process_count] >= 2):
-            raise InputError("data: no user has two training events, so there is nothing to predict")
-        self.reader, self.options = reader, options
+        own = reader.lengths[options.process_index :: options.process_count]
+        if not np.any(own + options.first_event >= 2):
+            n = "one training event" if options.first_event else "two training events"
+            raise InputError(f"data: no user has {n}, so there is nothing to predict")
+        self._parts = reader, items, render, options
 
     def __iter__(self) -> "PackedIterator":
-        return PackedIterator(self.reader, self.options)
+        return PackedIterator(*self._parts)
 
 
 class PackedIterator(grain.DatasetIterator[Batch]):
     """State: the epoch, and how many of its windows have been handed out."""
 
-    def __init__(self, reader: EventReader, options: StreamOptions):
+    def __init__(self, reader: EventReader, items: ItemTable, render: Render, options: StreamOptions):
         super().__init__()
-        self._reader, self._options = reader, options
+        self._reader, self._items, self._render, self._options = reader, items, render, options
         self._users = np.arange(options.process_index, len(reader.lengths), options.process_count)
         self._epoch, self._window = 0, 0
         self._plan = self._plan_epoch()
@@ -143,7 +152,8 @@ class PackedIterator(grain.DatasetIterator[Batch]):
     def _plan_epoch(self) -> EpochPlan:
         options = self._options
         rng = np.random.default_rng((options.seed, self._epoch, options.process_index))
-        return plan_epoch(self._reader.lengths, self._users, options.history_len, rng)
+        n_slots_U = self._reader.lengths - (not options.first_event)
+        return plan_epoch(n_slots_U, self._users, options.history_len, rng)
 
     def __next__(self) -> Batch:
         options = self._options
@@ -161,23 +171,23 @@ class PackedIterator(grain.DatasetIterator[Batch]):
             row = int(parts[-1][1][-1]) // options.row_len + 1
             self._window += placed.n
         plan = EpochPlan(*(np.concatenate(x) for x in zip(*(p[0] for p in parts), strict=True)))
-        return self._gather(plan, *(np.concatenate([p[k] for p in parts]) for k in (1, 2)))
+        placed = Placement(len(plan.user), *(np.concatenate([p[k] for p in parts]) for k in (1, 2)))
+        packed = self._pack(plan, placed)
+        return packed.batch._replace(targets=self._render(packed))
 
-    def _gather(self, plan: EpochPlan, start: np.ndarray, segment: np.ndarray) -> Batch:
+    def _pack(self, plan: EpochPlan, placed: Placement) -> Packed:
         log, first_row = self._reader.fetch(plan.user)
-        place = np.arange(plan.length.sum()) - np.repeat(np.cumsum(plan.length) - plan.length, plan.length)
-        source = np.repeat(first_row + plan.first, plan.length) + place
-        return fill_batch(
-            log,
-            slot=np.repeat(start, plan.length) + place,
-            source=source,
-            following=source + 1,
-            position=place,
-            segment=np.repeat(segment, plan.length),
-            weight=np.ones(len(source), np.float32),
-            shape=(self._options.n_rows, self._options.row_len),
-            fields=np.repeat(self._reader.fields[plan.user], plan.length, axis=0),
+        # With a control slot at their front, a user's slots stand one behind their events.
+        ahead = int(self._options.first_event)
+        start = first_row + np.maximum(plan.first - ahead, 0)
+        next_row = first_row + plan.first + plan.length - ahead
+        sequences = Sequences(
+            make_histories(start, next_row),
+            next_row,
+            (plan.first == 0) & self._options.first_event,
+            self._reader.fields[plan.user],
         )
+        return pack(log, self._items, sequences, placed, (self._options.n_rows, self._options.row_len))
 
     def get_state(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "window": self._window}

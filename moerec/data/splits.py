@@ -8,6 +8,7 @@ import numpy as np
 
 from moerec.config import SplitConfig
 from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog
+from moerec.data.histories import Histories, make_histories
 from moerec.errors import InputError
 
 TRAIN, VALID, TEST, UNUSED = 0, 1, 2, 3
@@ -121,16 +122,16 @@ def select_targets(dataset: Dataset, split_ids: np.ndarray, role: int) -> np.nda
     return np.flatnonzero(split_ids == role)
 
 
-def gather_histories(dataset: Dataset, targets: np.ndarray, per_service: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What a prediction of each target may see: `(offsets [n + 1], rows of the log)`, int64, oldest first.
+def gather_histories(dataset: Dataset, targets: np.ndarray, per_service: bool) -> Histories:
+    """What a prediction of each target may see.
 
     That is every earlier row of the same user. With `per_service`, rows of other services count only when their
     time is known and strictly before the target's: inside a tie the order of two services means nothing.
     """
     log = dataset.log
-    first = log.offsets[np.searchsorted(log.offsets, targets, side="right") - 1]
+    first = log.offsets[log.users_of(targets)]
     if not per_service:
-        return expand_ranges(first, targets)
+        return make_histories(first, targets)
     service = dataset.event_service
     lengths, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for chunk in _bounded_chunks(targets - first):
@@ -138,14 +139,7 @@ def gather_histories(dataset: Dataset, targets: np.ndarray, per_service: bool) -
         lengths.append(n_kept)
         rows.append(kept)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return offsets.astype(np.int64), np.concatenate(rows)
-
-
-def expand_ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`(offsets [n + 1], values)`, the concatenation of `arange(start[i], stop[i])`; int64."""
-    offsets = np.concatenate([[0], np.cumsum(stop - start)]).astype(np.int64)
-    shift = np.repeat(start - offsets[:-1], stop - start)
-    return offsets, np.arange(offsets[-1], dtype=np.int64) + shift
+    return Histories(offsets.astype(np.int64), np.concatenate(rows))
 
 
 def _bounded_chunks(sizes: np.ndarray) -> list[slice]:
@@ -157,8 +151,8 @@ def _bounded_chunks(sizes: np.ndarray) -> list[slice]:
 def _visible_rows(
     time: np.ndarray, service: np.ndarray, first: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    _, row = expand_ranges(first, targets)
-    owner = np.repeat(np.arange(len(targets)), targets - first)
+    candidates = make_histories(first, targets)
+    row, owner = candidates.rows, candidates.owner
     target = targets[owner]
     visible = (service[row] == service[target]) | ((time[row] < time[target]) & (time[row] != UNKNOWN_TIME))
     return np.bincount(owner[visible], minlength=len(targets)), row[visible]

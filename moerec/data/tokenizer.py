@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from moerec.data.dataset import Catalogue
+from moerec.data.dataset import ItemTable
 
 PAD, UNKNOWN = 0, 1
 N_SPECIAL = 2
@@ -45,7 +45,7 @@ def _split(texts: pa.Array, pattern: str) -> pa.Array:
     return pc.split_pattern_regex(texts, pattern=pattern)
 
 
-def tokenize(catalogue: Catalogue, max_tokens: int, vocab_size: int) -> TokenTable:
+def tokenize(catalogue: ItemTable, max_tokens: int, vocab_size: int) -> TokenTable:
     """The most frequent words of the catalogue (at least two uses), and the first `max_tokens` of each item."""
     offsets, words = split_words(catalogue.text, catalogue.attributes)
     encoded = words.dictionary_encode()

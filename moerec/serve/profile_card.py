@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moerec.data.dataset import UNKNOWN_TIME, Catalogue
+from moerec.data.dataset import UNKNOWN_TIME, ItemTable
 from moerec.data.packing import device_time
 from moerec.errors import InputError
 from moerec.eval.probes.profile_aspects import relevance_of_aspects, written_by_items
@@ -153,7 +153,7 @@ def observe_history(trained: Run, rows: np.ndarray) -> UserState:
     return jax.tree.map(lambda leaf: leaf[0], states)
 
 
-def name_aspects(catalogue: Catalogue, model: SequenceModel, table: Catalog) -> list[dict[str, float]]:
+def name_aspects(catalogue: ItemTable, model: SequenceModel, table: Catalog) -> list[dict[str, float]]:
     """For each aspect the attributes that stand out in what is written into it, items weighed by their training count.
 
     Where the catalogue has no attributes, the items themselves are named.

@@ -14,7 +14,7 @@ import numpy as np
 
 from moerec.config import Config
 from moerec.config.stored import read_config
-from moerec.data.binning import NUMBER, find_ranges, name_ranges
+from moerec.data.prepare.binning import NUMBER, find_ranges, name_ranges
 from moerec.data.dataset import UNKNOWN_TIME, Dataset
 from moerec.data.load import RunData, reload_data
 from moerec.data.packing import device_time, fill_batch

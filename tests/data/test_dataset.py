@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moerec.config import CityConfig
 from moerec.data.city import generate
-from moerec.data.dataset import Catalogue, EventLog, keep_last_events, mark_unseen, permute_items
+from moerec.data.dataset import ItemTable, EventLog, keep_last_events, mark_unseen, permute_items
 from moerec.errors import InputError
 from tests.random_dataset import make_dataset
 
@@ -71,7 +71,7 @@ def test_torn_columns_are_refused():
         dataclasses.replace(dataset.catalogue, text=dataset.catalogue.text[:-1])
     names = dataset.catalogue.ids
     with pytest.raises(InputError, match="offsets"):
-        Catalogue(("one",), np.array([0, 5]), names, names, names)
+        ItemTable(("one",), np.array([0, 5]), names, names, names)
 
 
 def test_profile_codes_keep_zero_for_missing():

@@ -14,7 +14,7 @@ from moerec.config import DataConfig
 from moerec.data.dataset import UNKNOWN_TIME, EventLog, permute_items
 from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import MemoryReader, PackedStream, ShardReader, StreamOptions, plan_epoch
-from moerec.data.shards import open_source, write_dataset
+from moerec.data.prepare.shards import open_source, write_dataset
 from moerec.data.splits import TRAIN
 from moerec.data.tokenizer import TokenTable
 from moerec.errors import InputError

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moerec.config import SplitConfig
 from moerec.data import splits
-from moerec.data.dataset import UNKNOWN_TIME, Catalogue, Dataset, EventLog
+from moerec.data.dataset import UNKNOWN_TIME, ItemTable, Dataset, EventLog
 from moerec.errors import InputError
 
 DAY = 86400
@@ -19,7 +19,7 @@ def make_dataset(users, sizes=(4, 3, 5)):
     """`users`: a list of lists of `(item, day or None)`, in published order."""
     n = sum(sizes)
     blank = np.array([""] * n)
-    catalogue = Catalogue(
+    catalogue = ItemTable(
         tuple(f"s{z}" for z in range(len(sizes))),
         np.concatenate([[0], np.cumsum(sizes)]),
         np.array([f"i{i}" for i in range(n)]),

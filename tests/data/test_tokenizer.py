@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerec.data.dataset import Catalogue
+from moerec.data.dataset import ItemTable
 from moerec.data.tokenizer import N_SPECIAL, PAD, UNKNOWN, split_words, tokenize
 
 LETTERS = "abzABZéÉßабвёяАБВЁЯ0479"
@@ -18,11 +18,11 @@ ATTRIBUTES = st.lists(
 ).map(" ".join)
 
 
-def make_catalogue(text, attributes=None) -> Catalogue:
+def make_catalogue(text, attributes=None) -> ItemTable:
     n = len(text)
     attributes = [""] * n if attributes is None else attributes
     ids = np.array([str(k) for k in range(n)], np.str_)
-    return Catalogue(("shop",), np.array([0, n]), ids, np.array(text, np.str_), np.array(attributes, np.str_))
+    return ItemTable(("shop",), np.array([0, n]), ids, np.array(text, np.str_), np.array(attributes, np.str_))
 
 
 def words_by_hand(text: str, attributes: str) -> list[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moerec.config import AuditConfig, SplitConfig
 from moerec.data import splits
-from moerec.data.dataset import Catalogue, Dataset, EventLog, permute_items
+from moerec.data.dataset import ItemTable, Dataset, EventLog, permute_items
 from moerec.data.splits import shuffle_ties
 from moerec.errors import InputError, WorkError
 from moerec.eval import ranking as evaluate
@@ -29,7 +29,7 @@ def build(users, sizes=(60, 60), ids=None):
     n = sum(sizes)
     blank = np.full(n, "")
     ids = np.concatenate([np.arange(size) for size in sizes]).astype(str) if ids is None else np.array(ids)
-    catalogue = Catalogue(
+    catalogue = ItemTable(
         tuple(f"s{z}" for z in range(len(sizes))), np.concatenate([[0], np.cumsum(sizes)]), ids, blank, blank
     )
     events = [event for user in users for event in user]

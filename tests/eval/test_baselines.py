@@ -10,7 +10,7 @@ import pytest
 
 from moerec.config import SplitConfig
 from moerec.data import splits
-from moerec.data.dataset import UNKNOWN_TIME, Catalogue, Dataset, EventLog
+from moerec.data.dataset import UNKNOWN_TIME, ItemTable, Dataset, EventLog
 from moerec.errors import WorkError
 from moerec.eval import baselines, metrics
 from moerec.eval.baselines.item_to_item import weigh_histories
@@ -24,7 +24,7 @@ def make_world(seed=0, n_users=40, sizes=(6, 5), dated=True):
     lengths = rng.integers(1, 12, n_users)
     n, n_items = int(lengths.sum()), sum(sizes)
     blank = np.full(n_items, "")
-    catalogue = Catalogue(
+    catalogue = ItemTable(
         tuple("ab"[: len(sizes)]), np.concatenate([[0], np.cumsum(sizes)]), np.arange(n_items).astype(str), blank, blank
     )
     time = np.concatenate([np.sort(rng.integers(0, 300, size)) for size in lengths]) * DAY

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import profile as command
 from moerec.config import PersonalConfig, cli
-from moerec.data.dataset import Catalogue
+from moerec.data.dataset import ItemTable
 from moerec.data.load import load_data
 from moerec.errors import InputError
 from moerec.nn.profile.memory import decay_rates
@@ -122,7 +122,7 @@ def test_columns_of_requests_are_told_apart(trained):
 
 def test_an_aspect_is_named_by_what_writes_more_into_it_than_into_others(trained, monkeypatch):
     attributes = np.array(["kind=tea brand=a", "kind=tea brand=b", "kind=toy brand=a", ""])
-    catalogue = Catalogue(("z",), np.array([0, 4]), np.array(["1", "2", "3", "x4"]), np.array([""] * 4), attributes)
+    catalogue = ItemTable(("z",), np.array([0, 4]), np.array(["1", "2", "3", "x4"]), np.array([""] * 4), attributes)
     share_IA = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
     monkeypatch.setattr("moerec.eval.probes.profile_aspects.share_items", lambda *_: share_IA)
     monkeypatch.setattr("moerec.serve.profile_card.LEAST_EVENTS", 2)
@@ -139,7 +139,7 @@ def test_an_aspect_is_named_by_what_writes_more_into_it_than_into_others(trained
 def test_items_of_a_large_catalogue_name_aspects_where_there_are_no_attributes(trained, monkeypatch):
     n = 3000
     ids, blank = np.array([f"i{k}" for k in range(n)]), np.array([""] * n)
-    catalogue = Catalogue(("z",), np.array([0, n]), ids, blank, blank)
+    catalogue = ItemTable(("z",), np.array([0, n]), ids, blank, blank)
     share_IA = np.full((n, 2), 0.5)
     share_IA[7], share_IA[8] = (1, 0), (1, 0)
     monkeypatch.setattr("moerec.eval.probes.profile_aspects.share_items", lambda *_: share_IA)

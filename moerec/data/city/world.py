@@ -29,7 +29,7 @@ import numpy as np
 
 from moerec.config import CityConfig
 from moerec.data.city import names, timeline
-from moerec.data.dataset import Catalogue
+from moerec.data.dataset import ItemTable
 from moerec.errors import InputError
 
 RECENCY_S = 4 * timeline.DAY_S
@@ -72,7 +72,7 @@ class World:
 
     config: CityConfig
     seed: int
-    catalogue: Catalogue
+    catalogue: ItemTable
     type_prior_K: np.ndarray
     aspect_K: dict[str, np.ndarray]
     brand_taste_KR: np.ndarray
@@ -182,12 +182,12 @@ def _draw_items(rng: np.random.Generator, config: CityConfig, demand_ZC: np.ndar
     return {name: np.tile(value, n_services // draws) for name, value in items.items()}
 
 
-def _make_catalogue(config: CityConfig, items: dict[str, np.ndarray]) -> Catalogue:
+def _make_catalogue(config: CityConfig, items: dict[str, np.ndarray]) -> ItemTable:
     text, attributes = names.write_titles(
         items["category_I"], items["product_I"], items["brand_I"], items["variety_I"], items["price_I"]
     )
     n = config.items_per_service
-    return Catalogue(
+    return ItemTable(
         services=names.SERVICES,
         offsets=np.arange(len(names.SERVICES) + 1, dtype=np.int64) * n,
         ids=np.array([f"{service}-{k:05d}" for service in names.SERVICES for k in range(n)], dtype=np.str_),

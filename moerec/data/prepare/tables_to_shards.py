@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from moerec.config import DataConfig
-from moerec.data import shards
-from moerec.data.binning import find_ranges, name_ranges
+from moerec.data.prepare import shards
+from moerec.data.prepare.binning import find_ranges, name_ranges
 from moerec.data.dataset import TOTAL, UNKNOWN_TIME
 from moerec.data.prepare import row_validation as defects
 from moerec.data.prepare import spill

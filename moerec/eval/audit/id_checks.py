@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from moerec.config import AuditConfig
-from moerec.data.dataset import Catalogue
+from moerec.data.dataset import ItemTable
 from moerec.eval.audit.report import AuditRow, make_row
 from moerec.eval.audit.subject import Subject
 
@@ -13,7 +13,7 @@ _REACH = 10  # guesses of each kind that the canary makes
 _NO_GUESS = np.iinfo(np.int64).max
 
 
-def number_ids(catalogue: Catalogue) -> np.ndarray:
+def number_ids(catalogue: ItemTable) -> np.ndarray:
     """`[I]` int64: the numbers in the raw ids of a service where all have one behind the same letters (or behind none),
     else their alphabetical order.
 

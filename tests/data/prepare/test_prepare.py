@@ -21,7 +21,7 @@ from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.prepare import spill, tables
 from moerec.data.prepare.tables_to_shards import describe, prepare
-from moerec.data.shards import load_dataset
+from moerec.data.prepare.shards import load_dataset
 from moerec.errors import InputError
 
 COLUMNS = ("user", "service", "item", "action", "time", "weather", "city")
@@ -251,7 +251,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
-from moerec.data import shards
+from moerec.data.prepare import shards
 from moerec.data.prepare.tables_to_shards import prepare
 write, spot = {target}, sys.argv[1]
 def stop(*arguments):

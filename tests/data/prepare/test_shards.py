@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerec.data.dataset import UNKNOWN_TIME, Catalogue, Dataset, EventLog
-from moerec.data.shards import Meta, load_dataset, open_source, read_users, replace_folder, write_dataset
+from moerec.data.dataset import UNKNOWN_TIME, ItemTable, Dataset, EventLog
+from moerec.data.prepare.shards import Meta, load_dataset, open_source, read_users, replace_folder, write_dataset
 from moerec.errors import InputError
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=5)
@@ -30,7 +30,7 @@ def datasets(draw):
     time = rng.integers(-(2**40), 2**40, n)
     time[rng.random(n) < 0.2] = UNKNOWN_TIME
     return Dataset(
-        catalogue=Catalogue(
+        catalogue=ItemTable(
             tuple(f"service {z}" for z in range(len(n_items))),
             np.concatenate([[0], np.cumsum(n_items)]),
             texts(items),
@@ -103,7 +103,7 @@ def prepared(tmp_path):
     )
     names = np.array(list("abcde"))
     dataset = Dataset(
-        Catalogue(("s",), np.array([0, 5]), names, names, names), log, np.array(["p", "q"]), tuple("01234")
+        ItemTable(("s",), np.array([0, 5]), names, names, names), log, np.array(["p", "q"]), tuple("01234")
     )
     write_dataset(dataset, tmp_path / "prepared", 2)
     return tmp_path / "prepared"

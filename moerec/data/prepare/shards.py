@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from moerec.data.dataset import Catalogue, Dataset, EventLog
+from moerec.data.dataset import ItemTable, Dataset, EventLog
 from moerec.errors import InputError
 
 FORMAT_VERSION = 1
@@ -233,7 +233,7 @@ def load_dataset(folder: Path) -> Dataset:
     if len(events) and (events["item"].min() < 0 or events["item"].max() >= meta.n_items):
         raise InputError(f"{folder}: an event's item is outside the catalogue")
     return Dataset(
-        catalogue=Catalogue(
+        catalogue=ItemTable(
             services=meta.services,
             offsets=np.concatenate([[0], np.cumsum(n_items)]).astype(np.int64),
             ids=_unicode(items["id"]),
