@@ -193,7 +193,10 @@ def measure_tpu(topology: str) -> list[dict[str, Any]]:
     ]
 
     def router(backend: str) -> Callable:
-        return lambda *operands: tuple(route(*operands, 4, a, backend))
+        def routed(x, router, features, w_features, bias, domain):
+            return tuple(route(x, router, features, w_features, bias, domain, 4, a, backend))
+
+        return routed
 
     rows = [compile_row(f"router, {name}", router(name), operands) for name in ("xla", "pallas_tpu")]
     t, d, e, f, choices, _ = TPU_LAYER

@@ -16,7 +16,7 @@ from pallas_kernels.router import route
 # A TPU's program in the compilation cache cannot be loaded here; it is compiled anew.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 pytest.importorskip("libtpu", reason="the TPU compiler is not here: pip install -c requirements.lock -e '.[tpu]'")
-T, D, E, X, Z, A = 8192, 1536, 64, 9, 4, 2
+T, D, E, X, Z, A = 8192, 1536, 64, 6, 4, 2
 ROWS = T * D * 2  # bytes of the rows, which one pass must read
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
