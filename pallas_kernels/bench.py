@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench_attention import measure_attention
-from pallas_kernels.combine import sum_places
+from pallas_kernels.combine import unpermute_sum
 from pallas_kernels.cost import count_bytes
 from pallas_kernels.dispatch import make_plan
 from pallas_kernels.grouped_ffn import grouped_ffn, has_tokamax
@@ -74,9 +74,9 @@ def make_dense(spec: LayerSpec) -> Callable[[], Any]:
 def make_matmuls(spec: LayerSpec) -> Callable[[], Any]:
     """The matmuls of an even load alone, batched over experts: what no loop over tiles can be expected to beat."""
     x, _, *matrices, _ = draw_operands(spec)
-    rows_EPD = jnp.tile(x, (spec.n_choices, 1)).reshape(spec.n_experts, -1, spec.d)
+    rows_ERD = jnp.tile(x, (spec.n_choices, 1)).reshape(spec.n_experts, -1, spec.d)
     step = _with_gradients(lambda x, g, u, d: (jax.nn.silu(x @ g) * (x @ u)) @ d, 4)
-    return lambda: step(rows_EPD, *matrices)
+    return lambda: step(rows_ERD, *matrices)
 
 
 def make_plan_only(spec: LayerSpec) -> Callable[[], Any]:
@@ -89,37 +89,37 @@ def make_plan_only(spec: LayerSpec) -> Callable[[], Any]:
 def make_rows_only(spec: LayerSpec) -> Callable[[], Any]:
     """What the layer does beside the plan and the experts: dispatch and combine, without anything between.
 
-    Forward a gather of the rows and a sum over their places; backward a gather of the rows, which are not kept, one of
-    the cotangents, and the sum of the rows' gradients.
+    Forward a gather of the rows and a sum over their row slots; backward a gather of the rows, which are not kept, one
+    of the cotangents, and the sum of the rows' gradients.
     """
     x, weight, *_, expert = draw_operands(spec)
     plan = jax.jit(make_plan, static_argnums=(1, 2))(expert, spec.n_experts, TILE)
 
     @jax.jit
     def step(x, g, weight):
-        weight_P = jnp.where(plan.used_P, weight[plan.row_P, plan.choice_P], 0)
-        y = sum_places(x[plan.row_P] * weight_P[:, None], plan)
-        return y, x[plan.row_P], sum_places(g[plan.row_P], plan)
+        weight_R = jnp.where(plan.used_R, weight[plan.row_R, plan.choice_R], 0)
+        y = unpermute_sum(x[plan.row_R] * weight_R[:, None], plan)
+        return y, x[plan.row_R], unpermute_sum(g[plan.row_R], plan)
 
     return lambda: step(x, x, weight)
 
 
 def make_router(spec: LayerSpec, backend: str) -> Callable[[], Any]:
-    """The router over the spec's rows with three domains, forward and backward."""
+    """The router over the spec's rows with three features and three domains, forward and backward."""
     rng = np.random.default_rng(0)
     x = draw_operands(spec).x_TD
-    router, prior, lift = (
+    router, features, w_features = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32)
         for shape in ((spec.n_experts, spec.d), (spec.n_rows, 3), (spec.n_experts, 3))
     )
     domain = jnp.asarray(rng.integers(0, 3, spec.n_rows), jnp.int32)
 
-    def routed(x, router, prior, lift):
-        r = route(x, router, prior, lift, jnp.zeros(spec.n_experts), domain, spec.n_choices, backend)
+    def routed(x, router, features, w_features):
+        r = route(x, router, features, w_features, jnp.zeros(spec.n_experts), domain, 3, spec.n_choices, backend)
         return jnp.concatenate([r.weight_TA.reshape(-1), r.lse_T, r.probability_ZE.reshape(-1)])
 
     step = _with_gradients(routed, 4)
-    return lambda: step(x, router, prior, lift)
+    return lambda: step(x, router, features, w_features)
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
@@ -193,7 +193,10 @@ def measure_tpu(topology: str) -> list[dict[str, Any]]:
     ]
 
     def router(backend: str) -> Callable:
-        return lambda x, r, prior, lift, bias, domain: tuple(route(x, r, prior, lift, bias, domain, a, backend))
+        def routed(x, router, features, w_features, bias, domain):
+            return tuple(route(x, router, features, w_features, bias, domain, 4, a, backend))
+
+        return routed
 
     rows = [compile_row(f"router, {name}", router(name), operands) for name in ("xla", "pallas_tpu")]
     t, d, e, f, choices, _ = TPU_LAYER

@@ -15,14 +15,14 @@ MOST_OF_REFERENCE = 2048  # slots; twice as many take it 1.7 GB and ten seconds
 
 def make_attention(spec: AttentionSpec, backend: str) -> tuple[Callable[[], Any], int]:
     """The gradients of `attend` over the spec's operands, and the bytes of the compiled program's temporaries."""
-    q, k, v, segment, time, time_bias, kind, kind_bias = draw_attention(spec)
+    q, k, v, segment, time, time_bias, group, group_bias = draw_attention(spec)
 
-    def total(q, k, v, time_bias, kind_bias):
-        biases = {"time_BT": time, "time_bias_NR": time_bias, "kind_BT": kind, "kind_bias_BTNZ": kind_bias}
+    def total(q, k, v, time_bias, group_bias):
+        biases = {"time_BT": time, "time_bias_NJ": time_bias, "group_BT": group, "group_bias_BTNG": group_bias}
         out, lse = attend(q, k, v, segment, **biases, backend=backend)
         return jnp.sum(jnp.square(out)) + jnp.sum(jnp.square(lse))
 
-    floats = q, k, v, time_bias, kind_bias
+    floats = q, k, v, time_bias, group_bias
     compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3, 4))).lower(*floats).compile()
     memory = compiled.memory_analysis()
     return lambda: compiled(*floats), memory.temp_size_in_bytes if memory else 0

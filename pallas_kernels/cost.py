@@ -53,12 +53,12 @@ def _count(grid: tuple[int, ...], spec: pl.BlockSpec, array: Shaped) -> int:
     block = [size for size in sizes if isinstance(size, int)]
     if not len(block) == len(sizes) == len(array.shape):
         raise ValueError(f"count_moved_bytes: block {spec.block_shape} of an array {array.shape}")
-    index_SN = _list_indices(grid, spec, len(block))
-    is_new_S = np.ones(len(index_SN), bool)
-    is_new_S[1:] = np.any(index_SN[1:] != index_SN[:-1], axis=1)
-    start_RN = index_SN[is_new_S] * block
-    size_RN = np.clip(np.array(array.shape) - start_RN, 0, block)
-    return int(np.sum(np.prod(size_RN, axis=1))) * np.dtype(array.dtype).itemsize
+    indices = _list_indices(grid, spec, len(block))
+    is_new = np.ones(len(indices), bool)
+    is_new[1:] = np.any(indices[1:] != indices[:-1], axis=1)
+    starts = indices[is_new] * block
+    moved = np.clip(np.array(array.shape) - starts, 0, block)
+    return int(np.sum(np.prod(moved, axis=1))) * np.dtype(array.dtype).itemsize
 
 
 def _list_indices(grid: tuple[int, ...], spec: pl.BlockSpec, n_dims: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What TPU kernels share that take rows from HBM by DMA, tile after tile, while they compute the tile before.
 
-Letters: D width of a row.
+Letters as in `pallas_kernels`: T rows, D width of a row, L tiles.
 """
 
 from typing import Any
@@ -153,5 +153,5 @@ def call_over_tiles(kernel, name, grid, scalars, in_specs, results, scratch, ope
 
 
 def rows_spec(tile, index) -> pl.BlockSpec:
-    """Of int32 `[N, 1, tile]`: the numbers of a tile's rows, in SMEM."""
+    """Of int32 `[L, 1, tile]`: the numbers of a tile's rows, in SMEM."""
     return pl.BlockSpec((1, 1, tile), index, memory_space=pltpu.SMEM)

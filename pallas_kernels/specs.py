@@ -32,7 +32,7 @@ class LayerOperands(NamedTuple):
 
 
 class AttentionSpec(NamedTuple):
-    """Shapes of `attend`: B sequences of T slots, N query heads over K key heads of width H, R buckets, Z kinds.
+    """Shapes of `attend`: B sequences of T slots, N query heads over K key heads of width H, J buckets, G groups.
 
     `segments` are as many equal ones in each sequence.
     """
@@ -42,8 +42,8 @@ class AttentionSpec(NamedTuple):
     n: int = 4
     k: int = 2
     h: int = 32
-    r: int = 24
-    z: int = 3
+    j: int = 24
+    g: int = 3
     segments: int = 1
 
 
@@ -55,15 +55,15 @@ class AttentionOperands(NamedTuple):
     v_BTKH: jax.Array
     segment_BT: jax.Array
     time_BT: jax.Array
-    time_bias_NR: jax.Array
-    kind_BT: jax.Array
-    kind_bias_BTNZ: jax.Array
+    time_bias_NJ: jax.Array
+    group_BT: jax.Array
+    group_bias_BTNG: jax.Array
 
 
 def draw_attention(spec: AttentionSpec, seed: int = 0) -> AttentionOperands:
     """Normal queries, keys, values and biases; hours between one slot and the next, some times not known."""
     rng = np.random.default_rng(seed)
-    t, b, n, k, h, r, z, segments = spec
+    t, b, n, k, h, j, g, segments = spec
 
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -76,9 +76,9 @@ def draw_attention(spec: AttentionSpec, seed: int = 0) -> AttentionOperands:
         normal(b, t, k, h),
         jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32) * segments // t + 1, (b, t)),
         jnp.asarray(time, jnp.int32),
-        normal(n, r),
-        jnp.asarray(rng.integers(0, z, (b, t)), jnp.int32),
-        normal(b, t, n, z),
+        normal(n, j),
+        jnp.asarray(rng.integers(0, g, (b, t)), jnp.int32),
+        normal(b, t, n, g),
     )
 
 

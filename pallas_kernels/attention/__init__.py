@@ -1,4 +1,4 @@
-"""Causal attention within packed segments, with biases by time and by kind that are computed inside."""
+"""Causal attention within packed segments, with biases by time and by group that are computed inside."""
 
 from pallas_kernels.attention.api import BACKENDS, attend
 from pallas_kernels.attention.buckets import find_bucket

@@ -1,6 +1,6 @@
-"""Log-spaced buckets of the seconds between two times, decided by whole numbers: equal in every backend, to the bit.
+"""Log-spaced buckets of the seconds between two times, decided by whole numbers: bitwise equal in every backend.
 
-Bucket r of R is `floor(1.5 log2(1 + hours))`, at most R - 2; a negative gap counts as none. Bucket R - 1 is "not
+Bucket j of J is `floor(1.5 log2(1 + hours))`, at most J - 2; a negative gap counts as none. Bucket J - 1 is "not
 known": either time is `NO_TIME`. A logarithm rounds differently on each device; a comparison with a threshold does not.
 """
 
@@ -16,16 +16,16 @@ HOUR = 3600
 
 @cache
 def list_thresholds(n_buckets: int) -> tuple[int, ...]:
-    """Whole seconds at which buckets 1, 2, … R - 2 begin, as far as a gap between two int32 times can reach.
+    """Whole seconds at which buckets 1, 2, … J - 2 begin, as far as a gap between two int32 times can reach.
 
-    `1.5 log2(1 + s / 3600) >= r` is `(s + 3600)^3 >= 3600^3 4^r`, which integers decide exactly.
+    `1.5 log2(1 + s / 3600) >= j` is `(s + 3600)^3 >= 3600^3 4^j`, which integers decide exactly.
 
     Args:
-      n_buckets: R, with the one for "not known".
+      n_buckets: J, with the one for "not known".
     """
     thresholds = []
-    for r in range(1, n_buckets - 1):
-        cube = HOUR**3 * 4**r
+    for bucket in range(1, n_buckets - 1):
+        cube = HOUR**3 * 4**bucket
         near = round(cube ** (1 / 3))
         root = next(x for x in range(near - 2, near + 3) if x**3 >= cube)  # the float is off by less than one
         if root - HOUR > 2**32 - 2:
@@ -36,7 +36,7 @@ def list_thresholds(n_buckets: int) -> tuple[int, ...]:
 
 @cache
 def list_starts(n_buckets: int) -> tuple[int, ...]:
-    """Where each bucket begins in the order of `order_gap`, R int32; buckets out of reach begin with the last."""
+    """Where each bucket begins in the order of `order_gap`, J int32; buckets out of reach begin with the last."""
     reached = [NO_TIME, *(s + NO_TIME for s in list_thresholds(n_buckets))]
     return (*reached, *[NOT_KNOWN] * (n_buckets - len(reached)))
 
@@ -55,7 +55,7 @@ def order_gap(earlier: jax.Array, later: jax.Array) -> jax.Array:
 
 
 def find_bucket(earlier: jax.Array, later: jax.Array, n_buckets: int) -> jax.Array:
-    """int32 bucket of each gap, from 0 to R - 1; arguments as of `order_gap`, and R."""
+    """int32 bucket of each gap, from 0 to J - 1; arguments as of `order_gap`, and J."""
     gap = order_gap(earlier, later)
     bucket = jnp.zeros_like(gap)
     for start in list_starts(n_buckets)[1:]:

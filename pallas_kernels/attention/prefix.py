@@ -1,6 +1,7 @@
 """Attention of every slot to a few keys of its own, and the exact combination of attentions over several sets of keys.
 
-Letters: B sequences, T slots, N query heads, K key/value heads, G query heads of one key head, H head width, M keys.
+Letters as in `pallas_kernels`: B sequences, T slots, N query heads, K key/value heads, Q query heads of one key head,
+H head width, M keys of a slot.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,17 +10,17 @@ import jax
 import jax.numpy as jnp
 
 
-def attend_few(logit_XM: jax.Array, read: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
+def attend_few(logit_M: jax.Array, read: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Attention to few keys that need not be there as arrays: `attend_prefix` without its operands.
 
     Args:
-      logit_XM: float32, of all keys. read: from weights `[..., M]` to the sums of the values.
+      logit_M: float32 `[..., M]`, of all keys. read: from weights `[..., M]` to the sums of the values.
 
     Returns:
       What `read` makes of the softmax, and the log-sum-exp `[...]` of the logits.
     """
-    lse_X = jax.nn.logsumexp(logit_XM, axis=-1)
-    return read(jnp.exp(logit_XM - lse_X[..., None])), lse_X
+    lse = jax.nn.logsumexp(logit_M, axis=-1)
+    return read(jnp.exp(logit_M - lse[..., None])), lse
 
 
 def attend_prefix(
@@ -43,17 +44,17 @@ def attend_prefix(
     fits = heads and n % heads == 0 and k_BTMKH.shape == v_BTMKH.shape == (b, t, k_BTMKH.shape[2], heads, h)
     if not fits or not k_BTMKH.shape[2]:
         raise ValueError(f"attend_prefix: {q_BTNH.shape}, {k_BTMKH.shape}, {v_BTMKH.shape} do not fit")
-    q_BTKGH = q_BTNH.reshape(b, t, heads, n // heads, h)
-    logit_BTKGM = jnp.einsum("BTKGH,BTMKH->BTKGM", q_BTKGH, k_BTMKH, preferred_element_type=jnp.float32) * h**-0.5
+    q_BTKQH = q_BTNH.reshape(b, t, heads, n // heads, h)
+    logit_BTKQM = jnp.einsum("BTKQH,BTMKH->BTKQM", q_BTKQH, k_BTMKH, preferred_element_type=jnp.float32) * h**-0.5
     if bias_BTM is not None:
-        logit_BTKGM += bias_BTM[:, :, None, None]
+        logit_BTKQM += bias_BTM[:, :, None, None]
 
-    def read(weight_BTKGM):
-        weight_BTKGM = weight_BTKGM.astype(v_BTMKH.dtype)
-        return jnp.einsum("BTKGM,BTMKH->BTKGH", weight_BTKGM, v_BTMKH, preferred_element_type=jnp.float32)
+    def read(weight_BTKQM):
+        weight_BTKQM = weight_BTKQM.astype(v_BTMKH.dtype)
+        return jnp.einsum("BTKQM,BTMKH->BTKQH", weight_BTKQM, v_BTMKH, preferred_element_type=jnp.float32)
 
-    out, lse_BTKG = attend_few(logit_BTKGM, read)
-    return out.reshape(b, t, n, h).astype(q_BTNH.dtype), lse_BTKG.reshape(b, t, n)
+    out, lse_BTKQ = attend_few(logit_BTKQM, read)
+    return out.reshape(b, t, n, h).astype(q_BTNH.dtype), lse_BTKQ.reshape(b, t, n)
 
 
 def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
@@ -71,9 +72,9 @@ def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
     """
     if not parts or any(o.shape != parts[0][0].shape or a.shape != o.shape[:-1] for o, a in parts):
         raise ValueError(f"merge: {[(o.shape, a.shape) for o, a in parts]} do not fit")
-    lse_PBTN = jnp.stack([a.astype(jnp.float32) for _, a in parts])
-    lse_BTN = jax.nn.logsumexp(lse_PBTN, axis=0)
-    weight_PBTN = jnp.exp(lse_PBTN - lse_BTN)
-    weighed = [o.astype(jnp.float32) * w[..., None] for (o, _), w in zip(parts, weight_PBTN, strict=True)]
+    lses = jnp.stack([a.astype(jnp.float32) for _, a in parts])
+    lse_BTN = jax.nn.logsumexp(lses, axis=0)
+    weights = jnp.exp(lses - lse_BTN)
+    weighed = [o.astype(jnp.float32) * w[..., None] for (o, _), w in zip(parts, weights, strict=True)]
     total = sum(weighed[1:], weighed[0])
     return total.astype(parts[0][0].dtype), lse_BTN

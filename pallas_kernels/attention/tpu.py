@@ -5,7 +5,7 @@ up over blocks of keys, and once for those of keys and values, which add up over
 before it is a whole sum. Slots lie on the lanes, see `tpu_kernels`. A grid is (sequence, key head, block, step); steps
 without a visible pair fetch and compute nothing. All sums are in float32.
 
-Letters as in `operands`, and P padded slots, I blocks of them.
+Letters as in `operands`, and P slots padded to whole blocks.
 """
 
 import math
@@ -26,7 +26,7 @@ from pallas_kernels.attention.operands import (
     Gradients,
     Operands,
     count_most_blocks,
-    find_reach,
+    find_block_bounds,
     pad_slots,
 )
 from pallas_kernels.cost import count_moved_bytes
@@ -36,15 +36,15 @@ LANES = 128
 BLOCKS = (256, 128)  # slots of a block, the first that fits; with 512 compiling takes three times as long
 VMEM_LIMIT = 56 << 20  # bytes; a core of v5p and v7x has 64 MiB, of v5e and v6e 128
 VMEM_BUDGET = 42 << 20  # of them what we count ourselves; the compiler's own temporaries take the rest
-N_FACTS = 8  # rows of the facts of a slot: a tile is 8 high
+N_METADATA = 8  # rows of a slot's metadata: a tile is 8 high
 _SMEM = pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 def _count_vmem(q_shape: tuple[int, ...], n_heads: int, width: int, block: int) -> int:
     """Bytes of a backward step's blocks, twice each, of its sums and of about ten arrays of pairs."""
     _, _, n, h = q_shape
-    g = n // n_heads
-    return block * (g * h * (6 * width + 4) + h * (8 * width + 8) + g * 4 * 96) + 10 * 4 * block**2
+    per_key = n // n_heads
+    return block * (per_key * h * (6 * width + 4) + h * (8 * width + 8) + per_key * 4 * 96) + 10 * 4 * block**2
 
 
 def choose_block(operands: Operands) -> int:
@@ -55,7 +55,7 @@ def choose_block(operands: Operands) -> int:
     return next((min(block, most) for block in BLOCKS if count(min(block, most)) <= VMEM_BUDGET), 0)
 
 
-def find_misfit(operands: Operands, block: int | None, interpret: Any = False) -> str:
+def unsupported_reason(operands: Operands, block: int | None, interpret: Any = False) -> str:
     """Why the kernels cannot take these operands, or nothing."""
     dtype, h = operands.q_BTNH.dtype, operands.q_BTNH.shape[-1]
     if dtype not in (jnp.float32, jnp.bfloat16):
@@ -75,7 +75,7 @@ class _Layout(NamedTuple):
 
     b: int
     n_heads: int
-    g: int
+    per_key: int
     h: int
     block: int
     n_blocks: int
@@ -87,44 +87,44 @@ class _Layout(NamedTuple):
         return self.b, self.n_heads, self.n_blocks, self.n_steps
 
     def split(self, x_BTN: jax.Array, fill: float = 0) -> jax.Array:
-        """`[B, T, N, …]` to `[B, K, G, …, P]`, or `[B, T, K, …]` to that with G = 1."""
+        """`[B, T, N, …]` to `[B, K, Q, …, P]`, or `[B, T, K, …]` to that with Q = 1."""
         x = jnp.moveaxis(pad_slots(x_BTN, self.block, fill), 1, -1)
         return x.reshape(self.b, self.n_heads, -1, *x.shape[2:])
 
-    def join(self, x_BKGP: jax.Array) -> jax.Array:
+    def join(self, x_BKQP: jax.Array) -> jax.Array:
         """The way back."""
-        x = x_BKGP.reshape(self.b, -1, *x_BKGP.shape[3:])
+        x = x_BKQP.reshape(self.b, -1, *x_BKQP.shape[3:])
         return jnp.moveaxis(x, -1, 1)[:, : self.n_slots]
 
 
 def _lay_out(operands: Operands, window: int | None, block: int | None, interpret) -> _Layout:
-    misfit = find_misfit(operands, block, interpret)
-    if misfit:
-        raise ValueError(f"attend: {misfit}")
+    reason = unsupported_reason(operands, block, interpret)
+    if reason:
+        raise ValueError(f"attend: {reason}")
     (b, t, n, h), n_heads = operands.q_BTNH.shape, operands.k_BTKH.shape[2]
     block = block or choose_block(operands)
     n_blocks = pl.cdiv(t, block)
     return _Layout(b, n_heads, n // n_heads, h, block, n_blocks, count_most_blocks(n_blocks, block, window), t)
 
 
-# An index map here takes the grid's step and `reach`, and says which block of slots a step wants. The estimate of cost
-# asks with numpy's arrays and must have no device do it: under a mesh of TPUs that are not here none could.
+# An index map here takes the grid's step and `block_bounds`, and says which block of slots a step wants. The estimate
+# of cost asks with numpy's arrays and must have no device do it: under a mesh of TPUs that are not here none could.
 def _module_of(i):
     return np if isinstance(i, np.ndarray) else jnp
 
 
-def _own(b, k, i, s, reach):
+def _own(b, k, i, s, block_bounds):
     return i
 
 
-def _back(b, k, i, s, reach):
+def _back(b, k, i, s, block_bounds):
     """Of keys, for queries i: from their own block back to the first that they see, and then that again."""
-    return _module_of(i).maximum(i - s, reach[b, i])
+    return _module_of(i).maximum(i - s, block_bounds[b, i])
 
 
-def _ahead(b, k, j, s, reach):
+def _ahead(b, k, j, s, block_bounds):
     """Of queries, for keys j: from their own block ahead to the last that sees them, and then that again."""
-    return _module_of(j).minimum(j + s, reach[b, j])
+    return _module_of(j).minimum(j + s, block_bounds[b, j])
 
 
 def _over_slots(shape: tuple[int, ...], block: int, find_block: Callable, by_head: bool = True) -> pl.BlockSpec:
@@ -132,8 +132,8 @@ def _over_slots(shape: tuple[int, ...], block: int, find_block: Callable, by_hea
     n_own = 2 if by_head else 1
     rest = len(shape) - n_own - 1
 
-    def index(b, k, i, s, reach, *others):
-        return *(b, k)[:n_own], *[0] * rest, find_block(b, k, i, s, reach)
+    def index(b, k, i, s, block_bounds, *others):
+        return *(b, k)[:n_own], *[0] * rest, find_block(b, k, i, s, block_bounds)
 
     return pl.BlockSpec((*[1] * n_own, *shape[n_own:-1], block), index)
 
@@ -156,7 +156,7 @@ def _call(
     """A `pallas_call` of a kernel that gets its arrays by name.
 
     Args:
-      scalars: what is prefetched, `reach` first.
+      scalars: what is prefetched, `block_bounds` first.
       inputs, outputs: name -> array (or shape of the result) and spec.
       scratch: name -> shape, of float32.
       n_products: matmuls of a pair of blocks.
@@ -180,7 +180,7 @@ def _call(
             dimension_semantics=[pltpu.PARALLEL] * n_parallel + [pltpu.ARBITRARY] * (4 - n_parallel),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
-        cost_estimate=_estimate(layout, inputs, outputs, n_products, "pull_keys" in name),
+        cost_estimate=_estimate(layout, inputs, outputs, n_products, "bwd_dkv" in name),
         interpret=interpret,
         name=name,
     )(*(vary(x, axes) for x in operands))
@@ -189,21 +189,21 @@ def _call(
 def _estimate(layout: _Layout, inputs: Named, outputs: Named, n_products: int, ahead: bool) -> pl.CostEstimate:
     """Cost if a sequence were one segment: what packing leaves out is known only when the program runs."""
     n = layout.n_blocks
-    reach = np.full((1, n), n - 1 if ahead else 0)
+    block_bounds = np.full((1, n), n - 1 if ahead else 0)
     arrays, specs = zip(*inputs.values(), *outputs.values(), strict=True)
 
-    def at_reach(spec):
+    def at_bounds(spec):
         if spec.block_shape is None:
             return spec
-        return pl.BlockSpec(spec.block_shape, lambda *step: spec.index_map(*step, reach))
+        return pl.BlockSpec(spec.block_shape, lambda *step: spec.index_map(*step, block_bounds))
 
     # Every sequence and key head moves the same: counted for one. Tables in SMEM are moved once, and small.
-    n_bytes = count_moved_bytes((1, 1, *layout.grid[2:]), [at_reach(spec) for spec in specs], arrays)
+    n_bytes = count_moved_bytes((1, 1, *layout.grid[2:]), [at_bounds(spec) for spec in specs], arrays)
     n_pairs = sum(min(i + 1, layout.n_steps) for i in range(n)) * layout.block**2
     n_rows = layout.b * layout.n_heads
     return pl.CostEstimate(
-        flops=2 * n_products * n_pairs * layout.h * layout.g * n_rows,
-        transcendentals=n_pairs * layout.g * n_rows,
+        flops=2 * n_products * n_pairs * layout.h * layout.per_key * n_rows,
+        transcendentals=n_pairs * layout.per_key * n_rows,
         bytes_accessed=n_bytes * n_rows,
     )
 
@@ -218,31 +218,31 @@ def _find_times(time_BT: jax.Array, block: int) -> dict[str, jax.Array]:
     return {"least_time": jnp.where(any_BI, least, 0), "most_time": jnp.where(any_BI, most, 0)}
 
 
-def _prepare(operands: Operands, layout: _Layout, of_queries: Callable, of_keys: Callable, reach_BI: jax.Array):
+def _prepare(operands: Operands, layout: _Layout, of_queries: Callable, of_keys: Callable, block_bounds_BI: jax.Array):
     """Scalars and inputs that every kernel gets, and a function that adds more of them."""
-    q_BTNH, k_BTKH, v_BTKH, segment_BT, time_BT, time_bias_NR, kind_BT, kind_bias_BTNZ = operands
+    q_BTNH, k_BTKH, v_BTKH, segment_BT, time_BT, time_bias_NJ, group_BT, group_bias_BTNG = operands
     zeros_BT = jnp.zeros_like(segment_BT)
-    facts = (segment_BT, zeros_BT if time_BT is None else time_BT, zeros_BT if kind_BT is None else kind_BT)
-    facts_BFT = jnp.stack([*facts, *[zeros_BT] * (N_FACTS - len(facts))], axis=1)
-    facts_BFP = pad_slots(facts_BFT.swapaxes(1, 2), layout.block).swapaxes(1, 2)
+    slot_metadata = (segment_BT, zeros_BT if time_BT is None else time_BT, zeros_BT if group_BT is None else group_BT)
+    slot_metadata_BFT = jnp.stack([*slot_metadata, *[zeros_BT] * (N_METADATA - len(slot_metadata))], axis=1)
+    slot_metadata_BFP = pad_slots(slot_metadata_BFT.swapaxes(1, 2), layout.block).swapaxes(1, 2)
 
     def spread(x, find_block, by_head=True):
         return x, _over_slots(x.shape, layout.block, find_block, by_head)
 
-    scalars = {"reach": reach_BI}
+    scalars = {"block_bounds": block_bounds_BI}
     inputs = {
         "q": spread(layout.split(q_BTNH), of_queries),
         "k": spread(layout.split(k_BTKH)[:, :, 0], of_keys),
         "v": spread(layout.split(v_BTKH)[:, :, 0], of_keys),
-        "query_facts": spread(facts_BFP, of_queries, False),
-        "key_facts": spread(facts_BFP, of_keys, False),
+        "query_metadata": spread(slot_metadata_BFP, of_queries, False),
+        "key_metadata": spread(slot_metadata_BFP, of_keys, False),
     }
-    if kind_bias_BTNZ is not None:
-        inputs["kind_bias"] = spread(layout.split(kind_bias_BTNZ.astype(jnp.float32)), of_queries)
-    if time_BT is not None and time_bias_NR is not None:
-        starts = jnp.array(list_starts(time_bias_NR.shape[1]), jnp.int32)
+    if group_bias_BTNG is not None:
+        inputs["group_bias"] = spread(layout.split(group_bias_BTNG.astype(jnp.float32)), of_queries)
+    if time_BT is not None and time_bias_NJ is not None:
+        starts = jnp.array(list_starts(time_bias_NJ.shape[1]), jnp.int32)
         scalars |= {"starts": starts, **_find_times(time_BT, layout.block)}
-        inputs["time_bias"] = time_bias_NR.astype(jnp.float32), _SMEM
+        inputs["time_bias"] = time_bias_NJ.astype(jnp.float32), _SMEM
     return scalars, inputs, spread
 
 
@@ -257,9 +257,9 @@ def forward(operands: Operands, window: int | None, block: int | None, interpret
       ValueError: types, heads or blocks that a TPU cannot take.
     """
     layout = _lay_out(operands, window, block, interpret)
-    g, h, u = layout.g, layout.h, layout.block
-    reach_BI, _ = find_reach(pad_slots(operands.segment_BT, u), u, window)
-    scalars, inputs, spread = _prepare(operands, layout, _own, _back, reach_BI)
+    per_key, h, u = layout.per_key, layout.h, layout.block
+    block_bounds_BI, _ = find_block_bounds(pad_slots(operands.segment_BT, u), u, window)
+    scalars, inputs, spread = _prepare(operands, layout, _own, _back, block_bounds_BI)
     q = inputs["q"][0]
     out, lse = _call(
         partial(tpu_kernels.forward, window=window),
@@ -271,7 +271,7 @@ def forward(operands: Operands, window: int | None, block: int | None, interpret
             "out": spread(jax.ShapeDtypeStruct(q.shape, q.dtype), _own),
             "lse_out": spread(jax.ShapeDtypeStruct((*q.shape[:3], q.shape[4]), jnp.float32), _own),
         },
-        {"top": (g, 1, u), "total": (g, 1, u), "sums": (g, h, u)},
+        {"top": (per_key, 1, u), "total": (per_key, 1, u), "sums": (per_key, h, u)},
         n_products=2,
         n_parallel=3,
         interpret=interpret,
@@ -291,33 +291,36 @@ def backward(
 ) -> Gradients:
     """Gradients of the operands from what forward gave and the cotangents of it; other arguments as of `forward`."""
     layout = _lay_out(operands, window, block, interpret)
-    g, h, u = layout.g, layout.h, layout.block
-    # Of dS = P (dP - delta + dlse) what does not depend on the key.
+    per_key, h, u = layout.per_key, layout.h, layout.block
+    # Of d_logit = weight (d_weight - delta + d_lse) what does not depend on the key.
     delta_BTN = jnp.sum(d_out_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1) - d_lse_BTN
     saved = {
         "d_out": layout.split(d_out_BTNH.astype(operands.q_BTNH.dtype)),
         "lse": layout.split(lse_BTN, BEHIND),
         "delta": layout.split(delta_BTN),
     }
-    first_BI, last_BJ = find_reach(pad_slots(operands.segment_BT, u), u, window)
+    first_BI, last_BC = find_block_bounds(pad_slots(operands.segment_BT, u), u, window)
 
     scalars, inputs, spread = _prepare(operands, layout, _own, _back, first_BI)
     inputs |= {name: spread(x, _own) for name, x in saved.items()}
     q, k = inputs["q"][0], inputs["k"][0]
     outputs = {"dq": spread(jax.ShapeDtypeStruct(q.shape, q.dtype), _own)}
-    scratch: dict[str, tuple[int, ...]] = {"dq_sum": (g, h, u)}
-    if "kind_bias" in inputs:
-        kind_bias = inputs["kind_bias"][0]
-        outputs["d_kind_bias"] = spread(jax.ShapeDtypeStruct(kind_bias.shape, jnp.float32), _own)
-        scratch["d_kind_sum"] = (g, kind_bias.shape[3], u)
+    scratch: dict[str, tuple[int, ...]] = {"dq_sum": (per_key, h, u)}
+    if "group_bias" in inputs:
+        group_bias = inputs["group_bias"][0]
+        outputs["d_group_bias"] = spread(jax.ShapeDtypeStruct(group_bias.shape, jnp.float32), _own)
+        scratch["d_group_sum"] = (per_key, group_bias.shape[3], u)
     if "time_bias" in inputs:
-        r = inputs["time_bias"][0].shape[1]
-        shape = jax.ShapeDtypeStruct((layout.b, layout.n_heads, g, r, 1), jnp.float32)
-        outputs["d_time_bias"] = shape, pl.BlockSpec((1, 1, g, r, 1), lambda b, k, i, s, *_: (b, k, 0, 0, 0))
-        scratch["d_time_sum"] = (g, r, u)
+        n_buckets = inputs["time_bias"][0].shape[1]
+        shape = jax.ShapeDtypeStruct((layout.b, layout.n_heads, per_key, n_buckets, 1), jnp.float32)
+        outputs["d_time_bias"] = (
+            shape,
+            pl.BlockSpec((1, 1, per_key, n_buckets, 1), lambda b, k, i, s, *_: (b, k, 0, 0, 0)),
+        )
+        scratch["d_time_sum"] = (per_key, n_buckets, u)
     results = _call(
-        partial(tpu_kernels.pull_queries, window=window),
-        "attention_pull_queries",
+        partial(tpu_kernels.bwd_dq, window=window),
+        "attention_bwd_dq",
         layout,
         scalars,
         inputs,
@@ -329,12 +332,12 @@ def backward(
     )
     pulled = dict(zip(outputs, results, strict=True))
 
-    scalars, inputs, spread = _prepare(operands, layout, _ahead, _own, last_BJ)
+    scalars, inputs, spread = _prepare(operands, layout, _ahead, _own, last_BC)
     inputs |= {name: spread(x, _ahead) for name, x in saved.items()}
     shape = jax.ShapeDtypeStruct(k.shape, k.dtype)
     dk, dv = _call(
-        partial(tpu_kernels.pull_keys, window=window),
-        "attention_pull_keys",
+        partial(tpu_kernels.bwd_dkv, window=window),
+        "attention_bwd_dkv",
         layout,
         scalars,
         inputs,
@@ -344,11 +347,11 @@ def backward(
         n_parallel=3,
         interpret=interpret,
     )
-    d_kind, d_time = pulled.get("d_kind_bias"), pulled.get("d_time_bias")
+    d_group, d_time = pulled.get("d_group_bias"), pulled.get("d_time_bias")
     return Gradients(
         layout.join(pulled["dq"]),
         layout.join(dk[:, :, None]),
         layout.join(dv[:, :, None]),
         None if d_time is None else jnp.sum(d_time, axis=0).reshape(math.prod(d_time.shape[1:3]), -1),
-        None if d_kind is None else layout.join(d_kind),
+        None if d_group is None else layout.join(d_group),
     ).cast(operands)

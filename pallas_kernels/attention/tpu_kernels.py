@@ -1,14 +1,15 @@
 """Bodies of the TPU's attention kernels. Slots lie on the lanes: logits are `[S, U]`, a key a row, a query a column.
 
-So what belongs to a query (log-sum-exp, greatest logit, bias of a kind) is a row, which costs nothing to spread over
+So what belongs to a query (log-sum-exp, greatest logit, bias of a group) is a row, which costs nothing to spread over
 the keys, and heads narrower than 128 waste no lanes. What belongs to a key comes as a row too, turned once a step.
 
 A kernel gets its arrays by name. Of a block of sequence b and key head k:
 
-- `q`, `d_out` `[1, 1, G, H, U]`; `k`, `v` `[1, 1, H, S]`; `lse`, `delta` `[1, 1, G, U]`; `kind_bias` `[1, 1, G, Z, U]`;
-- `query_facts`, `key_facts` int32 `[1, 8, U or S]`: rows of segment, time and kind;
-- in SMEM: `reach` `[B, I]`, the last step's block; `time_bias` `[N, R]`; `starts` `[R]` of the buckets; `least_time`,
-  `most_time` `[B, I]`, of the known times of each block.
+- `q`, `d_out` `[1, 1, Q, H, U]`; `k`, `v` `[1, 1, H, S]`; `lse`, `delta` `[1, 1, Q, U]`; `group_bias`
+  `[1, 1, Q, G, U]`;
+- `query_metadata`, `key_metadata` int32 `[1, 8, U or S]`: rows of segment, time and group;
+- in SMEM: `block_bounds` `[B, I]`, the last step's block; `time_bias` `[N, J]`; `starts` `[J]` of the buckets;
+  `least_time`, `most_time` `[B, I]`, of the known times of each block.
 
 Letters as in `operands`, and U queries, S keys of a block.
 """
@@ -24,7 +25,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.attention.buckets import order_gap
 from pallas_kernels.attention.operands import NEVER
 
-SEGMENT, TIME, KIND = range(3)  # rows of the facts
+SEGMENT, TIME, GROUP = range(3)  # rows of a slot's metadata
 _PLAIN = (((1,), (0,)), ((), ()))  # x y
 _ROWS = (((0,), (0,)), ((), ()))  # contracts the rows of both: x^T y
 _LAST = (((1,), (1,)), ((), ()))  # contracts the columns of both: x y^T
@@ -55,12 +56,12 @@ class _Pair:
     Attributes:
       visible: bool `[S, U]`.
       gap: int32 `[S, U]`, as of `order_gap`; None without times.
-      kind: int32 `[S, 1]`, each key's.
+      group: int32 `[S, 1]`, each key's.
       first_bucket, last_bucket: no known gap of the pair is in a bucket before or behind.
     """
 
     def __init__(self, refs: Refs, step: "_Step", i, j, window: int | None):
-        query, key = refs["query_facts"][0], refs["key_facts"][0].T
+        query, key = refs["query_metadata"][0], refs["key_metadata"][0].T
         n_queries, n_keys = query.shape[1], key.shape[0]
         shape = n_keys, n_queries
         ago = (i * n_queries - j * n_keys) + (
@@ -68,7 +69,7 @@ class _Pair:
         )
         visible = (query[SEGMENT : SEGMENT + 1] == key[:, SEGMENT : SEGMENT + 1]) & (ago >= 0)
         self.visible = visible if window is None else visible & (ago < window)
-        self.kind = key[:, KIND : KIND + 1]
+        self.group = key[:, GROUP : GROUP + 1]
         self.refs, self.step, self.gap = refs, step, None
         if "time_bias" in refs:
             self.gap = order_gap(key[:, TIME : TIME + 1], query[TIME : TIME + 1])
@@ -80,41 +81,41 @@ class _Pair:
         shortest, longest = order_gap(most[b, j], least[b, i]), order_gap(least[b, j], most[b, i])
         numbers = range(1, starts.shape[0] - 1)  # the last bucket is for gaps that are not known
         zero = jnp.int32(0)
-        return (sum(((x >= starts[r]).astype(jnp.int32) for r in numbers), zero) for x in (shortest, longest))
+        return (sum(((x >= starts[bucket]).astype(jnp.int32) for bucket in numbers), zero) for x in (shortest, longest))
 
-    def is_bucket(self, r):
-        """bool `[S, U]`, whether the gap is in bucket r, which is known."""
+    def is_bucket(self, bucket):
+        """bool `[S, U]`, whether the gap is in that bucket, which is known."""
         starts = self.refs["starts"]
-        return (self.gap >= starts[r]) & (self.gap < starts[r + 1])
+        return (self.gap >= starts[bucket]) & (self.gap < starts[bucket + 1])
 
-    def find_logits(self, g) -> jax.Array:
-        """float32 `[S, U]` of head g of the group; `NEVER` where it is not visible."""
+    def find_logits(self, head) -> jax.Array:
+        """float32 `[S, U]` of query head `head` of the key head; `NEVER` where it is not visible."""
         refs = self.refs
-        q, k = refs["q"][0, 0, g], refs["k"][0, 0]
+        q, k = refs["q"][0, 0, head], refs["k"][0, 0]
         logit = _dot(k, q, _ROWS) * k.shape[0] ** -0.5
         if self.gap is not None:
             table, starts = refs["time_bias"], refs["starts"]
-            n = self.step.head * refs["q"].shape[2] + g
+            n = self.step.head * refs["q"].shape[2] + head
 
-            def choose(r, bias):
-                return jnp.where(self.gap >= starts[r], table[n, r], bias)
+            def choose(bucket, bias):
+                return jnp.where(self.gap >= starts[bucket], table[n, bucket], bias)
 
             bias = jnp.full(logit.shape, table[n, self.first_bucket])
             bias = jax.lax.fori_loop(self.first_bucket + 1, self.last_bucket + 1, choose, bias)
             logit += choose(starts.shape[0] - 1, bias)
-        if "kind_bias" in refs:
-            kinds = refs["kind_bias"][0, 0, g]
-            bias = jnp.broadcast_to(kinds[:1], logit.shape)
-            for z in range(1, kinds.shape[0]):
-                bias = jnp.where(self.kind == z, kinds[z : z + 1], bias)
+        if "group_bias" in refs:
+            biases = refs["group_bias"][0, 0, head]
+            bias = jnp.broadcast_to(biases[:1], logit.shape)
+            for group in range(1, biases.shape[0]):
+                bias = jnp.where(self.group == group, biases[group : group + 1], bias)
             logit += bias
         return jnp.where(self.visible, logit, NEVER)
 
-    def pull_logits(self, g) -> tuple[jax.Array, jax.Array]:
-        """Weights of head g and the gradient of its logits, each float32 `[S, U]`."""
-        refs, row = self.refs, pl.ds(g, 1)
-        weight = jnp.exp(self.find_logits(g) - refs["lse"][0, 0, row])
-        d_weight = _dot(refs["v"][0, 0], refs["d_out"][0, 0, g], _ROWS)
+    def pull_logits(self, head) -> tuple[jax.Array, jax.Array]:
+        """Weights of query head `head` and the gradient of its logits, each float32 `[S, U]`."""
+        refs, row = self.refs, pl.ds(head, 1)
+        weight = jnp.exp(self.find_logits(head) - refs["lse"][0, 0, row])
+        d_weight = _dot(refs["v"][0, 0], refs["d_out"][0, 0, head], _ROWS)
         return weight, weight * (d_weight - refs["delta"][0, 0, row])
 
 
@@ -125,15 +126,15 @@ def _clear(refs: Refs, names: tuple[str, ...]):
 
 
 def _each_head(refs: Refs, body):
-    """`body(g)` for every query head of the group: unrolled if few, so that one's matmuls run beside another's sums."""
+    """`body(head)` for each query head of the key head: unrolled if few, so that matmuls run beside another's sums."""
     n_heads = refs["q"].shape[2]
-    jax.lax.fori_loop(0, n_heads, lambda g, _: body(g), None, unroll=n_heads <= 2)
+    jax.lax.fori_loop(0, n_heads, lambda head, _: body(head), None, unroll=n_heads <= 2)
 
 
 def forward(refs: Refs, window: int | None):
-    """Writes `out` `[1, 1, G, H, U]` and `lse_out` `[1, 1, G, U]`.
+    """Writes `out` `[1, 1, Q, H, U]` and `lse_out` `[1, 1, Q, U]`.
 
-    Keeps over the steps `top` and `total` `[G, 1, U]` and `sums` `[G, H, U]`.
+    Keeps over the steps `top` and `total` `[Q, 1, U]` and `sums` `[Q, H, U]`.
     """
     step = _ask_step()
     i, j = step.block, step.block - step.number
@@ -144,67 +145,69 @@ def forward(refs: Refs, window: int | None):
         top[...] = jnp.full(top.shape, NEVER)
         _clear(refs, ("total", "sums"))
 
-    @pl.when(j >= refs["reach"][step.sequence, i])
+    @pl.when(j >= refs["block_bounds"][step.sequence, i])
     def _():
         # Its own block first: there every slot sees itself, and `top` is a logit from then on.
         pair = _Pair(refs, step, i, j, window)
 
-        def see(g):
-            logit = pair.find_logits(g)
-            new_top = jnp.maximum(top[g], jnp.max(logit, axis=0, keepdims=True))
-            weight, shrink = jnp.exp(logit - new_top), jnp.exp(top[g] - new_top)
+        def see(head):
+            logit = pair.find_logits(head)
+            new_top = jnp.maximum(top[head], jnp.max(logit, axis=0, keepdims=True))
+            weight, shrink = jnp.exp(logit - new_top), jnp.exp(top[head] - new_top)
             v = refs["v"][0, 0]
-            total[g] = total[g] * shrink + _sum_keys(weight)
-            sums[g] = sums[g] * shrink + _dot(v, weight.astype(v.dtype), _PLAIN)
-            top[g] = new_top
+            total[head] = total[head] * shrink + _sum_keys(weight)
+            sums[head] = sums[head] * shrink + _dot(v, weight.astype(v.dtype), _PLAIN)
+            top[head] = new_top
 
         _each_head(refs, see)
 
     @pl.when(step.is_last)
     def _():
-        def write(g):
-            refs["out"][0, 0, g] = (sums[g] / total[g]).astype(refs["out"].dtype)
-            refs["lse_out"][0, 0, pl.ds(g, 1)] = top[g] + jnp.log(total[g])
+        def write(head):
+            refs["out"][0, 0, head] = (sums[head] / total[head]).astype(refs["out"].dtype)
+            refs["lse_out"][0, 0, pl.ds(head, 1)] = top[head] + jnp.log(total[head])
 
         _each_head(refs, write)
 
 
-def pull_queries(refs: Refs, window: int | None):
-    """Writes `dq`, `d_kind_bias` and, once a sequence and key head, `d_time_bias` `[1, 1, G, R, 1]`.
+def bwd_dq(refs: Refs, window: int | None):
+    """Writes `dq`, `d_group_bias` and, once a sequence and key head, `d_time_bias` `[1, 1, Q, J, 1]`.
 
-    Keeps `dq_sum` `[G, H, U]`, `d_kind_sum` `[G, Z, U]`, and over all blocks of queries `d_time_sum` `[G, R, U]`.
+    Keeps `dq_sum` `[Q, H, U]`, `d_group_sum` `[Q, G, U]`, and over all blocks of queries `d_time_sum` `[Q, J, U]`.
     """
     step, n_blocks = _ask_step(), pl.num_programs(2)
     i, j = step.block, step.block - step.number
 
     @pl.when(step.is_first)
     def _():
-        _clear(refs, ("dq_sum", "d_kind_sum"))
+        _clear(refs, ("dq_sum", "d_group_sum"))
 
     @pl.when(step.is_first & (i == 0))
     def _():
         _clear(refs, ("d_time_sum",))
 
-    @pl.when(j >= refs["reach"][step.sequence, i])
+    @pl.when(j >= refs["block_bounds"][step.sequence, i])
     def _():
         pair = _Pair(refs, step, i, j, window)
 
-        def see(g):
-            _, d_logit = pair.pull_logits(g)
+        def see(head):
+            _, d_logit = pair.pull_logits(head)
             k = refs["k"][0, 0]
-            refs["dq_sum"][g] += _dot(k, d_logit.astype(k.dtype), _PLAIN)
-            if "kind_bias" in refs:
-                for z in range(refs["kind_bias"].shape[3]):
-                    refs["d_kind_sum"][g, z : z + 1] += _sum_keys(jnp.where(pair.kind == z, d_logit, 0.0))
+            refs["dq_sum"][head] += _dot(k, d_logit.astype(k.dtype), _PLAIN)
+            if "group_bias" in refs:
+                for group in range(refs["group_bias"].shape[3]):
+                    refs["d_group_sum"][head, group : group + 1] += _sum_keys(
+                        jnp.where(pair.group == group, d_logit, 0.0)
+                    )
             if "time_bias" in refs:
                 sums, unknown = refs["d_time_sum"], refs["starts"].shape[0] - 1
 
-                def add(r, _):
-                    sums[g, pl.ds(r, 1)] += _sum_keys(jnp.where(pair.is_bucket(r), d_logit, 0.0))
+                def add(bucket, _):
+                    sums[head, pl.ds(bucket, 1)] += _sum_keys(jnp.where(pair.is_bucket(bucket), d_logit, 0.0))
 
                 jax.lax.fori_loop(pair.first_bucket, pair.last_bucket + 1, add, None)
                 is_unknown = pair.gap >= refs["starts"][unknown]
-                sums[g, unknown : unknown + 1] += _sum_keys(jnp.where(is_unknown, d_logit, 0.0))
+                sums[head, unknown : unknown + 1] += _sum_keys(jnp.where(is_unknown, d_logit, 0.0))
 
         _each_head(refs, see)
 
@@ -212,8 +215,8 @@ def pull_queries(refs: Refs, window: int | None):
     def _():
         dq = refs["dq"]
         dq[0, 0] = (refs["dq_sum"][...] * dq.shape[3] ** -0.5).astype(dq.dtype)
-        if "kind_bias" in refs:
-            refs["d_kind_bias"][0, 0] = refs["d_kind_sum"][...].astype(refs["d_kind_bias"].dtype)
+        if "group_bias" in refs:
+            refs["d_group_bias"][0, 0] = refs["d_group_sum"][...].astype(refs["d_group_bias"].dtype)
 
     if "time_bias" in refs:
 
@@ -222,7 +225,7 @@ def pull_queries(refs: Refs, window: int | None):
             refs["d_time_bias"][0, 0] = jnp.sum(refs["d_time_sum"][...], axis=2, keepdims=True)
 
 
-def pull_keys(refs: Refs, window: int | None):
+def bwd_dkv(refs: Refs, window: int | None):
     """Writes `dk` and `dv` `[1, 1, H, S]`; keeps `dk_sum` and `dv_sum` `[H, S]` over the steps."""
     step = _ask_step()
     i, j = step.block + step.number, step.block
@@ -231,13 +234,13 @@ def pull_keys(refs: Refs, window: int | None):
     def _():
         _clear(refs, ("dk_sum", "dv_sum"))
 
-    @pl.when(i <= refs["reach"][step.sequence, j])
+    @pl.when(i <= refs["block_bounds"][step.sequence, j])
     def _():
         pair = _Pair(refs, step, i, j, window)
 
-        def see(g):
-            weight, d_logit = pair.pull_logits(g)
-            q, d_out = refs["q"][0, 0, g], refs["d_out"][0, 0, g]
+        def see(head):
+            weight, d_logit = pair.pull_logits(head)
+            q, d_out = refs["q"][0, 0, head], refs["d_out"][0, 0, head]
             refs["dk_sum"][...] += _dot(q, d_logit.astype(q.dtype), _LAST)
             refs["dv_sum"][...] += _dot(d_out, weight.astype(d_out.dtype), _LAST)
 

@@ -1,5 +1,5 @@
-"""Rows to the places of a plan and back, in gathers alone, forward and backward."""
+"""Rows to the row slots of a plan and back, in gathers alone, forward and backward."""
 
-from pallas_kernels.combine.api import SUMS, combine_rows, gather_rows, sum_places
+from pallas_kernels.combine.api import SUMS, combine_rows, gather_rows, unpermute_sum
 
-__all__ = ["SUMS", "combine_rows", "gather_rows", "sum_places"]
+__all__ = ["SUMS", "combine_rows", "gather_rows", "unpermute_sum"]

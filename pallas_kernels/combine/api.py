@@ -1,7 +1,8 @@
 """`gather_rows` and `combine_rows`: JAX would differentiate them into scatter-adds of activations.
 
-Letters: T rows, A choices of a row, P places of the plan, D width. A kept assignment stands at exactly one place, so
-the transpose of a gather over places is a gather over assignments, and the other way round.
+Letters as in `pallas_kernels`: T rows, A choices of a row, R row slots of the plan, D width. A kept assignment stands
+in exactly one row slot, so the transpose of a gather over row slots is a gather over assignments, and the other way
+round.
 """
 
 from collections.abc import Callable
@@ -11,28 +12,28 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.combine import tpu
-from pallas_kernels.dispatch import Plan
+from pallas_kernels.dispatch import DispatchPlan
 
 
-def _sum_by_gathers(rows_PD: jax.Array, plan: Plan) -> jax.Array:
-    total = jnp.where(plan.kept_TA[:, :1], rows_PD[plan.place_TA[:, 0]], 0)
-    for a in range(1, plan.place_TA.shape[1]):
-        total += jnp.where(plan.kept_TA[:, a, None], rows_PD[plan.place_TA[:, a]], 0)
+def _sum_by_gathers(rows_RD: jax.Array, plan: DispatchPlan) -> jax.Array:
+    total = jnp.where(plan.kept_TA[:, :1], rows_RD[plan.row_slot_TA[:, 0]], 0)
+    for a in range(1, plan.row_slot_TA.shape[1]):
+        total += jnp.where(plan.kept_TA[:, a, None], rows_RD[plan.row_slot_TA[:, a]], 0)
     return total
 
 
-SUMS: dict[str, Callable[[jax.Array, Plan], jax.Array]] = {
+SUMS: dict[str, Callable[[jax.Array, DispatchPlan], jax.Array]] = {
     "xla": _sum_by_gathers,
-    "pallas_tpu": tpu.sum_places,
-    "pallas_interpret": partial(tpu.sum_places, interpret=True),
+    "pallas_tpu": tpu.unpermute_sum,
+    "pallas_interpret": partial(tpu.unpermute_sum, interpret=True),
 }
 
 
-def sum_places(rows_PD: jax.Array, plan: Plan, backend: str = "xla") -> jax.Array:
-    """Sum over a row's kept assignments of what stands at their places, `[T, D]`; no `[T, A, D]` in memory.
+def unpermute_sum(rows_RD: jax.Array, plan: DispatchPlan, backend: str = "xla") -> jax.Array:
+    """Sum over a row's kept assignments of what stands in their row slots, `[T, D]`; no `[T, A, D]` in memory.
 
     Args:
-      rows_PD: what stands at the places; where nothing does it may be anything, NaN too.
+      rows_RD: what stands in the row slots; where nothing does it may be anything, NaN too.
       plan: of `make_plan`.
       backend: a name in `SUMS`, or `auto`: the kernel where the program is lowered for TPUs and it takes the operands.
         Only `xla` can be differentiated.
@@ -42,52 +43,52 @@ def sum_places(rows_PD: jax.Array, plan: Plan, backend: str = "xla") -> jax.Arra
     """
     if backend != "auto":
         if backend not in SUMS:
-            raise ValueError(f"sum_places: {backend!r} is none of {', '.join(SUMS)}, auto")
-        return SUMS[backend](rows_PD, plan)
+            raise ValueError(f"unpermute_sum: {backend!r} is none of {', '.join(SUMS)}, auto")
+        return SUMS[backend](rows_RD, plan)
     # Every branch is traced, whatever the platform is: one that would refuse the operands must not be among them.
-    if tpu.find_misfit(rows_PD, plan):
-        return _sum_by_gathers(rows_PD, plan)
-    return jax.lax.platform_dependent(rows_PD, plan, tpu=tpu.sum_places, default=_sum_by_gathers)
+    if tpu.unsupported_reason(rows_RD, plan):
+        return _sum_by_gathers(rows_RD, plan)
+    return jax.lax.platform_dependent(rows_RD, plan, tpu=tpu.unpermute_sum, default=_sum_by_gathers)
 
 
 @jax.custom_vjp
-def gather_rows(x_TD: jax.Array, plan: Plan) -> jax.Array:
-    """The row of each place, `[P, D]`; zero where none stands. In JAX: `where(used_P, x_TD[row_P], 0)`."""
-    return jnp.where(plan.used_P[:, None], x_TD[plan.row_P], 0)
+def gather_rows(x_TD: jax.Array, plan: DispatchPlan) -> jax.Array:
+    """The row of each row slot, `[R, D]`; zero where none stands. In JAX: `where(used_R, x_TD[row_R], 0)`."""
+    return jnp.where(plan.used_R[:, None], x_TD[plan.row_R], 0)
 
 
 gather_rows.defvjp(
-    lambda x_TD, plan: (gather_rows(x_TD, plan), plan), lambda plan, g_PD: (sum_places(g_PD, plan), None)
+    lambda x_TD, plan: (gather_rows(x_TD, plan), plan), lambda plan, g_RD: (unpermute_sum(g_RD, plan), None)
 )
 
 
 @jax.custom_vjp
-def combine_rows(y_PD: jax.Array, weight_TA: jax.Array, plan: Plan) -> jax.Array:
-    """Each row's weighted sum of what stands at its places, `[T, D]`; dropped assignments add nothing.
+def combine_rows(y_RD: jax.Array, weight_TA: jax.Array, plan: DispatchPlan) -> jax.Array:
+    """Each row's weighted sum of what stands in its row slots, `[T, D]`; dropped assignments add nothing.
 
-    In JAX: `sum over a of where(kept_TA, weight_TA, 0) * y_PD[place_TA]`.
+    In JAX: `sum over a of where(kept_TA, weight_TA, 0) * y_RD[row_slot_TA]`.
     """
-    total = jnp.zeros((), y_PD.dtype)
+    total = jnp.zeros((), y_RD.dtype)
     for a, weight_T in enumerate(_kept_weights(weight_TA, plan).T):
-        total = total + weight_T[:, None] * y_PD[plan.place_TA[:, a]]
+        total = total + weight_T[:, None] * y_RD[plan.row_slot_TA[:, a]]
     return total
 
 
-def _kept_weights(weight_TA: jax.Array, plan: Plan) -> jax.Array:
+def _kept_weights(weight_TA: jax.Array, plan: DispatchPlan) -> jax.Array:
     return jnp.where(plan.kept_TA, weight_TA, 0)
 
 
-def _combine_forward(y_PD, weight_TA, plan):
-    return combine_rows(y_PD, weight_TA, plan), (y_PD, weight_TA, plan)
+def _combine_forward(y_RD, weight_TA, plan):
+    return combine_rows(y_RD, weight_TA, plan), (y_RD, weight_TA, plan)
 
 
 def _combine_backward(saved, g_TD):
-    y_PD, weight_TA, plan = saved
-    g_PD = g_TD[plan.row_P]
-    weight_P = jnp.where(plan.used_P, weight_TA[plan.row_P, plan.choice_P], 0)
-    along_P = jnp.sum(y_PD * g_PD, axis=1)
-    dweight_TA = jnp.where(plan.kept_TA, along_P[plan.place_TA], 0).astype(weight_TA.dtype)
-    return (weight_P[:, None] * g_PD).astype(y_PD.dtype), dweight_TA, None
+    y_RD, weight_TA, plan = saved
+    g_RD = g_TD[plan.row_R]
+    weight_R = jnp.where(plan.used_R, weight_TA[plan.row_R, plan.choice_R], 0)
+    along_R = jnp.sum(y_RD * g_RD, axis=1)
+    dweight_TA = jnp.where(plan.kept_TA, along_R[plan.row_slot_TA], 0).astype(weight_TA.dtype)
+    return (weight_R[:, None] * g_RD).astype(y_RD.dtype), dweight_TA, None
 
 
 combine_rows.defvjp(_combine_forward, _combine_backward)

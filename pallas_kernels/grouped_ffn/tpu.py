@@ -1,7 +1,7 @@
-"""The experts as Pallas kernels for TPUs (Mosaic): rows come from HBM by DMA, so nobody writes `[P, D]` of them first.
+"""The experts as Pallas kernels for TPUs (Mosaic): rows come from HBM by DMA, so nothing writes `[R, D]` of them first.
 
 Forward, over tiles and blocks of the experts' width: a tile's rows, both products, SwiGLU, the product down, weights.
-Backward, three kernels in an order that keeps no more than the products and one `[P, D]` in memory:
+Backward, three kernels in an order that keeps no more than the products and one `[R, D]` in memory:
 
 - the gradient of the matrices down, from the products and the rows' cotangents;
 - the gradients of the tiles' rows and weights, and of the products, which are written in place of those;
@@ -9,8 +9,8 @@ Backward, three kernels in an order that keeps no more than the products and one
 
 Gradients of matrices add up in VMEM while tiles of the same expert follow each other. All sums are in float32.
 
-Letters: T rows, P places, N tiles, E experts, D model width, F expert width, V visits (tiles, and one for each expert
-that has none).
+Letters as in `pallas_kernels`: T rows, R row slots, L tiles, E experts, D model width, F expert width, V visits (tiles,
+and one for each expert that has none).
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dispatch import Plan
+from pallas_kernels.dispatch import DispatchPlan
 from pallas_kernels.row_dma import (
     HBM,
     LANES,
@@ -182,7 +182,7 @@ class _Sizes(NamedTuple):
         return min(SPLIT, self.n_tiles)
 
     def forward_bytes(self, block: int) -> int:
-        """VMEM of the forward kernel: matrices, rows and answers twice, sums and products."""
+        """VMEM of the forward kernel: matrices, rows and outputs twice, sums and products."""
         rows = self.tile * self.d * (2 * 4 + 3 * self.width + 3 * 4)
         return 6 * self.d * block * self.width + rows + self.tile * block * (4 * self.width + 4 * 4)
 
@@ -191,7 +191,7 @@ class _Sizes(NamedTuple):
         return self.forward_bytes(block) + self.tile * block * (4 * self.width + 4 * 4)
 
     def down_bytes(self, block: int) -> int:
-        """VMEM of the kernel of the gradient of the matrices down: sums, one product, answers, rows and products."""
+        """VMEM of the kernel of the gradient of the matrices down: sums, one product, outputs, rows and products."""
         rows = self.tile * (self.d * (2 * 4 + self.width + 2 * 4) + block * (4 * self.width + 6 * 4))
         return self.d * block * (2 * 4 + 2 * self.width) + rows
 
@@ -207,7 +207,7 @@ def choose_block(count_bytes: Callable[[int], int], f: int) -> int:
     return next((block for block in blocks if count_bytes(block) <= VMEM_BUDGET), 0)
 
 
-def find_misfit(x_TD: jax.Array, matrices, plan: Plan, interpret: Any = False) -> str:
+def unsupported_reason(x_TD: jax.Array, matrices, plan: DispatchPlan, interpret: Any = False) -> str:
     """Why the kernels cannot take these operands, or nothing."""
     if x_TD.dtype not in (jnp.float32, jnp.bfloat16):
         return f"rows of {x_TD.dtype}; the TPU's kernels take float32 and bfloat16"
@@ -219,29 +219,29 @@ def find_misfit(x_TD: jax.Array, matrices, plan: Plan, interpret: Any = False) -
     return ""
 
 
-def _count_sizes(x_TD: jax.Array, matrices, plan: Plan) -> _Sizes:
+def _count_sizes(x_TD: jax.Array, matrices, plan: DispatchPlan) -> _Sizes:
     d, f = (pl.cdiv(n, LANES) * LANES for n in matrices[0].shape[1:])
-    return _Sizes(d, f, plan.tile, x_TD.dtype.itemsize, plan.expert_N.shape[0])
+    return _Sizes(d, f, plan.tile, x_TD.dtype.itemsize, plan.expert_L.shape[0])
 
 
-def _prepare(x_TD: jax.Array, matrices, plan: Plan, interpret) -> tuple[_Sizes, tuple[jax.Array, ...]]:
+def _prepare(x_TD: jax.Array, matrices, plan: DispatchPlan, interpret) -> tuple[_Sizes, tuple[jax.Array, ...]]:
     """Sizes, and the matrices in the rows' type, padded to whole lanes."""
-    misfit = find_misfit(x_TD, matrices, plan, interpret)
-    if misfit:
-        raise ValueError(f"grouped_ffn: {misfit}")
+    reason = unsupported_reason(x_TD, matrices, plan, interpret)
+    if reason:
+        raise ValueError(f"grouped_ffn: {reason}")
     padded = tuple(pad_to_lanes(m.astype(x_TD.dtype), (1, 2)) for m in matrices)
     return _count_sizes(x_TD, matrices, plan), padded
 
 
-def _describe_places(weight_P: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """int32 `[N, 1, tile]` rows, and float32 `[N, 2, tile]`: weights, and whether the row's number is odd."""
-    n, tile = plan.expert_N.shape[0], plan.tile
-    columns = jnp.stack([weight_P.astype(jnp.float32), (plan.row_P % 2).astype(jnp.float32)])
-    return plan.row_P.reshape(n, 1, tile), columns.reshape(2, n, tile).swapaxes(0, 1)
+def _describe_row_slots(weight_R: jax.Array, plan: DispatchPlan) -> tuple[jax.Array, jax.Array]:
+    """int32 `[L, 1, tile]` rows, and float32 `[L, 2, tile]`: weights, and whether the row's number is odd."""
+    n, tile = plan.expert_L.shape[0], plan.tile
+    columns = jnp.stack([weight_R.astype(jnp.float32), (plan.row_R % 2).astype(jnp.float32)])
+    return plan.row_R.reshape(n, 1, tile), columns.reshape(2, n, tile).swapaxes(0, 1)
 
 
-def _visit(plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Expert, tile and whether there is one, of `N + E` visits: an expert's tiles, or one visit without, for its zeros.
+def _visit(plan: DispatchPlan) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Expert, tile and whether there is one, of `L + E` visits: an expert's tiles, or one visit without, for its zeros.
 
     A visit without a tile names the last one before, so that nothing is fetched for it; those behind the last one
     count to the last expert.
@@ -250,7 +250,7 @@ def _visit(plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
     tiles_E = (plan.size_E + plan.tile - 1) // plan.tile
     visits_E = jnp.maximum(tiles_E, 1)
     end_E = jnp.cumsum(visits_E)
-    visit = jnp.arange(plan.expert_N.shape[0] + n_experts, dtype=jnp.int32)
+    visit = jnp.arange(plan.expert_L.shape[0] + n_experts, dtype=jnp.int32)
     expert_V = jnp.minimum(jnp.searchsorted(end_E, visit, side="right"), n_experts - 1).astype(jnp.int32)
     within_V = visit - (end_E - visits_E)[expert_V]
     n_V = tiles_E[expert_V]
@@ -263,9 +263,9 @@ class _TileSpecs(NamedTuple):
 
     grid: tuple[int, int, int]
     inputs: list[pl.BlockSpec]  # rows of the first tile and of the next, columns, where rows are, the three matrices
-    place: pl.BlockSpec  # of `[P, D]`
-    product: pl.BlockSpec  # of `[P, F]`
-    weight: pl.BlockSpec  # of `[N, 1, tile]`
+    row: pl.BlockSpec  # of `[R, D]`
+    product: pl.BlockSpec  # of `[R, F]`
+    weight: pl.BlockSpec  # of `[L, 1, tile]`
     scratch: list[Any]  # two slots of rows as they come, the rows, sums, semaphores
 
 
@@ -309,17 +309,17 @@ def _make_tile_specs(s: _Sizes, block: int, dtype) -> _TileSpecs:
 
 def _count_cost(s: _Sizes, n_experts: int, n_blocks: int, n_products: int) -> tuple[int, int, int]:
     """Multiplications, transcendentals and bytes of a kernel over tiles with three matrices."""
-    n_places = s.n_tiles * s.tile
+    n_row_slots = s.n_tiles * s.tile
     # A block that is all of an expert stays for the expert's next tile.
     n_read = s.n_tiles if n_blocks > 1 else n_experts
-    n_bytes = n_places * (s.d * (4 + s.width) + n_products * s.f * s.width) + n_read * 3 * s.d * s.f * s.width
-    return 6 * n_places * s.d * s.f, n_places * s.f, n_bytes
+    n_bytes = n_row_slots * (s.d * (4 + s.width) + n_products * s.f * s.width) + n_read * 3 * s.d * s.f * s.width
+    return 6 * n_row_slots * s.d * s.f, n_row_slots * s.f, n_bytes
 
 
-def forward(x_TD: jax.Array, weight_P: jax.Array, matrices, plan: Plan, interpret: Any = False):
-    """Weighted answers at all places `[P, D]`, and the gate's and up's products `[P, F]`.
+def forward(x_TD: jax.Array, weight_R: jax.Array, matrices, plan: DispatchPlan, interpret: Any = False):
+    """Weighted outputs of all row slots `[R, D]`, and the gate's and up's products `[R, F]`.
 
-    Behind the last used tile they are whatever the memory held: nothing may be computed from those places.
+    Behind the last used tile they are whatever the memory held: nothing may be computed from those row slots.
 
     Args:
       x_TD: float32 or bfloat16 rows; matrices are cast to that.
@@ -330,33 +330,33 @@ def forward(x_TD: jax.Array, weight_P: jax.Array, matrices, plan: Plan, interpre
     """
     d, f = matrices[0].shape[1:]
     s, padded = _prepare(x_TD, matrices, plan, interpret)
-    block, n_places = choose_block(s.forward_bytes, s.f), plan.row_P.shape[0]
+    block, n_row_slots = choose_block(s.forward_bytes, s.f), plan.row_R.shape[0]
     specs = _make_tile_specs(s, block, x_TD.dtype)
-    row_N, column_N = _describe_places(weight_P, plan)
-    product = jax.ShapeDtypeStruct((n_places, s.f), x_TD.dtype)
-    y_PD, gate_PF, up_PF = call_over_tiles(
+    row_L, column_L = _describe_row_slots(weight_R, plan)
+    product = jax.ShapeDtypeStruct((n_row_slots, s.f), x_TD.dtype)
+    y_RD, gate_RF, up_RF = call_over_tiles(
         partial(_forward_kernel, n_parts=s.n_parts),
         "grouped_ffn_forward",
         specs.grid,
-        [plan.expert_N, plan.n_tiles[None]],
+        [plan.expert_L, plan.n_tiles[None]],
         specs.inputs,
         [
-            (jax.ShapeDtypeStruct((n_places, s.d), x_TD.dtype), specs.place),
+            (jax.ShapeDtypeStruct((n_row_slots, s.d), x_TD.dtype), specs.row),
             (product, specs.product),
             (product, specs.product),
         ],
         specs.scratch,
-        [row_N, row_N, column_N, pad_rows(x_TD), *padded],
+        [row_L, row_L, column_L, pad_rows(x_TD), *padded],
         _count_cost(s, padded[0].shape[0], specs.grid[2], 2),
         interpret,
     )
-    return y_PD[:, :d], (gate_PF[:, :f], up_PF[:, :f])
+    return y_RD[:, :d], (gate_RF[:, :f], up_RF[:, :f])
 
 
 def backward(
-    x_TD: jax.Array, weight_P: jax.Array, matrices, plan: Plan, saved, g_TD: jax.Array, interpret: Any = False
+    x_TD: jax.Array, weight_R: jax.Array, matrices, plan: DispatchPlan, saved, g_TD: jax.Array, interpret: Any = False
 ):
-    """Gradients of each place's row `[P, D]` and weight `[P]` and of the matrices, from the cotangent `g_TD`.
+    """Gradients of each row slot's row `[R, D]` and weight `[R]` and of the matrices, from the cotangent `g_TD`.
 
     Behind the last used tile the first two are whatever the memory held. Raises as `forward`.
     """
@@ -364,26 +364,26 @@ def backward(
     s, padded = _prepare(x_TD, matrices, plan, interpret)
     x_TD, g_TD = pad_rows(x_TD), pad_rows(g_TD.astype(x_TD.dtype))
     products = [pad_to_lanes(m, (1,)) for m in saved]
-    row_N, column_N = _describe_places(weight_P, plan)
-    pull_matrices = partial(_pull_matrices, s, plan, row_N, column_N, interpret)
+    row_L, column_L = _describe_row_slots(weight_R, plan)
+    pull_matrices = partial(_pull_matrices, s, plan, row_L, column_L, interpret)
     (d_down,) = pull_matrices(g_TD, products, True)
     # The next kernel writes over the products, which only an order makes safe without a copy.
     *products, d_down = jax.lax.optimization_barrier((*products, d_down))
-    dx_PD, dweight_P, *products = _pull_rows(s, plan, row_N, column_N, interpret, g_TD, padded, products)
+    dx_RD, dweight_R, *products = _pull_rows(s, plan, row_L, column_L, interpret, g_TD, padded, products)
     d_gate, d_up = pull_matrices(x_TD, products, False)
     d_gate, d_up, d_down = (g.astype(m.dtype) for g, m in zip((d_gate, d_up, d_down), matrices, strict=True))
     return (
-        dx_PD[:, :d],
-        dweight_P.astype(weight_P.dtype),
+        dx_RD[:, :d],
+        dweight_R.astype(weight_R.dtype),
         (d_gate[:, :d, :f], d_up[:, :d, :f], d_down[:, :f, :d]),
     )
 
 
-def _pull_rows(s: _Sizes, plan: Plan, row_N, column_N, interpret, g_TD, matrices, products):
-    """Gradients of the rows `[P, D]`, the weights `[P]`, and of both products, which take the place of those."""
-    block, n_places = choose_block(s.rows_bytes, s.f), plan.row_P.shape[0]
+def _pull_rows(s: _Sizes, plan: DispatchPlan, row_L, column_L, interpret, g_TD, matrices, products):
+    """Gradients of the rows `[R, D]`, the weights `[R]`, and of both products, which take the place of those."""
+    block, n_row_slots = choose_block(s.rows_bytes, s.f), plan.row_R.shape[0]
     specs = _make_tile_specs(s, block, g_TD.dtype)
-    product = jax.ShapeDtypeStruct((n_places, s.f), g_TD.dtype)
+    product = jax.ShapeDtypeStruct((n_row_slots, s.f), g_TD.dtype)
     if not interpret:  # what is written in place must not lie in VMEM, from where the compiler would copy it back
         products = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in products]
 
@@ -391,28 +391,28 @@ def _pull_rows(s: _Sizes, plan: Plan, row_N, column_N, interpret, g_TD, matrices
         head, matrix_refs, product_refs, d_refs, tail = refs[:6], refs[6:9], refs[9:11], refs[11:13], refs[13:]
         _rows_kernel(*head, matrix_refs, product_refs, d_refs, *tail, n_parts=s.n_parts)
 
-    d_gate_PF, d_up_PF, dx_PD, dweight_N = call_over_tiles(
+    d_gate_RF, d_up_RF, dx_RD, dweight_L = call_over_tiles(
         kernel,
         "grouped_ffn_rows",
         specs.grid,
-        [plan.expert_N, plan.n_tiles[None]],
+        [plan.expert_L, plan.n_tiles[None]],
         [*specs.inputs, specs.product, specs.product],
         [
             (product, specs.product),
             (product, specs.product),
-            (jax.ShapeDtypeStruct((n_places, s.d), g_TD.dtype), specs.place),
+            (jax.ShapeDtypeStruct((n_row_slots, s.d), g_TD.dtype), specs.row),
             (jax.ShapeDtypeStruct((s.n_tiles, 1, s.tile), jnp.float32), specs.weight),
         ],
         specs.scratch,
-        [row_N, row_N, column_N, g_TD, *matrices, *products],
+        [row_L, row_L, column_L, g_TD, *matrices, *products],
         _count_cost(s, matrices[0].shape[0], specs.grid[2], 4),
         interpret,
         aliases={9: 0, 10: 1},
     )
-    return dx_PD, dweight_N.reshape(-1), d_gate_PF, d_up_PF
+    return dx_RD, dweight_L.reshape(-1), d_gate_RF, d_up_RF
 
 
-def _pull_matrices(s: _Sizes, plan: Plan, row_N, column_N, interpret, source_TD, products, down: bool):
+def _pull_matrices(s: _Sizes, plan: DispatchPlan, row_L, column_L, interpret, source_TD, products, down: bool):
     """Gradients of the matrices down from cotangents and products, or else of gate and up from rows and gradients."""
     block = choose_block(s.down_bytes if down else s.sides_bytes, s.f)
     visits = _visit(plan)
@@ -426,8 +426,8 @@ def _pull_matrices(s: _Sizes, plan: Plan, row_N, column_N, interpret, source_TD,
         shape, cut, spec = (s.f, s.d), (block, s.d), lambda f, v, expert, tile, live, n: (expert[v], f, 0)
     else:
         shape, cut, spec = (s.d, s.f), (s.d, block), lambda f, v, expert, tile, live, n: (expert[v], 0, f)
-    n_places, dtype = plan.row_P.shape[0], source_TD.dtype
-    n_bytes = n_places * (4 * s.d * n_blocks + 2 * s.f * s.width) + n_matrices * n_experts * s.d * s.f * s.width
+    n_row_slots, dtype = plan.row_R.shape[0], source_TD.dtype
+    n_bytes = n_row_slots * (4 * s.d * n_blocks + 2 * s.f * s.width) + n_matrices * n_experts * s.d * s.f * s.width
     return call_over_tiles(
         partial(_matrices_kernel, down=down),
         "grouped_ffn_down" if down else "grouped_ffn_sides",
@@ -443,7 +443,7 @@ def _pull_matrices(s: _Sizes, plan: Plan, row_N, column_N, interpret, source_TD,
         ],
         [(jax.ShapeDtypeStruct((n_experts, *shape), dtype), pl.BlockSpec((1, *cut), spec))] * n_matrices,
         [pltpu.VMEM(cut, jnp.float32)] * n_matrices + [make_slots(s.tile, s.d, dtype), pltpu.SemaphoreType.DMA((2,))],
-        [row_N, row_N, column_N, source_TD, *products],
-        (2 * n_matrices * n_places * s.d * s.f, down * n_places * s.f, n_bytes),
+        [row_L, row_L, column_L, source_TD, *products],
+        (2 * n_matrices * n_row_slots * s.d * s.f, down * n_row_slots * s.f, n_bytes),
         interpret,
     )

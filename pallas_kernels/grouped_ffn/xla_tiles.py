@@ -10,14 +10,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Plan
+from pallas_kernels.dispatch import DispatchPlan
 from pallas_kernels.varying import zeros_like_all
 
 WIDTHS = (8, 2, 1)  # tiles of a block
 
 
 class Blocks(NamedTuple):
-    """Blocks of one size: the first `n` of `expert` and `start` (a place) are in use. `size` places each."""
+    """Blocks of one size: the first `n` of `expert` and `start` (a row slot) are in use. `size` row slots each."""
 
     size: int
     expert: jax.Array
@@ -25,9 +25,9 @@ class Blocks(NamedTuple):
     n: jax.Array
 
 
-def make_blocks(plan: Plan) -> list[Blocks]:
+def make_blocks(plan: DispatchPlan) -> list[Blocks]:
     """Blocks of each width; together they cover each used tile once."""
-    tile, n_tiles = plan.tile, plan.expert_N.shape[0]
+    tile, n_tiles = plan.tile, plan.expert_L.shape[0]
     left_E = (plan.size_E + tile - 1) // tile
     at_E = jnp.cumsum(left_E) - left_E
     n_experts, blocks = left_E.shape[0], []
@@ -46,7 +46,7 @@ def make_blocks(plan: Plan) -> list[Blocks]:
     return blocks
 
 
-def _loop(plan: Plan, body: Callable, carry):
+def _loop(plan: DispatchPlan, body: Callable, carry):
     """`carry = body(carry, expert, start, size)` over all blocks."""
     for blocks in make_blocks(plan):
 
@@ -70,34 +70,34 @@ def _sum_rows(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x.T, y, preferred_element_type=jnp.float32)
 
 
-def forward(x_TD, weight_P, matrices, plan: Plan):
-    """Returns the weighted answers at all places, and the gate's and up's products for the backward pass."""
+def forward(x_TD, weight_R, matrices, plan: DispatchPlan):
+    """Returns the weighted outputs of all row slots, and the gate's and up's products for the backward pass."""
     gate_EDF, up_EDF, down_EFD = matrices
-    n_places, f = plan.row_P.shape[0], gate_EDF.shape[2]
+    n_row_slots, f = plan.row_R.shape[0], gate_EDF.shape[2]
 
     def body(carry, expert, start, size):
-        y_PD, gate_PF, up_PF = carry
-        x = x_TD[_read(plan.row_P, start, size)]
+        y_RD, gate_RF, up_RF = carry
+        x = x_TD[_read(plan.row_R, start, size)]
         gate, up = x @ gate_EDF[expert], x @ up_EDF[expert]
-        y = (jax.nn.silu(gate) * up) @ down_EFD[expert] * _read(weight_P, start, size)[:, None]
-        return _write(y_PD, start, y), _write(gate_PF, start, gate), _write(up_PF, start, up)
+        y = (jax.nn.silu(gate) * up) @ down_EFD[expert] * _read(weight_R, start, size)[:, None]
+        return _write(y_RD, start, y), _write(gate_RF, start, gate), _write(up_RF, start, up)
 
-    dtype, operands = x_TD.dtype, (x_TD, weight_P, *matrices)
-    empty = tuple(zeros_like_all((n_places, width), dtype, *operands) for width in (x_TD.shape[1], f, f))
-    y_PD, gate_PF, up_PF = _loop(plan, body, empty)
-    return y_PD, (gate_PF, up_PF)
+    dtype, operands = x_TD.dtype, (x_TD, weight_R, *matrices)
+    empty = tuple(zeros_like_all((n_row_slots, width), dtype, *operands) for width in (x_TD.shape[1], f, f))
+    y_RD, gate_RF, up_RF = _loop(plan, body, empty)
+    return y_RD, (gate_RF, up_RF)
 
 
-def backward(x_TD, weight_P, matrices, plan: Plan, saved, g_TD):
-    """Gradients of each place's row and weight and of the matrices, over the same blocks."""
+def backward(x_TD, weight_R, matrices, plan: DispatchPlan, saved, g_TD):
+    """Gradients of each row slot's row and weight and of the matrices, over the same blocks."""
     gate_EDF, up_EDF, down_EFD = matrices
-    gate_PF, up_PF = saved
+    gate_RF, up_RF = saved
 
     def body(carry, expert, start, size):
-        dx_PD, dweight_P, d_gate, d_up, d_down = carry
-        rows, weight = _read(plan.row_P, start, size), _read(weight_P, start, size)[:, None]
+        dx_RD, dweight_R, d_gate, d_up, d_down = carry
+        rows, weight = _read(plan.row_R, start, size), _read(weight_R, start, size)[:, None]
         x, g = x_TD[rows], g_TD[rows]
-        gate, up = _read(gate_PF, start, size), _read(up_PF, start, size)
+        gate, up = _read(gate_RF, start, size), _read(up_RF, start, size)
         sigmoid = jax.nn.sigmoid(gate)
         silu = gate * sigmoid
         hidden = silu * up
@@ -107,17 +107,17 @@ def backward(x_TD, weight_P, matrices, plan: Plan, saved, g_TD):
         d_up_rows = dh * silu
         dx = d_gate_rows @ gate_EDF[expert].T + d_up_rows @ up_EDF[expert].T
         return (
-            _write(dx_PD, start, dx),
-            _write(dweight_P, start, jnp.sum(hidden * dh_unweighted, axis=1)),
+            _write(dx_RD, start, dx),
+            _write(dweight_R, start, jnp.sum(hidden * dh_unweighted, axis=1)),
             d_gate.at[expert].add(_sum_rows(x, d_gate_rows)),
             d_up.at[expert].add(_sum_rows(x, d_up_rows)),
             d_down.at[expert].add(_sum_rows(hidden, g * weight)),
         )
 
-    operands = (x_TD, weight_P, g_TD, *matrices)
+    operands = (x_TD, weight_R, g_TD, *matrices)
     dtype, exact = x_TD.dtype, jnp.float32  # an expert's blocks add up in float32, however short the rows' numbers are
-    shapes = ((plan.row_P.shape[0], x_TD.shape[1]), weight_P.shape, *(m.shape for m in matrices))
+    shapes = ((plan.row_R.shape[0], x_TD.shape[1]), weight_R.shape, *(m.shape for m in matrices))
     dtypes = (dtype, dtype, exact, exact, exact)
     empty = tuple(zeros_like_all(s, t, *operands) for s, t in zip(shapes, dtypes, strict=True))
-    dx_PD, dweight_P, *d_matrices = _loop(plan, body, empty)
-    return dx_PD, dweight_P, tuple(d.astype(m.dtype) for d, m in zip(d_matrices, matrices, strict=True))
+    dx_RD, dweight_R, *d_matrices = _loop(plan, body, empty)
+    return dx_RD, dweight_R, tuple(d.astype(m.dtype) for d, m in zip(d_matrices, matrices, strict=True))

@@ -1,6 +1,6 @@
 """`route`: which experts a row goes to, with what weights, and the sums that every balance loss is made of.
 
-Letters: T rows, D model width, E experts, A experts of a row, Z domains.
+Letters as in `pallas_kernels`: T rows, D model width, E experts, A choices of a row, X router features, Z domains.
 """
 
 from collections.abc import Callable
@@ -60,23 +60,27 @@ BACKENDS = ("xla", *_KERNELS)
 def route(
     x_TD: jax.Array,
     router_ED: jax.Array,
-    prior_TZ: jax.Array,
-    lift_EZ: jax.Array,
+    router_features_TX: jax.Array,
+    w_features_EX: jax.Array,
     bias_E: jax.Array,
     domain_T: jax.Array,
+    n_domains: int,
     n_choices: int,
     backend: str = "xla",
 ) -> Routed:
-    """Softmax before top-k, of `logits = router x + lift prior`; the choice alone also sees `bias`.
+    """Softmax before top-k, of `logits = router x + w_features router_features`; the choice alone also sees `bias`.
 
     The bias steers the load without bending the weights (Wang et al. 2024, loss-free balancing), so it has no gradient.
 
     Args:
       x_TD: rows, float32 or bfloat16; logits are float32.
       router_ED: the router's rows, one an expert. All backends but `xla` round them to the type of the rows.
-      prior_TZ: float32 log-posterior of the row's domain. lift_EZ: its map onto the logits.
+      router_features_TX: float32, the X features known of the slot beside its row: the analyser's log-posterior,
+        profile relevance, closed groups and the like.
+      w_features_EX: their map onto the logits, float32, one row an expert.
       bias_E: float32.
-      domain_T: int32 domain under which the row's statistics are kept; negative rows (padding) count nowhere.
+      domain_T: int32 domain under which the row's statistics are kept, below Z; negative rows (padding) count nowhere.
+      n_domains: Z, the domains that are counted; it has nothing to do with X.
       n_choices: A.
       backend: `xla` runs everywhere and is differentiated by JAX; `pallas_tpu` and `pallas_triton` read the rows once;
         `auto` is the one of them that the program is lowered for, and else their arithmetic in plain JAX. The other two
@@ -88,44 +92,51 @@ def route(
     """
     if backend not in BACKENDS:
         raise ValueError(f"route: {backend!r} is none of {', '.join(BACKENDS)}")
-    (n_rows, d), (n_experts, n_domains) = x_TD.shape, lift_EZ.shape
-    fits = router_ED.shape == (n_experts, d) and prior_TZ.shape == (n_rows, n_domains) and bias_E.shape == (n_experts,)
-    if not fits or domain_T.shape != (n_rows,) or not 1 <= n_choices <= n_experts:
-        raise ValueError(f"route: rows {x_TD.shape}, router {router_ED.shape}, prior {prior_TZ.shape} do not fit")
-    operands = (x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T)
+    (n_rows, d), (n_experts, n_features) = x_TD.shape, w_features_EX.shape
+    fits = router_ED.shape == (n_experts, d) and router_features_TX.shape == (n_rows, n_features)
+    fits = fits and bias_E.shape == (n_experts,) and domain_T.shape == (n_rows,)
+    if not fits or not 1 <= n_choices <= n_experts:
+        shapes = f"rows {x_TD.shape}, router {router_ED.shape}, features {router_features_TX.shape}"
+        raise ValueError(f"route: {shapes} do not fit")
+    if n_domains < 1:
+        raise ValueError(f"route: {n_domains} domains, not at least one")
+    operands = (x_TD, router_ED, router_features_TX, w_features_EX, bias_E, domain_T)
     if backend == "xla":
-        return Routed(*reference.forward(*operands, n_choices))
+        return Routed(*reference.forward(*operands, n_domains, n_choices))
     # A kernel's results vary wherever one of its operands does. With the operands made alike before, the results of
     # all platforms have one type, and so has each gradient and what it belongs to; `vary` sums it where that is due.
     axes = varying_axes(*operands)
-    return Routed(*_route(backend, n_choices, *(vary(a, axes) for a in operands)))
+    return Routed(*_route(backend, n_domains, n_choices, *(vary(a, axes) for a in operands)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _route(backend, n_choices, x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T):
-    return _forward(backend, n_choices, x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _route(backend, n_domains, n_choices, x_TD, router_ED, router_features_TX, w_features_EX, bias_E, domain_T):
+    return _forward(
+        backend, n_domains, n_choices, x_TD, router_ED, router_features_TX, w_features_EX, bias_E, domain_T
+    )[0]
 
 
-def _forward(backend, n_choices, x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T):
+def _forward(backend, n_domains, n_choices, x_TD, router_ED, router_features_TX, w_features_EX, bias_E, domain_T):
     narrow_ED = router_ED.astype(x_TD.dtype)
-    routed = _KERNELS[backend][0](x_TD, narrow_ED, prior_TZ, lift_EZ, bias_E, domain_T, n_choices=n_choices)
+    operands = (x_TD, narrow_ED, router_features_TX, w_features_EX, bias_E, domain_T)
+    routed = _KERNELS[backend][0](*operands, n_domains=n_domains, n_choices=n_choices)
     expert_TA, _, lse_T, *_ = routed
-    return routed, (x_TD, router_ED, prior_TZ, lift_EZ, domain_T, expert_TA, lse_T)
+    return routed, (x_TD, router_ED, router_features_TX, w_features_EX, domain_T, expert_TA, lse_T)
 
 
-def _backward(backend, n_choices, residuals, cotangents):
-    x_TD, router_ED, prior_TZ, lift_EZ, *chosen = residuals
+def _backward(backend, n_domains, n_choices, residuals, cotangents):
+    x_TD, router_ED, router_features_TX, w_features_EX, *chosen = residuals
     _, d_probability_TA, d_lse_T, d_probability_ZE, _ = cotangents
     narrow_ED = router_ED.astype(x_TD.dtype)
     d_logit_TE = _KERNELS[backend][1](
-        x_TD, narrow_ED, prior_TZ, lift_EZ, *chosen, d_probability_TA, d_lse_T, d_probability_ZE
+        x_TD, narrow_ED, router_features_TX, w_features_EX, *chosen, d_probability_TA, d_lse_T, d_probability_ZE
     )
     narrow_TE = d_logit_TE.astype(x_TD.dtype)
     return (
         jnp.einsum("TE,ED->TD", narrow_TE, narrow_ED, preferred_element_type=jnp.float32).astype(x_TD.dtype),
         jnp.einsum("TE,TD->ED", narrow_TE, x_TD, preferred_element_type=jnp.float32).astype(router_ED.dtype),
-        jnp.einsum("TE,EZ->TZ", d_logit_TE, lift_EZ),
-        jnp.einsum("TE,TZ->EZ", d_logit_TE, prior_TZ),
+        jnp.einsum("TE,EX->TX", d_logit_TE, w_features_EX),
+        jnp.einsum("TE,TX->EX", d_logit_TE, router_features_TX),
         None,
         None,
     )

@@ -19,18 +19,18 @@ _shape = jax.ShapeDtypeStruct
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
 
-def _logits(x_ref, router_ref, prior_ref, lift_ref):
+def _logits(x_ref, router_ref, features_ref, w_features_ref):
     logit_ET = jax.lax.dot_general(router_ref[...], x_ref[...], _CONTRACT_LAST, preferred_element_type=jnp.float32)
-    for z in range(lift_ref.shape[1]):  # few domains: cheaper on the vector unit than as a matmul
-        logit_ET += lift_ref[:, z : z + 1] * prior_ref[z : z + 1, :]
+    for i in range(w_features_ref.shape[1]):  # few features: cheaper on the vector unit than as a matmul
+        logit_ET += w_features_ref[:, i : i + 1] * features_ref[i : i + 1, :]
     return logit_ET
 
 
-def _forward_kernel(n_rows, x_ref, router_ref, prior_ref, lift_ref, bias_ref, domain_ref, *out_refs):
+def _forward_kernel(n_rows, x_ref, router_ref, features_ref, w_features_ref, bias_ref, domain_ref, *out_refs):
     expert_ref, probability_ref, lse_ref, probability_sum_ref, count_ref = out_refs
     is_row = pl.program_id(0) * BLOCK + jax.lax.broadcasted_iota(jnp.int32, domain_ref.shape, 1) < n_rows
     # Behind the last row stands anything, also NaN, which a sum would spread: not a number times zero is none either.
-    logit = jnp.where(is_row, _logits(x_ref, router_ref, prior_ref, lift_ref), 0.0)
+    logit = jnp.where(is_row, _logits(x_ref, router_ref, features_ref, w_features_ref), 0.0)
     top = jnp.max(logit, axis=0, keepdims=True)
     exps = jnp.exp(logit - top)
     total = jnp.sum(exps, axis=0, keepdims=True)
@@ -53,9 +53,9 @@ def _forward_kernel(n_rows, x_ref, router_ref, prior_ref, lift_ref, bias_ref, do
     count_ref[...] = sums(chosen, preferred_element_type=jnp.float32)[None]
 
 
-def _backward_kernel(x_ref, router_ref, prior_ref, lift_ref, domain_ref, expert_ref, lse_ref, *refs):
+def _backward_kernel(x_ref, router_ref, features_ref, w_features_ref, domain_ref, expert_ref, lse_ref, *refs):
     d_probability_ref, d_lse_ref, d_sum_ref, d_logit_ref = refs
-    probability = jnp.exp(_logits(x_ref, router_ref, prior_ref, lift_ref) - lse_ref[...])
+    probability = jnp.exp(_logits(x_ref, router_ref, features_ref, w_features_ref) - lse_ref[...])
     row = jax.lax.broadcasted_iota(jnp.int32, probability.shape, 0)
     domain, d_sum = domain_ref[...], d_sum_ref[...]
     d_probability = jnp.zeros_like(probability)
@@ -100,22 +100,29 @@ def _call(kernel: Callable, name: str, inputs: Sequence, outputs: Sequence, inte
     )(*operands)
 
 
-def _shared_inputs(x_TD, router_ED, prior_TZ, lift_EZ):
-    d, (e, z) = x_TD.shape[1], lift_EZ.shape
+def _shared_inputs(x_TD, router_ED, router_features_TX, w_features_EX):
+    d, (e, n_features) = x_TD.shape[1], w_features_EX.shape
     rows = pl.BlockSpec((BLOCK, d), lambda i: (i, 0))
-    return [(x_TD, rows), (router_ED, _whole(e, d)), (prior_TZ.T, _over_rows(z)), (lift_EZ, _whole(e, z))]
+    return [
+        (x_TD, rows),
+        (router_ED, _whole(e, d)),
+        (router_features_TX.T, _over_rows(n_features)),
+        (w_features_EX, _whole(e, n_features)),
+    ]
 
 
-def forward(x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T, n_choices, interpret=False):
+def forward(
+    x_TD, router_ED, router_features_TX, w_features_EX, bias_E, domain_T, n_domains, n_choices, interpret=False
+):
     """As `reference.forward`; `router_ED` in the type of the rows."""
-    n_rows, (e, z) = x_TD.shape[0], lift_EZ.shape
-    shape = (pl.cdiv(n_rows, BLOCK), z, e)
-    sums = _shape(shape, jnp.float32), pl.BlockSpec((1, z, e), lambda i: (i, 0, 0))
+    n_rows, e = x_TD.shape[0], bias_E.shape[0]
+    shape = (pl.cdiv(n_rows, BLOCK), n_domains, e)
+    sums = _shape(shape, jnp.float32), pl.BlockSpec((1, n_domains, e), lambda i: (i, 0, 0))
     expert_AT, probability_AT, lse, probability_sum, count = _call(
         partial(_forward_kernel, n_rows),
         "router_forward",
         [
-            *_shared_inputs(x_TD, router_ED, prior_TZ, lift_EZ),
+            *_shared_inputs(x_TD, router_ED, router_features_TX, w_features_EX),
             (bias_E[:, None], _whole(e, 1)),
             (domain_T[None], _over_rows(1)),
         ],
@@ -134,8 +141,8 @@ def forward(x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T, n_choices, int
 def backward(
     x_TD,
     router_ED,
-    prior_TZ,
-    lift_EZ,
+    router_features_TX,
+    w_features_EX,
     domain_T,
     expert_TA,
     lse_T,
@@ -145,12 +152,12 @@ def backward(
     interpret=False,
 ):
     """As `reference.backward`; `router_ED` in the type of the rows."""
-    n_rows, (e, z), a = x_TD.shape[0], lift_EZ.shape, expert_TA.shape[1]
+    n_rows, (z, e), a = x_TD.shape[0], d_probability_ZE.shape, expert_TA.shape[1]
     (d_logit_ET,) = _call(
         _backward_kernel,
         "router_backward",
         [
-            *_shared_inputs(x_TD, router_ED, prior_TZ, lift_EZ),
+            *_shared_inputs(x_TD, router_ED, router_features_TX, w_features_EX),
             (domain_T[None], _over_rows(1)),
             (expert_TA.T, _over_rows(a)),
             (lse_T[None], _over_rows(1)),

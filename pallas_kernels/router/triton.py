@@ -1,9 +1,9 @@
 """The router for GPUs: one Pallas-Triton program a block of rows. To go without, delete this file and what names it.
 
 JAX deprecates Pallas-Triton (0.11), so nothing of it is imported before a kernel is asked for. Arrays in a program have
-sizes of powers of two: experts are padded to one, the width is walked in blocks, domains and choices are unrolled.
-Where the rows fill whole blocks and the width is a multiple of 32, no row is copied. The sums of each block are added
-up by XLA in a fixed order: no atomics, so repeats are equal to the bit.
+sizes of powers of two: experts are padded to one, the width is walked in blocks, features, domains and choices are
+unrolled. Where the rows fill whole blocks and the width is a multiple of 32, no row is copied. The sums of each block
+are added up by XLA in a fixed order: no atomics, so repeats are bitwise equal.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ def _pick_sizes(d: int, n_experts: int, itemsize: int) -> tuple[int, int, int]:
     return rows, divisor if divisor >= 32 else min(columns, max(pl.next_power_of_2(d), 16)), e
 
 
-def _logits(sizes, x_ref, router_ref, prior_ref, lift_ref):
+def _logits(sizes, x_ref, router_ref, features_ref, w_features_ref):
     """Logits `[rows, E]` of a block; those of padded experts are minus infinity."""
     n_experts, columns = sizes
     shape = x_ref.shape[0], router_ref.shape[0]
@@ -55,15 +55,15 @@ def _logits(sizes, x_ref, router_ref, prior_ref, lift_ref):
         )
 
     logit = jax.lax.fori_loop(0, x_ref.shape[1] // columns, add_block, jnp.zeros(shape, jnp.float32))
-    for z in range(lift_ref.shape[1]):
-        logit += prior_ref[:, z][:, None] * lift_ref[:, z][None, :]
+    for i in range(w_features_ref.shape[1]):
+        logit += features_ref[:, i][:, None] * w_features_ref[:, i][None, :]
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     return jnp.where(column < n_experts, logit, -jnp.inf), column
 
 
-def _forward_kernel(sizes, x_ref, router_ref, prior_ref, lift_ref, bias_ref, domain_ref, *out_refs):
+def _forward_kernel(sizes, x_ref, router_ref, features_ref, w_features_ref, bias_ref, domain_ref, *out_refs):
     expert_ref, probability_ref, lse_ref, probability_sum_ref, count_ref = out_refs
-    logit, column = _logits(sizes, x_ref, router_ref, prior_ref, lift_ref)
+    logit, column = _logits(sizes, x_ref, router_ref, features_ref, w_features_ref)
     top = jnp.max(logit, axis=1)
     exps = jnp.exp(logit - top[:, None])
     total = jnp.sum(exps, axis=1)
@@ -84,9 +84,9 @@ def _forward_kernel(sizes, x_ref, router_ref, prior_ref, lift_ref, bias_ref, dom
         count_ref[z, :] = jnp.sum(jnp.where(own, chosen, 0.0), axis=0)
 
 
-def _backward_kernel(sizes, x_ref, router_ref, prior_ref, lift_ref, domain_ref, expert_ref, lse_ref, *refs):
+def _backward_kernel(sizes, x_ref, router_ref, features_ref, w_features_ref, domain_ref, expert_ref, lse_ref, *refs):
     d_probability_ref, d_lse_ref, d_sum_ref, d_logit_ref = refs
-    logit, column = _logits(sizes, x_ref, router_ref, prior_ref, lift_ref)
+    logit, column = _logits(sizes, x_ref, router_ref, features_ref, w_features_ref)
     probability = jnp.exp(logit - lse_ref[...][:, None])
     domain = domain_ref[...]
     d_probability = jnp.zeros_like(probability)
@@ -119,16 +119,16 @@ class _Blocks:
         """Spec of an array `[T, *width]`."""
         return pl.BlockSpec((self.rows, *width), lambda i: (i,) + (0,) * len(width))
 
-    def pad_shared(self, x_TD, router_ED, prior_TZ, lift_EZ, domain_T):
+    def pad_shared(self, x_TD, router_ED, router_features_TX, w_features_EX, domain_T):
         """The operands of both kernels, and their specs."""
-        z = lift_EZ.shape[1]
+        n_features = w_features_EX.shape[1]
         operands = (
             _pad(x_TD, self.t, self.d),
             _pad(router_ED, self.e, self.d),
-            _pad(prior_TZ, self.t, z),
-            _pad(lift_EZ, self.e, z),
+            _pad(router_features_TX, self.t, n_features),
+            _pad(w_features_EX, self.e, n_features),
         )
-        specs = [self.over_rows(self.d), _whole(self.e, self.d), self.over_rows(z), _whole(self.e, z)]
+        specs = [self.over_rows(self.d), _whole(self.e, self.d), self.over_rows(n_features), _whole(self.e, n_features)]
         return operands, specs, _pad(domain_T, self.t, value=-1)
 
     def call(self, kernel, name: str, operands, in_specs, results, out_specs):
@@ -152,13 +152,15 @@ def _whole(*shape):
     return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
 
 
-def forward(x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T, n_choices, interpret=False):
+def forward(
+    x_TD, router_ED, router_features_TX, w_features_EX, bias_E, domain_T, n_domains, n_choices, interpret=False
+):
     """As `reference.forward`; `router_ED` in the type of the rows."""
-    n_rows, (n_experts, z) = x_TD.shape[0], lift_EZ.shape
+    n_rows, n_experts = x_TD.shape[0], bias_E.shape[0]
     blocks = _Blocks(x_TD, n_experts, interpret)
-    operands, specs, domain_T = blocks.pad_shared(x_TD, router_ED, prior_TZ, lift_EZ, domain_T)
-    sums = _shape((blocks.n, z, blocks.e), jnp.float32)
-    sums_spec = pl.BlockSpec((None, z, blocks.e), lambda i: (i, 0, 0))
+    operands, specs, domain_T = blocks.pad_shared(x_TD, router_ED, router_features_TX, w_features_EX, domain_T)
+    sums = _shape((blocks.n, n_domains, blocks.e), jnp.float32)
+    sums_spec = pl.BlockSpec((None, n_domains, blocks.e), lambda i: (i, 0, 0))
     expert_TA, probability_TA, lse_T, probability_sum, count = blocks.call(
         _forward_kernel,
         "router_forward",
@@ -185,8 +187,8 @@ def forward(x_TD, router_ED, prior_TZ, lift_EZ, bias_E, domain_T, n_choices, int
 def backward(
     x_TD,
     router_ED,
-    prior_TZ,
-    lift_EZ,
+    router_features_TX,
+    w_features_EX,
     domain_T,
     expert_TA,
     lse_T,
@@ -196,9 +198,9 @@ def backward(
     interpret=False,
 ):
     """As `reference.backward`; `router_ED` in the type of the rows."""
-    n_rows, (n_experts, z), a = x_TD.shape[0], lift_EZ.shape, expert_TA.shape[1]
+    n_rows, (z, n_experts), a = x_TD.shape[0], d_probability_ZE.shape, expert_TA.shape[1]
     blocks = _Blocks(x_TD, n_experts, interpret)
-    operands, specs, domain_T = blocks.pad_shared(x_TD, router_ED, prior_TZ, lift_EZ, domain_T)
+    operands, specs, domain_T = blocks.pad_shared(x_TD, router_ED, router_features_TX, w_features_EX, domain_T)
     rows = (
         domain_T,
         _pad(expert_TA, blocks.t, a),

@@ -23,21 +23,21 @@ class Case(NamedTuple):
     segment: np.ndarray
     time: np.ndarray | None = None
     time_bias: np.ndarray | None = None
-    kind: np.ndarray | None = None
-    kind_bias: np.ndarray | None = None
+    group: np.ndarray | None = None
+    group_bias: np.ndarray | None = None
 
     def floats(self, dtype=jnp.float32):
         """Name -> array, of what has a gradient."""
-        named = {name: getattr(self, name) for name in ("q", "k", "v", "time_bias", "kind_bias")}
+        named = {name: getattr(self, name) for name in ("q", "k", "v", "time_bias", "group_bias")}
         types = {"q": dtype, "k": dtype, "v": dtype}
         return {n: jnp.asarray(x, types.get(n, jnp.float32)) for n, x in named.items() if x is not None}
 
     def integers(self):
-        named = {name: getattr(self, name) for name in ("segment", "time", "kind")}
+        named = {name: getattr(self, name) for name in ("segment", "time", "group")}
         return {n: jnp.asarray(x, jnp.int32) for n, x in named.items() if x is not None}
 
 
-def draw_case(b=2, t=20, n=4, k=2, h=8, r=6, z=3, segments="packed", time=True, kind=True, seed=0):
+def draw_case(b=2, t=20, n=4, k=2, h=8, j=6, g=3, segments="packed", time=True, group=True, seed=0):
     """`segments`: packed (some padding behind), one, empty (the first sequence all padding), mixed (in any order)."""
     rng = np.random.default_rng(seed)
     ends = np.sort(rng.integers(0, t + 1, (b, 3)), axis=1)  # equal ends: no such segment
@@ -59,9 +59,9 @@ def draw_case(b=2, t=20, n=4, k=2, h=8, r=6, z=3, segments="packed", time=True, 
         *(rng.normal(size=shape) for shape in ((b, t, n, h), (b, t, k, h), (b, t, k, h))),
         segment,
         times if time else None,
-        rng.normal(size=(n, r)) if time else None,
-        rng.integers(0, z, (b, t)).astype(np.int32) if kind else None,
-        rng.normal(size=(b, t, n, z)) if kind else None,
+        rng.normal(size=(n, j)) if time else None,
+        rng.integers(0, g, (b, t)).astype(np.int32) if group else None,
+        rng.normal(size=(b, t, n, g)) if group else None,
     )
 
 
@@ -76,7 +76,7 @@ def find_bucket_by_hand(earlier: int, later: int, n_buckets: int) -> int:
 
 def attend_by_hand(case: Case, window=None, d_out=None, d_lse=None):
     """Output, log-sum-exp, and with cotangents the gradients by name."""
-    q, k, v, segment, time, time_bias, kind, kind_bias = case
+    q, k, v, segment, time, time_bias, group, group_bias = case
     (b, t, n, h), share = q.shape, q.shape[2] // k.shape[2]
     out, lse = np.zeros(q.shape), np.zeros((b, t, n))
     grads = {name: np.zeros(getattr(case, name).shape) for name in case.floats()}
@@ -89,8 +89,8 @@ def attend_by_hand(case: Case, window=None, d_out=None, d_lse=None):
                 if time is not None:
                     bucket = [find_bucket_by_hand(time[i, s], time[i, row], time_bias.shape[1]) for s in seen]
                     logit = logit + time_bias[head, bucket]
-                if kind is not None:
-                    logit = logit + kind_bias[i, row, head, kind[i, seen]]
+                if group is not None:
+                    logit = logit + group_bias[i, row, head, group[i, seen]]
                 top = logit.max()
                 lse[i, row, head] = top + np.log(np.sum(np.exp(logit - top)))
                 weight = np.exp(logit - lse[i, row, head])
@@ -105,8 +105,8 @@ def attend_by_hand(case: Case, window=None, d_out=None, d_lse=None):
                 grads["v"][i, seen, own] += np.outer(weight, g)
                 if time is not None:
                     np.add.at(grads["time_bias"][head], bucket, d_logit)
-                if kind is not None:
-                    np.add.at(grads["kind_bias"][i, row, head], kind[i, seen], d_logit)
+                if group is not None:
+                    np.add.at(grads["group_bias"][i, row, head], group[i, seen], d_logit)
     return out, lse, grads
 
 
@@ -124,9 +124,9 @@ def call(floats, integers, **options):
         floats["v"],
         integers["segment"],
         time_BT=integers.get("time"),
-        time_bias_NR=floats.get("time_bias"),
-        kind_BT=integers.get("kind"),
-        kind_bias_BTNZ=floats.get("kind_bias"),
+        time_bias_NJ=floats.get("time_bias"),
+        group_BT=integers.get("group"),
+        group_bias_BTNG=floats.get("group_bias"),
         **options,
     )
 

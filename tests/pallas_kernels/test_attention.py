@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention import attend, attend_prefix, merge, xla_blocks
 from pallas_kernels.attention.buckets import NO_TIME, find_bucket, list_starts, list_thresholds
-from pallas_kernels.attention.operands import count_most_blocks, find_reach
+from pallas_kernels.attention.operands import count_most_blocks, find_block_bounds
 from tests.pallas_kernels.attention_oracle import (
     assert_right,
     attend_by_hand,
@@ -58,9 +58,9 @@ class TestBackends:
         draw = data.draw
         heads, window = draw(st.sampled_from([(1, 1), (4, 2), (3, 1), (2, 2)])), draw(st.none() | st.integers(1, 30))
         segments = draw(st.sampled_from(["packed", "one", "empty", "mixed"]))
-        time, kind, r = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([2, 5, 24]))
+        time, group, n_buckets = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([2, 5, 24]))
         t, seed = draw(st.integers(1, 30)), draw(st.integers(0, 999))
-        case = draw_case(2, t, *heads, 5, r, draw(st.integers(1, 4)), segments, time, kind, seed)
+        case = draw_case(2, t, *heads, 5, n_buckets, draw(st.integers(1, 4)), segments, time, group, seed)
         assert_right(case, backend, window, draw(st.sampled_from([1, 4, 7, 16])))
 
     @settings(max_examples=16)
@@ -130,7 +130,7 @@ class TestBlocks:
     @pytest.mark.parametrize("segments", ["packed", "one", "empty", "mixed"])
     def test_what_is_left_out_is_not_visible_and_in_packed_rows_all_such(self, segments, window):
         segment = draw_case(6, 32, segments=segments, seed=4).segment
-        first, last = find_reach(jnp.asarray(segment), 4, window)
+        first, last = find_block_bounds(jnp.asarray(segment), 4, window)
         ago = np.arange(32)[:, None] - np.arange(32)
         visible = (segment[:, :, None] == segment[:, None, :]) & (ago >= 0) & (ago < (window or 32))
         pairs = visible.reshape(6, 8, 4, 8, 4).any(axis=(2, 4))  # blocks of queries, blocks of keys
@@ -143,15 +143,15 @@ class TestBlocks:
         assert np.max(np.arange(8) - first) < count_most_blocks(8, 4, window)
         assert np.max(last - np.arange(8)) < count_most_blocks(8, 4, window)
 
-    def test_all_sequences_together_are_one_after_the_other(self):
+    def test_all_sequences_batched_are_one_after_the_other(self):
         case = draw_case(3, 30, seed=7)
         operands = to_operands(case)
         d_out, d_lse = draw_cotangents(case)
 
         @functools.partial(jax.jit, static_argnums=0)
-        def run(together):
-            results = xla_blocks.forward(operands, None, 8, together)
-            return results, xla_blocks.backward(operands, *results, d_out, d_lse, None, 8, together)
+        def run(batched):
+            results = xla_blocks.forward(operands, None, 8, batched)
+            return results, xla_blocks.backward(operands, *results, d_out, d_lse, None, 8, batched)
 
         for a, b in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -187,12 +187,12 @@ class TestBlocks:
 
 
 def count_temporaries(backend, t):
-    """Bytes of the temporaries of values and gradients with T slots, B 1, N 4, K 2, H 32, R 24, Z 3."""
+    """Bytes of the temporaries of values and gradients with T slots, B 1, N 4, K 2, H 32, J 24, G 3."""
     heads = (1, t, 4, 32)
-    floats = {"q": heads, "k": (1, t, 2, 32), "v": (1, t, 2, 32), "time_bias": (4, 24), "kind_bias": (1, t, 4, 3)}
+    floats = {"q": heads, "k": (1, t, 2, 32), "v": (1, t, 2, 32), "time_bias": (4, 24), "group_bias": (1, t, 4, 3)}
     declare = jax.ShapeDtypeStruct
     floats = {name: declare(shape, jnp.float32) for name, shape in floats.items()}
-    integers = {name: declare((1, t), jnp.int32) for name in ("segment", "time", "kind")}
+    integers = {name: declare((1, t), jnp.int32) for name in ("segment", "time", "group")}
 
     def total(floats, integers):
         out, lse = call(floats, integers, backend=backend)
@@ -201,7 +201,7 @@ def count_temporaries(backend, t):
     return jax.jit(jax.grad(total)).lower(floats, integers).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_repeats_are_identical_to_the_bit():
+def test_repeats_are_bitwise_identical():
     case = draw_case()
     d_out, d_lse = np.ones(case.q.shape), np.ones(case.q.shape[:3])
     first, second = (run_case(case, d_out, d_lse, "xla_blocks", block=4) for _ in range(2))
@@ -282,8 +282,8 @@ class TestPrefix:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_with_causal_attention_it_is_attention_over_both(self, backend):
         """A prefix that is the same for all slots is a sequence of keys that all slots see."""
-        case, m = draw_case(1, 12, segments="one", time=False, kind=False), 3
-        longer = draw_case(1, m + 12, segments="one", time=False, kind=False, seed=9)
+        case, m = draw_case(1, 12, segments="one", time=False, group=False), 3
+        longer = draw_case(1, m + 12, segments="one", time=False, group=False, seed=9)
         longer.q[:, m:], longer.k[:, m:], longer.v[:, m:] = case.q, case.k, case.v
         prefix = (jnp.broadcast_to(jnp.float32(x[:, None, :m]), (1, 12, m, 2, 8)) for x in (longer.k, longer.v))
 
@@ -319,9 +319,9 @@ class TestPrefix:
         ({"k": np.ones((2, 20, 2, 7))}, "do not fit"),
         ({"segment": np.ones((2, 19))}, "segment_BT"),
         ({"time": None}, "together"),
-        ({"kind_bias": None}, "together"),
+        ({"group_bias": None}, "together"),
         ({"time_bias": np.ones((4, 1))}, "buckets"),
-        ({"kind_bias": np.ones((2, 20, 3, 3))}, "begin with"),
+        ({"group_bias": np.ones((2, 20, 3, 3))}, "begin with"),
     ],
 )
 def test_wrong_arguments_are_refused(change, message):

@@ -23,15 +23,15 @@ def test_values_and_gradients_for_any_content(seed, segments):
 
 
 @pytest.mark.parametrize(
-    ("t", "heads", "r", "z", "block", "window", "time", "kind"),
+    ("t", "heads", "j", "g", "block", "window", "time", "group"),
     [
         (13, (3, 1), 40, 4, 4, 3, True, False),
         (16, (2, 2), 24, 1, 8, 1, False, True),
         (130, (4, 2), 24, 3, None, None, True, True),
     ],
 )
-def test_values_and_gradients_for_any_shape(t, heads, r, z, block, window, time, kind):
-    case = draw_case(1, t, *heads, 5, r, z, time=time, kind=kind)
+def test_values_and_gradients_for_any_shape(t, heads, j, g, block, window, time, group):
+    case = draw_case(1, t, *heads, 5, j, g, time=time, group=group)
     assert_right(case, "pallas_interpret", window, block)
 
 
@@ -71,7 +71,7 @@ def test_inside_shard_map():
     case, p = draw_case(2, 20, 4, 2, seed=3), jax.P
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     heads = p("data", None, "model")
-    specs = {"q": heads, "k": heads, "v": heads, "kind_bias": heads, "time_bias": p("model")}
+    specs = {"q": heads, "k": heads, "v": heads, "group_bias": heads, "time_bias": p("model")}
     run = functools.partial(call, backend="pallas_interpret", block=8)
     spread = jax.shard_map(run, mesh=mesh, in_specs=(specs, p("data")), out_specs=heads, check_vma=False)
     got = jax.jit(spread)(case.floats(), case.integers())
@@ -106,16 +106,16 @@ def test_estimates_follow_from_what_a_kernel_visits():
             got = tpu.forward(operands, options.get("window"), 128)
             return got, tpu.backward(operands, *results, *results, options.get("window"), 128)
 
-        return read_estimates(both, operands), count_bytes([*operands[:3], operands.kind_bias_BTNZ, *results])
+        return read_estimates(both, operands), count_bytes([*operands[:3], operands.group_bias_BTNG, *results])
 
     (one, least), (four, _), (banded, _) = estimate(128), estimate(512), estimate(512, window=2)
-    for name, products in (("attention_forward", 2), ("attention_pull_queries", 3), ("attention_pull_keys", 4)):
+    for name, products in (("attention_forward", 2), ("attention_bwd_dq", 3), ("attention_bwd_dkv", 4)):
         assert one[name].flops == 2 * products * 128**2 * 16 * 8
         assert four[name].flops == 10 * one[name].flops  # pairs of blocks
         assert banded[name].flops == 7 * one[name].flops
         assert banded[name].bytes_accessed < four[name].bytes_accessed
-    facts = 2 * 2 * 2 * 8 * 128 * 4  # of queries and of keys, two sequences, two heads of keys
-    assert one["attention_forward"].bytes_accessed == least + facts + 4 * 4 * 24 * 4  # the table, as often as heads
+    metadata = 2 * 2 * 2 * 8 * 128 * 4  # of queries and of keys, two sequences, two heads of keys
+    assert one["attention_forward"].bytes_accessed == least + metadata + 4 * 4 * 24 * 4  # the table, as often as heads
 
 
 class TestAuto:
@@ -159,7 +159,7 @@ def test_operands_that_a_tpu_cannot_take_are_refused():
     with pytest.raises(ValueError, match="float16"):
         run(draw_case(1, 20), "float16", "pallas_interpret")
     wide = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 256, 64, 1024), (1, 256, 1, 1024))]
-    assert "VMEM" in tpu.find_misfit(to_operands(draw_case())._replace(q_BTNH=wide[0], k_BTKH=wide[1]), None)
+    assert "VMEM" in tpu.unsupported_reason(to_operands(draw_case())._replace(q_BTNH=wide[0], k_BTKH=wide[1]), None)
 
 
 @pytest.mark.parametrize(("n", "k", "h"), [(14, 2, 64), (12, 2, 128), (16, 8, 128), (28, 4, 128), (64, 8, 128)])

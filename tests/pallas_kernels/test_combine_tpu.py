@@ -1,4 +1,4 @@
-"""The TPU's sum over places, interpreted on the CPU, against a loop; and through the real TPU compiler."""
+"""The TPU's sum over row slots, interpreted on the CPU, against a loop; and through the real TPU compiler."""
 
 import functools
 
@@ -10,40 +10,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.combine import sum_places, tpu
+from pallas_kernels.combine import tpu, unpermute_sum
 from pallas_kernels.dispatch import make_plan
 from pallas_kernels.specs import draw_experts
 
 SHAPES = ((1, 1, 5), (33, 2, 5), (37, 3, 130))  # rows, choices, width
 planned = jax.jit(make_plan, static_argnums=(1, 2, 3))
-summed = jax.jit(sum_places, static_argnums=2)
+summed = jax.jit(unpermute_sum, static_argnums=2)
 
 
 def draw_rows(plan, d, dtype=jnp.float32):
-    """Rows at all places, NaN where nothing stands."""
-    rows_PD = np.random.default_rng(0).normal(size=(plan.row_P.shape[0], d))
-    rows_PD[~np.asarray(plan.used_P)] = np.nan
-    return jnp.asarray(rows_PD, dtype)
+    """Rows in all row slots, NaN where nothing stands."""
+    rows_RD = np.random.default_rng(0).normal(size=(plan.row_R.shape[0], d))
+    rows_RD[~np.asarray(plan.used_R)] = np.nan
+    return jnp.asarray(rows_RD, dtype)
 
 
-def sum_by_loop(rows_PD, plan):
+def sum_by_loop(rows_RD, plan):
     """In float64, one assignment after the other."""
-    rows_PD, place_TA, kept_TA = np.asarray(rows_PD, np.float64), np.asarray(plan.place_TA), np.asarray(plan.kept_TA)
-    total = np.zeros((len(place_TA), rows_PD.shape[1]))
-    for t, a in np.argwhere(kept_TA):
-        total[t] += rows_PD[place_TA[t, a]]
+    rows_RD, row_slot_TA = np.asarray(rows_RD, np.float64), np.asarray(plan.row_slot_TA)
+    total = np.zeros((len(row_slot_TA), rows_RD.shape[1]))
+    for t, a in np.argwhere(plan.kept_TA):
+        total[t] += rows_RD[row_slot_TA[t, a]]
     return total
 
 
 def assert_equal_to_loop(expert_TA, n_experts, tile, d, dtype, capacity=None, backend="pallas_interpret"):
     plan = planned(expert_TA, n_experts, tile, capacity)
-    rows_PD = draw_rows(plan, d, dtype)
-    got = summed(rows_PD, plan, backend)
+    rows_RD = draw_rows(plan, d, dtype)
+    got = summed(rows_RD, plan, backend)
     assert got.dtype == dtype
     # One rounding of the sum: half a unit in the last place.
     tolerance = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(
-        got.astype(jnp.float32), sum_by_loop(rows_PD, plan), rtol=tolerance, atol=tolerance, err_msg=str(plan)
+        got.astype(jnp.float32), sum_by_loop(rows_RD, plan), rtol=tolerance, atol=tolerance, err_msg=str(plan)
     )
 
 
@@ -67,7 +67,7 @@ def test_sums_for_any_load(route, dtype, capacity):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("n_rows", "n_choices"), [(256, 1), (257, 2), (513, 1)])
 def test_many_tiles_an_even_and_an_odd_number_of_them(n_rows, n_choices, dtype):
-    # An odd number of places too: bfloat16 rows are read in pairs.
+    # An odd number of row slots too: bfloat16 rows are read in pairs.
     assert_equal_to_loop(draw_experts("zipf", n_rows, n_choices, 3), 3, 1, 64, dtype, 120)
 
 
@@ -88,12 +88,12 @@ def test_operands_that_the_kernel_cannot_take():
     plan = planned(np.zeros((8, 1), np.int32), 2, 4)
     halves = draw_rows(plan, 6, jnp.float16)
     with pytest.raises(ValueError, match="float16"):
-        sum_places(halves, plan, "pallas_interpret")
-    assert np.all(np.isfinite(sum_places(halves, plan, "auto")))
+        unpermute_sum(halves, plan, "pallas_interpret")
+    assert np.all(np.isfinite(unpermute_sum(halves, plan, "auto")))
     with pytest.raises(ValueError, match="none of xla"):
-        sum_places(halves, plan, "mosaic")
+        unpermute_sum(halves, plan, "mosaic")
     many = jax.eval_shape(lambda: make_plan(jnp.zeros((8, 64), jnp.int32), 2, 4))
-    assert "VMEM" in tpu.find_misfit(jax.ShapeDtypeStruct((520, 8192), jnp.bfloat16), many)
+    assert "VMEM" in tpu.unsupported_reason(jax.ShapeDtypeStruct((520, 8192), jnp.bfloat16), many)
 
 
 def test_copies_do_not_race(monkeypatch):
@@ -105,14 +105,14 @@ def test_copies_do_not_race(monkeypatch):
 
     monkeypatch.setattr(tpu, "TILES", (8,))
     plan = planned(draw_experts("zipf", 19, 2, 4), 4, 4, 7)
-    rows_PD = draw_rows(plan, 6)
+    rows_RD = draw_rows(plan, 6)
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     try:
-        got = jax.block_until_ready(jax.jit(functools.partial(tpu.sum_places, interpret=interpret))(rows_PD, plan))
+        got = jax.block_until_ready(jax.jit(functools.partial(tpu.unpermute_sum, interpret=interpret))(rows_RD, plan))
         assert not interpret_pallas_call.races.races_found
     finally:
         pltpu.reset_tpu_interpret_mode_state()
-    np.testing.assert_allclose(got, sum_by_loop(rows_PD, plan), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got, sum_by_loop(rows_RD, plan), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
@@ -130,10 +130,10 @@ class TestRealCompiler:
         plan = jax.eval_shape(lambda: make_plan(jnp.zeros((n_rows, n_choices), jnp.int32), 4, 16))
         arguments = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(device)),
-            (jax.ShapeDtypeStruct((plan.row_P.shape[0], d), dtype), plan),
+            (jax.ShapeDtypeStruct((plan.row_R.shape[0], d), dtype), plan),
         )
-        text = jax.jit(functools.partial(sum_places, backend="auto")).lower(*arguments).compile().as_text()
-        assert "sum_places" in text
+        text = jax.jit(functools.partial(unpermute_sum, backend="auto")).lower(*arguments).compile().as_text()
+        assert "unpermute_sum" in text
         assert "tpu_custom_call" in text
 
     def test_inside_shard_map(self):
@@ -145,12 +145,12 @@ class TestRealCompiler:
         mesh, rows = jax.sharding.Mesh(devices, ("data",)), jax.P("data")
 
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
-        def answer(rows_PD, expert_TA):
-            return sum_places(rows_PD, make_plan(expert_TA, 4, 16), "auto")
+        def sum_own(rows_RD, expert_TA):
+            return unpermute_sum(rows_RD, make_plan(expert_TA, 4, 16), "auto")
 
-        place_count = 4 * make_plan(jnp.zeros((64, 2), jnp.int32), 4, 16).row_P.shape[0]
+        n_row_slots = 4 * make_plan(jnp.zeros((64, 2), jnp.int32), 4, 16).row_R.shape[0]
         arguments = [
             jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, rows))
-            for shape, dtype in (((place_count, 256), jnp.bfloat16), ((256, 2), jnp.int32))
+            for shape, dtype in (((n_row_slots, 256), jnp.bfloat16), ((256, 2), jnp.int32))
         ]
-        assert "tpu_custom_call" in jax.jit(answer).lower(*arguments).compile().as_text()
+        assert "tpu_custom_call" in jax.jit(sum_own).lower(*arguments).compile().as_text()

@@ -27,12 +27,12 @@ def test_every_kept_assignment_stands_once_in_a_tile_of_its_expert(route, capaci
     expert_TA, n_experts, tile = route
     plan = jax.tree.map(np.asarray, planned(*route, capacity))
     rows, choices = np.nonzero(plan.kept_TA)
-    places = plan.place_TA[rows, choices]
-    assert len(np.unique(places)) == len(places) == plan.used_P.sum() == plan.size_E.sum()
-    np.testing.assert_array_equal(plan.row_P[places], rows)
-    np.testing.assert_array_equal(plan.choice_P[places], choices)
-    np.testing.assert_array_equal(plan.expert_N[places // tile], expert_TA[rows, choices])
-    assert np.all(places < plan.n_tiles * tile)
+    row_slots = plan.row_slot_TA[rows, choices]
+    assert len(np.unique(row_slots)) == len(row_slots) == plan.used_R.sum() == plan.size_E.sum()
+    np.testing.assert_array_equal(plan.row_R[row_slots], rows)
+    np.testing.assert_array_equal(plan.choice_R[row_slots], choices)
+    np.testing.assert_array_equal(plan.expert_L[row_slots // tile], expert_TA[rows, choices])
+    assert np.all(row_slots < plan.n_tiles * tile)
     np.testing.assert_array_equal(plan.demand_E, np.bincount(expert_TA.reshape(-1), minlength=n_experts))
     dropped = np.maximum(plan.demand_E - (capacity or len(expert_TA)), 0)
     np.testing.assert_array_equal(plan.demand_E - plan.size_E, dropped)

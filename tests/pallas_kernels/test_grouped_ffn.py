@@ -26,12 +26,12 @@ def run(operands, expert_TA, n_experts, tile, backend, capacity=None):
     *arguments, g = operands
     plan = make_plan(expert_TA, n_experts, tile, capacity)
 
-    def answer(x, weight, gate, up, down):
+    def layer(x, weight, gate, up, down):
         if backend == "reference":
             return grouped_ffn_reference(x, weight, expert_TA, gate, up, down, plan.kept_TA)
         return grouped_ffn(x, weight, gate, up, down, plan, backend)
 
-    y, pull = jax.vjp(answer, *arguments)
+    y, pull = jax.vjp(layer, *arguments)
     return y, *pull(g)
 
 
@@ -70,7 +70,7 @@ class TestBackends:
         operands = draw_operands(60, 2, 5)
         assert_equal_to_reference(backend, operands, expert_TA, 5, 8, capacity=11)
 
-    def test_repeats_are_identical_to_the_bit(self, backend):
+    def test_repeats_are_bitwise_identical(self, backend):
         expert_TA, operands = draw_experts("zipf", 200, 2, 6), draw_operands(200, 2, 6)
         first, second = (run(operands, expert_TA, 6, 16, backend) for _ in range(2))
         for a, b in zip(first, second, strict=True):

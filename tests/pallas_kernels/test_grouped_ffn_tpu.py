@@ -26,16 +26,16 @@ def draw_operands(n_rows, n_choices, n_experts, d=6, f=10, dtype=jnp.float32):
 
 @functools.partial(jax.jit, static_argnames=("n_experts", "tile", "backend", "capacity"))
 def run(operands, expert_TA, n_experts, tile, backend="pallas_interpret", capacity=None):
-    """The answer and all gradients."""
+    """The output and all gradients."""
     *arguments, g = operands
     plan = make_plan(expert_TA, n_experts, tile, capacity)
 
-    def answer(x, weight, gate, up, down):
+    def layer(x, weight, gate, up, down):
         if backend == "reference":
             return grouped_ffn_reference(x, weight, expert_TA, gate, up, down, plan.kept_TA)
         return grouped_ffn(x, weight, gate, up, down, plan, backend)
 
-    y, pull = jax.vjp(answer, *arguments)
+    y, pull = jax.vjp(layer, *arguments)
     return y, *pull(g)
 
 
@@ -92,7 +92,7 @@ def test_bfloat16_is_right_to_its_own_precision(n_rows):
     assert_equal_to_reference(operands, draw_experts("zipf", n_rows, 2, 4), 4, 16, tolerance=0.02)
 
 
-def test_repeats_are_identical_to_the_bit():
+def test_repeats_are_bitwise_identical():
     expert_TA, operands = draw_experts("zipf", 60, 2, 6), draw_operands(60, 2, 6)
     first, second = (run(operands, expert_TA, 6, 8) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -104,17 +104,17 @@ def run_kernels(operands, expert_TA, n_experts, tile, interpret):
     """What the kernels leave, before anything is combined; and the plan."""
     x, weight, *matrices, g = operands
     plan = make_plan(expert_TA, n_experts, tile)
-    weight_P = jnp.where(plan.used_P, weight[plan.row_P, plan.choice_P], 0)
-    y, saved = tpu.forward(x, weight_P, matrices, plan, interpret)
-    return (y, *saved, *tpu.backward(x, weight_P, matrices, plan, saved, g, interpret)), plan
+    weight_R = jnp.where(plan.used_R, weight[plan.row_R, plan.choice_R], 0)
+    y, saved = tpu.forward(x, weight_R, matrices, plan, interpret)
+    return (y, *saved, *tpu.backward(x, weight_R, matrices, plan, saved, g, interpret)), plan
 
 
 def test_unused_tiles_are_left_alone():
-    # The interpreter fills what nobody has written with NaN: the kernels leave it, and no test above saw it.
+    # The interpreter fills what nothing has written with NaN: the kernels leave it, and no test above saw it.
     expert_TA = draw_experts("one_expert", 20, 1, 6)
     (y, gate, up, dx, dweight, d_matrices), plan = run_kernels(draw_operands(20, 1, 6), expert_TA, 6, 4, True)
     behind = int(plan.n_tiles) * 4
-    assert behind < len(plan.row_P)
+    assert behind < len(plan.row_R)
     for a in (y, gate, up, dx, dweight):
         assert np.all(np.isfinite(a[:behind]))
         assert np.all(np.isnan(a[behind:]))
@@ -140,7 +140,7 @@ def test_copies_do_not_race(monkeypatch):
         assert not interpret_pallas_call.races.races_found
     finally:
         pltpu.reset_tpu_interpret_mode_state()
-    used = np.asarray(plan.used_P)
+    used = np.asarray(plan.used_R)
     for a, b in zip(jax.tree.leaves(got[:-1]), jax.tree.leaves(expected[:-1]), strict=True):
         np.testing.assert_array_equal(a[used], b[used])
     for a, b in zip(got[-1], expected[-1], strict=True):
@@ -151,10 +151,10 @@ def test_copies_do_not_race(monkeypatch):
 def test_every_backend_saves_the_same(backend):
     x, weight, *matrices, _ = draw_operands(40, 2, 4)
     plan = make_plan(draw_experts("zipf", 40, 2, 4), 4, 8)
-    weight_P = jnp.where(plan.used_P, weight[plan.row_P, plan.choice_P], 0)
-    used = np.asarray(plan.used_P)
-    expected = BACKENDS["xla_tiles"][0](x, weight_P, matrices, plan)[1]
-    saved = BACKENDS[backend][0](x, weight_P, matrices, plan)[1]
+    weight_R = jnp.where(plan.used_R, weight[plan.row_R, plan.choice_R], 0)
+    used = np.asarray(plan.used_R)
+    expected = BACKENDS["xla_tiles"][0](x, weight_R, matrices, plan)[1]
+    saved = BACKENDS[backend][0](x, weight_R, matrices, plan)[1]
     for a, b in zip(saved, expected, strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a[used], b[used], rtol=1e-5, atol=1e-5)
@@ -179,11 +179,11 @@ class TestAuto:
         rows, whole = jax.P("data"), jax.P()
 
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(rows, rows, whole, whole, whole, rows), out_specs=rows)
-        def answer(x, weight, gate, up, down, expert):
+        def layer(x, weight, gate, up, down, expert):
             return grouped_ffn(x, weight, gate, up, down, make_plan(expert, 4, 8), "auto")
 
         *arguments, g = operands
-        y, pull = jax.vjp(lambda *a: jax.jit(answer)(*a, expert_TA), *arguments)
+        y, pull = jax.vjp(lambda *a: jax.jit(layer)(*a, expert_TA), *arguments)
         for a, b in zip((y, *pull(g)), run(operands, expert_TA, 4, 8, "xla_tiles"), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
@@ -197,7 +197,7 @@ def test_operands_that_a_tpu_cannot_take_are_refused():
         grouped_ffn(x.astype(jnp.float16), weight, *matrices, plan, "pallas_interpret")
     huge = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((16, 8192), (2, 8192, 256))]
     plan = jax.eval_shape(lambda: make_plan(jnp.zeros((8192, 1), jnp.int32), 2, 2048))
-    assert "VMEM" in tpu.find_misfit(huge[0], huge[1:], plan)
+    assert "VMEM" in tpu.unsupported_reason(huge[0], huge[1:], plan)
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ pytestmark = [
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
 
 
-def lower_for_cuda(function, n_rows, d, n_experts, n_domains, dtype):
+def lower_for_cuda(function, n_rows, d, n_experts, n_features, dtype):
     """The program's text."""
     shapes = [
         ((n_rows, d), dtype),
         ((n_experts, d), jnp.float32),
-        ((n_rows, n_domains), jnp.float32),
-        ((n_experts, n_domains), jnp.float32),
+        ((n_rows, n_features), jnp.float32),
+        ((n_experts, n_features), jnp.float32),
         ((n_experts,), jnp.float32),
         ((n_rows,), jnp.int32),
     ]
@@ -35,9 +35,9 @@ def lower_for_cuda(function, n_rows, d, n_experts, n_domains, dtype):
     return exported.mlir_module()
 
 
-def make_gradient(backend, n_choices):
+def make_gradient(backend, n_domains, n_choices):
     def total(*operands):
-        routed = route(*operands, n_choices, backend)
+        routed = route(*operands, n_domains, n_choices, backend)
         return jnp.sum(routed.weight_TA**2) + jnp.sum(routed.probability_ZE**2) + jnp.sum(routed.lse_T**2)
 
     return jax.grad(total, argnums=(0, 1, 2, 3))
@@ -46,18 +46,18 @@ def make_gradient(backend, n_choices):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("d", [896, 1536])
 def test_both_kernels_lower(d, dtype):
-    forward = lower_for_cuda(lambda *a: route(*a, 2, "pallas_triton"), 8192, d, 64, 4, dtype)
+    forward = lower_for_cuda(lambda *a: route(*a, 4, 2, "pallas_triton"), 8192, d, 64, 9, dtype)
     assert forward.count(CUSTOM_CALL) == 1
     assert "stablehlo.pad" not in forward  # nothing is copied to fit the blocks
-    assert lower_for_cuda(make_gradient("pallas_triton", 2), 8192, d, 64, 4, dtype).count(CUSTOM_CALL) == 2
+    assert lower_for_cuda(make_gradient("pallas_triton", 4, 2), 8192, d, 64, 9, dtype).count(CUSTOM_CALL) == 2
 
 
 def test_sizes_that_are_no_powers_of_two_lower():
-    assert lower_for_cuda(make_gradient("pallas_triton", 3), 1000, 100, 60, 5, jnp.bfloat16).count(CUSTOM_CALL) == 2
+    assert lower_for_cuda(make_gradient("pallas_triton", 5, 3), 1000, 100, 60, 3, jnp.bfloat16).count(CUSTOM_CALL) == 2
 
 
 def test_auto_is_these_kernels_on_cuda():
-    assert lower_for_cuda(make_gradient("auto", 2), 8192, 896, 64, 4, jnp.bfloat16).count(CUSTOM_CALL) == 2
+    assert lower_for_cuda(make_gradient("auto", 4, 2), 8192, 896, 64, 4, jnp.bfloat16).count(CUSTOM_CALL) == 2
 
 
 @pytest.mark.parametrize("d", [6, 100, 896, 960, 1536, 4096])

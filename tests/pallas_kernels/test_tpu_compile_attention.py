@@ -11,8 +11,8 @@ from tests.pallas_kernels.attention_oracle import call
 # A TPU's program in the compilation cache cannot be loaded here; it is compiled anew.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 pytest.importorskip("libtpu", reason="the TPU compiler is not here: pip install -c requirements.lock -e '.[tpu]'")
-N, K, H, R, Z = 4, 2, 64, 24, 3
-KERNELS = ("attention_forward", "attention_pull_queries", "attention_pull_keys")
+N, K, H, J, G = 4, 2, 64, 24, 3
+KERNELS = ("attention_forward", "attention_bwd_dq", "attention_bwd_dkv")
 # Bytes a slot, of everything that waits between kernels: queries, output, its cotangent and the queries' gradient.
 BOUND = 4 * N * H * 2
 
@@ -28,9 +28,9 @@ def declare(t, b=1, dtype=jnp.bfloat16, biased=True, n=N, h=H):
     shapes = {"q": (b, t, n, h), "k": (b, t, K, h), "v": (b, t, K, h)}
     floats = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
     if biased:
-        floats["time_bias"] = jax.ShapeDtypeStruct((n, R), jnp.float32)
-        floats["kind_bias"] = jax.ShapeDtypeStruct((b, t, n, Z), jnp.float32)
-    names = ("segment", "time", "kind") if biased else ("segment",)
+        floats["time_bias"] = jax.ShapeDtypeStruct((n, J), jnp.float32)
+        floats["group_bias"] = jax.ShapeDtypeStruct((b, t, n, G), jnp.float32)
+    names = ("segment", "time", "group") if biased else ("segment",)
     return floats, {name: jax.ShapeDtypeStruct((b, t), jnp.int32) for name in names}
 
 
@@ -61,7 +61,7 @@ def test_memory_grows_with_the_slots_and_not_with_their_pairs(topology):
 
 
 def test_any_length_type_and_window_compile():
-    """And a group of heads that is not unrolled."""
+    """And query heads of one key head whose loop is not unrolled."""
     device = list_devices("v5e:2x2")[0]
     for compiled in (
         compile_for(device, declare(1000, 2, jnp.float32, n=6, h=24), window=300),
@@ -77,7 +77,7 @@ def test_inside_shard_map():
     )
     p = jax.P
     heads = p("data", None, "model")
-    specs = {"q": heads, "k": heads, "v": heads, "kind_bias": heads, "time_bias": p("model")}, p("data")
+    specs = {"q": heads, "k": heads, "v": heads, "group_bias": heads, "time_bias": p("model")}, p("data")
     floats, integers = declare(256, 2)
     placed = jax.tree.map(
         lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.NamedSharding(mesh, spec)),

@@ -15,16 +15,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compila
 pytest.importorskip("libtpu", reason="the TPU compiler is not here: pip install -c requirements.lock -e '.[tpu]'")
 T, D, E, F, A, TILE = 8192, 1536, 16, 1024, 2, 128
 BACKWARD = ("grouped_ffn_down", "grouped_ffn_rows", "grouped_ffn_sides")
-PLACES = T * A + E * TILE
-PRODUCTS = 2 * PLACES * F * 2  # bytes of the gate's and up's products, which wait for the backward pass
-ANSWERS = PLACES * D * 2  # bytes of a row for each place
+ROW_SLOTS = T * A + E * TILE
+PRODUCTS = 2 * ROW_SLOTS * F * 2  # bytes of the gate's and up's products, which wait for the backward pass
+OUTPUTS = ROW_SLOTS * D * 2  # bytes of a row for each row slot
 SUM = T * D * 2  # bytes of what the layer gives
 MATRICES = 3 * E * D * F * 2
-# What the kernels must move if each place's row is read where it is needed and written once, each matrix read once.
-LEAST_FORWARD = ANSWERS + MATRICES + PRODUCTS + ANSWERS + (ANSWERS + SUM)
-LEAST_DOWN = ANSWERS + PRODUCTS + MATRICES // 3
-LEAST_ROWS = ANSWERS + 2 * PRODUCTS + MATRICES + ANSWERS + (ANSWERS + SUM)
-LEAST_SIDES = ANSWERS + PRODUCTS + 2 * MATRICES // 3
+# What the kernels must move if each row slot's row is read where it is needed and written once, each matrix read once.
+LEAST_FORWARD = OUTPUTS + MATRICES + PRODUCTS + OUTPUTS + (OUTPUTS + SUM)
+LEAST_DOWN = OUTPUTS + PRODUCTS + MATRICES // 3
+LEAST_ROWS = OUTPUTS + 2 * PRODUCTS + MATRICES + OUTPUTS + (OUTPUTS + SUM)
+LEAST_SIDES = OUTPUTS + PRODUCTS + 2 * MATRICES // 3
 
 
 def list_devices(topology):
@@ -55,12 +55,12 @@ def layer_by_sort_and_repeat(x, weight, gate, up, down, expert):
 
 
 def with_gradients(function):
-    """Of a loss whose cotangent depends on the answer, as any but a linear one's does."""
+    """Of a loss whose cotangent depends on the output, as any but a linear one's does."""
     return jax.value_and_grad(lambda *a: jnp.sum(jnp.square(function(*a)), dtype=jnp.float32), argnums=(0, 1, 2, 3, 4))
 
 
 def with_cotangent(function):
-    """Of a loss that is linear in the answer: the cotangent is an argument, and costs no temporaries."""
+    """Of a loss that is linear in the output: the cotangent is an argument, and costs no temporaries."""
 
     def total(*a):
         return jnp.sum(function(*a[:-1]) * a[-1], dtype=jnp.float32)
@@ -86,7 +86,7 @@ def test_forward_gathers_inside_the_kernel(topology):
     compiled = compile_for(list_devices(topology)[0], layer, shapes())
     assert "grouped_ffn_forward" in compiled.as_text()
     # The kernel's results and no rows before it; what is summed behind it is there once the products are not.
-    assert count_temporaries(compiled) < 1.05 * (PRODUCTS + ANSWERS)
+    assert count_temporaries(compiled) < 1.05 * (PRODUCTS + OUTPUTS)
     # Rows are read in pairs, so that those of bfloat16 count twice.
     assert count_bytes(compiled) < 1.5 * LEAST_FORWARD
 
@@ -94,9 +94,9 @@ def test_forward_gathers_inside_the_kernel(topology):
 def test_kernels_read_and_write_little_more_than_they_must():
     """By their own estimates: XLA cannot see into a kernel."""
     found = read_estimates(with_gradients(functools.partial(layer, backend="pallas_tpu")), shapes())
-    assert found["grouped_ffn_forward"] + found["sum_places"] < 1.3 * LEAST_FORWARD
+    assert found["grouped_ffn_forward"] + found["unpermute_sum"] < 1.3 * LEAST_FORWARD
     assert found["grouped_ffn_down"] < 1.35 * LEAST_DOWN
-    assert found["grouped_ffn_rows"] + found["sum_places"] < 1.45 * LEAST_ROWS
+    assert found["grouped_ffn_rows"] + found["unpermute_sum"] < 1.45 * LEAST_ROWS
     assert found["grouped_ffn_sides"] < 1.25 * LEAST_SIDES
 
 
@@ -109,9 +109,9 @@ def check_backward(compiled, bound: float) -> int:
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-def test_backward_keeps_the_products_and_one_row_a_place(topology):
+def test_backward_keeps_the_products_and_one_row_a_row_slot(topology):
     compiled = compile_for(list_devices(topology)[0], with_gradients(layer), shapes())
-    ours = check_backward(compiled, 1.05 * (PRODUCTS + ANSWERS))
+    ours = check_backward(compiled, 1.05 * (PRODUCTS + OUTPUTS))
     if topology == "v5e:2x2":  # of the three chips the one where the plain form does best; it takes long to compile
         plain = compile_for(list_devices(topology)[0], with_gradients(layer_by_sort_and_repeat), shapes())
         assert ours < 0.6 * count_temporaries(plain)
@@ -119,10 +119,10 @@ def test_backward_keeps_the_products_and_one_row_a_place(topology):
 
 
 def test_backward_keeps_no_more_where_the_vmem_is_small():
-    """The layer's answer finds no room in the 64 MiB of a v5p's; where a loss puts what it makes of that is its own."""
+    """The layer's output finds no room in the 64 MiB of a v5p's; where a loss puts what it makes of that is its own."""
     operands = shapes()
     compiled = compile_for(list_devices("v5p:2x2x1")[0], with_cotangent(layer), [*operands, operands[0]])
-    check_backward(compiled, 1.05 * (PRODUCTS + ANSWERS) + SUM)
+    check_backward(compiled, 1.05 * (PRODUCTS + OUTPUTS) + SUM)
 
 
 def test_experts_of_many_blocks_fit_the_smallest_vmem():

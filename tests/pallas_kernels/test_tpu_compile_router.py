@@ -16,17 +16,17 @@ from pallas_kernels.router import route
 # A TPU's program in the compilation cache cannot be loaded here; it is compiled anew.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 pytest.importorskip("libtpu", reason="the TPU compiler is not here: pip install -c requirements.lock -e '.[tpu]'")
-T, D, E, Z, A = 8192, 1536, 64, 4, 2
+T, D, E, X, Z, A = 8192, 1536, 64, 6, 4, 2
 ROWS = T * D * 2  # bytes of the rows, which one pass must read
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
 
-def declare_operands(n_rows=T):
+def declare_operands(n_rows=T, n_features=X):
     shapes = [
         ((n_rows, D), jnp.bfloat16),
         ((E, D), jnp.float32),
-        ((n_rows, Z), jnp.float32),
-        ((E, Z), jnp.float32),
+        ((n_rows, n_features), jnp.float32),
+        ((E, n_features), jnp.float32),
         ((E,), jnp.float32),
         ((n_rows,), jnp.int32),
     ]
@@ -71,19 +71,19 @@ def read_estimates(function, operands):
 
 
 def route_by(backend):
-    return lambda *operands: route(*operands, A, backend)
+    return lambda *operands: route(*operands, Z, A, backend)
 
 
 def make_gradient(backend):
-    def total(x, router, prior, lift, bias, domain):
-        routed = route(x, router, prior, lift, bias, domain, A, backend)
+    def total(*operands):
+        routed = route(*operands, Z, A, backend)
         return jnp.sum(routed.weight_TA**2) + jnp.sum(routed.probability_ZE**2) + jnp.sum(routed.lse_T**2)
 
     return jax.grad(total, argnums=(0, 1, 2, 3))
 
 
 # What a router must move at least: every operand read once, every result written once.
-LEAST = ROWS + 4 * (E * D + T * Z + E * Z + E + T) + 4 * (2 * T * A + T + 2 * Z * E)
+LEAST = ROWS + 4 * (E * D + T * X + E * X + E + T) + 4 * (2 * T * A + T + 2 * Z * E)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -124,8 +124,8 @@ def test_the_gradients_keep_no_logits(chip):
     assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * ROWS
 
 
-def test_rows_that_fill_no_whole_block_compile():
-    compiled = compile_for(find_mesh("v5e:2x2"), make_gradient("auto"), declare_operands(1000))
+def test_rows_that_fill_no_whole_block_and_fewer_features_than_domains_compile():
+    compiled = compile_for(find_mesh("v5e:2x2"), make_gradient("auto"), declare_operands(1000, 2))
     assert "router_backward" in compiled.as_text()
 
 
@@ -133,7 +133,7 @@ def test_the_kernels_run_inside_shard_map():
     mesh, specs = find_mesh("v5e:2x2", 4), (P("rows"), P(), P("rows"), P(), P(), P("rows"))
 
     def total(*operands):
-        routed = route(*operands, A, "auto")
+        routed = route(*operands, Z, A, "auto")
         return jax.lax.psum(jnp.sum(routed.lse_T) + jnp.sum(routed.probability_ZE**2), "rows")
 
     gradient = jax.grad(jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P()), argnums=(0, 1, 2, 3))
