@@ -1,4 +1,4 @@
-"""Takes users's profiles in a store further by their events, as a service would, or removes users from it.
+"""Takes users' profiles in a store further by their events, as a service would, or removes users from it.
 
 python -m experiments.observe --workdir=runs/mine --profiles=DIR [--before=2024-05-01] [--recent=N] [--json]
     [--forget=NAME,NAME] [--export=FILE.npz]

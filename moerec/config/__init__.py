@@ -5,10 +5,10 @@ The classes are not frozen only because `ml_collections.config_flags` sets field
 
 import dataclasses
 
-from moerec.config.checks import one_of, require, require_seed
+from moerec.config.checks import require, require_seed
 from moerec.config.data import CityConfig, DataConfig, SchemaConfig, SplitConfig, TablesConfig
 from moerec.config.model import ModelConfig, MoEConfig, PersonalConfig, TimeConfig
-from moerec.config.training import AuditConfig, EvalConfig, LossConfig, OptimConfig, TrainConfig
+from moerec.config.train import AuditConfig, EvalConfig, LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "BASELINES",
@@ -53,16 +53,12 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     audit: AuditConfig = dataclasses.field(default_factory=AuditConfig)
+    tasks: tuple[str, ...] = ("next_event",)  # what is learned
     baselines: tuple[str, ...] = BASELINES
 
     def __post_init__(self):
         require_seed(self.seed, "seed")
-        for name in self.baselines:
-            one_of(name, "baselines", BASELINES)
-        if self.model.pointer != "none":
-            # A pointer adds to the probability of an item among those of all services.
-            whole = self.loss.kind != "one_negative" and self.loss.scope == "union"
-            require(whole, "model.pointer", "needs a softmax over the union (loss.kind, loss.scope)")
+        require(bool(self.tasks), "tasks", "at least one is needed")
 
 
 def checked(config):

@@ -155,6 +155,16 @@ class SplitConfig:
         if self.kind == "time":
             require(bool(self.valid_from and self.test_from), "data.split.valid_from", "a time split needs both dates")
 
+    @property
+    def by_user(self) -> bool:
+        """Whether the users of test targets are nowhere trained on."""
+        return self.kind == "user"
+
+    @property
+    def is_per_service(self) -> bool:
+        """Whether events are held out of each service's sequence apart."""
+        return self.kind == "leave_one_out" and self.per_service
+
 
 @dataclasses.dataclass
 class DataConfig:

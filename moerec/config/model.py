@@ -80,7 +80,7 @@ class PersonalConfig:
     """
 
     layers: tuple[int, ...] = ()  # which layers are personal, from 0; none before the first mixture, if there is one
-    memory: str = "ema"  # null, ema, delta or low_rank: what is kept of a user's events
+    memory: str = "ema"  # null, ema, delta or low_rank, or one of one's own: what is kept of a user's events
     n_aspects: int = 8  # a memory slot for each aspect and time scale
     n_scales: int = 2  # half-lives between an hour and a year, learned
     d_memory: int = 32  # width of a memory slot
@@ -97,14 +97,8 @@ class PersonalConfig:
 
     def __post_init__(self):
         require(len(set(self.layers)) == len(self.layers), "model.personal.layers", "a layer is named twice")
-        one_of(self.memory, "model.personal.memory", ("null", "ema", "delta", "low_rank"))
         for name in ("n_aspects", "n_scales", "d_memory", "rank", "chunk"):
             require(getattr(self, name) >= 1, f"model.personal.{name}", "must be at least 1")
-
-    @property
-    def n_slots(self) -> int:
-        """Memory slots of a profile: those that are written, and the one of the static fields."""
-        return self.n_aspects * self.n_scales + 1 if self.layers and self.memory != "null" else 0
 
 
 @dataclasses.dataclass
@@ -133,8 +127,11 @@ class ModelConfig:
     item_bias: bool = True
     compute_dtype: str = "float32"  # or bfloat16; parameters stay float32
     remat: bool = False
-    pointer: str = "none"  # pointers into the user's history: none, all (over all of it), or services (and one for each)
+    pointer: str = (
+        "none"  # pointers into the user's history: none, all (over all of it), or services (and one for each)
+    )
     d_pointer: int = 32  # width of a pointer's queries and keys
+    group_starts: tuple[int, ...] = ()  # layers at which a new group begins, beside those where their kind changes
     window: int = 0  # slots that a slot attends to at most, itself among them; 0 is all
     attention: str = "auto"  # in blocks where rows are long; reference: all weights at once; or xla_blocks
     time: TimeConfig = dataclasses.field(default_factory=TimeConfig)
@@ -156,8 +153,20 @@ class ModelConfig:
         one_of(self.pointer, "model.pointer", ("none", "all", "services"))
         one_of(self.attention, "model.attention", ("auto", "reference", "xla_blocks"))
         require(self.window >= 0, "model.window", "must not be negative")
+        outside = [layer for layer in self.group_starts if not 0 < layer < self.n_layers]
+        require(not outside, "model.group_starts", f"{outside} of {self.n_layers} layers (from 1)")
         for name in ("moe", "personal"):
             outside = [layer for layer in getattr(self, name).layers if not 0 <= layer < self.n_layers]
             require(not outside, f"model.{name}.layers", f"{outside} of {self.n_layers} layers (from 0)")
         early = [layer for layer in self.personal.layers if layer < min(self.moe.layers, default=0)]
         require(not early, "model.personal.layers", f"{early} are of the trunk, which is dense and nobody's own")
+
+    @property
+    def has_pointers(self) -> bool:
+        """Whether the softmax is mixed with pointers."""
+        return self.pointer != "none"
+
+    @property
+    def has_service_pointers(self) -> bool:
+        """Whether each service has a pointer, beside the one over all."""
+        return self.pointer == "services"

@@ -1,4 +1,8 @@
-"""A configuration read back from the JSON that a run keeps of it, and what differs between two."""
+"""A configuration in the JSON that a run keeps of it, and what differs between two.
+
+The file carries the number of its format. A field that it lacks takes its default, so that a new field leaves old runs
+readable; one that nothing is known of is named. Where a field changes its meaning, the number goes up.
+"""
 
 import dataclasses
 import json
@@ -10,13 +14,30 @@ from typing import Any
 from moerec.config import Config
 from moerec.config.value_types import require_type
 from moerec.errors import InputError
+from moerec.files import to_plain, write_json
+
+FORMAT = 1
+
+
+def store_config(path: Path, config: Config) -> None:
+    """Writes the resolved configuration, atomically."""
+    write_json(path, {"format": FORMAT, **to_plain(dataclasses.asdict(config))})
+
+
+def read_stored(path: Path) -> dict[str, Any]:
+    """The plain configuration in a run's `config.json`, every field of this version in it.
+
+    Raises:
+      InputError: as `read_config`.
+    """
+    return to_plain(dataclasses.asdict(read_config(path)))
 
 
 def read_config(path: Path) -> Config:
     """The configuration in a run's `config.json`; its checks run anew.
 
     Raises:
-      InputError: the file is missing, is no JSON, or has not exactly the fields of this version, of their types.
+      InputError: the file is missing, is no JSON, is of another format, or has an unknown field or one of a wrong type.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -24,6 +45,11 @@ def read_config(path: Path) -> Config:
         raise InputError(f"{path}: no such file; is this the directory of a run?") from error
     except ValueError as error:
         raise InputError(f"{path}: not a JSON file ({error})") from error
+    found = values.pop("format", None) if isinstance(values, dict) else None
+    if found is None:
+        raise InputError(f"{path}: has no format number; runs from before format {FORMAT} cannot be read")
+    if found != FORMAT:
+        raise InputError(f"{path}: is of format {found!r}, and this version reads {FORMAT}")
     try:
         return _build(Config, values, "config")
     except InputError as error:
@@ -35,12 +61,15 @@ def _build(kind: Any, value: Any, place: str) -> Any:
         value = tuple(value) if typing.get_origin(kind) is tuple and isinstance(value, list) else value
         require_type(place, value, kind)  # before the checks of its group, which would stumble over it
         return value
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: {value!r} is no group of fields")
     names = {field.name for field in dataclasses.fields(kind)}
-    found = set(value) if isinstance(value, dict) else set()
-    for name in sorted(names ^ found):
-        raise InputError(f"{place}.{name} is {'missing' if name in names else 'unknown'}: of another version")
+    for name in value:
+        if name not in names:
+            raise InputError(f"{place}.{name}: no such field; the run is of another version")
     hints = typing.get_type_hints(kind)
-    return kind(**{name: _build(hints[name], value[name], f"{place}.{name}") for name in sorted(names)})  # type: ignore[operator]
+    fields = {name: _build(hints[name], inner, f"{place}.{name}") for name, inner in value.items()}
+    return kind(**fields)  # type: ignore[operator]
 
 
 def list_differences(old: Any, new: Any, place: str) -> Iterator[str]:

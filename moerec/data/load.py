@@ -12,8 +12,8 @@ from moerec.config import DataConfig
 from moerec.data import city
 from moerec.data.dataset import Dataset, mark_unseen, permute_items
 from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
-from moerec.data.prepare.tables_to_shards import is_current, prepare
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
+from moerec.data.prepare.tables_to_shards import is_current, prepare
 from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties
 from moerec.data.timezones import find_zones
 from moerec.data.tokenizer import TokenTable, tokenize
@@ -45,7 +45,7 @@ class RunData:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the events, their roles, the items and the users's fields: equal for equal data."""
+        """SHA-256 of the events, their roles, the items and the users' fields: equal for equal data."""
         log, catalogue = self.dataset.log, self.dataset.catalogue
         found = hashlib.sha256()
         fields, _ = self.dataset.profile_codes

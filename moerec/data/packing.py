@@ -79,9 +79,7 @@ def device_time(time: np.ndarray) -> np.ndarray:
     return np.where(fits, shifted, NO_TIME).astype(np.int32)
 
 
-def pack(
-    log: EventLog, items: ItemTable, sequences: Sequences, placed: Placement, shape: tuple[int, int]
-) -> Packed:
+def pack(log: EventLog, items: ItemTable, sequences: Sequences, placed: Placement, shape: tuple[int, int]) -> Packed:
     """Gathers events into packed rows.
 
     Args:

@@ -1,7 +1,7 @@
 """The training stream: deterministic, shuffled, packed, sharded by process, with a position that can be saved.
 
 A grain `IterDataset` whose elements are whole batches, so that no Python code runs per user or per event. An epoch
-is a seeded permutation of the users's windows; the stream of epochs has no end, and its position is two integers.
+is a seeded permutation of the users' windows; the stream of epochs has no end, and its position is two integers.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class MemoryReader:
     """Training events held in memory."""
 
     def __init__(self, log: EventLog, keep: np.ndarray, fields: np.ndarray | None = None):
-        """Args: the whole log; `[events]` bool, which of them are trained on; the users's profile codes."""
+        """Args: the whole log; `[events]` bool, which of them are trained on; the users' profile codes."""
         kept_before = np.concatenate([[0], np.cumsum(keep)])
         offsets = kept_before[log.offsets]
         self._log = log.take(keep, offsets)
@@ -58,7 +58,7 @@ class ShardReader:
         utc_offset: np.ndarray | None = None,
     ):
         """Args: the shards; `[users + 1]` offsets of all events; `[events]` bool, which of them are trained on;
-        `[I]` int32, the number that each of the shards' items has in the catalogue; the users's profile codes;
+        `[I]` int32, the number that each of the shards' items has in the catalogue; the users' profile codes;
         `[events]`, how far the clocks at all events are ahead of UTC (nowhere).
         """
         self._source, self._offsets, self._keep, self._item_numbers = source, offsets, keep, item_numbers

@@ -6,6 +6,7 @@ metric is its exact expectation over that order: a constant model has recall@K =
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,6 +35,15 @@ class RankCounts:
 
     def __len__(self) -> int:
         return len(self.greater)
+
+
+class Ranks(NamedTuple):
+    """Where each target stands in its service's catalogue and among the items of all services: of a model, a baseline
+    or the oracle.
+    """
+
+    in_service: RankCounts
+    union: RankCounts
 
 
 def concatenate_counts(parts: list[RankCounts]) -> RankCounts:
@@ -141,11 +151,11 @@ def summarise(per_target: dict[str, np.ndarray], rows: np.ndarray | None = None)
 
 
 def build_table(
-    in_service: RankCounts, union: RankCounts, target_service: np.ndarray, services: tuple[str, ...]
+    ranks: Ranks, target_service: np.ndarray, services: tuple[str, ...]
 ) -> dict[str, dict[str, dict[str, float | int]]]:
     """`{"in_service": {service: M}, "union": {service: M, "all": M}}`; a service without targets has no row."""
     rows = {name: target_service == code for code, name in enumerate(services) if np.any(target_service == code)}
-    own, all_items = per_target_metrics(in_service), per_target_metrics(union)
+    own, all_items = per_target_metrics(ranks.in_service), per_target_metrics(ranks.union)
     return {
         "in_service": {name: summarise(own, mask) for name, mask in rows.items()},
         "union": {**{name: summarise(all_items, mask) for name, mask in rows.items()}, "all": summarise(all_items)},

@@ -10,9 +10,8 @@ import numpy as np
 
 from moerec.data.dataset import Dataset, find_multi_service_users
 from moerec.errors import InputError
-from moerec.eval.baselines.ranking import Ranked
 from moerec.eval.compare import METRIC, Difference, format_rows, read_run
-from moerec.eval.metrics import RankCounts, per_target_metrics
+from moerec.eval.metrics import RankCounts, Ranks, per_target_metrics
 from moerec.eval.significance import bootstrap_intervals, paired_test
 from moerec.files import replacing
 
@@ -40,10 +39,10 @@ class TargetRanks(NamedTuple):
         return per_target_metrics(RankCounts(*getattr(self, part).T))[METRIC]
 
 
-def write_ranks(path: Path, dataset: Dataset, targets: np.ndarray, ranked: Ranked) -> None:
+def write_ranks(path: Path, dataset: Dataset, targets: np.ndarray, ranks: Ranks) -> None:
     """Writes the ranks of rows of the log, atomically."""
     log, catalogue = dataset.log, dataset.catalogue
-    user = np.searchsorted(log.offsets, targets, side="right") - 1
+    user = log.users_of(targets)
     names = [
         np.array(dataset.users, str)[user],
         np.array(catalogue.services, str)[dataset.event_service[targets]],
@@ -52,12 +51,12 @@ def write_ranks(path: Path, dataset: Dataset, targets: np.ndarray, ranked: Ranke
     columns = [
         *names,
         find_multi_service_users(dataset)[user],
-        *(np.stack([p.greater, p.equal], axis=1) for p in ranked),
+        *(np.stack([p.greater, p.equal], axis=1) for p in ranks),
     ]
     order = np.lexsort(names[::-1])  # of two data sets that hold the same targets, whatever their codes are
-    ranks = TargetRanks(*(column[order] for column in columns))
+    stored = TargetRanks(*(column[order] for column in columns))
     with replacing(path) as file:
-        np.savez_compressed(file, allow_pickle=False, **ranks._asdict())
+        np.savez_compressed(file, allow_pickle=False, **stored._asdict())
 
 
 def read_ranks(folder: Path) -> TargetRanks:

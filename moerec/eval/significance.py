@@ -1,8 +1,13 @@
 """How sure a mean or a difference of means is, with whole users as the unit."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from moerec.eval.metrics import RankCounts, Ranks, per_target_metrics
+
+INTERVAL_METRICS = ("ndcg@10", "recall@10")
 
 _MOST_DRAWS = 1 << 22  # random numbers held at once
 
@@ -59,6 +64,58 @@ def paired_test(
         kept = rng.binomial(n_same, 0.5, (draws, len(size)))
         extreme += int(np.count_nonzero(np.abs((2 * kept - n_same) @ size) >= observed))
     return PairedResult(difference, (1 + extreme) / (1 + n_perm), len(total))
+
+
+def table_intervals(
+    rows: Mapping[str, Ranks], service: np.ndarray, services: tuple[str, ...], user: np.ndarray, n_boot: int
+) -> dict[str, dict[str, Any]]:
+    """95 % bootstrap intervals over users of the main metrics, of every row of the table.
+
+    Args:
+      rows: by name. service, user: `[n]` of the targets.
+    """
+    parts = [(name, part) for name in rows for part in ("in_service", "union")]
+    values = {(name, part): per_target_metrics(getattr(rows[name], part)) for name, part in parts}
+    subsets = {name: service == code for code, name in enumerate(services)}
+    subsets["all"] = np.ones(len(user), bool)
+    out: dict[str, dict[str, Any]] = {name: {"in_service": {}, "union": {}} for name in rows}
+    for subset, chosen in subsets.items():
+        if not chosen.any():
+            continue
+        columns = np.stack([values[key][metric][chosen] for key in parts for metric in INTERVAL_METRICS], axis=1)
+        intervals = iter(bootstrap_intervals(columns, 0, user[chosen], n_boot))
+        for name, part in parts:
+            out[name][part][subset] = {metric: list(next(intervals)[1:]) for metric in INTERVAL_METRICS}
+    for table in out.values():
+        table["in_service"].pop("all", None)  # a mean over catalogues of different sizes
+    return out
+
+
+def table_tests(
+    model: Ranks,
+    baselines: Mapping[str, Ranks],
+    service: np.ndarray,
+    services: tuple[str, ...],
+    user: np.ndarray,
+    seed: int,
+) -> dict[str, Any]:
+    """The model against each baseline over the same targets: difference of NDCG@10, and its p-value."""
+    subsets = {name: service == code for code, name in enumerate(services)}
+
+    def ndcg(counts: RankCounts) -> np.ndarray:
+        return per_target_metrics(counts)["ndcg@10"]
+
+    def test(own: np.ndarray, other: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        result = paired_test(own[rows], other[rows], seed, user[rows])
+        return {"difference": result.difference, "p_value": result.p_value}
+
+    own_union, own_service = ndcg(model.union), ndcg(model.in_service)
+    everything, out = np.ones(len(user), bool), {}
+    for name, ranks in baselines.items():
+        other = ndcg(ranks.in_service)
+        in_service = {z: test(own_service, other, rows) for z, rows in subsets.items() if rows.any()}
+        out[name] = {**test(own_union, ndcg(ranks.union), everything), "in_service": in_service}
+    return out
 
 
 def _cluster_sums(values: np.ndarray, user: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

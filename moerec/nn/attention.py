@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from moerec.config import ModelConfig
 from moerec.nn.layers import declare, fan_in, fan_in_heads
-from moerec.nn.profile import ProfileMemory
+from moerec.nn.profile import ProfileMemory, count_profile_slots
 from moerec.nn.sharding import ROW_AXES
 from moerec.nn.temporal import N_GAPS
 from pallas_kernels.attention import attend, attend_few, merge
@@ -47,7 +47,7 @@ class ProfileContext(NamedTuple):
     """What the personal layers see beside the states.
 
     Attributes:
-      time_BT: int32 times of the events. service_BT: int32, their services.
+      time_BT: int32 times of the events. service_BT: int32, their services; Z where a slot is no event.
       slots: the memory slots of the profile before each event. log_relevance_BTM: logs of what they matter.
       summary_BTD: the profile as one vector.
     """
@@ -63,7 +63,7 @@ class ProfileAttention(nnx.Module):
     """What a personal layer adds to attention. All of it is neutral at first, so that an imported model is unchanged.
 
     The memory slots are extra keys and values, joined by a gate a head that starts at zero (Alayrac et al. 2022); what
-    is projected to heads is what all users's slots are made of, and no slot (DeepSeek-AI 2024). Biases by time are a
+    is projected to heads is what all users' slots are made of, and no slot (DeepSeek-AI 2024). Biases by time are a
     table over log buckets, as in Raffel et al. (2020); those of pairs of services one over (own, other).
 
     A profile has no place in the sequence: queries are scaled, and read the slots, before they are rotated, so that an
@@ -79,38 +79,38 @@ class ProfileAttention(nnx.Module):
         def table(on: bool, shape: tuple[int, ...], axes: tuple[str | None, ...], decay: str = "none"):
             return declare(key, shape, axes, zeros, decay=decay) if on else None
 
-        has_slots = personal.prefix and personal.memory != "null"
+        has_slots = personal.prefix and bool(count_profile_slots(config))
         self.key_DNH = declare(k_key, (d, n, h), ("embed", "heads", None), fan_in) if has_slots else None
         self.value_DNH = declare(k_value, (d, n, h), ("embed", "heads", None), fan_in) if has_slots else None
         self.gate_N = table(has_slots, (n,), ("heads",))
         self.query_scale_DNH = table(personal.query_scale, (d, n, h), ("embed", "heads", None), "matrix")
-        self.time_bias_NR = table(personal.time_bias, (n, N_GAPS + 1), ("heads", None))
+        self.time_bias_NJ = table(personal.time_bias, (n, N_GAPS + 1), ("heads", None))
         self.pair_NZZ = table(personal.pair_bias, (n, n_services, n_services), ("heads", None, None))
         self.pair_gate_DN = table(personal.pair_bias, (d, n), ("embed", "heads"), "matrix")
         self.other_services, self.n_services = personal.other_services, n_services
         self.window, self.backend = config.window, config.attention
 
-    def scale(self, q_BTNH: jax.Array, view: ProfileContext) -> jax.Array:
+    def scale(self, q_BTNH: jax.Array, context: ProfileContext) -> jax.Array:
         """The queries, scaled by the profile."""
         if self.query_scale_DNH is None:
             return q_BTNH
-        scale = 1 + jnp.einsum("BTD,DNH->BTNH", view.summary_BTD, self.query_scale_DNH[...])
+        scale = 1 + jnp.einsum("BTD,DNH->BTNH", context.summary_BTD, self.query_scale_DNH[...])
         return (q_BTNH * scale).astype(q_BTNH.dtype)
 
-    def kind_bias(self, view: ProfileContext) -> jax.Array | None:
-        """`[B, T, N or 1, Z]`, what each query adds to the logits of the events of each service."""
+    def group_bias(self, context: ProfileContext) -> jax.Array | None:
+        """`[B, T, N or 1, Z + 1]`, what each query adds to the logits of the events of each service; of others 0."""
         if self.pair_NZZ is None and self.other_services:
             return None
-        b, t = view.service_BT.shape
-        bias = jnp.zeros((b, t, 1, self.n_services))
+        b, t = context.service_BT.shape
+        bias = jnp.zeros((b, t, 1, self.n_services + 1))
         if not self.other_services:
-            own = jax.nn.one_hot(view.service_BT, self.n_services)
-            bias = -1e9 * (1 - own)[:, :, None]
+            own = jax.nn.one_hot(context.service_BT, self.n_services)
+            bias = jnp.pad(-1e9 * (1 - own)[:, :, None], ((0, 0), (0, 0), (0, 0), (0, 1)))
         if self.pair_NZZ is not None:
             assert self.pair_gate_DN is not None
-            gate_BTN = 1 + jnp.einsum("BTD,DN->BTN", view.summary_BTD, self.pair_gate_DN[...])
-            pair_BTNZ = jnp.moveaxis(self.pair_NZZ[...], 0, 1)[view.service_BT]
-            bias = bias + gate_BTN[..., None] * pair_BTNZ
+            gate_BTN = 1 + jnp.einsum("BTD,DN->BTN", context.summary_BTD, self.pair_gate_DN[...])
+            pair_NZZ = jnp.pad(self.pair_NZZ[...], ((0, 0), (0, 1), (0, 1)))  # nothing for what is no event
+            bias = bias + gate_BTN[..., None] * jnp.moveaxis(pair_NZZ, 0, 1)[context.service_BT]
         return bias
 
     def __call__(
@@ -120,23 +120,23 @@ class ProfileAttention(nnx.Module):
         k_BTKH: jax.Array,
         v_BTKH: jax.Array,
         segment_BT: jax.Array,
-        view: ProfileContext,
+        context: ProfileContext,
     ) -> jax.Array:
         """`[B, T, N, H]`, attention over the events and, as far as the gates are open, the memory slots.
 
         Args: queries after `scale`, for the slots, and those after rotation, for the events; keys after rotation; int32
           segments, 0 is padding.
         """
-        kind_bias_BTNZ = self.kind_bias(view)
-        time = (None, None) if self.time_bias_NR is None else (view.time_BT, self.time_bias_NR[...])
-        kind = (None, None) if kind_bias_BTNZ is None else (view.service_BT, kind_bias_BTNZ)
-        out, lse = _attend(rotated_BTNH, k_BTKH, v_BTKH, segment_BT, self.window, self.backend, time, kind)
+        group_bias_BTNG = self.group_bias(context)
+        time = (None, None) if self.time_bias_NJ is None else (context.time_BT, self.time_bias_NJ[...])
+        group = (None, None) if group_bias_BTNG is None else (context.service_BT, group_bias_BTNG)
+        out, lse = _attend(rotated_BTNH, k_BTKH, v_BTKH, segment_BT, self.window, self.backend, time, group)
         if self.key_DNH is None:
             return out
         assert self.value_DNH is not None
         assert self.gate_N is not None
-        keys, values = (view.slots.project(w[...], q_BTNH.dtype) for w in (self.key_DNH, self.value_DNH))
-        logit_BTNM = keys.score(q_BTNH) * q_BTNH.shape[-1] ** -0.5 + view.log_relevance_BTM[:, :, None]
+        keys, values = (context.slots.project(w[...], q_BTNH.dtype) for w in (self.key_DNH, self.value_DNH))
+        logit_BTNM = keys.score(q_BTNH) * q_BTNH.shape[-1] ** -0.5 + context.log_relevance_BTM[:, :, None]
         prefix = attend_few(logit_BTNM, values.read)
         joined, _ = merge([(out, lse), prefix])
         return out + (jnp.tanh(self.gate_N[...])[:, None] * (joined - out)).astype(out.dtype)
@@ -157,31 +157,31 @@ def attend_plain(
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TS, implementation="xla")
 
 
-def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=(None, None), kind=(None, None)):
+def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=(None, None), group=(None, None)):
     """`pallas_kernels.attention.attend`; on a mesh each device has its own rows, and own heads where they divide.
 
-    Args: `time` and `kind` are pairs of codes `[B, T]` and biases, `[N, R]` and `[B, T, N or 1, Z]`.
+    Args: `time` and `group` are pairs of codes `[B, T]` and biases, `[N, J]` and `[B, T, N or 1, G]`.
     """
-    kind_BT, kind_bias_BTNZ = kind
-    if kind_bias_BTNZ is not None:
-        kind_bias_BTNZ = jnp.broadcast_to(kind_bias_BTNZ, (*q_BTNH.shape[:3], kind_bias_BTNZ.shape[-1]))
+    group_BT, group_bias_BTNG = group
+    if group_bias_BTNG is not None:
+        group_bias_BTNG = jnp.broadcast_to(group_bias_BTNG, (*q_BTNH.shape[:3], group_bias_BTNG.shape[-1]))
 
-    def run(rows, time_bias_NR):
-        q, k, v, segment, time, kind, kind_bias = rows
+    def run(rows, time_bias_NJ):
+        q, k, v, segment, time, group, group_bias = rows
         return attend(
             q,
             k,
             v,
             segment,
             time_BT=time,
-            time_bias_NR=time_bias_NR,
-            kind_BT=kind,
-            kind_bias_BTNZ=kind_bias,
+            time_bias_NJ=time_bias_NJ,
+            group_BT=group,
+            group_bias_BTNG=group_bias,
             window=window or None,
             backend=backend,
         )
 
-    rows = (q_BTNH, k_BTKH, v_BTKH, segment_BT, time[0], kind_BT, kind_bias_BTNZ)
+    rows = (q_BTNH, k_BTKH, v_BTKH, segment_BT, time[0], group_BT, group_bias_BTNG)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return run(rows, time[1])
@@ -213,19 +213,19 @@ class Attention(nnx.Module):
         self.personal = personal
 
     def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, view: ProfileContext | None = None
+        self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, context: ProfileContext | None = None
     ) -> jax.Array:
         dtype = x_BTD.dtype
         q = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...].astype(dtype)) + self.q_bias_NH[...].astype(dtype)
         k = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH[...].astype(dtype)) + self.k_bias_KH[...].astype(dtype)
         v = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH[...].astype(dtype)) + self.v_bias_KH[...].astype(dtype)
         if self.personal is not None:
-            assert view is not None
-            q = self.personal.scale(q, view)
+            assert context is not None
+            q = self.personal.scale(q, context)
         rotated, k = rotate(q, position_BT, self.rope_theta), rotate(k, position_BT, self.rope_theta)
         if self.personal is not None:
-            assert view is not None
-            out = self.personal(q, rotated, k, v, segment_BT, view)
+            assert context is not None
+            out = self.personal(q, rotated, k, v, segment_BT, context)
         else:
             out = attend_plain(rotated, k, v, segment_BT, self.window, self.backend)
         return jnp.einsum("BTNH,NHD->BTD", out, self.o_NHD[...].astype(dtype))

@@ -1,15 +1,17 @@
-"""The pre-norm decoder block, dense or with domain experts, and stacks of them as one scanned pytree."""
+"""The pre-norm decoder block, dense or with domain experts, and groups of equal layers as one scanned pytree."""
 
 import itertools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.attention import Attention, ProfileAttention, ProfileContext
 from moerec.nn.layers import RMSNorm, SwiGLU, dropout
-from moerec.nn.moe.experts import DomainExperts, RouterInputs
+from moerec.nn.moe.experts import DomainExperts
+from moerec.nn.moe.router import RouterInputs
 from moerec.types import Routing
 
 
@@ -25,78 +27,99 @@ class LayerGroup(NamedTuple):
 PLAIN = LayerGroup(False, False, 0, 0)
 
 
+class LayerContext(NamedTuple):
+    """What a layer sees beside the states.
+
+    Attributes:
+      position_BT, segment_BT: int32 places within the own sequence, and segments (0 is padding).
+      router: what the routers of the experts know; None below the analyser.
+      profile: what personal layers see; None in a model that is not personal.
+    """
+
+    position_BT: jax.Array
+    segment_BT: jax.Array
+    router: RouterInputs | None = None
+    profile: ProfileContext | None = None
+
+
 class Block(nnx.Module):
     """`x + attention(norm(x))`, then `x + ffn(norm(x))`; either may be of the kind that is conditioned or mixed."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig, n_services: int = 0, run: LayerGroup = PLAIN):
+    def __init__(self, key: jax.Array, config: ModelConfig, n_services: int = 0, group: LayerGroup = PLAIN):
         k_attention, k_ffn, k_personal = jax.random.split(key, 3)
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        personal = ProfileAttention(k_personal, config, n_services) if run.personal else None
+        personal = ProfileAttention(k_personal, config, n_services) if group.personal else None
         self.attention = Attention(k_attention, config, personal)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn: SwiGLU | DomainExperts = (
-            DomainExperts(k_ffn, config, n_services) if run.experts else SwiGLU(k_ffn, config.d_model, config.d_ff)
+            DomainExperts(k_ffn, config, n_services) if group.experts else SwiGLU(k_ffn, config.d_model, config.d_ff)
         )
         self.dropout_rate = config.dropout
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        position_BT: jax.Array,
-        segment_BT: jax.Array,
-        key: jax.Array | None,
-        router_inputs: RouterInputs | None = None,
-        profile: ProfileContext | None = None,
+        self, x_BTD: jax.Array, context: LayerContext, bias_E: jax.Array | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Routing | None]:
-        """The new states, and the sums of the routing (None without experts)."""
+        """The new states, and the sums of the routing (None without experts); a key switches dropout on."""
         k_attention, k_ffn = (None, None) if key is None else jax.random.split(key)
-        y = self.attention(self.attention_norm(x_BTD), position_BT, segment_BT, profile)
+        y = self.attention(self.attention_norm(x_BTD), context.position_BT, context.segment_BT, context.profile)
         x_BTD = x_BTD + dropout(y, self.dropout_rate, k_attention)
         y, routing = self.ffn_norm(x_BTD), None
         if isinstance(self.ffn, DomainExperts):
-            assert router_inputs is not None
-            y, routing = self.ffn(y, router_inputs, None if k_ffn is None else jax.random.fold_in(k_ffn, 1))
+            assert context.router is not None
+            assert bias_E is not None
+            y, routing = self.ffn(y, context.router, bias_E, None if k_ffn is None else jax.random.fold_in(k_ffn, 1))
         else:
             y = self.ffn(y)
         return x_BTD + dropout(y, self.dropout_rate, k_ffn), routing
 
 
 def split_layers(config: ModelConfig) -> list[LayerGroup]:
-    """The runs of equal layers; the first is the trunk, dense and nobody's own, maybe empty."""
-    kinds = [(layer in config.moe.layers, layer in config.personal.layers) for layer in range(config.n_layers)]
-    runs = [PLAIN] if any(kinds[0]) else []
-    first = 0
-    for (experts, personal), members in itertools.groupby(kinds):
+    """The groups of equal layers, from below; a new one begins where the kind changes, and at `config.group_starts`."""
+    kinds = [
+        (
+            layer in config.moe.layers,
+            layer in config.personal.layers,
+            sum(start <= layer for start in config.group_starts),
+        )
+        for layer in range(config.n_layers)
+    ]
+    groups, first = [], 0
+    for (experts, personal, _), members in itertools.groupby(kinds):
         last = first + len(list(members))
-        runs.append(LayerGroup(experts, personal, first, last))
+        groups.append(LayerGroup(experts, personal, first, last))
         first = last
-    return runs
+    return groups
 
 
-def stack_blocks(keys: jax.Array, config: ModelConfig, n_services: int = 0, run: LayerGroup = PLAIN) -> Block:
-    """A `Block` of a run, whose weights have a leading axis of its layers; a key each."""
-    return jax.vmap(lambda k: Block(k, config, n_services, run))(keys)
+def stack_blocks(keys: jax.Array, config: ModelConfig, n_services: int = 0, group: LayerGroup = PLAIN) -> Block:
+    """A `Block` of a group, whose weights have a leading axis of its layers; a key each."""
+    return jax.vmap(lambda k: Block(k, config, n_services, group))(keys)
 
 
 def run_blocks(
     blocks: Block,
     x_BTD: jax.Array,
-    position_BT: jax.Array,
-    segment_BT: jax.Array,
-    keys: jax.Array | None,
-    remat: bool,
-    router_inputs: RouterInputs | None = None,
-    profile: ProfileContext | None = None,
+    context: LayerContext,
+    bias_LE: jax.Array | None = None,
+    keys: jax.Array | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, Routing | None]:
     """Scans the stacked blocks, so that compile time does not grow with depth; `remat` recomputes each backward.
 
     Args:
+      bias_LE: the routers' biases of the group's layers, where they have experts.
       keys: one a layer switch dropout on.
     """
 
     def step(x, layer):
-        block, layer_key = layer
-        return block(x, position_BT, segment_BT, layer_key, router_inputs, profile)
+        block, layer_bias_E, layer_key = layer
+        return block(x, context, layer_bias_E, layer_key)
 
     body = jax.checkpoint(step, prevent_cse=False) if remat else step
-    return jax.lax.scan(body, x_BTD, (blocks, keys))
+    return jax.lax.scan(body, x_BTD, (blocks, bias_LE, keys))
+
+
+def zero_router_bias(config: ModelConfig, n_services: int) -> jax.Array | None:
+    """`[L, E]` float32 biases of the mixture layers' routers before any step; None in a dense model."""
+    n_experts = (n_services + 1) * config.moe.n_per_group
+    return jnp.zeros((len(config.moe.layers), n_experts)) if config.moe.layers else None

@@ -7,7 +7,7 @@ from flax import nnx
 from moerec.config import ModelConfig
 from moerec.nn.layers import RMSNorm, declare, fan_in, normal
 from moerec.nn.temporal import TimeEmbedding, last_times
-from moerec.types import NO_TIME, Batch, Catalog
+from moerec.types import EVENT, NO_TIME, RECOMMEND, Batch, Catalog
 
 STDDEV = 0.02
 
@@ -47,13 +47,13 @@ class ItemEncoder(nnx.Module):
             TextEncoder(k_text, n_tokens, config.d_text, config.d_model, config.norm_eps) if config.item_text else None
         )
 
-    def __call__(self, item_X: jax.Array, table: Catalog) -> jax.Array:
+    def __call__(self, item_X: jax.Array, catalog: Catalog) -> jax.Array:
         """Args: catalogue indices of any shape `[...]`. Returns `[..., D]` float32."""
         parts = []
         if self.row_ID is not None:
             parts.append(self.row_ID[...][item_X])
         if self.text is not None:
-            parts.append(self.text(table.token_IW[item_X]))
+            parts.append(self.text(catalog.token_IW[item_X]))
         return sum(parts[1:], parts[0])
 
 
@@ -61,7 +61,13 @@ class SlotEncoder(nnx.Module):
     """What a slot adds to its item's vector: service, action, its time, and the next request's time and context."""
 
     def __init__(
-        self, key: jax.Array, config: ModelConfig, n_services: int, n_actions: int, context_sizes: tuple[int, ...]
+        self,
+        key: jax.Array,
+        config: ModelConfig,
+        n_services: int,
+        n_actions: int,
+        context_sizes: tuple[int, ...],
+        has_control: bool = False,
     ):
         keys = jax.random.split(key, 5)
         d = config.d_model
@@ -83,14 +89,17 @@ class SlotEncoder(nnx.Module):
         missing = [sum(context_sizes[:c]) for c in range(n_features)]
         zero_rows = (*missing, *range(n_rows - n_features, n_rows))
         self.context = table(keys[4], n_rows, zero_rows) if config.request_context and n_features else None
+        # The vector of the control token `<|recommend|>`.
+        k_control, init = jax.random.fold_in(key, 5), normal(STDDEV)
+        self.control_D = declare(k_control, (d,), ("embed",), init, decay="embedding") if has_control else None
         self.n_gap_services = n_services if config.time.service_gap else 0
         self.context_sizes, self.context_dropout = context_sizes, config.context_dropout
 
-    def of_event(self, item: jax.Array, action: jax.Array, table: Catalog) -> jax.Array:
+    def of_event(self, item: jax.Array, action: jax.Array, catalog: Catalog) -> jax.Array:
         """What service and action add, `[..., D]`: all of an event that does not depend on what comes next."""
         parts = []
         if self.service is not None:
-            parts.append(self.service[...][table.service_I[item]])
+            parts.append(self.service[...][catalog.service_I[item]])
         if self.action is not None:
             parts.append(self.action[...][action])
         return sum(parts, jnp.zeros((), jnp.float32))
@@ -105,27 +114,33 @@ class SlotEncoder(nnx.Module):
         unseen_C = jnp.sum(size_C) + jnp.arange(len(self.context_sizes))
         return jnp.where(code_BTC < size_C, jnp.cumsum(size_C) - size_C + code_BTC, unseen_C)
 
-    def __call__(self, batch: Batch, table: Catalog, key: jax.Array | None = None) -> jax.Array:
-        """`[B, T, D]`; `key` switches the hiding of context features on."""
-        parts = [self.of_event(batch.item_BT, batch.action_BT, table)]
+    def __call__(self, batch: Batch, item_BTD: jax.Array, catalog: Catalog, key: jax.Array | None = None) -> jax.Array:
+        """`[B, T, D]`, what slots are: of an event its item, service, action and time, of a control slot its token;
+        and of both what is known of the request.
+
+        Args: vectors of the items; `key` switches the hiding of context features on.
+        """
+        request, is_event_BT1 = batch.request, (batch.kind_BT == EVENT)[..., None]
+        parts = [item_BTD + self.of_event(batch.item_BT, batch.action_BT, catalog)]
         last_BTZ = None
         if self.n_gap_services:
-            service_BT = table.service_I[batch.item_BT]
-            last_BTZ = last_times(batch.time_BT, service_BT, batch.position_BT, self.n_gap_services)
+            last_BTZ = last_times(batch.time_BT, batch.service_BT, batch.position_BT, self.n_gap_services)
         if self.event_time is not None:
             own_BT1 = None
             if last_BTZ is not None:
                 before_BTZ = _previous(last_BTZ, batch.position_BT, NO_TIME)
-                own_BT1 = jnp.take_along_axis(before_BTZ, service_BT[..., None], axis=-1)
+                own_BT1 = jnp.take_along_axis(before_BTZ, batch.service_BT[..., None], axis=-1, mode="clip")
             since_BT = _previous(batch.time_BT, batch.position_BT, batch.time_BT)
             parts.append(self.event_time(batch.time_BT, batch.utc_offset_BT, since_BT, own_BT1))
+        x_BTD = jnp.where(is_event_BT1, sum(parts[1:], parts[0]), 0)
+        if self.control_D is not None:
+            x_BTD += jnp.where((batch.kind_BT == RECOMMEND)[..., None], self.control_D[...], 0)
         if self.request_time is not None:
-            request = (batch.request_time_BT, batch.request_utc_offset_BT)
-            parts.append(self.request_time(*request, batch.time_BT, last_BTZ))
+            x_BTD += self.request_time(request.time_BT, request.utc_offset_BT, batch.time_BT, last_BTZ)
         if self.context is not None:
-            rows_BTC = self._context_rows(batch.request_context_BTC, key)
-            parts.append(jnp.sum(self.context[...][rows_BTC], axis=-2))
-        return sum(parts, jnp.zeros((), jnp.float32))
+            rows_BTC = self._context_rows(request.context_BTC, key)
+            x_BTD += jnp.sum(self.context[...][rows_BTC], axis=-2)
+        return x_BTD
 
 
 def _previous(x_BTX: jax.Array, position_BT: jax.Array, first) -> jax.Array:

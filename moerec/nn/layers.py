@@ -5,21 +5,27 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 Initializer = Callable[..., jax.Array]
 
 
 def declare(
-    key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer, decay: str = "matrix"
+    key: jax.Array,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Initializer,
+    decay: str = "matrix",
+    dtype: DTypeLike = jnp.float32,
 ) -> nnx.Param:
-    """One declaration gives a weight's shape, logical axes (`moerec.nn.sharding`), initialiser and decay class.
+    """One declaration gives a weight's shape, dtype, logical axes (`moerec.nn.sharding`), initialiser and decay class.
 
     Args:
       decay: `matrix`, `embedding` or `none`; `moerec.train.optim` decides from it what weight decay touches.
     """
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and axes {axes} differ in length")
-    return nnx.Param(init(key, shape, jnp.float32), axes=axes, decay=decay)
+    return nnx.Param(init(key, shape, dtype), axes=axes, decay=decay)
 
 
 def fan_in(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

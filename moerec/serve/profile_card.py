@@ -16,7 +16,9 @@ from moerec.nn.model import SequenceModel
 from moerec.nn.profile import MemoryParams, UserState
 from moerec.nn.profile.memory import decay_rates, evidence
 from moerec.serve.profiles import observe_events, start_profile
-from moerec.serve.recommender import RecommendRequest, Run, find_history, recommend
+from moerec.serve.recommender import find_history, recommend
+from moerec.serve.request import RecommendRequest
+from moerec.train.run_dir import Run
 from moerec.types import Catalog
 
 N_TOKENS = 3  # attributes that name an aspect
@@ -70,7 +72,7 @@ class ProfileCard(NamedTuple):
 
 
 def summarize_profile(
-    trained: Run, user: str, times: list[int], context: Mapping[str, str], feature: str, top_k: int
+    run: Run, user: str, times: list[int], context: Mapping[str, str], feature: str, top_k: int
 ) -> ProfileCard:
     """The portrait of a user.
 
@@ -83,16 +85,16 @@ def summarize_profile(
     Raises:
       InputError: the run keeps no aspects, or has no such feature; or as `recommend`.
     """
-    dataset, model = trained.data.dataset, trained.model
+    dataset, model = run.data.dataset, run.predictor.params
     if not isinstance(model.profile, MemoryParams):
         raise InputError("--workdir: this run keeps no profile of aspects; train it with model.personal.layers")
     if feature and feature not in dataset.context:
         raise InputError(f"--vary: {feature!r} is none of {', '.join(dataset.context) or 'no features'}")
-    asked = make_requests(trained, user, times, context)
-    answers = [recommend(trained, user, request, top_k) for request in asked]
-    rows = find_history(trained, user, asked[0])
+    asked = make_requests(run, user, times, context)
+    answers = [recommend(run, user, request, top_k) for request in asked]
+    rows = find_history(run, user, asked[0])
     relevance_QM = np.stack([np.asarray(answer.relevance) for answer in answers])
-    aspects = _list_aspects(trained, rows, asked[0], relevance_QM)
+    aspects = _list_aspects(run, rows, asked[0], relevance_QM)
     at = int(np.flatnonzero(dataset.users == user)[0])
     services = np.bincount(dataset.event_service[rows], minlength=dataset.catalogue.n_services)
     return ProfileCard(
@@ -104,14 +106,14 @@ def summarize_profile(
         aspects=sorted(aspects, key=lambda aspect: -aspect.relevance[0]),
         field_relevance=relevance_QM[:, -1].tolist(),
         feature=feature,
-        context_effects=_vary(trained, user, asked[0], feature, top_k),
+        context_effects=_vary(run, user, asked[0], feature, top_k),
     )
 
 
-def make_requests(trained: Run, user: str, times: list[int], context: Mapping[str, str]) -> list[RecommendRequest]:
+def make_requests(run: Run, user: str, times: list[int], context: Mapping[str, str]) -> list[RecommendRequest]:
     """The requests of `summarize_profile`."""
-    dataset = trained.data.dataset
-    last = find_history(trained, user, RecommendRequest(times[0] if times else None))[-1]
+    dataset = run.data.dataset
+    last = find_history(run, user, RecommendRequest(times[0] if times else None))[-1]
     time = int(dataset.log.time[last])
     if not times:
         if time == UNKNOWN_TIME:
@@ -130,26 +132,26 @@ def next_time(after: int, weekday: int, hour: int) -> int:
     return int((found if found > when else found + datetime.timedelta(days=7)).timestamp())
 
 
-def _list_aspects(trained: Run, rows: np.ndarray, request: RecommendRequest, relevance_QM: np.ndarray) -> list[Aspect]:
-    model, personal = trained.model, trained.config.model.personal
+def _list_aspects(run: Run, rows: np.ndarray, request: RecommendRequest, relevance_QM: np.ndarray) -> list[Aspect]:
+    model, personal = run.predictor.params, run.config.model.personal
     assert isinstance(model.profile, MemoryParams)
-    state = observe_history(trained, rows)
+    state = observe_history(run, rows)
     at = jnp.asarray(device_time(np.array([request.time]))[0])
     shape = (personal.n_aspects, personal.n_scales)
     evidence_AS = np.asarray(evidence(model.profile, state, at)).reshape(shape)
     half_life_AS = np.log(2) / np.asarray(decay_rates(model.profile)).reshape(shape)
     relevance_QA = relevance_of_aspects(relevance_QM, personal)
-    meanings = name_aspects(trained.data.dataset.catalogue, model, trained.table)
+    meanings = name_aspects(run.data.dataset.catalogue, model, run.catalog)
     columns = (evidence_AS.sum(axis=1).tolist(), half_life_AS.tolist(), meanings, relevance_QA.T.tolist())
     return [Aspect(number, *values) for number, values in enumerate(zip(*columns, strict=True))]
 
 
-def observe_history(trained: Run, rows: np.ndarray) -> UserState:
+def observe_history(run: Run, rows: np.ndarray) -> UserState:
     """The user's state after these rows of the log."""
-    rows, nobody = rows[-trained.config.data.history_len :], start_profile(trained.model)
+    rows, nobody = rows[-run.config.data.history_len :], start_profile(run.predictor.params)
     start = jax.tree.map(lambda leaf: leaf[None], nobody)
-    log = trained.data.dataset.log
-    states = observe_events(trained.model, trained.table, log, start, rows[:1], np.array([len(rows)]))
+    log = run.data.dataset.log
+    states = observe_events(run.predictor.params, run.catalog, log, start, rows[:1], np.array([len(rows)]))
     return jax.tree.map(lambda leaf: leaf[0], states)
 
 
@@ -175,16 +177,16 @@ def name_aspects(catalogue: ItemTable, model: SequenceModel, table: Catalog) -> 
     ]
 
 
-def _vary(trained: Run, user: str, request: RecommendRequest, feature: str, top_k: int) -> list[ContextEffect]:
+def _vary(run: Run, user: str, request: RecommendRequest, feature: str, top_k: int) -> list[ContextEffect]:
     """What is among the first in the list of some value of the feature, and where it stands for each."""
-    catalogue = trained.data.dataset.catalogue
+    catalogue = run.data.dataset.catalogue
     rank: dict[str, dict[int, int]] = {}
     log_p: dict[str, dict[int, float]] = {}
-    values = trained.data.dataset.context[feature] if feature else ("",)
+    values = run.data.dataset.context[feature] if feature else ("",)
     now = [value for value in values if value == request.context.get(feature)]
     for value in [*now, *(value for value in values if value not in now)][:N_VALUES]:
         varied = request._replace(context={**request.context, feature: value}) if feature else request
-        answer = recommend(trained, user, varied, catalogue.n_items)
+        answer = recommend(run, user, varied, catalogue.n_items)
         rank[value] = {int(item): place for place, item in enumerate(answer.item, 1)}
         log_p[value] = dict(zip(answer.item.tolist(), answer.log_p.tolist(), strict=True))
     listed = sorted(

@@ -19,8 +19,7 @@ from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog
 from moerec.data.packing import device_time
 from moerec.errors import InputError
 from moerec.nn.model import SequenceModel
-from moerec.nn.profile import Event, UserState
-from moerec.nn.profile.profile_router import make_personalizer
+from moerec.nn.profile import Event, UserState, count_profile_slots, make_personalizer
 from moerec.serve.profile_store import ProfileStore
 from moerec.types import NO_TIME, Catalog
 
@@ -55,7 +54,7 @@ def start_profile(model: SequenceModel) -> UserState:
     Raises:
       InputError: the model keeps no profile.
     """
-    if not model.config.personal.n_slots:
+    if not count_profile_slots(model.config):
         raise InputError("--workdir: this run keeps no profile; train it with model.personal.layers")
     return jax.tree.map(np.asarray, make_personalizer(model.config, model.field_sizes).init_user())
 
@@ -101,7 +100,7 @@ def read_profile(store: ProfileStore, model: SequenceModel, dataset: Dataset, us
 
 
 def _check_seen(dataset: Dataset, users: np.ndarray, states: UserState) -> None:
-    """Refuses states whose count of events and time are not those of a beginning of the users's histories."""
+    """Refuses states whose count of events and time are not those of a beginning of the users' histories."""
     log = dataset.log
     seen = np.asarray(states.n_events, np.int64)
     known = np.where(log.time == UNKNOWN_TIME, -1, np.arange(log.n_events))
@@ -119,7 +118,7 @@ def feed(
     store: ProfileStore,
     model: SequenceModel,
     dataset: Dataset,
-    table: Catalog,
+    catalog: Catalog,
     recent: int,
     before: int | None = None,
 ) -> FeedResult:
@@ -152,7 +151,7 @@ def feed(
         is_new = n_new > 0
         if not is_new.any():
             continue
-        after = observe_events(model, table, log, states, first, n_new)
+        after = observe_events(model, catalog, log, states, first, n_new)
         moved = jax.tree.map(lambda leaf, is_new=is_new: leaf[is_new], after)
         store.update([name for name, new in zip(names, is_new, strict=True) if new], moved, versions[is_new])
         done = done._replace(n_users=done.n_users + int(is_new.sum()), n_events=done.n_events + int(n_new.sum()))
@@ -160,12 +159,14 @@ def feed(
 
 
 def observe_events(
-    model: SequenceModel, table: Catalog, log: EventLog, states: UserState, first: np.ndarray, n_new: np.ndarray
+    model: SequenceModel, catalog: Catalog, log: EventLog, states: UserState, first: np.ndarray, n_new: np.ndarray
 ) -> UserState:
-    """States `[P, ...]` after each user's next events, one after the other, as a service would keep them.
+    """States `[U, ...]` after each user's next events, one after the other, as a service would keep them.
 
     Args:
-      first, n_new: `[P]`, the rows of the log `first .. first + n_new`.
+      states: `[U, ...]`, of users.
+      first: `[U]`, the first new row of the log of each user.
+      n_new: `[U]`, how many rows are new.
     """
     place = np.arange(-(-int(n_new.max(initial=0)) // N_EVENTS) * N_EVENTS)
     for lo in range(0, len(place), N_EVENTS):
@@ -173,22 +174,22 @@ def observe_events(
         is_event = part[:, None] < n_new
         row = np.where(is_event, first + part[:, None], 0)
         events = (log.item[row], log.action[row], device_time(log.time[row]), is_event)
-        states = _observe(model, states, tuple(map(jnp.asarray, events)), table)
+        states = _observe(model, states, tuple(map(jnp.asarray, events)), catalog)
     return jax.tree.map(np.asarray, states)
 
 
 @jax.jit
-def _observe(model: SequenceModel, states: UserState, events: tuple[jax.Array, ...], table: Catalog) -> UserState:
-    """Args: `events` are item, action, time and whether there is one, each `[T, P]`."""
+def _observe(model: SequenceModel, states: UserState, events: tuple[jax.Array, ...], catalog: Catalog) -> UserState:
+    """Args: `events` are item, action, time and whether there is one, each `[T, U]`."""
     personalizer = make_personalizer(model.config, model.field_sizes)
     observe = jax.vmap(personalizer.update, (None, 0, 0))
 
     def step(states, event):
-        item_P, action_P, time_P, is_event_P = event
-        after = observe(model.profile, states, Event(model.event_vectors(item_P, action_P, table), time_P))
+        item_U, action_U, time_U, is_event_U = event
+        after = observe(model.profile, states, Event(model.event_vectors(item_U, action_U, catalog), time_U))
 
         def choose(new, old):
-            return jnp.where(is_event_P.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+            return jnp.where(is_event_U.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
         return jax.tree.map(choose, after, states), None
 
@@ -196,6 +197,6 @@ def _observe(model: SequenceModel, states: UserState, events: tuple[jax.Array, .
 
 
 def forget(store: ProfileStore, users: Sequence[str]) -> list[str]:
-    """Removes users's profiles for good; returns the names of those who had none."""
+    """Removes users' profiles for good; returns the names of those who had none."""
     there = store.delete(users)
     return [name for name, found in zip(users, there, strict=True) if not found]

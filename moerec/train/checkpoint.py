@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from moerec.errors import InputError
+from moerec.train.paths import flatten, unflatten
 
 
 @dataclasses.dataclass
@@ -38,16 +40,6 @@ class TrainProgress:
     @property
     def slots_per_s(self) -> float:
         return self.n_slots / self.train_s if self.train_s else 0.0
-
-
-def flatten(tree) -> dict[str, jax.Array]:
-    """`{path: leaf}`."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _unflatten(like, leaves: dict[str, jax.Array]):
-    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
-    return jax.tree.unflatten(treedef, [leaves[jax.tree_util.keystr(path)] for path, _ in paths])
 
 
 @contextlib.contextmanager
@@ -146,7 +138,23 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
         )
-        return _unflatten(like, restored["state"]), TrainProgress(**restored["progress"])
+        return unflatten(like, restored["state"]), TrainProgress(**restored["progress"])
+
+    def read_best(self, prefixes: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Leaves of the best state by path, those that begin with a prefix, as they were written.
+
+        Raises:
+          InputError: there is no checkpoint.
+        """
+        step = self._best.latest_step()
+        saved = None if step is None else self._best.item_metadata(step)["state"]
+        if step is None or saved is None:
+            raise InputError(f"{self._folder}: holds no checkpoint")
+        # On whatever device there is: the mesh that a state was written from may not be here.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in saved.items()}
+        restored = self._best.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
+        return {name: np.asarray(x) for name, x in restored["state"].items() if name.startswith(prefixes)}
 
     def wait(self) -> None:
         """Until everything asked for is on disk."""

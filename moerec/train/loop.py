@@ -1,6 +1,7 @@
 """The training loop, from a config and its data to the parameters that did best on validation."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,23 +9,24 @@ from typing import NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset
 
 from moerec.config import Config
 from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
-from moerec.data.splits import TEST, VALID, select_targets
 from moerec.errors import InputError, WorkError
-from moerec.eval.metrics import per_target_metrics
-from moerec.eval.ranking import EvalDataset, rank_targets
-from moerec.nn.model import ModelSizes, SequenceModel
+from moerec.nn.model import Predictor
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
-from moerec.tasks.losses import sampling_cdf
+from moerec.tasks import check_loss, make_tasks
+from moerec.tasks.base import Task, render_targets
 from moerec.train.checkpoint import Checkpoints, TrainProgress
 from moerec.train.malloc import disable_malloc_trim
 from moerec.train.metric_writer import MetricWriter
-from moerec.train.step import TrainState, evaluated_model, init_state, make_train_step
+from moerec.train.restore import begin_from
+from moerec.train.run_dir import bind_catalog, make_sizes
+from moerec.train.state import TrainState, init_state, make_predictor
+from moerec.train.step import Constants, TrainStep, make_train_step
 from moerec.types import Batch, Catalog
 
 
@@ -32,43 +34,37 @@ class TrainResult(NamedTuple):
     """What training gives.
 
     Attributes:
-      model: the parameters that did best on validation. table: what they need of the catalogue.
-      step: the step they are from. steps: steps done. wall_s: time of training and validation, set-up aside.
+      predictor: what did best on validation. catalog: what it needs of the items, bound to it.
+      step: the step it is from. steps: steps done. wall_s: time of training and validation, set-up aside.
       slots_per_s: trained slots per second of training (the first step's compilation counts, validation does not).
-      valid: validation metrics at `step`. examples: the validation targets they are of.
+      valid: validation metrics at `step`.
     """
 
-    model: SequenceModel
-    table: Catalog
+    predictor: Predictor
+    catalog: Catalog
     step: int
     steps: int
     wall_s: float
     slots_per_s: float
     valid: dict[str, float]
-    examples: EvalDataset
+
+
+# Scores what is trained: the number that picks the best step, and the metrics of the validation.
+Evaluator = Callable[[Predictor, Catalog], tuple[float, dict[str, float]]]
 
 
 class Trainer(NamedTuple):
-    """What is fixed before the first step: compiled functions, the data stream, the validation targets."""
+    """What is fixed before the first step: compiled functions and the data stream."""
 
     state: TrainState
-    train_step: Callable[[TrainState, Batch, Catalog], tuple[TrainState, dict[str, jax.Array]]]
-    table: Catalog
+    train_step: TrainStep
+    catalog: Catalog
+    constants: Constants
     stream: grain.IterDataset
-    valid: EvalDataset
 
-
-def make_sizes(data: RunData) -> ModelSizes:
-    """What the data fixes about the model."""
-    dataset = data.dataset
-    return ModelSizes(
-        n_items=dataset.catalogue.n_items,
-        n_tokens=data.tokens.n_tokens,
-        n_services=dataset.catalogue.n_services,
-        n_actions=len(dataset.actions),
-        context_sizes=tuple(len(values) + 1 for values in dataset.context.values()),
-        field_sizes=dataset.profile_codes[1],
-    )
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The compiled step, dispatched."""
+        return self.train_step(state, batch, self.catalog, self.constants)
 
 
 def make_trainer(config: Config, data: RunData) -> Trainer:
@@ -76,8 +72,10 @@ def make_trainer(config: Config, data: RunData) -> Trainer:
     if jax.process_count() > 1:
         raise InputError("training runs in one process so far (config.train.mesh_data splits it over its devices)")
     disable_malloc_trim()
+    tasks = make_tasks(config)
+    check_loss(config)
     mesh = make_mesh(config.train.mesh_data, config.train.mesh_expert, config.train.mesh_model)
-    sizes = make_sizes(data)
+    sizes = make_sizes(config, data)
 
     def init() -> TrainState:
         return init_state(config, sizes)
@@ -87,51 +85,36 @@ def make_trainer(config: Config, data: RunData) -> Trainer:
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     quick = {"xla_backend_optimization_level": 0} if is_cpu else {}
     state = jax.jit(init, out_shardings=placed, compiler_options=quick)()
-    table = jax.device_put(data.item_table, replicated(mesh))
-    cdf_I = jax.device_put(jnp.asarray(sampling_cdf(data.item_table.count_I, config.loss.sampling_power)))
+    constants = {task.name: task.constants(data.catalog, config) for task in tasks}
+    catalog, constants = jax.device_put((data.catalog, constants), replicated(mesh))
     # Without the placement of the results the second step would be compiled anew, for another placement.
     out = (placed, replicated(mesh))
-    train_step = jax.jit(make_train_step(config, cdf_I), donate_argnums=0, out_shardings=out)
+    train_step = jax.jit(make_train_step(config, tasks), donate_argnums=0, out_shardings=out)
     rows = batch_sharding(mesh)
 
     def to_device(batch: Batch) -> Batch:
         return jax.device_put(batch, rows)
 
+    batches = make_stream(config, data, tasks).map(to_device)
+    return Trainer(state, train_step, catalog, constants, ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
+
+
+def make_stream(config: Config, data: RunData, tasks: list[Task]) -> PackedStream:
+    """The packed batches that a config trains on, on the host."""
     options = StreamOptions(
         n_rows=config.train.batch_size,
         row_len=config.data.seq_len,
         history_len=config.data.history_len,
         seed=config.seed,
+        first_event=config.data.first_event,
     )
-    batches = PackedStream(make_reader(config.data, data), options).map(to_device)
-    stream = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
-    targets = select_targets(data.dataset, data.split_ids, VALID)
-    if not len(targets):
-        raise InputError("data: the split leaves no validation target")
-    sample = np.random.default_rng([config.data.seed, VALID]).permutation(targets)[: config.train.n_valid]
-    # What picks the step must not see a test event, not even as the history of another service.
-    valid = EvalDataset(data.dataset, np.sort(sample), config, visible=data.split_ids != TEST)
-    return Trainer(state, train_step, table, stream, valid)
+    render = functools.partial(render_targets, tasks)
+    return PackedStream(make_reader(config.data, data), data.dataset.catalogue, render, options)
 
 
-def validate(model: SequenceModel, setup: Trainer, selection: str) -> tuple[float, dict[str, float]]:
-    """The score that picks the best step, and the validation metrics."""
-    in_service, union = (per_target_metrics(x) for x in rank_targets(model, setup.valid, setup.table))
-    services = setup.valid.dataset.catalogue.services
-    metrics = {f"valid/union/{name}": float(union[name].mean()) for name in ("ndcg@10", "recall@10")}
-    own = {}
-    for code, service in enumerate(services):
-        rows = setup.valid.target_service == code
-        if rows.any():
-            own[service] = float(in_service["ndcg@10"][rows].mean())
-            metrics[f"valid/in_service/{service}/ndcg@10"] = own[service]
-    score = metrics["valid/union/ndcg@10"] if selection == "union" else float(np.mean(list(own.values())))
-    return score, metrics
-
-
-def _resume(checkpoints: Checkpoints, state: TrainState, stream) -> tuple[TrainState, TrainProgress]:
+def _resume(config: Config, checkpoints: Checkpoints, state: TrainState, stream) -> tuple[TrainState, TrainProgress]:
     if checkpoints.last_step() is None:
-        return state, TrainProgress()
+        return begin_from(state, config) if config.train.init_from else state, TrainProgress()
     state, progress = checkpoints.restore_last(state)
     stream.set_state(progress.stream)
     return state, progress
@@ -185,44 +168,40 @@ class MetricLogger:
         self._writer.progress(step, self.shown)
 
 
-def fit(config: Config, data: RunData, workdir: Path) -> TrainResult:
+def fit(config: Config, data: RunData, workdir: Path, evaluate: Evaluator) -> TrainResult:
     """Trains until `train.steps`, or until validation stops improving; goes on from the last checkpoint there is.
 
-    The same command after a kill gives the same result to the bit: every random number is a function of the seed and
+    The same command after a kill gives the same result bitwise: every random number is a function of the seed and
     the step, and the position of the data stream is part of the checkpoint.
 
     Raises:
       WorkError: the loss is not finite. InputError: `workdir` holds checkpoints of another model.
     """
-    setup = make_trainer(config, data)
+    trainer = make_trainer(config, data)
     with (
         contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
-        contextlib.closing(iter(setup.stream)) as stream,
+        contextlib.closing(iter(trainer.stream)) as stream,
     ):
-        state, progress = _resume(checkpoints, setup.state, stream)
+        state, progress = _resume(config, checkpoints, trainer.state, stream)
         with MetricWriter(workdir, config.train.steps, int(state.step), config.name) as writer, mesh_of(state):
-            state = _run_steps(config, setup, state, progress, stream, checkpoints, writer)
+            state = _run_steps(config, trainer, evaluate, state, progress, stream, checkpoints, writer)
         checkpoints.wait()
         best, at_best = checkpoints.restore_best(state)
     if at_best.best_step != progress.best_step:
         raise WorkError(f"{workdir}: the best step is {progress.best_step}, but {at_best.best_step} was kept")
-    model = evaluated_model(best)
-    _, valid = validate(model, setup, config.eval.selection)
+    predictor = make_predictor(best)
+    with mesh_of(best):
+        catalog = bind_catalog(predictor, trainer.catalog)
+        _, valid = evaluate(predictor, catalog)
     return TrainResult(
-        model,
-        setup.table,
-        at_best.best_step,
-        int(state.step),
-        progress.wall_s,
-        progress.slots_per_s,
-        valid,
-        setup.valid,
+        predictor, catalog, at_best.best_step, int(state.step), progress.wall_s, progress.slots_per_s, valid
     )
 
 
 def _run_steps(
     config: Config,
-    setup: Trainer,
+    trainer: Trainer,
+    evaluate: Evaluator,
     state: TrainState,
     progress: TrainProgress,
     stream: grain.DatasetIterator,
@@ -234,18 +213,19 @@ def _run_steps(
     logger = MetricLogger(writer, progress, options.log_every)
     stopped = bool(options.patience) and progress.evals_since_best >= options.patience
     while step < options.steps and not stopped:
-        state, metrics = setup.train_step(state, next(stream), setup.table)
+        state, metrics = trainer.step(state, next(stream))
         step += 1
         logger.add(step, metrics)
         last = step == options.steps
-        evaluate = last or (bool(options.eval_every) and step % options.eval_every == 0)
-        if not evaluate and step % options.save_every:
+        is_eval = last or (bool(options.eval_every) and step % options.eval_every == 0)
+        if not is_eval and step % options.save_every:
             continue
         logger.sync(step, metrics)
         progress.stream = stream.get_state()
         progress.wall_s = earlier_s + time.monotonic() - started
-        if evaluate:
-            score, valid = validate(evaluated_model(state), setup, config.eval.selection)
+        if is_eval:
+            predictor = make_predictor(state)
+            score, valid = evaluate(predictor, bind_catalog(predictor, trainer.catalog))
             writer.write(step, valid)
             logger.shown["valid/ndcg@10"] = score
             progress.wall_s = earlier_s + time.monotonic() - started

@@ -1,4 +1,4 @@
-"""The optimiser, from its config: clipping, AdamW with a decay mask, a schedule."""
+"""The optimiser, from its config: clipping, AdamW with a decay mask, a schedule, and groups of parameters by path."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,8 @@ import optax
 from flax import nnx
 
 from moerec.config import OptimConfig
+from moerec.errors import InputError
+from moerec.train.paths import first_match, flatten, name_path
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -24,22 +26,68 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def decay_mask(model, decay_embeddings: bool):
-    """The model's tree, true where weight decay applies: matrices, and embeddings if asked; never norms or biases."""
+def decay_mask(params, decay_embeddings: bool):
+    """The tree of the parameters, true where weight decay applies: matrices, and embeddings if asked; never norms or
+    biases.
+    """
     classes = {"matrix"} | ({"embedding"} if decay_embeddings else set())
-    return jax.tree.map(
-        lambda leaf: leaf.replace(leaf.get_metadata()["decay"] in classes) if isinstance(leaf, nnx.Param) else False,
-        model,
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
-    )
+
+    def decide(leaf):
+        if not isinstance(leaf, nnx.Param):
+            return False
+        # Where a group of parameters is masked out, its node is empty, and stays so.
+        return leaf.replace(leaf.get_metadata()["decay"] in classes) if jax.tree.leaves(leaf) else leaf
+
+    return jax.tree.map(decide, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def find_rates(params, config: OptimConfig) -> dict[str, float]:
+    """For each path the multiple of the learning rate that it is trained with; 0 is frozen.
+
+    Raises:
+      InputError: a pattern of `optim.groups` names no parameter.
+    """
+    rates, paths = config.rates, list(flatten(params))
+    chosen = {path: first_match(path, rates) for path in paths}
+    for pattern in rates:
+        if pattern not in chosen.values():
+            there = sorted({path.split("/")[0] for path in paths})
+            raise InputError(f"config.optim.groups: {pattern!r} is no parameter's; there are {', '.join(there)}")
+    return {path: 1.0 if pattern is None else rates[pattern] for path, pattern in chosen.items()}
+
+
+def _scale_by_rates(config: OptimConfig) -> optax.GradientTransformation:
+    def scale(updates, params=None):
+        rates = config.rates
+
+        def of_leaf(path, update):
+            pattern = first_match(name_path(path), rates)
+            return update if pattern is None else update * rates[pattern]
+
+        return jax.tree_util.tree_map_with_path(of_leaf, updates)
+
+    return optax.stateless(scale)
+
+
+def label_groups(params, config: OptimConfig):
+    """The tree of the parameters, with `trained` or `frozen` in place of each."""
+    rates = find_rates(params, config)
+    return jax.tree_util.tree_map_with_path(lambda path, _: "trained" if rates[name_path(path)] else "frozen", params)
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) behind global-norm clipping."""
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(
-        clip,
+    """AdamW (Loshchilov & Hutter 2019) behind global-norm clipping.
+
+    Frozen parameters (`optim.groups`) have no moments, and no part in the norm.
+    """
+    trained = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=jnp.float32),
         optax.add_decayed_weights(config.weight_decay, mask=lambda tree: decay_mask(tree, config.decay_embeddings)),
+        _scale_by_rates(config) if config.groups else optax.identity(),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
+    if not config.groups:
+        return trained
+    groups = {"trained": trained, "frozen": optax.set_to_zero()}
+    return optax.partition(groups, lambda params: label_groups(params, config))

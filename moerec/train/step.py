@@ -1,138 +1,134 @@
-"""The training state and one training step."""
+"""One training step, and the same lowered from shapes alone."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moerec.config import Config, LossConfig, MoEConfig
+from moerec.config import Config
 from moerec.nn.model import ModelSizes, SequenceModel
-from moerec.nn.moe.balance import update_bias
-from moerec.tasks.losses import (
-    Candidates,
-    Sums,
-    all_candidates,
-    sample_in_service,
-    sample_negatives,
-    sum_losses,
-    total_loss,
-)
-from moerec.train.optim import make_optimizer, make_schedule
-from moerec.types import Batch, Catalog, Routing
+from moerec.nn.moe.balance import balance_losses, update_bias, weigh_losses
+from moerec.nn.sharding import ROW_AXES, param_shardings
+from moerec.tasks.base import Draws, Task, TaskSums, find_domains, make_tasks
+from moerec.train.optim import find_rates, make_optimizer, make_schedule
+from moerec.train.paths import flatten
+from moerec.train.state import TrainState, init_state
+from moerec.types import Batch, Catalog, Request, Routing, Target
+
+Constants = dict[str, Any]  # what each task's loss needs beside the catalogue, by the task's name
+TrainStep = Callable[[TrainState, Batch, Catalog, Constants], tuple[TrainState, dict[str, jax.Array]]]
 
 
-class TrainState(NamedTuple):
-    """Everything that a step reads and writes. Randomness is a function of `step` and the seed, so none is stored.
+class StepSums(NamedTuple):
+    """Sums over the slots of a batch; those of microbatches and devices add up to the global batch's.
 
     Attributes:
-      step: int32 number of steps done.
-      model: parameters. opt_state: optax's. average: exponential moving average of the parameters, or None.
+      tasks: by name. routing: of the mixture layers, or None in a dense model.
     """
 
-    step: jax.Array
-    model: SequenceModel
-    opt_state: optax.OptState
-    average: SequenceModel | None
+    tasks: dict[str, TaskSums]
+    routing: Routing | None
 
 
-def init_state(config: Config, sizes: ModelSizes) -> TrainState:
-    """A fresh state; under `jax.jit` with `out_shardings` the parameters are made straight into their shards."""
-    model = SequenceModel(jax.random.key(config.seed), config.model, sizes)
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    average = jax.tree.map(jnp.copy, model) if config.optim.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model), average)
+def total_loss(sums: StepSums, config: Config) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What is minimised, from the sums of a global batch, and its parts by name.
+
+    `loss` is the first task's mean; those of further tasks have the task's name before theirs.
+    """
+    total = jnp.zeros(())
+    metrics: dict[str, jax.Array] = {}
+    for place, (name, task) in enumerate(sums.tasks.items()):
+        weight = jnp.maximum(task.weight, 1)
+        total += task.total / weight
+        prefix = "" if place == 0 else f"{name}/"
+        metrics |= {f"{prefix}{part}": value / weight for part, value in task.parts.items()}
+        metrics[f"{prefix}slots"] = task.weight
+    if sums.routing is not None:
+        losses = balance_losses(sums.routing, config.model.moe)
+        total += weigh_losses(losses, config.loss)
+        metrics |= losses | {"dropped": jnp.sum(sums.routing.dropped_L3)}
+    return total, metrics
 
 
-def evaluated_model(state: TrainState) -> SequenceModel:
-    """The averaged parameters where there are some, else the last ones."""
-    return state.model if state.average is None else state.average
+def sum_losses(
+    params: SequenceModel,
+    batch: Batch,
+    catalog: Catalog,
+    tasks: list[Task],
+    draws: dict[str, Draws],
+    config: Config,
+    router_bias_LE: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> StepSums:
+    """Everything that the training loss is made of, over all slots of the batch."""
+    if any(task.binds_catalog(config) for task in tasks):
+        catalog = params.bind(catalog)
+    domain_BT = find_domains(tasks, batch, catalog)
+    outputs = params.encode(batch, catalog, dropout_key, domain_BT=domain_BT, router_bias_LE=router_bias_LE)
+    sums = {task.name: task.loss(params, outputs, batch, catalog, draws[task.name], config) for task in tasks}
+    return StepSums(sums, outputs.routing)
 
 
-def _candidates(key: jax.Array, config: LossConfig, cdf_I: jax.Array, batch: Batch, table: Catalog) -> Candidates:
-    if config.kind == "full_softmax":
-        return all_candidates(cdf_I.shape[0])
-    if config.kind == "sampled_softmax":
-        return sample_negatives(key, cdf_I, config.n_negatives)
-    if config.scope == "union":
-        return sample_negatives(key, cdf_I, batch.target_BT.size)
-    item_S = sample_in_service(key, cdf_I, table.service_I, batch.target_BT.reshape(-1))
-    return Candidates(item_S, jnp.zeros(item_S.shape, jnp.float32))  # cross-entropy of pairs has no correction
-
-
-def _microbatches(batch: Batch, candidates: Candidates, config: Config) -> tuple[Batch, Candidates | None]:
-    """Splits the rows into microbatches; one negative a slot goes with its slot, shared ones stay shared."""
-    n = config.train.n_microbatches
-
-    def split(x):
-        # Row r goes to microbatch r % n, so that every device keeps its own rows.
-        return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
-
-    if config.loss.kind != "one_negative":
-        return jax.tree.map(split, batch), None
-    rows, slots = batch.item_BT.shape
-    own = jax.tree.map(lambda x: split(x.reshape(rows, slots)).reshape(n, -1), candidates)
-    return jax.tree.map(split, batch), own
+def _split_rows(tree: Any, n: int) -> Any:
+    """Microbatches `[n, rows / n, ...]`; row r goes to microbatch r % n, so that every device keeps its own rows."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), tree)
 
 
 def _add(a, b):
     return jax.tree.map(jnp.add, a, b)
 
 
-def _divide(grads: SequenceModel, weight: jax.Array) -> SequenceModel:
-    return jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
-
-
-def _steer(model: SequenceModel, routing: Routing, config: MoEConfig) -> SequenceModel:
-    """Moves the biases of the routers, which have no gradient."""
-
-    def move(bias_LE, first):
-        layers = jax.tree.map(lambda x: x[first : first + bias_LE.shape[0]], routing)
-        return update_bias(bias_LE, layers, config)
-
-    return model.with_router_biases(move)
-
-
 def _differentiate(
-    config: Config, model: SequenceModel, batch: Batch, table: Catalog, shared: Candidates, dropout_key: jax.Array
-) -> tuple[SequenceModel, dict[str, jax.Array], Sums]:
+    config: Config,
+    tasks: list[Task],
+    state: TrainState,
+    batch: Batch,
+    catalog: Catalog,
+    draws: dict[str, Draws],
+    dropout_key: jax.Array,
+) -> tuple[SequenceModel, dict[str, jax.Array], StepSums]:
     """Gradients of the mean loss of the global batch, the parts of the loss, and its sums."""
-    batches, own = _microbatches(batch, shared, config)
-    parts = (batches, own, jax.random.split(dropout_key, config.train.n_microbatches))
+    n = config.train.n_microbatches
+    by_row = {name: draw.by_row for name, draw in draws.items()}
+    parts = (*_split_rows((batch, by_row), n), jax.random.split(dropout_key, n))
 
-    def sum_part(model, part):
-        microbatch, negatives, k = part
-        return sum_losses(model, microbatch, table, shared if negatives is None else negatives, config.loss, k)
+    def sum_part(params, part):
+        microbatch, own, key = part
+        drawn = {name: Draws(draw.shared, own[name]) for name, draw in draws.items()}
+        return sum_losses(params, microbatch, catalog, tasks, drawn, config, state.router_bias_LE, key)
 
-    def finish(sums):
-        return total_loss(sums, config.loss, config.model.moe)
-
-    if config.train.n_microbatches == 1:
+    finish = functools.partial(total_loss, config=config)
+    if n == 1:
         whole = jax.tree.map(lambda x: x[0], parts)
-        sums, pull = jax.vjp(lambda m: sum_part(m, whole), model)
+        sums, pull = jax.vjp(lambda params: sum_part(params, whole), state.params)
         d_sums, metrics = jax.grad(finish, has_aux=True)(sums)
-        return _divide(pull(d_sums)[0], sums.weight), metrics, sums
+        return pull(d_sums)[0], metrics, sums
 
     first = jax.tree.map(lambda x: x[0], parts)
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sum_part, model, first))
-    sums = empty._replace(weight=jnp.sum(batch.weight_BT))
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sum_part, state.params, first))
+    # How a microbatch pulls depends on the weights of the global batch and, since balance is no sum over slots, on the
+    # load of the global batch.
     if empty.routing is not None:
-        # Balance is no sum over slots: how a microbatch pulls depends on the load of the global batch.
-        sums, _ = jax.lax.scan(lambda carry, part: (_add(carry, sum_part(model, part)), None), empty, parts)
+        sums, _ = jax.lax.scan(lambda carry, part: (_add(carry, sum_part(state.params, part)), None), empty, parts)
+    else:
+        weights = {name: jnp.sum(batch.targets[name].weight_BT) for name in empty.tasks}
+        sums = empty._replace(tasks={name: x._replace(weight=weights[name]) for name, x in empty.tasks.items()})
     d_sums, _ = jax.grad(finish, has_aux=True)(sums)
 
     def accumulate(carry, part):
-        sums, pull = jax.vjp(lambda m: sum_part(m, part), model)
+        sums, pull = jax.vjp(lambda params: sum_part(params, part), state.params)
         return _add(carry, (sums, pull(d_sums)[0])), None
 
-    (sums, grads), _ = jax.lax.scan(accumulate, (empty, jax.tree.map(jnp.zeros_like, model)), parts)
-    return _divide(grads, sums.weight), finish(sums)[1], sums
+    (sums, grads), _ = jax.lax.scan(accumulate, (empty, jax.tree.map(jnp.zeros_like, state.params)), parts)
+    return grads, finish(sums)[1], sums
 
 
-def make_train_step(
-    config: Config, cdf_I: jax.Array
-) -> Callable[[TrainState, Batch, Catalog], tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(config: Config, tasks: list[Task]) -> TrainStep:
     """One optimiser step on the global batch.
 
     The loss is a function of sums over the slots of the global batch, so microbatches of any number give the gradient
@@ -141,21 +137,74 @@ def make_train_step(
     optimizer = make_optimizer(config.optim, config.train.steps)
     schedule = make_schedule(config.optim, config.train.steps)
 
-    def train_step(state: TrainState, batch: Batch, table: Catalog):
+    def train_step(state: TrainState, batch: Batch, catalog: Catalog, constants: Constants):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        k_candidates, k_dropout = jax.random.split(key)
-        candidates = _candidates(k_candidates, config.loss, cdf_I, batch, table)
-        grads, metrics, sums = _differentiate(config, state.model, batch, table, candidates, k_dropout)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        model = optax.apply_updates(state.model, updates)
-        if sums.routing is not None and config.model.moe.bias_rate:
-            model = _steer(model, sums.routing, config.model.moe)
+        k_draws, k_dropout = jax.random.split(key)
+        # The first task's key is that of the step, so that a further task changes nothing of what the first one draws.
+        keys = [k_draws, *(jax.random.fold_in(k_draws, place) for place in range(1, len(tasks)))]
+        draws = {
+            task.name: task.draw(k, batch, catalog, constants[task.name], config)
+            for task, k in zip(tasks, keys, strict=True)
+        }
+        grads, metrics, sums = _differentiate(config, tasks, state, batch, catalog, draws, k_dropout)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        bias_LE = state.router_bias_LE
+        if bias_LE is not None and config.model.moe.bias_rate:
+            assert sums.routing is not None
+            bias_LE = update_bias(bias_LE, sums.routing, config.model.moe)
         average = state.average
         if average is not None:
             # The warm-up of the average forgets the initial parameters as fast as the plain mean would.
             rate = jnp.maximum(1 - config.optim.ema_decay, 1 / (state.step + 1.0))
-            average = jax.tree.map(lambda a, p: a + rate * (p - a), average, model)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, model, opt_state, average), metrics
+            average = jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
+        metrics |= {"grad_norm": _trained_norm(grads, config), "learning_rate": schedule(state.step)}
+        return TrainState(state.step + 1, params, opt_state, bias_LE, average), metrics
 
     return train_step
+
+
+def _trained_norm(grads: SequenceModel, config: Config) -> jax.Array:
+    """The global norm of the gradients of what is trained."""
+    if not config.optim.groups:
+        return optax.tree.norm(grads)
+    rates = find_rates(grads, config.optim)
+    return optax.tree.norm([leaf for path, leaf in flatten(grads).items() if rates[path]])
+
+
+def abstract_batch(config: Config, sizes: ModelSizes, tasks: list[Task]) -> Batch:
+    """Shapes and types of a global batch."""
+    shape = config.train.batch_size, config.data.seq_len
+    ids, real = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def codes(n: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*shape, n), jnp.int32)
+
+    request = Request(ids, ids, codes(len(sizes.context_sizes)), codes(len(sizes.field_sizes)))
+    targets = {task.name: Target(ids, real) for task in tasks}
+    return Batch(**dict.fromkeys(Batch._fields[:-2], ids), request=request, targets=targets)
+
+
+def lower_train_step(config: Config, sizes: ModelSizes, mesh: Mesh | None = None) -> jax.stages.Lowered:
+    """The whole training step from shapes alone: no data, no parameters, and devices only if `mesh` has some.
+
+    With the mesh of a topology description it can be compiled for accelerators that are not there.
+    """
+    tasks = make_tasks(config)
+    state = jax.eval_shape(lambda: init_state(config, sizes))
+    n = sizes.n_items
+    catalog = Catalog(np.zeros(n, np.int32), np.zeros((n, config.data.max_tokens), np.int32), np.ones(n, np.float32))
+    constants = {task.name: task.constants(catalog, config) for task in tasks}
+    arguments = (state, abstract_batch(config, sizes, tasks), jax.eval_shape(lambda: (catalog, constants)))
+    step = make_train_step(config, tasks)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0).lower(arguments[0], arguments[1], *arguments[2])
+    placed, rows, whole = param_shardings(state, mesh), PartitionSpec(ROW_AXES), NamedSharding(mesh, PartitionSpec())
+
+    def at(tree, sharding):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    shaped = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
+    with jax.set_mesh(mesh):
+        return jitted.lower(shaped, at(arguments[1], NamedSharding(mesh, rows)), *at(arguments[2], whole))

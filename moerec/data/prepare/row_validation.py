@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from moerec.data.prepare.binning import NUMBER
 from moerec.data.dataset import UNKNOWN_TIME
+from moerec.data.prepare.binning import NUMBER
 from moerec.data.prepare.tables import RowBatch, SourceTable, as_binary, read_batches
 from moerec.errors import InputError
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from moerec.data.dataset import ItemTable, Dataset, EventLog
+from moerec.data.dataset import Dataset, EventLog, ItemTable
 from moerec.errors import InputError
 
 FORMAT_VERSION = 1
@@ -122,7 +122,7 @@ class ShardWriter:
         self._writer: ArrayRecordWriter | None = None
 
     def write(self, events: np.ndarray, lengths: np.ndarray):
-        """Appends users with `lengths[p]` events each; `events` has `record_dtype`, all users's in a row."""
+        """Appends users with `lengths[p]` events each; `events` has `record_dtype`, all users' in a row."""
         data = events.tobytes()
         ends = (np.cumsum(lengths) * events.dtype.itemsize).tolist()
         start = k = 0

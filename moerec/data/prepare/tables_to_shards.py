@@ -2,7 +2,7 @@
 block into shards.
 
 Peak memory: one batch of the columns in use, about 150 bytes for each different user and item, the texts of the item
-table, the profiles, and one block of `spill.USERS_PER_BLOCK` users's events while it is sorted.
+table, the profiles, and one block of `spill.USERS_PER_BLOCK` users' events while it is sorted.
 """
 
 import dataclasses
@@ -15,11 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from moerec.config import DataConfig
-from moerec.data.prepare import shards
-from moerec.data.prepare.binning import find_ranges, name_ranges
 from moerec.data.dataset import TOTAL, UNKNOWN_TIME
 from moerec.data.prepare import row_validation as defects
-from moerec.data.prepare import spill
+from moerec.data.prepare import shards, spill
+from moerec.data.prepare.binning import find_ranges, name_ranges
 from moerec.data.prepare.row_validation import DefectLog, RowCheck
 from moerec.data.prepare.tables import RowBatch, SourceTable, read_batches
 from moerec.data.prepare.vocab import (

@@ -91,10 +91,10 @@ def _differs(batch: Batch, other: Batch, asked: RankQueries, other_asked: RankQu
         (batch.time_BT, other.time_BT),
         (batch.segment_BT, other.segment_BT),
         (batch.position_BT, other.position_BT),
-        (batch.request_time_BT, other.request_time_BT),
+        (batch.request.time_BT, other.request.time_BT),
         (batch.utc_offset_BT, other.utc_offset_BT),
-        (batch.request_utc_offset_BT, other.request_utc_offset_BT),
-        *zip(np.moveaxis(batch.request_context_BTC, 2, 0), np.moveaxis(other.request_context_BTC, 2, 0), strict=True),
+        (batch.request.utc_offset_BT, other.request.utc_offset_BT),
+        *zip(*(np.moveaxis(x.request.context_BTC, 2, 0) for x in (batch, other)), strict=True),
     )
     slot_changed = np.any([np.asarray(a) != np.asarray(b) for a, b in pairs], axis=0).reshape(-1)
     segment = np.asarray(batch.segment_BT)

@@ -101,9 +101,8 @@ def rank_by_arithmetic(subject: Subject, code: int) -> np.ndarray:
     catalogue, item = subject.dataset.catalogue, subject.dataset.log.item
     numbers = number_ids(catalogue)
     existing = np.sort(numbers[catalogue.offsets[code] : catalogue.offsets[code + 1]])
-    offsets, rows = subject.histories
+    rows, owner = subject.histories.rows, subject.histories.owner
     asked = subject.service[subject.targets] == code
-    owner = np.repeat(np.arange(len(asked)), np.diff(offsets))
     own = asked[owner] & (subject.service[rows] == code)
     seen = numbers[item[rows[own]]]
     with_history, start, place = np.unique(owner[own], return_index=True, return_inverse=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from moerec.config import SplitConfig
 from moerec.data.dataset import UNKNOWN_TIME, Dataset
+from moerec.data.histories import Histories
 from moerec.data.splits import TEST, TRAIN, assign_split_ids, gather_histories, select_targets
 from moerec.errors import WorkError
 
@@ -30,7 +31,7 @@ class Subject:
     split_ids: np.ndarray
     per_service: bool
     targets: np.ndarray
-    histories: tuple[np.ndarray, np.ndarray]
+    histories: Histories
 
     @functools.cached_property
     def train(self) -> np.ndarray:
@@ -83,5 +84,5 @@ def prepare_subject(dataset: Dataset, split: SplitConfig, seed: int) -> Subject:
     targets = select_targets(dataset, split_ids, TEST)
     if not len(targets) or not np.any(split_ids == TRAIN):
         raise WorkError("audit: the split leaves no test events or no training events")
-    per_service = split.kind == "leave_one_out" and split.per_service
+    per_service = split.is_per_service
     return Subject(split, dataset, split_ids, per_service, targets, gather_histories(dataset, targets, per_service))

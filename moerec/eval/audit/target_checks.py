@@ -11,9 +11,8 @@ from moerec.eval.audit.subject import Subject
 
 def check_repeats(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Test items that the history holds already; masking seen items makes each of them a miss."""
-    offsets, rows = subject.histories
+    rows, owner = subject.histories.rows, subject.histories.owner
     item = subject.dataset.log.item
-    owner = np.repeat(np.arange(len(subject.targets)), np.diff(offsets))
     repeated = np.zeros(subject.dataset.log.n_events, bool)
     repeated[subject.targets[owner[item[rows] == item[subject.targets][owner]]]] = True
     for service, own in subject.split_by_service(subject.targets):
@@ -26,13 +25,13 @@ def check_service(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     n = subject.dataset.catalogue.n_services
     if n == 1:
         return
-    offsets, rows = subject.histories
+    histories = subject.histories
     answer = subject.service[subject.targets]
     train, user = subject.train, subject.user
     majority = int(np.bincount(subject.service[train], minlength=n).argmax())
-    known = np.diff(offsets) > 0
+    known = histories.length > 0
     last = np.full(len(answer), majority)
-    last[known] = subject.service[rows[offsets[1:][known] - 1]]
+    last[known] = subject.service[histories.rows[histories.offsets[1:][known] - 1]]
     follows = user[train[1:]] == user[train[:-1]]
     pair = subject.service[train[:-1]][follows].astype(np.int64) * n + subject.service[train[1:]][follows]
     likeliest = np.bincount(pair, minlength=n * n).reshape(n, n).argmax(axis=1)

@@ -22,9 +22,8 @@ def check_ties(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
 
 def check_future_in_history(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Histories that hold an event later than their target."""
-    offsets, rows = subject.histories
+    rows, owner = subject.histories.rows, subject.histories.owner
     time = subject.dataset.log.time
-    owner = np.repeat(np.arange(len(subject.targets)), np.diff(offsets))
     asked = time[subject.targets]
     later = (time[rows] > asked[owner]) & (asked[owner] != UNKNOWN_TIME)
     value = len(np.unique(owner[later])) / len(subject.targets)

@@ -4,7 +4,7 @@ import numpy as np
 import scipy.sparse
 
 from moerec.data.dataset import Dataset
-from moerec.eval.baselines.ranking import Histories
+from moerec.data.histories import Histories
 
 
 def weigh_histories(
@@ -14,9 +14,7 @@ def weigh_histories(
 
     Places are counted over the whole history, or with `within_service` over the events of the item's service.
     """
-    offsets, rows = histories
-    item = dataset.log.item[rows].astype(np.int64)
-    owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    item, owner = dataset.log.item[histories.rows].astype(np.int64), histories.owner
     if within_service:
         group = owner * dataset.catalogue.n_services + dataset.catalogue.service[item]
         order = np.argsort(group, kind="stable")
@@ -26,7 +24,7 @@ def weigh_histories(
     place = count_from_end(group)
     kept = np.full(len(item), True) if last_n is None else place < last_n
     weight = np.power(decay, place[kept], dtype=np.float64).astype(np.float32)
-    shape = (len(offsets) - 1, dataset.catalogue.n_items)
+    shape = (len(histories), dataset.catalogue.n_items)
     return scipy.sparse.csr_matrix((weight, (owner[kept], item[kept])), shape)
 
 

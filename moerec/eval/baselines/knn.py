@@ -7,9 +7,10 @@ import numpy as np
 import scipy.sparse
 
 from moerec.data.dataset import Dataset
+from moerec.data.histories import Histories
 from moerec.data.splits import TRAIN
+from moerec.eval.baselines.base import register_scorer
 from moerec.eval.baselines.item_to_item import weigh_histories
-from moerec.eval.baselines.ranking import Histories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ItemKnn:
         return (weight @ self.similarity).toarray()
 
 
+@register_scorer("item_knn")  # each service by itself
 def fit_item_knn(
     dataset: Dataset,
     split_ids: np.ndarray,
@@ -61,3 +63,9 @@ def fit_item_knn(
 def _service_ranges(dataset: Dataset) -> list[tuple[int, int]]:
     offsets = dataset.catalogue.offsets.tolist()
     return list(itertools.pairwise(offsets))
+
+
+@register_scorer("item_knn_cross")
+def fit_cross_service_knn(dataset: Dataset, split_ids: np.ndarray) -> ItemKnn:
+    """`fit_item_knn` over the items of all services together."""
+    return fit_item_knn(dataset, split_ids, within_service=False)

@@ -6,10 +6,11 @@ import numpy as np
 import scipy.sparse
 
 from moerec.data.dataset import Dataset
+from moerec.data.histories import Histories
 from moerec.data.splits import TRAIN
+from moerec.eval.baselines.base import register_scorer
 from moerec.eval.baselines.item_to_item import weigh_histories
 from moerec.eval.baselines.popularity import count_items
-from moerec.eval.baselines.ranking import Histories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Markov:
         return (last @ self.transition).toarray() + left[:, None] * self.share
 
 
+@register_scorer("markov")
 def fit_markov(dataset: Dataset, split_ids: np.ndarray, strength: float = 1.0) -> Markov:
     """Counts which item follows which among each user's training events."""
     log, n_items = dataset.log, dataset.catalogue.n_items

@@ -6,9 +6,10 @@ import numpy as np
 import scipy.sparse
 
 from moerec.data.dataset import UNKNOWN_TIME, Dataset
+from moerec.data.histories import Histories
 from moerec.data.splits import TRAIN
 from moerec.errors import WorkError
-from moerec.eval.baselines.ranking import Histories
+from moerec.eval.baselines.base import register_scorer
 
 _DAY = 86400
 _MOST_TABLE_ENTRIES = 1 << 25
@@ -29,6 +30,7 @@ class Popularity:
         return np.broadcast_to(self.share.astype(np.float32), (len(targets), len(self.share)))
 
 
+@register_scorer("popularity")
 def fit_popularity(dataset: Dataset, split_ids: np.ndarray) -> Popularity:
     """Counts the training events of each item."""
     count = count_items(dataset, split_ids)
@@ -43,14 +45,14 @@ class ServicePopularity:
     transition: np.ndarray  # [Z + 1, Z]; the last row is for users without a history
 
     def score(self, dataset: Dataset, targets: np.ndarray, histories: Histories) -> np.ndarray:
-        offsets, rows = histories
         service = dataset.catalogue.service
         last = np.full(len(targets), dataset.catalogue.n_services)
-        known = np.diff(offsets) > 0
-        last[known] = service[dataset.log.item[rows[offsets[1:][known] - 1]]]
+        known = histories.length > 0
+        last[known] = service[dataset.log.item[histories.rows[histories.offsets[1:][known] - 1]]]
         return (self.transition[:, service] * self.item_given_service).astype(np.float32)[last]
 
 
+@register_scorer("popularity_by_service")
 def fit_service_popularity(dataset: Dataset, split_ids: np.ndarray) -> ServicePopularity:
     """Counts the items of each service, and which service follows which among a user's training events."""
     n = dataset.catalogue.n_services
@@ -88,6 +90,7 @@ class RecentPopularity:
         return self.table[np.where(time == UNKNOWN_TIME, last, bucket)]
 
 
+@register_scorer("popularity_recent")
 def fit_recent_popularity(
     dataset: Dataset, split_ids: np.ndarray, half_life_days: float = 30.0, last_share: float = 0.2
 ) -> RecentPopularity:

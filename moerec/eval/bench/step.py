@@ -14,18 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from moerec.config import Config
-from moerec.data.load import load_data, make_reader
-from moerec.data.pipeline import PackedStream, StreamOptions
+from moerec.data.load import load_data
 from moerec.errors import InputError
-from moerec.eval.evaluate_run import make_test_set
-from moerec.eval.ranking import rank_batch, rank_targets
+from moerec.eval.ranking import make_test_set, rank_batch, rank_targets
 from moerec.nn.model import SequenceModel, count_active_params
-from moerec.nn.profile import Event, ProfileRequest
-from moerec.nn.profile.profile_router import make_personalizer
+from moerec.nn.profile import Event, ProfileRequest, count_profile_slots, make_personalizer
 from moerec.nn.profile.recurrence import Writes, chunked_exclusive_scan, exclusive_scan
 from moerec.nn.sharding import mesh_of
-from moerec.train.loop import Trainer, make_trainer
-from moerec.train.step import evaluated_model
+from moerec.tasks import make_tasks
+from moerec.train.loop import Trainer, make_stream, make_trainer
+from moerec.train.run_dir import bind_catalog
+from moerec.train.state import make_predictor
 from moerec.types import Batch
 from pallas_kernels.bench import time_in_turns
 
@@ -49,19 +48,20 @@ def count_compilations(jitted: Any) -> float:
 class _Steps:
     """Training steps over one batch; a call makes the next, from the state that the one before it left."""
 
-    def __init__(self, setup: Trainer, batch: Batch):
-        self.setup, self.batch, self.state = setup, batch, setup.state
+    def __init__(self, trainer: Trainer, batch: Batch):
+        self.trainer, self.batch, self.state = trainer, batch, trainer.state
 
     def __call__(self) -> jax.Array:
         with mesh_of(self.state):
-            self.state, metrics = self.setup.train_step(self.state, self.batch, self.setup.table)
+            self.state, metrics = self.trainer.step(self.state, self.batch)
         return metrics["loss"]
 
     def temporary_bytes(self) -> int:
         """What the compiled step holds beside its arguments and results."""
-        train_step: Any = self.setup.train_step
+        train_step: Any = self.trainer.train_step
         with mesh_of(self.state):
-            compiled = train_step.lower(self.state, self.batch, self.setup.table).compile()
+            arguments = (self.state, self.batch, self.trainer.catalog, self.trainer.constants)
+            compiled = train_step.lower(*arguments).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -87,10 +87,10 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
         if size < n_groups or size % n_groups:
             raise InputError(f"--sizes: {size} experts cannot be split evenly over {n_groups} groups")
         moe = dataclasses.replace(config.model.moe, n_per_group=size // n_groups)
-        setup = make_trainer(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), data)
-        rows.append({"n_experts": size, "n_active_params": count_active_params(setup.state.model)})
-        with contextlib.closing(iter(setup.stream)) as stream:
-            steps[str(size)] = _Steps(setup, next(stream))
+        trainer = make_trainer(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), data)
+        rows.append({"n_experts": size, "n_active_params": count_active_params(trainer.state.params)})
+        with contextlib.closing(iter(trainer.stream)) as stream:
+            steps[str(size)] = _Steps(trainer, next(stream))
     times = time_in_turns(steps, repeats)
     first_ms = times[str(sizes[0])]
     return [{**row, "step_ms": ms, "ratio": ms / first_ms} for row, ms in zip(rows, times.values(), strict=True)]
@@ -114,7 +114,7 @@ def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], rep
     Raises:
       InputError: the model has no profile or no window, or the data are not the built-in world's.
     """
-    if not config.model.personal.n_slots or not config.model.window or config.data.source != "city":
+    if not count_profile_slots(config.model) or not config.model.window or config.data.source != "city":
         raise InputError("config: a model with a profile and a window, on the built-in world, is needed")
     rows = []
     for length in lengths:
@@ -128,9 +128,9 @@ def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], rep
             personal = dataclasses.replace(config.model.personal, memory=memory)
             model = dataclasses.replace(config.model, personal=personal, **fields)
             train = dataclasses.replace(config.train, batch_size=n_rows)
-            setup = make_trainer(dataclasses.replace(config, model=model, data=data_config, train=train), data)
-            with contextlib.closing(iter(setup.stream)) as stream:
-                steps[name] = _Steps(setup, next(stream))
+            trainer = make_trainer(dataclasses.replace(config, model=model, data=data_config, train=train), data)
+            with contextlib.closing(iter(trainer.stream)) as stream:
+                steps[name] = _Steps(trainer, next(stream))
             held[name] = steps[name].temporary_bytes()
         rows += _list_arms(length, time_in_turns(steps, repeats), held)
     return rows
@@ -184,7 +184,7 @@ def _slopes_of(form: Callable[[Writes], jax.Array]) -> Any:
 
 def _draw_writes(config: Config, n_rows: int, length: int) -> tuple[jax.Array, ...]:
     personal, rng = config.model.personal, np.random.default_rng(0)
-    m, shape = personal.n_slots - 1, (n_rows, length)
+    m, shape = count_profile_slots(config.model) - 1, (n_rows, length)
     floats = (-rng.random((*shape, m)), rng.random((*shape, m)), rng.standard_normal((*shape, personal.d_memory)))
     elapsed = np.cumsum(rng.integers(0, 100_000, shape), axis=1).astype(np.uint32)
     first = np.broadcast_to(np.arange(length) == 0, shape)
@@ -196,16 +196,16 @@ def measure_profiles(model: SequenceModel, n_users: int = 4096, repeats: int = 9
     """Users per second whose profile takes in an event, and whose profile conditions a request; batches of users."""
     personalizer = make_personalizer(model.config, model.field_sizes)
     rng = np.random.default_rng(0)
-    x_PD = jnp.asarray(rng.standard_normal((n_users, model.config.d_model)), jnp.float32)
-    time_P = jnp.asarray(rng.integers(0, 10**9, n_users), jnp.int32)
+    x_UD = jnp.asarray(rng.standard_normal((n_users, model.config.d_model)), jnp.float32)
+    time_U = jnp.asarray(rng.integers(0, 10**9, n_users), jnp.int32)
     n_fields = len(model.field_sizes) if model.config.personal.fields else 0
-    request = ProfileRequest(time_P, jnp.zeros((n_users, n_fields), jnp.int32))
-    states = jax.vmap(lambda _: personalizer.init_user())(time_P)
+    request = ProfileRequest(time_U, jnp.zeros((n_users, n_fields), jnp.int32))
+    states = jax.vmap(lambda _: personalizer.init_user())(time_U)
     over_users, profile = (None, 0, 0), model.profile
-    observe = jax.jit(lambda s: jax.vmap(personalizer.update, over_users)(profile, s, Event(x_PD, time_P)))
-    condition = jax.jit(lambda s: jax.vmap(personalizer.read, over_users)(profile, s, request))
-    states = observe(states)
-    seconds = {"observe": lambda: observe(states), "condition": lambda: condition(states)}
+    update = jax.jit(lambda s: jax.vmap(personalizer.update, over_users)(profile, s, Event(x_UD, time_U)))
+    read = jax.jit(lambda s: jax.vmap(personalizer.read, over_users)(profile, s, request))
+    states = update(states)
+    seconds = {"update": lambda: update(states), "read": lambda: read(states)}
     found = {f"{name}_users_per_s": n_users / median_seconds(run, repeats) for name, run in seconds.items()}
     return {**found, "profile_bytes": float(sum(x.nbytes for x in jax.tree.leaves(states)) / n_users)}
 
@@ -218,19 +218,19 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
     started = time.perf_counter()
     data = load_data(config.data, workdir)
     load_s = time.perf_counter() - started
-    setup = make_trainer(config, data)
-    stream = iter(setup.stream)
+    trainer = make_trainer(config, data)
+    stream = iter(trainer.stream)
     batch = next(stream)
     slots = float(batch.weight_BT.sum())
-    steps = _Steps(setup, batch)
+    steps = _Steps(trainer, batch)
     step_s = median_seconds(steps, repeats)
-    options = StreamOptions(config.train.batch_size, config.data.seq_len, config.data.history_len, config.seed)
-    loader = iter(PackedStream(make_reader(config.data, data), options))
+    loader = iter(make_stream(config, data, make_tasks(config)))
     loader_s = median_seconds(lambda: next(loader).item_BT, 5 * repeats)
     some = dataclasses.replace(config, eval=dataclasses.replace(config.eval, n_test=n_targets))
-    examples = make_test_set(some, data).examples
-    model = evaluated_model(steps.state)
-    eval_s = median_seconds(lambda: rank_targets(model, examples, setup.table)[0].greater, 3)
+    examples = make_test_set(some, data)
+    predictor = make_predictor(steps.state)
+    catalog = bind_catalog(predictor, trainer.catalog)
+    eval_s = median_seconds(lambda: rank_targets(predictor, examples, catalog).in_service.greater, 3)
     n_rows = config.train.batch_size * config.data.seq_len
     return {
         "load_s": load_s,
@@ -241,8 +241,8 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
         "loader_over_step": step_s / loader_s,
         "eval_targets_per_s": len(examples.targets) / eval_s,
         "eval_scores_per_s": len(examples.targets) * data.dataset.catalogue.n_items / eval_s,
-        **(measure_profiles(model) if config.model.personal.n_slots else {}),
-        "step_compilations": count_compilations(setup.train_step),
+        **(measure_profiles(predictor.params) if count_profile_slots(config.model) else {}),
+        "step_compilations": count_compilations(trainer.train_step),
         "eval_compilations": count_compilations(rank_batch),
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }

@@ -4,7 +4,6 @@ The parameters stay as they are, so that a difference is what this model makes o
 would make without it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,12 @@ import numpy as np
 from moerec.config import Config
 from moerec.eval.metrics import per_target_metrics
 from moerec.eval.ranking import EvalDataset, rank_targets
+from moerec.eval.ranking.rank import Intervention
 from moerec.eval.significance import paired_test
-from moerec.nn.model import SequenceModel
+from moerec.nn.model import Predictor
+from moerec.nn.profile import count_profile_slots
 from moerec.nn.profile.profile_router import MEAN_PROFILE, NO_PROFILE
 from moerec.types import Batch, Catalog
-
-Intervention = Callable[[Batch, np.ndarray], tuple[Batch, np.ndarray | None]]
 
 
 def choose_sources(batch: Batch, user: np.ndarray) -> np.ndarray:
@@ -28,7 +27,7 @@ def choose_sources(batch: Batch, user: np.ndarray) -> np.ndarray:
     Args:
       user: `[sequences]`, whose each is, in the order of the batch; those of a user stand together.
     """
-    donor = np.arange(batch.segment_BT.size)
+    source = np.arange(batch.segment_BT.size)
     slot = np.flatnonzero(batch.segment_BT > 0)
     position = batch.position_BT.reshape(-1)[slot]
     sequence = np.cumsum(position == 0) - 1
@@ -36,8 +35,12 @@ def choose_sources(batch: Batch, user: np.ndarray) -> np.ndarray:
     is_first = np.append(True, user[1:] != user[:-1])[: len(user)]
     first = np.flatnonzero(is_first)  # the first sequence of each user
     other = first[np.cumsum(is_first) % len(first)][sequence] if len(first) else sequence
-    donor[slot] = start[other] + np.minimum(position, length[other] - 1)
-    return donor.reshape(batch.segment_BT.shape).astype(np.int32)
+    source[slot] = start[other] + np.minimum(position, length[other] - 1)
+    return source.reshape(batch.segment_BT.shape).astype(np.int32)
+
+
+def _with_context(batch: Batch, context_BTC: np.ndarray) -> Batch:
+    return batch._replace(request=batch.request._replace(context_BTC=context_BTC))
 
 
 def permute_context(batch: Batch, rng: np.random.Generator) -> Batch:
@@ -45,18 +48,18 @@ def permute_context(batch: Batch, rng: np.random.Generator) -> Batch:
     segment = batch.segment_BT.reshape(-1)
     slot = np.flatnonzero(segment > 0)
     user = np.cumsum(batch.position_BT.reshape(-1)[slot] == 0)
-    context = batch.request_context_BTC.copy()
+    context = batch.request.context_BTC.copy()
     flat = context.reshape(-1, context.shape[-1])
     flat[slot] = flat[slot[np.lexsort((rng.random(len(slot)), user))]]
-    return batch._replace(request_context_BTC=context)
+    return _with_context(batch, context)
 
 
 def _list_interventions(config: Config, examples: EvalDataset) -> dict[str, dict[str, Intervention]]:
     """What is done to what, where the model has it."""
     rng = np.random.default_rng(config.seed)
 
-    def give(donor: int) -> Intervention:
-        return lambda batch, _: (batch, np.full(batch.segment_BT.shape, donor, np.int32))
+    def give(source: int) -> Intervention:
+        return lambda batch, _: (batch, np.full(batch.segment_BT.shape, source, np.int32))
 
     profile: dict[str, Intervention] = {
         "swapped": lambda batch, user: (batch, choose_sources(batch, user)),
@@ -66,12 +69,12 @@ def _list_interventions(config: Config, examples: EvalDataset) -> dict[str, dict
     context: dict[str, Intervention] = {
         "permuted": lambda batch, _: (permute_context(batch, rng), None),
         "missing": lambda batch, _: (
-            batch._replace(request_context_BTC=np.zeros_like(batch.request_context_BTC)),
+            _with_context(batch, np.zeros_like(batch.request.context_BTC)),
             None,
         ),
     }
     interventions = {}
-    if config.model.personal.n_slots:
+    if count_profile_slots(config.model):
         interventions["profile"] = profile
     if config.model.request_context and examples.dataset.context:
         interventions["context"] = context
@@ -79,9 +82,9 @@ def _list_interventions(config: Config, examples: EvalDataset) -> dict[str, dict
 
 
 def evaluate_interventions(
-    config: Config, model: SequenceModel, examples: EvalDataset, table: Catalog, own: np.ndarray
+    config: Config, predictor: Predictor, examples: EvalDataset, catalog: Catalog, own: np.ndarray
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """`{part: {intervention: {"ndcg@10", "difference", "p_value"}}}` in the union; `difference` is what the model loses by it.
+    """`{part: {intervention: {"ndcg@10", "difference", "p_value"}}}` in the union; `difference` is what is lost by it.
 
     The mean profile is that of all slots of the batch. What is open (`data.city.n_closed`) is context like any other. A
     missing context means something to a model only if some was missing in training, or hidden by
@@ -90,13 +93,12 @@ def evaluate_interventions(
     Args:
       own: `[targets]`, NDCG@10 of the model as it is.
     """
-    user = examples.dataset.log.user[examples.targets]
     found: dict[str, Any] = {}
     for part, interventions in _list_interventions(config, examples).items():
         for name, intervention in interventions.items():
-            union = rank_targets(model, examples, table, intervention)[1]
+            union = rank_targets(predictor, examples, catalog, intervention).union
             other = per_target_metrics(union)["ndcg@10"]
-            test = paired_test(own, other, config.seed, user)
+            test = paired_test(own, other, config.seed, examples.user)
             outcome = {"ndcg@10": float(other.mean()), "difference": test.difference, "p_value": test.p_value}
             found.setdefault(part, {})[name] = outcome
     return found

@@ -44,9 +44,9 @@ def aspects_of_needs(world: World) -> np.ndarray:
 def describe_aspects(
     world: World, dataset: Dataset, model: SequenceModel, table: Catalog, relevance_QM: np.ndarray, rows: np.ndarray
 ) -> dict[str, Any] | None:
-    """`probes["profile_aspects"]`: the mean probability that relevance gives to the true need's aspects, and what is chance.
+    """`probes["profile_aspects"]`: the mean probability that relevance gives to the true need's aspects, and chance.
 
-    `found` is that mean, over one target a user; `chance` the same with the relevances of other users's targets, at
+    `found` is that mean, over one target a user; `chance` the same with the relevances of other users' targets, at
     their times and in their contexts; `p_value` that of a permutation test;
     `best` what a router would have that always picked the best memory aspect; `writes` `[A, W]`, of what each memory
     aspect holds the share of each of the world's (`names`).
@@ -59,7 +59,7 @@ def describe_aspects(
     if world.truth is None or not isinstance(model.profile, MemoryParams):
         return None
     personal = model.config.personal
-    _, first = np.unique(np.searchsorted(dataset.log.offsets, rows, side="right"), return_index=True)
+    _, first = np.unique(dataset.log.users_of(rows), return_index=True)
     relevance_QM, rows = relevance_QM[first], rows[first]
     written_IA = written_by_items(model, table)
     writes_AW = np.zeros((personal.n_aspects, len(names.ASPECTS)))

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moerec.eval.ranking import EvalDataset
-from moerec.nn.model import SequenceModel
+from moerec.nn.model import Predictor
 from moerec.nn.moe.balance import describe_load
 from moerec.nn.sharding import mesh_of
+from moerec.tasks.base import find_domains
+from moerec.tasks.next_event import NextEvent
 from moerec.types import Batch, Catalog, Routing
 
 N_BINS = 15  # of the calibration error
@@ -33,25 +35,25 @@ class RoutingStats(NamedTuple):
 
 
 @jax.jit
-def _observe_batch(model: SequenceModel, batch: Batch, slot_Q: jax.Array, table: Catalog):
-    """What of an `RoutingStats` is the model's: the first three of each question, and the routing of the batch."""
-    counted = batch._replace(weight_BT=(batch.segment_BT > 0).astype(jnp.float32))
-    output = model.encode(counted, table)
+def _encode_batch(predictor: Predictor, batch: Batch, slot_Q: jax.Array, catalog: Catalog):
+    """What of `RoutingStats` is the model's: the first three at each query, and the routing of the batch."""
+    domain_BT = find_domains([NextEvent()], batch, catalog)
+    outputs = predictor.encode(batch, catalog, domain_BT=domain_BT)
 
     def pick(values_BTX):
         return values_BTX.reshape(-1, values_BTX.shape[-1])[jnp.maximum(slot_Q, 0)]
 
-    log_weight_BTX = None if output.answers is None else output.answers.log_weight_BTX
-    return *jax.tree.map(pick, (output.log_domain_BTZ, log_weight_BTX, output.relevance_BTM)), output.routing
+    log_weight_BTX = None if outputs.pointers is None else outputs.pointers.log_weight_BTX
+    return *jax.tree.map(pick, (outputs.log_domain_BTZ, log_weight_BTX, outputs.relevance_BTM)), outputs.routing
 
 
-def collect_routing(model: SequenceModel, examples: EvalDataset, table: Catalog) -> RoutingStats:
+def collect_routing(predictor: Predictor, examples: EvalDataset, catalog: Catalog) -> RoutingStats:
     """Runs a model over the targets' histories."""
     picked, services, routings = [], [], []
-    for which, batch, asked in examples.batches():
-        with mesh_of(model):
-            *of_targets, routing = _observe_batch(model, batch, asked.slot, table)
-        known = np.flatnonzero(asked.slot >= 0)
+    for which, batch, queries in examples.batches():
+        with mesh_of(predictor):
+            *of_targets, routing = _encode_batch(predictor, batch, queries.slot, catalog)
+        known = np.flatnonzero(queries.slot >= 0)
         picked.append([None if x is None else np.asarray(x)[known] for x in of_targets])
         services.append(examples.target_service[which][known])
         routings.append(jax.tree.map(lambda x: np.asarray(x, np.float64), routing))
@@ -112,7 +114,7 @@ def summarize_routing(fitted: RoutingStats, seen: RoutingStats) -> dict[str, Any
 
 
 def describe_mixture(seen: RoutingStats, n_services: int) -> list[list[float] | None]:
-    """`probes["mixture_weights"]`: for each service, mean weights of the mixture components at its targets that have a history.
+    """`probes["mixture_weights"]`: for each service, mean weights of the mixture components at its targets.
 
     First the softmax over the catalogue, then the pointers; None for a service without such a target.
     """

@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 
 from moerec.config import Config
-from moerec.data.dataset import Dataset, find_multi_service_users
-from moerec.eval.baselines import BASELINES, rank_by_scores
+from moerec.data.dataset import find_multi_service_users
+from moerec.data.load import RunData
+from moerec.eval.baselines import fit_service_popularity, rank_by_scores
 from moerec.eval.metrics import per_target_metrics
 from moerec.eval.ranking import EvalDataset, rank_targets
 from moerec.eval.significance import paired_test
-from moerec.nn.model import SequenceModel
+from moerec.nn.model import Predictor
 from moerec.types import Catalog
 
 METRICS = ("ndcg@10", "recall@10")
 
 
 def describe_transfer(
-    config: Config, model: SequenceModel, dataset: Dataset, split_ids: np.ndarray, targets: np.ndarray, table: Catalog
+    config: Config, predictor: Predictor, data: RunData, targets: np.ndarray, catalog: Catalog
 ) -> dict[str, dict[str, Any]]:
     """`{service: {n, all, own, others, popularity, gain, cold}}`, ranked in the target's service.
 
@@ -30,17 +31,17 @@ def describe_transfer(
     all - own, `cold` is others - popularity: difference of NDCG@10, and p-value of a paired test over users. Each
     history is cut to the last `data.history_len` events that it has, so that the own one may reach further back alone.
     """
-    user = np.searchsorted(dataset.log.offsets, targets, side="right") - 1
-    chosen = targets[find_multi_service_users(dataset)[user]]
+    dataset = data.dataset
+    chosen = targets[find_multi_service_users(dataset)[dataset.log.users_of(targets)]]
     if not len(chosen):
         return {}
     found = {}
     for history in ("all", "own", "others"):
         examples = EvalDataset(dataset, chosen, config, history=history)
-        found[history] = per_target_metrics(rank_targets(model, examples, table)[0])
-    popular = BASELINES["popularity_by_service"](dataset, split_ids)
-    histories = (examples.offsets, examples.rows)  # those of a newcomer: the same items are candidates
-    ranked = rank_by_scores(popular, dataset, chosen, histories, config.eval.mask_seen)
+        found[history] = per_target_metrics(rank_targets(predictor, examples, catalog).in_service)
+    popular = fit_service_popularity(dataset, data.split_ids)
+    # The histories of a newcomer: the same items are candidates.
+    ranked = rank_by_scores(popular, dataset, chosen, examples.histories, config.eval.mask_seen)
     found["popularity"] = per_target_metrics(ranked.in_service)
     user, service = dataset.log.user[chosen], dataset.event_service[chosen]
     table_of = {}

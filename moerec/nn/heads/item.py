@@ -106,9 +106,15 @@ class TargetItems(NamedTuple):
         vector_SD, bias_S = self.head.vectors(item_S, self.catalog, self.tied)
         return jnp.sum(self.state_SD * vector_SD, axis=-1) + bias_S
 
-    def _operands(self, candidates: Candidates) -> tuple[XentSlots, XentCandidates]:
-        vector_JD, bias_J = self.head.vectors(candidates.item_J, self.catalog, self.tied)
+    def _operands(self, candidates: Candidates | None) -> tuple[XentSlots, XentCandidates]:
         service_I, target_S = self.catalog.service_I, self.target_S
+        if candidates is None:
+            candidates = Candidates(jnp.arange(service_I.shape[0]), jnp.zeros(service_I.shape[0]))
+            vector_JD, bias_J = self.catalog.vector_ID, self.catalog.bias_I
+            assert vector_JD is not None
+            assert bias_J is not None
+        else:
+            vector_JD, bias_J = self.head.vectors(candidates.item_J, self.catalog, self.tied)
         scope_S = service_I[target_S] if self.by_service else jnp.zeros_like(target_S)
         scope_J = service_I[candidates.item_J] if self.by_service else jnp.zeros_like(candidates.item_J)
         mixture = None
@@ -117,11 +123,14 @@ class TargetItems(NamedTuple):
         slots = XentSlots(self.state_SD, self.score(target_S), target_S, scope_S, mixture)
         return slots, XentCandidates(vector_JD, bias_J + candidates.correction_J, candidates.item_J, scope_J)
 
-    def sum_nll(self, candidates: Candidates) -> jax.Array:
-        """The weighted sum of the targets' negative log-probabilities, normalised against the candidates."""
+    def sum_nll(self, candidates: Candidates | None) -> jax.Array:
+        """The weighted sum of the targets' negative log-probabilities, normalised against the candidates.
+
+        Args: None for all items of the catalogue, which is then bound.
+        """
         slots, others = self._operands(candidates)
         return chunked_softmax_xent(slots, self.weight_S, others, min(self.chunk, self.target_S.shape[0]))
 
-    def log_prob(self, candidates: Candidates) -> jax.Array:
+    def log_prob(self, candidates: Candidates | None) -> jax.Array:
         """`[S]`, the targets' log-probabilities, for losses that are no weighted sum of them; dearer than `sum_nll`."""
         return chunked_log_prob(*self._operands(candidates), min(self.chunk, self.target_S.shape[0]))

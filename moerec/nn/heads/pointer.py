@@ -38,9 +38,7 @@ class AnswerAggregator(nnx.Module):
         self.bias_X = declare(k_weight, (g + 1,), (None,), _favour_catalogue, decay="none")
         self.theta = config.rope_theta
 
-    def __call__(
-        self, state_BTD: jax.Array, event_BTD: jax.Array, batch: Batch, mask_BTS: jax.Array
-    ) -> PointerMixture:
+    def __call__(self, state_BTD: jax.Array, event_BTD: jax.Array, batch: Batch, mask_BTS: jax.Array) -> PointerMixture:
         """Args: final states, which ask; the events' vectors, which are pointed at; the slots; who sees which."""
         query_BTGH, key_BTGH = (
             rotate(jnp.einsum("BTD,DGH->BTGH", x, w[...]), batch.position_BT, self.theta)

@@ -112,7 +112,8 @@ def chunked_softmax_xent(slots: XentSlots, weight_S: jax.Array, candidates: Xent
 
 def _xent_forward(slots: XentSlots, weight_S: jax.Array, candidates: XentCandidates, chunk: int):
     def step(sums, part):
-        terms, by_slot = _chunk_terms(*part, candidates)
+        own, weight = part
+        terms, by_slot = _chunk_terms(own, weight, candidates)
         return jax.tree.map(jnp.add, sums, terms), by_slot
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros_like(candidates.vector_JD), jnp.zeros_like(candidates.offset_J))

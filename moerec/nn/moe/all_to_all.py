@@ -1,10 +1,10 @@
-"""Rows to the devices that hold their experts, and answers back: an all-to-all over one mesh axis, inside `shard_map`.
+"""Rows to the devices that hold their experts, and outputs back: an all-to-all over one mesh axis, inside `shard_map`.
 
-Letters: n devices of the axis, P places of the sender's plan (ordered by device), R places on the receiver, D width.
+Letters: n devices of the axis, R row slots of the sender's plan (ordered by device), S rows on the receiver, D width.
 
 Both ways are linear and each is the other's transpose, so that is how they are differentiated. What a sender may send
 to one device and what a receiver takes are bounded; both bounds are applied to one matrix of sizes that all devices
-know, so that both agree on what is dropped. A dropped row arrives nowhere and its answer is zero.
+know, so that both agree on what is dropped. A dropped row arrives nowhere and its output is zero.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Plan
+from pallas_kernels.dispatch import DispatchPlan
 from pallas_kernels.varying import zeros_like_all
 
 
@@ -44,8 +44,8 @@ class AllToAll:
     """An all-to-all over mesh axis `axis` of `n` devices.
 
     Attributes:
-      n_send: most rows from one device to one other. n_receive: R, most rows that a device takes.
-      n_places: P. ragged: by `lax.ragged_all_to_all`, which a CPU does not have; else by a dense all-to-all of
+      n_send: most rows from one device to one other. n_receive: S, most rows that a device takes.
+      n_places: R. ragged: by `lax.ragged_all_to_all`, which a CPU does not have; else by a dense all-to-all of
         `n * n_send` rows, equal in values and gradients.
     """
 
@@ -56,7 +56,7 @@ class AllToAll:
     n_places: int
     ragged: bool
 
-    def plan(self, plan: Plan) -> TransferPlan:
+    def plan(self, plan: DispatchPlan) -> TransferPlan:
         """The traffic of a plan whose experts are the devices, with tiles of one place."""
         demand_n = plan.demand_E
         capped_n = jnp.minimum(demand_n, self.n_send)
@@ -78,13 +78,13 @@ class AllToAll:
             receiver_drops=jnp.sum(capped_n - taken[me]),
         )
 
-    def dispatch(self, rows_P: jax.Array, transfers: TransferPlan) -> jax.Array:
-        """`[P, …]` to `[R, …]`, zero where nothing came; rows in order of sender, then of the sender's plan."""
-        return _move(self, True, rows_P, transfers) if _is_float(rows_P) else _send(self, True, rows_P, transfers)
+    def dispatch(self, rows_R: jax.Array, transfers: TransferPlan) -> jax.Array:
+        """`[R, …]` to `[S, …]`, zero where nothing came; rows in order of sender, then of the sender's plan."""
+        return _move(self, True, rows_R, transfers) if _is_float(rows_R) else _send(self, True, rows_R, transfers)
 
-    def combine(self, rows_R: jax.Array, transfers: TransferPlan) -> jax.Array:
-        """`[R, …]` to `[P, …]`, zero where nothing had been sent."""
-        return _move(self, False, rows_R, transfers)
+    def combine(self, rows_S: jax.Array, transfers: TransferPlan) -> jax.Array:
+        """`[S, …]` to `[R, …]`, zero where nothing had been sent."""
+        return _move(self, False, rows_S, transfers)
 
 
 def _is_float(x: jax.Array) -> bool:

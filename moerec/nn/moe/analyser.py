@@ -8,7 +8,7 @@ from moerec.nn.layers import RMSNorm, declare, fan_in
 
 
 class Analyser(nnx.Module):
-    """A linear head over the trunk's states."""
+    """Linear classifier of the next service over the trunk's states (the semantic analyser)."""
 
     def __init__(self, key: jax.Array, d: int, n_services: int, eps: float):
         self.norm = RMSNorm(d, eps)

@@ -15,7 +15,7 @@ from moerec.types import Routing
 def target_load(config: MoEConfig, n_services: int) -> np.ndarray:
     """`[Z, E]`, rows adding up to one: of the assignments of a domain's slots, the share that each expert should get.
 
-    The own group gets `own_group_fraction`, the cross group `cross_group_fraction`, the other services' groups what is left.
+    The own group gets `own_group_fraction`, the cross group `cross_group_fraction`, the other groups what is left.
     """
     share_ZG = np.zeros((n_services, n_services + 1))
     others = 1 - config.own_group_fraction - config.cross_group_fraction

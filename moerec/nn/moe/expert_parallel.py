@@ -1,6 +1,6 @@
-"""The experts' answers on a mesh: two ways to bring rows and experts together, inside `shard_map`.
+"""The experts' outputs on a mesh: two ways to bring rows and experts together, inside `shard_map`.
 
-`all_gather`: every device of the expert axis gathers the rows of all, answers with its own experts, and the answers are
+`all_gather`: every device of the expert axis gathers the rows of all, applies its own experts, and their outputs are
 summed back to where the rows came from. Nothing is dropped for want of buffers; the traffic is that of all rows.
 `all_to_all`: only the rows that an expert was chosen for travel to it. Traffic and memory follow the load; buffers
 have a static size, so a bound on them may drop assignments, which is counted.
@@ -36,7 +36,7 @@ class Assignment(NamedTuple):
 
 class ExpertOutput(NamedTuple):
     """Attributes:
-    y_SD: weighted sums of the experts' answers. dropped: int32, assignments of this device, or of its experts, that
+    y_SD: weighted sums of the experts' outputs. dropped: int32, assignments of this device, or of its experts, that
       found no place: for want of an expert's capacity, of the sender's and of the receiver's buffer.
     """
 
@@ -47,26 +47,26 @@ class ExpertOutput(NamedTuple):
 Matrices = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def apply_local(x_SD: jax.Array, chosen: Assignment, matrices: Matrices, config: MoEConfig) -> ExpertOutput:
+def apply_local(x_SD: jax.Array, assignment: Assignment, matrices: Matrices, config: MoEConfig) -> ExpertOutput:
     """All experts are on this device."""
-    plan = make_plan(chosen.expert_SA, matrices[0].shape[0], config.tile, chosen.capacity)
-    y_SD = grouped_ffn(x_SD, chosen.weight_SA, *matrices, plan, config.backend)
+    plan = make_plan(assignment.expert_SA, matrices[0].shape[0], config.tile, assignment.capacity)
+    y_SD = grouped_ffn(x_SD, assignment.weight_SA, *matrices, plan, config.backend)
     dropped = jnp.sum(plan.demand_E - plan.size_E)
     return ExpertOutput(y_SD, jnp.stack([dropped, jnp.zeros_like(dropped), jnp.zeros_like(dropped)]))
 
 
 def apply_all_gather(
-    x_SD: jax.Array, chosen: Assignment, matrices: Matrices, config: MoEConfig, axis: str
+    x_SD: jax.Array, assignment: Assignment, matrices: Matrices, config: MoEConfig, axis: str
 ) -> ExpertOutput:
-    """All-gather of the rows, own experts, and a psum-scatter of what they answer."""
+    """All-gather of the rows, own experts, and a psum-scatter of what they put out."""
     n_local = matrices[0].shape[0]
 
     def gather(x):
         return jax.lax.all_gather(x, axis, tiled=True)
 
-    own = gather(chosen.expert_SA) - jax.lax.axis_index(axis) * n_local
+    own = gather(assignment.expert_SA) - jax.lax.axis_index(axis) * n_local
     here = (own >= 0) & (own < n_local)
-    all_rows = Assignment(jnp.where(here, own, n_local), gather(chosen.weight_SA), chosen.capacity)
+    all_rows = Assignment(jnp.where(here, own, n_local), gather(assignment.weight_SA), assignment.capacity)
     output = apply_local(gather(x_SD), all_rows, matrices, config)
     return ExpertOutput(jax.lax.psum_scatter(output.y_SD, axis, tiled=True), output.dropped)
 
@@ -83,41 +83,41 @@ def size_buffers(n_rows: int, n_choices: int, n_local: int, n: int, config: MoEC
 
 
 def apply_all_to_all(
-    x_SD: jax.Array, chosen: Assignment, matrices: Matrices, config: MoEConfig, axis: str, ragged: bool
+    x_SD: jax.Array, assignment: Assignment, matrices: Matrices, config: MoEConfig, axis: str, ragged: bool
 ) -> ExpertOutput:
-    """Rows to their experts' devices and answers back; weights never travel."""
+    """Rows to their experts' devices and outputs back; weights never travel."""
     n_local, n = matrices[0].shape[0], jax.lax.axis_size(axis)
-    n_rows, n_choices = chosen.expert_SA.shape
-    plan = make_plan(chosen.expert_SA // n_local, n, tile=1)
+    n_rows, n_choices = assignment.expert_SA.shape
+    plan = make_plan(assignment.expert_SA // n_local, n, tile=1)
     n_send, n_receive = size_buffers(n_rows, n_choices, n_local, n, config)
-    transport = AllToAll(axis, n, n_send, n_receive, plan.row_P.shape[0], ragged)
+    transport = AllToAll(axis, n, n_send, n_receive, plan.row_R.shape[0], ragged)
     transfers = transport.plan(plan)
-    rows_RD = transport.dispatch(gather_rows(x_SD, plan), transfers)
+    rows_SD = transport.dispatch(gather_rows(x_SD, plan), transfers)
     # Numbers from 1, because 0 arrives where nothing does.
-    own_P = chosen.expert_SA[plan.row_P, plan.choice_P] % n_local + 1
-    own_R = transport.dispatch(jnp.where(plan.used_P, own_P, 0), transfers)
-    expert_R1 = jnp.where(own_R > 0, own_R - 1, n_local)[:, None]
-    ones_R1 = vary(jnp.ones_like(expert_R1, rows_RD.dtype), MESH_AXES)
-    output = apply_local(rows_RD, Assignment(expert_R1, ones_R1, chosen.capacity), matrices, config)
-    y_SD = combine_rows(transport.combine(output.y_SD, transfers), chosen.weight_SA, plan)
+    own_R = assignment.expert_SA[plan.row_R, plan.choice_R] % n_local + 1
+    own_S = transport.dispatch(jnp.where(plan.used_R, own_R, 0), transfers)
+    expert_S1 = jnp.where(own_S > 0, own_S - 1, n_local)[:, None]
+    ones_S1 = vary(jnp.ones_like(expert_S1, rows_SD.dtype), MESH_AXES)
+    output = apply_local(rows_SD, Assignment(expert_S1, ones_S1, assignment.capacity), matrices, config)
+    y_SD = combine_rows(transport.combine(output.y_SD, transfers), assignment.weight_SA, plan)
     drops = jnp.stack([jnp.zeros_like(transfers.sender_drops), transfers.sender_drops, transfers.receiver_drops])
     return ExpertOutput(y_SD, output.dropped + drops)
 
 
-def apply_on_mesh(x_SD: jax.Array, chosen: Assignment, matrices: Matrices, config: MoEConfig) -> ExpertOutput:
-    """The answers to this device's rows under the config's strategy; call inside `shard_map` over `MESH_AXES`.
+def apply_on_mesh(x_SD: jax.Array, assignment: Assignment, matrices: Matrices, config: MoEConfig) -> ExpertOutput:
+    """The outputs for this device's rows under the config's strategy; call inside `shard_map` over `MESH_AXES`.
 
     Args:
-      matrices: this device's experts, and of their width its part; the parts' answers are summed over `model`.
+      matrices: this device's experts, and of their width its part; the parts' outputs are summed over `model`.
     """
     # Typed as different on every device, so that gradients are summed over those that hold the same value.
     gate, up, down = (vary(m, MESH_AXES) for m in matrices)
     own = (gate, up, down)
-    x_SD, chosen = vary(x_SD, MESH_AXES), chosen._replace(weight_SA=vary(chosen.weight_SA, MESH_AXES))
+    x_SD, assignment = vary(x_SD, MESH_AXES), assignment._replace(weight_SA=vary(assignment.weight_SA, MESH_AXES))
     if config.strategy == "all_gather":
-        output = apply_all_gather(x_SD, chosen, own, config, "expert")
+        output = apply_all_gather(x_SD, assignment, own, config, "expert")
     elif config.strategy == "all_to_all":
-        output = apply_all_to_all(x_SD, chosen, own, config, "expert", ragged=False)
+        output = apply_all_to_all(x_SD, assignment, own, config, "expert", ragged=False)
     else:
-        output = apply_all_to_all(x_SD, chosen, own, config, "expert", ragged=True)
+        output = apply_all_to_all(x_SD, assignment, own, config, "expert", ragged=True)
     return ExpertOutput(jax.lax.psum(output.y_SD, "model"), jax.lax.psum(output.dropped, ROW_AXES))

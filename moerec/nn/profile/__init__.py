@@ -9,7 +9,9 @@ from moerec.nn.profile.memory import (
     ema_memory,
     low_rank_memory,
     null,
+    register_memory,
 )
+from moerec.nn.profile.profile_router import count_profile_slots, make_personalizer
 
 __all__ = [
     "Basis",
@@ -22,8 +24,11 @@ __all__ = [
     "ProfileRequest",
     "ProfileState",
     "UserState",
+    "count_profile_slots",
     "delta_memory",
     "ema_memory",
     "low_rank_memory",
+    "make_personalizer",
     "null",
+    "register_memory",
 ]

@@ -1,4 +1,4 @@
-"""What a personaliser is: four pure functions for one user, and one that does a whole packed row at once.
+"""What a personaliser is: pure functions for one user, and one that does a whole packed row at once.
 
 After the grammar of optax: a variant is a function that returns a `Personalizer`; parameters and states are pytrees
 that the caller holds, and everything is written for one user, to be vmapped. Letters: D model width, M memory slots,
@@ -30,10 +30,14 @@ class UserState(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What the user did: the event's vector (item, service, action) `x_D`, and its time, int32."""
+    """What the user did: the event's vector (item, service, action) `x_D`, and its time, int32.
+
+    `is_event` is false for a slot that is none: it writes nothing and is not counted.
+    """
 
     x_D: jax.Array
     time: jax.Array
+    is_event: jax.Array | bool = True
 
 
 class ProfileRequest(NamedTuple):

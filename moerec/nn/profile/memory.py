@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moerec.config.registry import Registry
 from moerec.nn.layers import RMSNorm, declare, fan_in, fan_in_second, normal
 from moerec.nn.profile.api import Basis, Event, Personalizer, ProfileRequest, ProfileState, UserState
 from moerec.nn.profile.recurrence import (
@@ -41,6 +42,10 @@ class MemorySizes(NamedTuple):
     @property
     def n_written(self) -> int:
         return self.n_aspects * self.n_scales
+
+
+MEMORIES: Registry[Callable[[MemorySizes, int], Personalizer]] = Registry("memory", "model.personal.memory")
+register_memory = MEMORIES.register  # a function of sizes and a chunk's length, under the name that configs give
 
 
 class MemoryParams(nnx.Module):
@@ -108,6 +113,7 @@ def _forget(rate_X: jax.Array, earlier: jax.Array, later: jax.Array) -> jax.Arra
     return jnp.exp(-rate_X * (elapsed_since(earlier, later).astype(jnp.float32) / HOUR))
 
 
+@register_memory("null")
 def null(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     """Nothing is remembered, and nothing known."""
 
@@ -123,7 +129,7 @@ def null(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     def prefix_states(params: Any, event: Event, first_T: jax.Array, start: UserState | None = None) -> UserState:
         t = first_T.shape[0]
         time_T = jnp.full(t, NO_TIME)
-        return UserState(jnp.zeros((t, 0, 0)), time_T, _count_before(first_T, start))
+        return UserState(jnp.zeros((t, 0, 0)), time_T, _count_before(first_T, event.is_event, start))
 
     def basis(params: Any) -> Basis:
         nothing_X1D = jnp.zeros((0, 1, sizes.d_model))
@@ -132,6 +138,7 @@ def null(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     return Personalizer(lambda key: (), init_user, update, read_state, prefix_states, basis, 0)
 
 
+@register_memory("ema")
 def ema_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     """Each slot sums up what was written, forgotten at its half-life; divided by its mass it is an average."""
 
@@ -142,6 +149,7 @@ def ema_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     return _make(sizes, _of_aspects(sizes, write), chunk)
 
 
+@register_memory("delta")
 def delta_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     """Gated overwrite: an event replaces a share of what stands in the slots of its aspects, beside the decay."""
 
@@ -153,6 +161,7 @@ def delta_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     return _make(sizes, _of_aspects(sizes, write), chunk)
 
 
+@register_memory("low_rank")
 def low_rank_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     """A low-rank adapter a user: all share the slots, and each has an own update of rank R of them.
 
@@ -244,6 +253,10 @@ def _make(sizes: MemorySizes, kind: _Kind, chunk: int) -> Personalizer:
 
     def prefix_states(params: Any, event: Event, first_T: jax.Array, start: UserState | None = None) -> UserState:
         write_T = jax.vmap(lambda x_D: kind.write(params, x_D))(event.x_D)
+        is_event_T1 = jnp.broadcast_to(event.is_event, first_T.shape)[:, None]
+        write_T = write_T._replace(
+            log_keep_X=jnp.where(is_event_T1, write_T.log_keep_X, 0), gain_X=jnp.where(is_event_T1, write_T.gain_X, 0)
+        )
         # The time of the state that the row begins with, and then the events'.
         time_S = jnp.append(init_user().time if start is None else start.time, event.time)
         first_S = jnp.append(jnp.array([True, False]), first_T[1:])
@@ -253,7 +266,7 @@ def _make(sizes: MemorySizes, kind: _Kind, chunk: int) -> Personalizer:
             memory_TXP += carried_before(writes, start.memory_MP)
         known_T = last_known(time_S, first_S)[:-1]
         before_T = jnp.where(first_S[1:], NO_TIME, known_T)
-        return UserState(memory_TXP, before_T, _count_before(first_T, start))
+        return UserState(memory_TXP, before_T, _count_before(first_T, event.is_event, start))
 
     def read_state(params: Any, state: UserState, request: ProfileRequest) -> ProfileState:
         left_X = _forget(kind.rates(params), state.time, request.time)
@@ -274,8 +287,9 @@ def _make(sizes: MemorySizes, kind: _Kind, chunk: int) -> Personalizer:
     return Personalizer(kind.init, init_user, update, read_state, prefix_states, basis, n_written + 1)
 
 
-def _count_before(first_T: jax.Array, start: UserState | None) -> jax.Array:
+def _count_before(first_T: jax.Array, is_event: jax.Array | bool, start: UserState | None) -> jax.Array:
     """How many events of the same sequence stand before each slot, with those that `start` has seen."""
-    place_T = jnp.arange(first_T.shape[0], dtype=jnp.int32)
-    count_T = place_T - jax.lax.cummax(jnp.where(first_T, place_T, 0))
+    is_event_T = jnp.broadcast_to(is_event, first_T.shape).astype(jnp.int32)
+    before_T = jnp.cumsum(is_event_T) - is_event_T
+    count_T = before_T - jax.lax.cummax(jnp.where(first_T, before_T, 0))
     return count_T if start is None else count_T + jnp.where(is_continued(first_T), start.n_events, 0)

@@ -9,11 +9,10 @@ from flax import nnx
 from moerec.config import ModelConfig
 from moerec.nn.layers import RMSNorm, declare, fan_in
 from moerec.nn.profile.api import Event, Personalizer, ProfileMemory, ProfileRequest, ProfileState, UserState
-from moerec.nn.profile.memory import MemorySizes, delta_memory, ema_memory, low_rank_memory, null
-from moerec.types import Batch
+from moerec.nn.profile.memory import MEMORIES, MemorySizes
+from moerec.types import EVENT, Batch
 
 NO_PROFILE, MEAN_PROFILE = -1, -2  # in the place of a slot whose profile is given
-VARIANTS = {"null": null, "ema": ema_memory, "delta": delta_memory, "low_rank": low_rank_memory}
 
 
 def make_personalizer(config: ModelConfig, field_sizes: tuple[int, ...]) -> Personalizer:
@@ -21,7 +20,12 @@ def make_personalizer(config: ModelConfig, field_sizes: tuple[int, ...]) -> Pers
     personal = config.personal
     fields = field_sizes if personal.fields else ()
     sizes = MemorySizes(config.d_model, personal.n_aspects, personal.n_scales, personal.d_memory, fields, personal.rank)
-    return VARIANTS[personal.memory](sizes, personal.chunk)
+    return MEMORIES[personal.memory](sizes, personal.chunk)
+
+
+def count_profile_slots(config: ModelConfig) -> int:
+    """M, memory slots of a profile: those that are written, and the one of the static fields; 0 without a profile."""
+    return make_personalizer(config, ()).n_slots if config.personal.layers else 0
 
 
 class Reading(NamedTuple):
@@ -38,7 +42,7 @@ class Reading(NamedTuple):
 
 
 class ProfileRouter(nnx.Module):
-    """Attention of each slot over the memory slots of its user's profile."""
+    """Cross-attention of each slot over the memory slots of its user's profile (the profile router)."""
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         d = config.d_model
@@ -47,18 +51,18 @@ class ProfileRouter(nnx.Module):
         zeros = jax.nn.initializers.zeros
         self.out_DD = declare(key, (d, d), (None, "embed"), zeros) if config.personal.read else None
 
-    def __call__(self, x_BTD: jax.Array, slots: ProfileMemory) -> Reading:
+    def __call__(self, x_BTD: jax.Array, memory: ProfileMemory) -> Reading:
         d = x_BTD.shape[-1]
         query_BTD = self.norm(x_BTD.astype(jnp.float32)) @ self.query_DD[...]
-        log_BTM = jax.nn.log_softmax(slots.score(query_BTD[:, :, None])[:, :, 0] * d**-0.5)
+        log_BTM = jax.nn.log_softmax(memory.score(query_BTD[:, :, None])[:, :, 0] * d**-0.5)
         relevance_BTM = jnp.exp(log_BTM)
         read_BTD = jnp.zeros_like(query_BTD)
         if self.out_DD is not None:
-            read_BTD = slots.read(relevance_BTM[:, :, None])[:, :, 0] @ self.out_DD[...]
+            read_BTD = memory.read(relevance_BTM[:, :, None])[:, :, 0] @ self.out_DD[...]
         return Reading(relevance_BTM, log_BTM, read_BTD)
 
 
-def condition_slots(
+def read_profiles(
     personalizer: Personalizer,
     params,
     batch: Batch,
@@ -72,25 +76,26 @@ def condition_slots(
       event_BTD: vectors of the events. fields: whether the static profile fields are read.
       start_B: states `[B, ...]` before the rows' first sequences; None: of nobody.
     """
-    field_BTY = batch.field_BTY if fields else batch.field_BTY[..., :0]
+    request = batch.request
+    field_BTY = request.field_BTY if fields else request.field_BTY[..., :0]
     first_BT = batch.position_BT == 0
 
-    def of_row(x_TD, time_T, first_T, request_T, field_TY, start):
-        states = personalizer.prefix_states(params, Event(x_TD, time_T), first_T, start)
-        return jax.vmap(lambda s, t, f: personalizer.read(params, s, ProfileRequest(t, f)))(
-            states, request_T, field_TY
-        )
+    def of_row(event, first_T, request_T, field_TY, start):
+        states = personalizer.prefix_states(params, event, first_T, start)
+        return jax.vmap(lambda s, t, f: personalizer.read(params, s, ProfileRequest(t, f)))(states, request_T, field_TY)
 
-    return jax.vmap(of_row)(event_BTD, batch.time_BT, first_BT, batch.request_time_BT, field_BTY, start_B)
+    events = Event(event_BTD, batch.time_BT, batch.kind_BT == EVENT)
+    return jax.vmap(of_row)(events, first_BT, request.time_BT, field_BTY, start_B)
 
 
 def swap_profiles(
-    read_state: ProfileState, profile_source_BT: jax.Array, is_slot_BT: jax.Array, nobody: ProfileState
+    profile: ProfileState, profile_source_BT: jax.Array, is_slot_BT: jax.Array, nobody: ProfileState
 ) -> ProfileState:
     """Other profiles in the place of the slots' own.
 
     Args:
-      profile_source_BT: int32 flat slot whose profile each slot gets, or `NO_PROFILE`, or `MEAN_PROFILE`: that of all slots.
+      profile_source_BT: int32 flat slot whose profile each slot gets, or `NO_PROFILE`, or `MEAN_PROFILE`: that of all
+        slots.
       is_slot_BT: which slots count for the mean. nobody: of a user of whom nothing is known.
     """
 
@@ -103,4 +108,4 @@ def swap_profiles(
         given = jnp.where(over(profile_source_BT == MEAN_PROFILE), mean, given)
         return jnp.where(over(profile_source_BT == NO_PROFILE), nothing_X, given)
 
-    return jax.tree.map(pick, read_state, nobody)
+    return jax.tree.map(pick, profile, nobody)

@@ -140,7 +140,7 @@ def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
     # categories drawn from a few, so that habits come into play on four items
     world = dataclasses.replace(world, category_I=world.category_I % 3 + 7)
     world = dataclasses.replace(world, variety_I=world.variety_I % 3)
-    longer = np.concatenate([[0], np.cumsum([4, 4, 3, 2, 2, 3])])  # more than three events need other users's
+    longer = np.concatenate([[0], np.cumsum([4, 4, 3, 2, 2, 3])])  # more than three events need other users'
     log = dataset.log
     dataset = dataclasses.replace(
         dataset,

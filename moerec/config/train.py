@@ -1,6 +1,7 @@
 """Loss, optimiser, training, evaluation and audit."""
 
 import dataclasses
+import math
 
 from moerec.config.checks import one_of, require
 
@@ -9,7 +10,7 @@ from moerec.config.checks import one_of, require
 class LossConfig:
     """Next-item loss. `one_negative` is the classical SASRec objective (binary cross-entropy)."""
 
-    kind: str = "full_softmax"  # full_softmax, sampled_softmax or one_negative
+    kind: str = "full_softmax"  # full_softmax, sampled_softmax, one_negative, or one of one's own
     n_negatives: int = 4096  # shared by all slots of a step
     sampling_power: float = 0.0  # negatives are drawn with q ~ (1 + training count)^power; 0 is uniform
     scope: str = "union"  # the competitors of a target: the items of all services, or those of its own
@@ -22,11 +23,15 @@ class LossConfig:
     def __post_init__(self):
         for name in ("analyser_weight", "balance_weight", "domain_balance_weight", "router_z_weight"):
             require(getattr(self, name) >= 0, f"loss.{name}", "must not be negative")
-        one_of(self.kind, "loss.kind", ("full_softmax", "sampled_softmax", "one_negative"))
         one_of(self.scope, "loss.scope", ("union", "service"))
         require(self.n_negatives >= 1, "loss.n_negatives", "must be at least 1")
         require(-2 <= self.sampling_power <= 2, "loss.sampling_power", "must lie in [-2, 2]")
         require(self.chunk >= 1, "loss.chunk", "must be at least 1")
+
+    @property
+    def by_service(self) -> bool:
+        """Whether the competitors of a target are the items of its own service alone."""
+        return self.scope == "service"
 
 
 @dataclasses.dataclass
@@ -40,6 +45,7 @@ class OptimConfig:
     weight_decay: float = 0.01  # on matrices only
     decay_embeddings: bool = False  # decay the embedding tables, too
     clip_norm: float = 1.0  # 0 switches clipping off
+    groups: tuple[str, ...] = ()  # "PATTERN=RATE" or "PATTERN=frozen": parameters by path, a multiple of the rate
     ema_decay: float = 0.0  # average of the parameters that is evaluated; 0 evaluates the last ones
 
     def __post_init__(self):
@@ -51,6 +57,21 @@ class OptimConfig:
         require(0 <= self.final_rate <= 1, "optim.final_rate", "must lie in [0, 1]")
         require(self.weight_decay >= 0, "optim.weight_decay", "must not be negative")
         require(self.clip_norm >= 0, "optim.clip_norm", "must not be negative")
+        require(len(self.rates) == len(self.groups), "optim.groups", "a pattern is there twice")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Of each pattern the multiple of the learning rate; 0 is frozen."""
+        found = {}
+        for entry in self.groups:
+            pattern, _, rate = entry.rpartition("=")
+            try:
+                found[pattern] = 0.0 if rate == "frozen" else float(rate)
+            except ValueError:
+                found[pattern] = -1.0
+            is_fit = bool(pattern) and math.isfinite(found[pattern]) and found[pattern] >= 0
+            require(is_fit, "optim.groups", f'{entry!r} is not of the form "PATTERN=RATE" or "PATTERN=frozen"')
+        return found
 
 
 @dataclasses.dataclass
@@ -62,6 +83,10 @@ class TrainConfig:
     eval_every: int = 200  # validation; 0 evaluates at the end only
     save_every: int = 200
     patience: int = 0  # evaluations without a better validation score before stopping; 0 never stops early
+    init_from: str = ""  # the directory of a run, or of its checkpoints, whose best parameters training begins with
+    init_rename: tuple[str, ...] = ()  # "THERE=HERE": beginnings of paths that are called otherwise there
+    init_fresh: tuple[str, ...] = ()  # patterns of paths here that may stay as they are initialised
+    init_drop: tuple[str, ...] = ()  # patterns of paths there that may be left out
     n_valid: int = 5000  # most validation targets used during training (a fixed sample)
     mesh_data: int = 1  # devices over which the batch is split
     mesh_expert: int = 1  # devices over which the batch and the experts are split
@@ -82,6 +107,10 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"train.{name}", "must be at least 1")
         for name in ("eval_every", "patience"):
             require(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
+        renamed = all(there and here for there, _, here in (entry.partition("=") for entry in self.init_rename))
+        require(renamed, "train.init_rename", 'entries are of the form "THERE=HERE"')
+        is_used = bool(self.init_from) or not (self.init_rename or self.init_fresh or self.init_drop)
+        require(is_used, "train.init_from", "init_rename, init_fresh and init_drop belong to it")
         parts = self.n_microbatches * self.mesh_data * self.mesh_expert
         wanted = "must be a multiple of n_microbatches times mesh_data times mesh_expert"
         require(self.batch_size % parts == 0, "train.batch_size", wanted)

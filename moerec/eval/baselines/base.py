@@ -1,0 +1,103 @@
+"""What a baseline is, and the ranking of those that score all items on the host."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar, cast
+
+import numpy as np
+
+from moerec.config import Config
+from moerec.config.registry import Registry
+from moerec.data.dataset import Dataset
+from moerec.data.histories import Histories
+from moerec.data.load import RunData
+from moerec.errors import WorkError
+from moerec.eval.metrics import Ranks, concatenate_counts, count_ranks
+from moerec.eval.ranking.dataset import EvalDataset
+
+
+class Scorer(Protocol):
+    """Anything that scores the union catalogue for a chunk of targets without looking at the targets' items."""
+
+    def score(self, dataset: Dataset, targets: np.ndarray, histories: Histories) -> np.ndarray:
+        """`[n, I]` finite floats for the targets `[n]` (rows of the log), given their histories."""
+        ...
+
+
+P = ParamSpec("P")
+S = TypeVar("S", bound=Scorer)
+
+
+class BaselineInputs(NamedTuple):
+    """What a baseline is made from: the run's config and data, its test targets, and a folder of its own."""
+
+    config: Config
+    data: RunData
+    examples: EvalDataset
+    workdir: Path
+
+
+Baseline = Callable[[BaselineInputs], Ranks]
+BASELINES: Registry[Baseline] = Registry("baseline", "baselines")
+register_baseline = BASELINES.register  # a function of `BaselineInputs`, under the name that configs give
+
+
+def register_scorer(name: str) -> Callable[[Callable[P, S]], Callable[P, S]]:
+    """Decorates `fit(dataset, split_ids) -> Scorer`, a baseline that scores all items at once on the host.
+
+    Raises:
+      InputError: the name is taken.
+    """
+
+    def add(fit: Callable[P, S]) -> Callable[P, S]:
+        def rank(inputs: BaselineInputs) -> Ranks:
+            data, examples = inputs.data, inputs.examples
+            scorer = cast(Callable[..., Scorer], fit)(data.dataset, data.split_ids)
+            seen = inputs.config.eval.mask_seen
+            return rank_by_scores(scorer, data.dataset, examples.targets, examples.histories, seen)
+
+        rank.origin = fit  # type: ignore[attr-defined]
+        BASELINES.register(name)(rank)
+        return fit
+
+    return add
+
+
+def rank_by_scores(
+    model: Scorer,
+    dataset: Dataset,
+    targets: np.ndarray,
+    histories: Histories,
+    mask_seen: bool,
+    chunk: int = 512,
+) -> Ranks:
+    """Ranks each target in its service's catalogue and in the union of all.
+
+    Args:
+      model: scores the chunks.
+      dataset: the data set that `targets` and `histories` index.
+      targets: `[n]` rows of the log.
+      histories: what the model may see.
+      mask_seen: whether items of the user's history are no candidates; a target among them is a miss.
+      chunk: targets scored at once.
+
+    Raises:
+      WorkError: a score is not finite, or the scores have another shape than `[targets, items]`.
+    """
+    catalogue, item = dataset.catalogue, dataset.log.item
+    own, union = [], []
+    for start in range(0, len(targets), chunk):
+        stop = min(start + chunk, len(targets))
+        answer = item[targets[start:stop]]
+        scores = model.score(dataset, targets[start:stop], histories.slice(start, stop))
+        if scores.shape != (stop - start, catalogue.n_items):
+            raise WorkError(f"scores of shape {scores.shape} for {stop - start} targets and {catalogue.n_items} items")
+        masked = None
+        if mask_seen:
+            own_part = histories.slice(start, stop)
+            masked = (own_part.offsets, item[own_part.rows])
+        service = np.searchsorted(catalogue.offsets, answer, side="right") - 1
+        ranges = (catalogue.offsets[service], catalogue.offsets[service + 1])
+        own.append(count_ranks(scores, answer, masked, ranges, first_row=start))
+        union.append(own[-1] if catalogue.n_services == 1 else count_ranks(scores, answer, masked, first_row=start))
+    return Ranks(concatenate_counts(own), concatenate_counts(union))

@@ -1,0 +1,62 @@
+"""SASRec (Kang & McAuley 2018) as a configuration of the same trainer: item rows alone, and its objective."""
+
+import dataclasses
+
+from moerec.config import Config, MoEConfig, PersonalConfig
+from moerec.eval.baselines.base import BaselineInputs, register_baseline
+from moerec.eval.metrics import Ranks
+from moerec.eval.ranking.rank import make_evaluator, rank_targets
+from moerec.train.loop import fit
+
+
+def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
+    """The run's config with SASRec's model.
+
+    Data, split, width, depth, dropout, scope of the loss, optimiser and number of steps are the run's own, so the
+    budget is equal; none of them is tuned for it. The block is the decoder's, and a drawn negative may be an item of
+    the user's history.
+    """
+    items_alone = dataclasses.replace(
+        config.model,
+        item_row=True,
+        item_text=False,
+        service=False,
+        action=False,
+        event_time=False,
+        request_time=False,
+        request_context=False,
+        item_bias=False,
+        tie_items=True,
+        pointer="none",
+        window=0,
+        moe=MoEConfig(),
+        personal=PersonalConfig(),
+    )
+    return dataclasses.replace(
+        config,
+        name=f"{config.name}_{name}",
+        model=items_alone,
+        loss=dataclasses.replace(config.loss, kind=loss_kind),
+        optim=dataclasses.replace(config.optim, groups=()),
+        train=dataclasses.replace(config.train, init_from="", init_rename=(), init_fresh=(), init_drop=()),
+        tasks=("next_event",),
+        baselines=(),
+    )
+
+
+def _rank(inputs: BaselineInputs, name: str, loss_kind: str) -> Ranks:
+    config = sasrec_config(inputs.config, name, loss_kind)
+    trained = fit(config, inputs.data, inputs.workdir, make_evaluator(config, inputs.data))
+    return rank_targets(trained.predictor, inputs.examples, trained.catalog)
+
+
+@register_baseline("sasrec_one_negative")
+def rank_one_negative(inputs: BaselineInputs) -> Ranks:
+    """SASRec with its own objective, one drawn negative a slot."""
+    return _rank(inputs, "sasrec_one_negative", "one_negative")
+
+
+@register_baseline("sasrec_sampled")
+def rank_sampled(inputs: BaselineInputs) -> Ranks:
+    """SASRec with the sampled softmax."""
+    return _rank(inputs, "sasrec_sampled", "sampled_softmax")

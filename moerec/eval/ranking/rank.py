@@ -1,0 +1,152 @@
+"""Full ranking of every target over its service's catalogue and over the union, on the device."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.config import Config
+from moerec.data.load import RunData
+from moerec.errors import WorkError
+from moerec.eval.metrics import MISS, RankCounts, Ranks, per_target_metrics
+from moerec.eval.ranking.dataset import EvalDataset, RankQueries, make_valid_set
+from moerec.nn.heads.item import score_items
+from moerec.nn.model import Predictor
+from moerec.nn.sharding import mesh_of
+from moerec.train.loop import Evaluator
+from moerec.types import Array, Batch, Catalog
+
+
+class BatchRanks(NamedTuple):
+    """Candidates above (`greater`) and level with (`equal`, the target included) each target; int32 `[Q]`."""
+
+    greater_in_service: jax.Array
+    equal_in_service: jax.Array
+    greater_union: jax.Array
+    equal_union: jax.Array
+    finite: jax.Array
+
+
+@jax.jit
+def rank_batch(
+    predictor: Predictor,
+    batch: Batch,
+    queries: RankQueries,
+    catalog: Catalog,
+    profile_source_BT: jax.Array | None = None,
+) -> BatchRanks:
+    """Counts by comparison, without a sort. A target that is itself among the seen items is a miss.
+
+    Args:
+      catalog: bound. profile_source_BT: whose profile each slot gets, where not its own (`swap_profiles`).
+    """
+    profile = None
+    if profile_source_BT is not None:
+        own = predictor.params.read_profiles(batch, catalog)
+        profile = predictor.params.replace_profiles(own, profile_source_BT, batch)
+    score_QI = score_items(predictor.encode(batch, catalog, profile=profile), batch, queries.slot, catalog)
+    target = jnp.maximum(queries.target, 0)[:, None]
+    level = jnp.take_along_axis(score_QI, target, axis=1)
+    item_I = jnp.arange(score_QI.shape[1])
+    own_QI = (item_I >= queries.low[:, None]) & (item_I < queries.high[:, None])
+    seen = queries.seen
+    seen_score = jnp.take_along_axis(score_QI, jnp.maximum(seen, 0), axis=1)
+    masked = (seen >= 0) & (seen != target)
+    masked_own = masked & (seen >= queries.low[:, None]) & (seen < queries.high[:, None])
+
+    def count(relation, candidates, masked_candidates):
+        kept = jnp.sum(relation(score_QI, level) & candidates, axis=1)
+        return kept - jnp.sum(relation(seen_score, level) & masked_candidates, axis=1)
+
+    missed = jnp.any(seen == target, axis=1) & (queries.target >= 0)
+    greater_own = jnp.where(missed, MISS, count(jnp.greater, own_QI, masked_own))
+    greater_all = jnp.where(missed, MISS, count(jnp.greater, True, masked))
+    return BatchRanks(
+        greater_own,
+        jnp.where(missed, 1, count(jnp.equal, own_QI, masked_own)),
+        greater_all,
+        jnp.where(missed, 1, count(jnp.equal, True, masked)),
+        jnp.all(jnp.isfinite(score_QI), axis=1),
+    )
+
+
+def pad_seen(offsets: np.ndarray, items: np.ndarray, width: int) -> np.ndarray:
+    """`[n, width]` int32: each row's distinct items, then -1."""
+    n = len(offsets) - 1
+    owner = np.repeat(np.arange(n), np.diff(offsets))
+    pairs = np.unique(np.stack([owner, items], axis=1), axis=0) if len(items) else np.zeros((0, 2), np.int64)
+    place = np.arange(len(pairs)) - np.searchsorted(pairs[:, 0], pairs[:, 0])
+    out = np.full((n, width), -1, np.int32)
+    out[pairs[:, 0], place] = pairs[:, 1]
+    return out
+
+
+Intervention = Callable[[Batch, np.ndarray], tuple[Batch, Array | None]]
+
+
+def rank_targets(
+    predictor: Predictor, examples: EvalDataset, catalog: Catalog, intervention: Intervention | None = None
+) -> Ranks:
+    """Where each target stands.
+
+    Args:
+      predictor: what is evaluated. examples: the targets with their histories. catalog: bound to the predictor.
+      intervention: what is done to each batch of histories first, given whose each of them is; it may name the slots'
+        sources of profiles (`swap_profiles`).
+
+    Raises:
+      WorkError: a score is not finite.
+    """
+    parts: list[tuple[slice, BatchRanks]] = []
+    ranked: list[np.ndarray] = []
+
+    def collect():
+        which, ranks = parts.pop()
+        n = which.stop - which.start
+        counts = [np.asarray(x)[:n] for x in ranks]
+        if not counts[-1].all():
+            row = which.start + int(np.flatnonzero(~counts[-1])[0])
+            raise WorkError(f"evaluation: target {row} got a score that is not finite")
+        ranked.append(np.stack(counts[:-1]).astype(np.int64))
+
+    with mesh_of(predictor):
+        for which, batch, queries in examples.batches():
+            source_BT = None
+            if intervention is not None:
+                batch, source_BT = intervention(batch, examples.users_of(which))
+            ranks = rank_batch(predictor, batch, queries, catalog, source_BT)
+            if parts:  # the batch before has been computed while this one was packed
+                collect()
+            parts.append((which, ranks))
+    if parts:
+        collect()
+    joined = np.concatenate(ranked, axis=1) if ranked else np.zeros((4, 0), np.int64)
+    return Ranks(RankCounts(joined[0], joined[1]), RankCounts(joined[2], joined[3]))
+
+
+def evaluate_targets(
+    predictor: Predictor, catalog: Catalog, examples: EvalDataset, selection: str
+) -> tuple[float, dict[str, float]]:
+    """The score that picks the best step (`eval.selection`), and the validation metrics."""
+    in_service, union = map(per_target_metrics, rank_targets(predictor, examples, catalog))
+    metrics = {f"valid/union/{name}": float(union[name].mean()) for name in ("ndcg@10", "recall@10")}
+    own = {}
+    for code, service in enumerate(examples.dataset.catalogue.services):
+        rows = examples.target_service == code
+        if rows.any():
+            own[service] = float(in_service["ndcg@10"][rows].mean())
+            metrics[f"valid/in_service/{service}/ndcg@10"] = own[service]
+    score = metrics["valid/union/ndcg@10"] if selection == "union" else float(np.mean(list(own.values())))
+    return score, metrics
+
+
+def make_evaluator(config: Config, data: RunData) -> Evaluator:
+    """What training is handed to validate with."""
+    examples = make_valid_set(config, data)
+
+    def evaluate(predictor: Predictor, catalog: Catalog) -> tuple[float, dict[str, float]]:
+        return evaluate_targets(predictor, catalog, examples, config.eval.selection)
+
+    return evaluate

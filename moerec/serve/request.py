@@ -1,0 +1,115 @@
+"""What is asked of a run: a request in words, and its codes."""
+
+import re
+import types
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from moerec.data.dataset import Dataset
+from moerec.data.prepare.binning import NUMBER, find_ranges, name_ranges
+from moerec.data.splits import parse_date
+from moerec.errors import InputError
+from moerec.train.run_dir import Run
+
+NOTHING: Mapping[str, str] = types.MappingProxyType({})
+
+
+class RecommendRequest(NamedTuple):
+    """When something is wanted, unix seconds (None: not known), and its context by name; what is left out is missing.
+
+    Events at or after the time are no history. `service` narrows the list to one service's catalogue. `fields` are
+    static profile fields by name, in the place of the user's own.
+    """
+
+    time: int | None = None
+    context: Mapping[str, str] = NOTHING
+    service: str = ""
+    fields: Mapping[str, str] = NOTHING
+
+
+def read_request(context: list[str], time: str, service: str, fields: list[str] | None = None) -> RecommendRequest:
+    """A request in words: entries `name=value` or `name=value,name=value`; an ISO date and time (UTC), or nothing.
+
+    Raises:
+      InputError: an entry is of another form, or a name is there twice; no such time.
+    """
+    when = parse_date(time, "--time") if time else None
+    return RecommendRequest(when, _read_pairs(context, "--context"), service, _read_pairs(fields or [], "--fields"))
+
+
+def _read_pairs(entries: list[str], flag: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in (part for given in entries for part in re.split(r",(?=[^,=]+=)", given)):
+        name, _, value = entry.partition("=")
+        if not name or not value:
+            raise InputError(f"{flag}: {entry!r} is not of the form name=value")
+        if name in found:
+            raise InputError(f"{flag}: {name} is there twice")
+        found[name] = value
+    return found
+
+
+def encode_context(dataset: Dataset, edges: Mapping[str, tuple[float, ...]], context: Mapping[str, str]) -> np.ndarray:
+    """`[C]` int64 codes of the features, 0 for those that are not given, the last code for another value.
+
+    A feature whose values are the ranges between its `edges` may be given as a number, too.
+    """
+    for name in context:
+        if name not in dataset.context:
+            raise InputError(f"--context: {name!r} is none of {', '.join(dataset.context) or 'no features'}")
+    codes = [
+        _find_code(name, context.get(name, ""), values, edges.get(name, ())) for name, values in dataset.context.items()
+    ]
+    return np.array(codes, np.int64)
+
+
+def _find_code(name: str, value: str, values: tuple[str, ...], edges: tuple[float, ...]) -> int:
+    if not value:
+        return 0
+    if value in values:
+        return values.index(value) + 1
+    if not edges or values != tuple(name_ranges(edges)):
+        return len(values) + 1
+    if not re.fullmatch(NUMBER, value):
+        raise InputError(f"--context: {name}={value} is no number and none of its ranges")
+    return int(find_ranges(np.array(float(value)), edges))
+
+
+def encode_fields(dataset: Dataset, fields: Mapping[str, str], own_Y: np.ndarray) -> np.ndarray:
+    """`[Y]` codes of the static profile fields: `own_Y`, but for those that are given.
+
+    Raises:
+      InputError: there is no such field, or no such value of it in the data.
+    """
+    codes = own_Y.copy()
+    for name, value in fields.items():
+        if name not in dataset.profile:
+            raise InputError(f"--fields: {name!r} is none of {', '.join(dataset.profile) or 'no fields'}")
+        known = [x for x in np.unique(dataset.profile[name]).tolist() if x]
+        if value not in known:
+            raise InputError(f"--fields: {name}={value}: there are {', '.join(known)}")
+        codes[list(dataset.profile).index(name)] = known.index(value) + 1
+    return codes
+
+
+def hide_unknown(run: Run, code_C: np.ndarray) -> np.ndarray:
+    """The codes with "unseen" for those that no event has; the model knows all of the built-in world's."""
+    if run.data.world is not None:
+        return code_C
+    context = run.data.dataset.log.context
+    unseen_C = np.array([len(values) + 1 for values in run.data.dataset.context.values()], np.int64)
+    is_known_C = np.array([np.any(column == code) for code, column in zip(code_C, context.T, strict=True)], bool)
+    return np.where(is_known_C | (code_C == 0), code_C, unseen_C)
+
+
+def list_unseen(run: Run, context: Mapping[str, str]) -> list[str]:
+    """A line for each value of a request that the model has never seen."""
+    dataset, edges = run.data.dataset, run.config.data.schema.edges
+    code_C = hide_unknown(run, encode_context(dataset, edges, context))
+    return [
+        f"{name}={context[name]}: never seen in training; there are {', '.join(values)}"
+        for (name, values), code in zip(dataset.context.items(), code_C, strict=True)
+        if code == len(values) + 1
+    ]

@@ -1,0 +1,91 @@
+"""What a task is: what it wants of packed slots, its loss, and how tasks are put together from a config."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from moerec.config import Config
+from moerec.config.registry import Registry
+from moerec.data.packing import Packed
+from moerec.nn.model import SequenceModel
+from moerec.types import Array, Batch, Catalog, Outputs, Target
+
+
+class Draws(NamedTuple):
+    """What a task draws at random, once a step and for the global batch.
+
+    Attributes:
+      shared: the same for all microbatches. by_row: arrays with a leading axis of the batch's rows, which go with them.
+    """
+
+    shared: Any = None
+    by_row: Any = None
+
+
+class TaskSums(NamedTuple):
+    """Sums over the slots of a batch; those of microbatches and devices add up to the global batch's.
+
+    Attributes:
+      total: what is minimised, weighted. weight: the sum of the targets' weights; the loss is the quotient of the two.
+      parts: further sums by name, reported divided by the weight.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+    parts: dict[str, jax.Array]
+
+
+class Task(Protocol):
+    """What is learned from slots. Everything but `render` and `constants` runs inside the compiled step."""
+
+    name: str
+
+    def render(self, packed: Packed) -> Target:
+        """The targets of packed slots; NumPy, in the input pipeline."""
+        ...
+
+    def constants(self, catalog: Catalog, config: Config) -> Any:
+        """Arrays that the step needs beside the catalogue, made once; NumPy."""
+        ...
+
+    def binds_catalog(self, config: Config) -> bool:
+        """Whether the loss wants the vectors of all items at once."""
+        ...
+
+    def domains(self, target: Target, catalog: Catalog) -> jax.Array | None:
+        """`[B, T]` int32, under which domain a slot's routing is counted, -1 for none; or nothing, for another task."""
+        ...
+
+    def draw(self, key: jax.Array, batch: Batch, catalog: Catalog, constants: Any, config: Config) -> Draws:
+        """What is drawn at random for a step."""
+        ...
+
+    def loss(
+        self, model: SequenceModel, outputs: Outputs, batch: Batch, catalog: Catalog, draws: Draws, config: Config
+    ) -> TaskSums:
+        """The sums of a microbatch."""
+        ...
+
+
+TASKS: Registry[type[Task]] = Registry("task", "tasks")
+register_task = TASKS.register  # a class without arguments, under the name that configs give
+
+
+def make_tasks(config: Config) -> list[Task]:
+    """The tasks that a config names.
+
+    Raises:
+      InputError: a name, or that of a part that a task uses, is not known.
+    """
+    return [TASKS[name]() for name in config.tasks]
+
+
+def render_targets(tasks: list[Task], packed: Packed) -> dict[str, Target]:
+    """What all tasks want of packed slots."""
+    return {task.name: task.render(packed) for task in tasks}
+
+
+def find_domains(tasks: list[Task], batch: Batch, catalog: Catalog) -> Array | None:
+    """Of the first task that has them."""
+    found = (task.domains(batch.targets[task.name], catalog) for task in tasks)
+    return next((domain_BT for domain_BT in found if domain_BT is not None), None)

@@ -1,0 +1,77 @@
+"""The first task: which item comes next, at every slot; and, for the analyser, of which service it is."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.config import Config
+from moerec.data.packing import Packed
+from moerec.errors import InputError
+from moerec.nn.heads.item import TargetItems
+from moerec.nn.model import SequenceModel
+from moerec.tasks.base import Draws, TaskSums, register_task
+from moerec.tasks.losses import LOSSES, DrawInputs, draw_all, sampling_cdf
+from moerec.types import Batch, Catalog, Outputs, Target
+
+
+@register_task("next_event")
+class NextEvent:
+    """Next-item prediction (SASRec: Kang & McAuley 2018), the loss by `loss.kind`."""
+
+    name = "next_event"
+
+    def render(self, packed: Packed) -> Target:
+        weight_BT = (packed.batch.segment_BT > 0).astype(np.float32)
+        return Target(packed.next_item_BT, weight_BT)
+
+    def constants(self, catalog: Catalog, config: Config) -> np.ndarray:
+        """`sampling_cdf`."""
+        return sampling_cdf(catalog.count_I, config.loss.sampling_power)
+
+    def binds_catalog(self, config: Config) -> bool:
+        # The full softmax needs the vectors of all items anyway: then no text is read for each slot that it stands in.
+        return LOSSES[config.loss.kind].draw is draw_all
+
+    def domains(self, target: Target, catalog: Catalog) -> jax.Array:
+        return jnp.where(target.weight_BT > 0, catalog.service_I[target.label_BT], -1)
+
+    def draw(self, key: jax.Array, batch: Batch, catalog: Catalog, constants: Any, config: Config) -> Draws:
+        loss = LOSSES[config.loss.kind]
+        target_BT = batch.targets[self.name].label_BT
+        candidates = loss.draw(key, DrawInputs(target_BT, catalog, constants, config.loss))
+        return Draws(by_row=candidates) if loss.by_row else Draws(shared=candidates)
+
+    def loss(
+        self, model: SequenceModel, outputs: Outputs, batch: Batch, catalog: Catalog, draws: Draws, config: Config
+    ) -> TaskSums:
+        target, options = batch.targets[self.name], config.loss
+        targets = TargetItems(
+            model.head,
+            model.item_encoder,
+            outputs,
+            batch,
+            catalog,
+            target.label_BT.reshape(-1),
+            target.weight_BT.reshape(-1),
+            options.by_service,
+            options.chunk,
+        )
+        candidates = draws.shared if draws.by_row is None else draws.by_row
+        item = LOSSES[options.kind].origin(targets, candidates, options)
+        total, parts = item, {"loss": item}
+        if outputs.log_domain_BTZ is not None:
+            service_BT = catalog.service_I[target.label_BT]
+            log_p_BT = jnp.take_along_axis(outputs.log_domain_BTZ, service_BT[..., None], axis=-1)[..., 0]
+            parts["analyser"] = -jnp.sum(target.weight_BT * log_p_BT)
+            total += options.analyser_weight * parts["analyser"]
+        return TaskSums(total, jnp.sum(target.weight_BT), parts)
+
+
+def check_loss(config: Config) -> None:
+    """Raises: InputError, where the loss is not known, or does not go with the model's head."""
+    loss = LOSSES[config.loss.kind]
+    if config.model.has_pointers and (not loss.is_normalised or config.loss.by_service):
+        # A pointer adds to the probability of an item among those of all services.
+        raise InputError("config.model.pointer: needs a softmax over the union (loss.kind, loss.scope)")

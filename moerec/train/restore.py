@@ -1,0 +1,181 @@
+"""Training that begins with the parameters of another run: partial and renamed restore that accounts for every leaf.
+
+Leaves are matched by path, and layers one by one: `layers/3/attention/q_DNH` is layer 3's in whatever group it stands,
+so that a dense model's layers are found by a mixture that groups them otherwise.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.config import Config, ModelConfig, TrainConfig
+from moerec.config.stored import read_config
+from moerec.errors import InputError
+from moerec.nn.block import split_layers
+from moerec.train.checkpoint import Checkpoints
+from moerec.train.paths import first_match, flatten, unflatten
+from moerec.train.state import TrainState
+
+ROUTER_BIAS, BIAS = "router_bias_LE", "router_bias_E"  # of the state, and of a layer
+
+
+class Restored(NamedTuple):
+    """What became of every leaf; paths by layer.
+
+    Attributes:
+      leaves: those that were found, by their path here. renamed: `{path here: path there}` where the two differ.
+      fresh: paths here that stay as they are initialised. dropped: paths there that are left out.
+    """
+
+    leaves: dict[str, np.ndarray]
+    renamed: dict[str, str]
+    fresh: list[str]
+    dropped: list[str]
+
+
+def split_groups(leaves: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Leaves of a model by layer: of `groups/G/…`, stacked over the group's layers, one a layer as `layers/L/…`."""
+    groups, found = split_layers(config), {}
+    for path, leaf in leaves.items():
+        head, *rest = path.split("/")
+        if head != "groups":
+            found[path] = leaf
+            continue
+        group = groups[int(rest[0])]
+        for layer in range(group.first, group.last):
+            found["/".join(("layers", str(layer), *rest[1:]))] = leaf[layer - group.first]
+    return found
+
+
+def join_groups(leaves: Mapping[str, Any], config: ModelConfig, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `split_groups`. Args: the paths by group."""
+    groups, found = split_layers(config), {}
+    for path in like:
+        head, *rest = path.split("/")
+        if head != "groups":
+            found[path] = leaves[path]
+            continue
+        group = groups[int(rest[0])]
+        paths = ["/".join(("layers", str(layer), *rest[1:])) for layer in range(group.first, group.last)]
+        found[path] = np.stack([leaves[p] for p in paths])
+    return found
+
+
+def match_leaves(
+    here: Mapping[str, tuple[int, ...]], there: Mapping[str, np.ndarray], options: TrainConfig
+) -> Restored:
+    """Finds for every leaf here the one there, and says what became of all others.
+
+    Args:
+      here: shapes by path. there: arrays by path.
+
+    Raises:
+      InputError: a leaf here has none there and is no `init_fresh`, one there has none here and is no `init_drop`, two
+        are given one name, a shape differs, or a name or pattern is nobody's.
+    """
+    renames = dict(entry.split("=", 1) for entry in options.init_rename)
+    names: dict[str, str] = {}
+    used = set()
+    for path in there:
+        old = next((old for old in renames if path == old or path.startswith(old.rstrip("/") + "/")), None)
+        used |= {old} - {None}
+        name = path if old is None else renames[old].rstrip("/") + path[len(old.rstrip("/")) :]
+        if name in names:
+            raise InputError(f"config.train.init_rename: {path} and {names[name]} would both be {name}")
+        names[name] = path
+    for old in renames.keys() - used:
+        raise InputError(f"config.train.init_rename: {old!r} begins no path there, such as {next(iter(there))}")
+    dropped = [path for name, path in names.items() if first_match(path, options.init_drop)]
+    found = {name: path for name, path in names.items() if path not in dropped}
+    fresh = [path for path in here if path not in found and first_match(path, options.init_fresh)]
+    for path in here:
+        if path not in found and path not in fresh:
+            raise InputError(f"config.train.init_from: {path} is not there; init_fresh lets it stay as initialised")
+    for name, path in found.items():
+        if name not in here:
+            raise InputError(f"config.train.init_from: {path} is not here; init_drop leaves it out")
+        if tuple(there[path].shape) != tuple(here[name]):
+            shapes = f"{tuple(there[path].shape)} there, {tuple(here[name])} here"
+            raise InputError(f"config.train.init_from: {path} is {shapes}")
+    for field, patterns, paths in (("fresh", options.init_fresh, fresh), ("drop", options.init_drop, dropped)):
+        for pattern in patterns:
+            if not any(first_match(path, [pattern]) for path in paths):
+                raise InputError(f"config.train.init_{field}: {pattern!r} is no path that it could be about")
+    renamed = {name: path for name, path in found.items() if name != path}
+    return Restored({name: there[path] for name, path in found.items()}, renamed, fresh, dropped)
+
+
+def read_parameters(folder: Path) -> dict[str, np.ndarray]:
+    """The best parameters of a run, by layer, those that are evaluated: the averaged ones where there are some.
+
+    Args:
+      folder: the run's, or that of its checkpoints.
+
+    Raises:
+      InputError: it holds no run, or no checkpoint.
+    """
+    run = folder.parent if (folder / "best").is_dir() else folder
+    config = read_config(run / "config.json")
+    if not (run / "checkpoints" / "best").is_dir():
+        raise InputError(f"{run}: holds no checkpoint")
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    try:
+        prefix = "average/" if config.optim.ema_decay else "params/"
+        leaves = checkpoints.read_best((prefix, ROUTER_BIAS))
+    finally:
+        checkpoints.close()
+    bias_LE = leaves.pop(ROUTER_BIAS, None)
+    leaves = {path.removeprefix(prefix): leaf for path, leaf in leaves.items()}
+    return split_groups(leaves, config.model) | _split_bias(bias_LE, config.model)
+
+
+def _split_bias(bias_LE: Any, config: ModelConfig) -> dict[str, Any]:
+    """The routers' biases by layer; they are no parameters, and yet learned."""
+    if bias_LE is None:
+        return {}
+    return {
+        f"layers/{layer}/ffn/{BIAS}": bias_E for layer, bias_E in zip(sorted(config.moe.layers), bias_LE, strict=True)
+    }
+
+
+def begin_from(state: TrainState, config: Config) -> TrainState:
+    """The state before the first step with the parameters of `train.init_from`; what became of each leaf is told.
+
+    Parameters are placed as those of the state are; moments and the step stay those of a start.
+
+    Raises:
+      InputError: as `read_parameters` and `match_leaves`.
+    """
+    current = flatten(state.params)
+    by_layer = split_groups(current, config.model) | _split_bias(state.router_bias_LE, config.model)
+    there = read_parameters(Path(config.train.init_from))
+    restored = match_leaves({path: leaf.shape for path, leaf in by_layer.items()}, there, config.train)
+    print(describe(restored, config.train.init_from), file=sys.stderr)
+    by_layer |= restored.leaves
+    joined = join_groups(by_layer, config.model, current)
+    placed = {path: jax.device_put(joined[path].astype(leaf.dtype), leaf.sharding) for path, leaf in current.items()}
+    params, bias_LE = unflatten(state.params, placed), state.router_bias_LE
+    if bias_LE is not None:
+        rows = [by_layer[f"layers/{layer}/ffn/{BIAS}"] for layer in sorted(config.model.moe.layers)]
+        bias_LE = jax.device_put(np.stack(rows), bias_LE.sharding)
+    average = None if state.average is None else jax.tree.map(jnp.copy, params)
+    return state._replace(params=params, router_bias_LE=bias_LE, average=average)
+
+
+def describe(restored: Restored, source: str) -> str:
+    """What became of the leaves, in a line."""
+    parts = [f"{len(restored.leaves)} parameters from {source}"]
+    for title, paths in (
+        ("renamed", restored.renamed),
+        ("as initialised", restored.fresh),
+        ("left out", restored.dropped),
+    ):
+        if paths:
+            shown = ", ".join(list(paths)[:3]) + (", …" if len(paths) > 3 else "")
+            parts.append(f"{len(paths)} {title} ({shown})")
+    return "; ".join(parts)
