@@ -29,7 +29,7 @@ help:  ## this list
 
 demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, print the table and one user's profile
 	$(RUN) experiments.train --config=configs/demo.py --workdir=runs/demo $(ARGS)
-	$(if $(ARGS),,$(RUN) experiments.portrait --workdir=runs/demo)
+	$(if $(ARGS),,$(RUN) experiments.profile --workdir=runs/demo)
 
 test: $(VENV)/.installed-dev-$(VERSION)  ## set up and run all tests; ARGS='-k name' for some; PYTHON=python3.12 for another Python
 	$(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)

@@ -28,22 +28,23 @@ def main(_, flags):
     """Prints what was done."""
     from moerec.data.splits import parse_date
     from moerec.serve.profiles import count_recent, feed, forget, open_profiles
-    from moerec.serve.recommender import load_run
+    from moerec.train.run_dir import load_run
 
     if not flags.profiles:
         raise InputError(f"--profiles is missing: {FLAGS['profiles'][1]}")
     if flags.recent < -1:
         raise InputError(f"--recent: {flags.recent} is no number of events")
     before = parse_date(flags.before, "--before") if flags.before else None
-    trained = load_run(Path(flags.workdir))
-    store = open_profiles(Path(flags.profiles), trained.model, create=not flags.forget)
+    run = load_run(Path(flags.workdir))
+    params = run.predictor.params
+    store = open_profiles(Path(flags.profiles), params, create=not flags.forget)
     if flags.forget:
         absent = forget(store, flags.forget)
         print(f"{len(flags.forget) - len(absent)} forgotten" + (f"; not there: {', '.join(absent)}" if absent else ""))
         found = {"n_forgotten": len(flags.forget) - len(absent), "absent": absent}
     else:
-        recent = count_recent(trained.config) if flags.recent < 0 else flags.recent
-        done = feed(store, trained.model, trained.data.dataset, trained.table, recent, before)
+        recent = count_recent(run.config) if flags.recent < 0 else flags.recent
+        done = feed(store, params, run.data.dataset, run.catalog, recent, before)
         print(f"{done.n_events:,} events of {done.n_users:,} users taken in; {len(store):,} users in the store")
         if done.n_too_recent:
             print(f"{done.n_too_recent:,} users have no events but the last {recent:,}, which stay out (--recent)")

@@ -1,6 +1,6 @@
 """Shows one user's profile: its aspects, how much they matter to two requests, and what the context changes.
 
-python -m experiments.portrait --workdir=runs/demo [--user=NAME] [--time=2024-05-01T09:00,2024-05-04T20:00]
+python -m experiments.profile --workdir=runs/demo [--user=NAME] [--time=2024-05-01T09:00,2024-05-04T20:00]
     [--context=holiday=eve] [--vary=weather] [--top_k=5] [--json]
 
 Without `--time` the requests are on the Saturday evening and on the Monday morning after the last event; what
@@ -14,19 +14,20 @@ from moerec.config import cli
 
 
 def main(_, flags):
-    """Prints the portrait."""
+    """Prints the profile card."""
     from moerec.serve.profile_card import describe_card, render_card, summarize_profile
-    from moerec.serve.recommender import list_unseen, load_run, read_request
+    from moerec.serve.request import list_unseen, read_request
+    from moerec.train.run_dir import load_run
 
     context = read_request(flags.context, "", "").context
     times = [when for text in flags.time if (when := read_request([], text, "").time) is not None]
-    trained = load_run(Path(flags.workdir))
-    for note in list_unseen(trained, context):
+    run = load_run(Path(flags.workdir))
+    for note in list_unseen(run, context):
         print(note, file=sys.stderr)
-    dataset = trained.data.dataset
+    dataset = run.data.dataset
     user = flags.user or str(dataset.users[0])
     feature = flags.vary or next(iter(dataset.context), "")
-    found = summarize_profile(trained, user, times, context, feature, flags.top_k)
+    found = summarize_profile(run, user, times, context, feature, flags.top_k)
     print(render_card(found))
     return describe_card(found)
 

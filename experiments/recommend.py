@@ -1,15 +1,17 @@
 """Lists what a user most probably wants next, by the best parameters of a run.
 
 python -m experiments.recommend --workdir=runs/demo --user=NAME [--context=weather=rain,holiday=yes]
-    [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--profiles=DIR] [--json]
+    [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--profiles=DIR] [--fields=age=35-49] [--new_user] [--json]
 
 Without `--time` and `--context` they are not known; `--time` is UTC. `p` is the probability that the item is what the
 user takes next, of all items of all services, if that is what the model was trained for (`loss.scope=union`). With
 `--profiles`, a store that `experiments.observe` filled, the user's whole past counts, and not only what a row holds.
+Who has no event before the time, or is new (`--new_user`), is answered by the request alone: its time, context and
+profile fields.
 
 Below the list stands what the model made of the request: the services that its need may belong to (the semantic
-analyser), how much each answer counts in the mixture (the aggregator: the catalogue, and pointers into the user's own
-history), and what of the profile matters (the profile router).
+analyser), the mixture's weights (the answer aggregator: the softmax over the catalogue, and pointers into the user's history), and
+what of the profile matters (the profile router).
 """
 
 import sys
@@ -21,21 +23,22 @@ from moerec.config import cli
 def main(_, flags):
     """Prints the list, and what the analyser and the profile router say of the request."""
     from moerec.serve.profiles import open_profiles, read_profile
-    from moerec.serve.recommender import describe_answer, list_unseen, load_run, read_request, recommend
+    from moerec.serve.recommender import describe_answer, recommend
+    from moerec.serve.request import list_unseen, read_request
+    from moerec.train.run_dir import load_run
 
-    request = read_request(flags.context, flags.time, flags.service)
-    trained = load_run(Path(flags.workdir))
-    for note in list_unseen(trained, request.context):
+    request = read_request(flags.context, flags.time, flags.service, flags.fields)
+    run = load_run(Path(flags.workdir))
+    for note in list_unseen(run, request.context):
         print(note, file=sys.stderr)
-    user = flags.user or str(trained.data.dataset.users[0])
+    user = None if flags.new_user else flags.user or str(run.data.dataset.users[0])
     profile = None
-    if flags.profiles:
-        store = open_profiles(Path(flags.profiles), trained.model)
-        profile, is_stored = read_profile(store, trained.model, trained.data.dataset, user)
+    if flags.profiles and user is not None:
+        params = run.predictor.params
+        profile, is_stored = read_profile(open_profiles(Path(flags.profiles), params), params, run.data.dataset, user)
         if not is_stored:
             print(f"{user}: no profile in the store; the last events alone count", file=sys.stderr)
-    answer = recommend(trained, user, request, flags.top_k, profile)
-    found = describe_answer(trained, answer)
+    found = describe_answer(run, recommend(run, user, request, flags.top_k, profile))
     for line in found["lines"]:
         print(line)
     return {name: value for name, value in found.items() if name != "lines"}
@@ -43,6 +46,8 @@ def main(_, flags):
 
 FLAGS = {
     "user": ("", "whose list; the first user by default"),
+    "new_user": (False, "a user of whom nothing is known but the request"),
+    "fields": ((), "static profile fields, as name=value,name=value, in the place of the user's own"),
     "context": ((), "features of the request, as name=value,name=value; may be given several times"),
     "time": ("", "when it is wanted: an ISO date and time, UTC; later events are no history"),
     "service": ("", "a service, for a list of its items alone"),

@@ -12,8 +12,8 @@ from moerec.config import cli
 
 def main(config, flags):
     """Runs one config and prints its table."""
+    from moerec.eval.evaluate_run import run
     from moerec.eval.report import format_table
-    from moerec.eval.run import run
 
     metrics = run(config, Path(flags.workdir))
     print(format_table(metrics))

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from moerec.data.dataset import ItemTable, Dataset, EventLog
+from moerec.data.dataset import Dataset, EventLog, ItemTable
 
 SERVICES = ("beauty", "sports", "toys")
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moerec.data.dataset import UNKNOWN_TIME, ItemTable, Dataset, EventLog
+from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog, ItemTable
 
 
 def make_dataset(lengths, items_per_service=(5, 8), n_context=2, seed=0) -> Dataset:

@@ -8,9 +8,17 @@ import numpy as np
 
 from moerec.config import ModelConfig
 from moerec.nn.model import ModelSizes, SequenceModel
-from moerec.types import NO_TIME, Batch, Catalog
+from moerec.types import EVENT, NO_TIME, RECOMMEND, Batch, Catalog, Request, Target
 
-SIZES = ModelSizes(n_items=13, n_tokens=12, n_services=3, n_actions=3, context_sizes=(3, 4), field_sizes=(3, 2))
+SIZES = ModelSizes(
+    n_items=13,
+    n_tokens=12,
+    n_services=3,
+    n_actions=3,
+    context_sizes=(3, 4),
+    field_sizes=(3, 2),
+    has_control=True,
+)
 EPOCH = datetime.datetime(2000, 1, 1)
 
 
@@ -54,45 +62,76 @@ def draw_times(rng: np.random.Generator, n: int) -> np.ndarray:
     return (np.asarray(days) + ((half_month + 0.5) * 365.25 / 24).astype(int)) * 86_400 + rng.integers(0, 86_400, n)
 
 
-def make_sequence(rng: np.random.Generator, n: int, sizes: ModelSizes = SIZES) -> dict[str, np.ndarray]:
-    """The slots of one user: a fifth of the times not known, contexts missing or unseen, some weights 0 or 2."""
+def make_sequence(
+    rng: np.random.Generator, n: int, sizes: ModelSizes = SIZES, control: bool = False
+) -> dict[str, np.ndarray]:
+    """The slots of one user: a fifth of the times not known, contexts missing or unseen, some weights 0 or 2.
+
+    With `control` the first one is the control slot `<|recommend|>`.
+    """
     time = np.sort(draw_times(rng, n))
     request_time = np.maximum(time, draw_times(rng, n))
     known = rng.random((2, n)) > 0.2
     hours = np.random.default_rng(n).integers(-12, 13, (2, n))
-    return {
-        "item_BT": rng.integers(0, sizes.n_items, n),
-        "action_BT": rng.integers(0, sizes.n_actions, n),
-        "time_BT": np.where(known[0], time, NO_TIME),
-        "utc_offset_BT": 3600 * hours[0],
-        "position_BT": np.arange(n),
-        "request_time_BT": np.where(known[1], request_time, NO_TIME),
-        "request_utc_offset_BT": 3600 * hours[1],
-        "request_context_BTC": rng.integers(0, np.array(sizes.context_sizes) + 1, (n, len(sizes.context_sizes))),
-        "field_BTY": np.broadcast_to(rng.integers(0, sizes.field_sizes), (n, len(sizes.field_sizes))),
-        "target_BT": rng.integers(0, sizes.n_items, n),
-        "weight_BT": rng.choice([0.0, 1.0, 1.0, 2.0], n),
+    item = rng.integers(0, sizes.n_items, n)
+    columns = {
+        "kind": np.full(n, EVENT),
+        "item": item,
+        "service": np.asarray(make_table(sizes=sizes).service_I)[item],
+        "action": rng.integers(0, sizes.n_actions, n),
+        "time": np.where(known[0], time, NO_TIME),
+        "utc_offset": 3600 * hours[0],
+        "position": np.arange(n),
+        "request.time": np.where(known[1], request_time, NO_TIME),
+        "request.utc_offset": 3600 * hours[1],
+        "request.context": rng.integers(0, np.array(sizes.context_sizes) + 1, (n, len(sizes.context_sizes))),
+        "request.field": np.broadcast_to(rng.integers(0, sizes.field_sizes), (n, len(sizes.field_sizes))),
+        "label": rng.integers(0, sizes.n_items, n),
+        "weight": rng.choice([0.0, 1.0, 1.0, 2.0], n),
     }
+    if control and n:
+        nothing = {"kind": RECOMMEND, "item": 0, "service": sizes.n_services, "action": 0, "time": NO_TIME}
+        for name, value in {**nothing, "utc_offset": 0}.items():
+            columns[name][0] = value
+    return columns
 
 
-def lay(rows: list[list[dict[str, np.ndarray]]], n_slots: int) -> Batch:
+def lay(rows: list[list[dict[str, np.ndarray]]], n_slots: int, sizes: ModelSizes = SIZES) -> Batch:
     """Lays sequences one after the other into rows; what is left of a row is padding."""
     shape = (len(rows), n_slots)
-    columns = {name: np.zeros(shape, np.int32) for name in Batch._fields}
-    columns["time_BT"][:] = columns["request_time_BT"][:] = NO_TIME
-    columns["weight_BT"] = np.zeros(shape, np.float32)
-    n_features = rows[0][0]["request_context_BTC"].shape[1]
-    columns["request_context_BTC"] = np.zeros((*shape, n_features), np.int32)
-    columns["field_BTY"] = np.zeros((*shape, rows[0][0]["field_BTY"].shape[1]), np.int32)
+    first = rows[0][0]
+    columns = {name: np.zeros((*shape, *values.shape[1:]), np.int32) for name, values in first.items()}
+    columns["segment"] = np.zeros(shape, np.int32)
+    columns["service"][:] = sizes.n_services
+    columns["time"][:] = columns["request.time"][:] = NO_TIME
+    columns["weight"] = np.zeros(shape, np.float32)
     for r, row in enumerate(rows):
         start = 0
         for segment, sequence in enumerate(row, 1):
-            end = start + len(sequence["item_BT"])
-            columns["segment_BT"][r, start:end] = segment
+            end = start + len(sequence["item"])
+            columns["segment"][r, start:end] = segment
             for name, values in sequence.items():
                 columns[name][r, start:end] = values
             start = end
-    return Batch(**columns)
+    request = Request(*(columns[f"request.{name}"] for name in ("time", "utc_offset", "context", "field")))
+    own = ("kind", "item", "service", "action", "time", "utc_offset", "position", "segment")
+    targets = {"next_event": Target(columns["label"], columns["weight"])}
+    return Batch(*(columns[name] for name in own), request, targets)
+
+
+def target_of(batch: Batch) -> Target:
+    """The next-event targets of a batch."""
+    return batch.targets["next_event"]
+
+
+def with_target(batch: Batch, **fields) -> Batch:
+    """The batch with `label_BT` or `weight_BT` replaced."""
+    return batch._replace(targets={"next_event": target_of(batch)._replace(**fields)})
+
+
+def with_request(batch: Batch, **fields) -> Batch:
+    """The batch with parts of the request replaced."""
+    return batch._replace(request=batch.request._replace(**fields))
 
 
 def assert_packed_is_alone(packed, alone, rows: list[list[dict]], atol: float) -> None:
@@ -101,14 +140,16 @@ def assert_packed_is_alone(packed, alone, rows: list[list[dict]], atol: float) -
     for b, sequences in enumerate(rows):
         start = 0
         for sequence in sequences:
-            n = len(sequence["item_BT"])
+            n = len(sequence["item"])
             np.testing.assert_allclose(packed[b, start : start + n], alone[row, :n], atol=atol)
             start, row = start + n, row + 1
 
 
-def make_batch(seed: int, lengths: list[list[int]], n_slots: int, sizes: ModelSizes = SIZES) -> Batch:
+def make_batch(
+    seed: int, lengths: list[list[int]], n_slots: int, sizes: ModelSizes = SIZES, control: bool = False
+) -> Batch:
     rng = np.random.default_rng(seed)
-    return lay([[make_sequence(rng, n, sizes) for n in row] for row in lengths], n_slots)
+    return lay([[make_sequence(rng, n, sizes, control) for n in row] for row in lengths], n_slots, sizes)
 
 
 def random_like(tree, seed: int = 0):

@@ -6,9 +6,7 @@ a defect of ours.
 """
 
 import dataclasses
-import difflib
 import errno
-import importlib.util
 import inspect
 import json
 import os
@@ -17,17 +15,15 @@ import select
 import signal
 import sys
 import threading
-import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from moerec.config import Config, checked
-from moerec.config.value_types import describe_misfit, fits, list_groups, require_types
+from moerec.config.python_file import did_you_mean, import_plugin, list_leaves, load_config
+from moerec.config.value_types import list_groups, require_types
 from moerec.errors import InputError, WorkError
 from moerec.files import to_plain
 
@@ -92,6 +88,8 @@ def execute(
             print(_help(main, values, config_type if "--helpfull" in argv else None))
             return 0
         config = _parse(values, list(argv), default_config, config_type)
+        for name in values.plugin:
+            import_plugin(name)
         if workdir and not values.workdir:
             raise InputError("--workdir is missing: the directory of the run")
         result = main(config, values)
@@ -147,6 +145,7 @@ def _define_flags(config_type: type | None, default_config: str | None, extra: E
         default = f" (default: {default_config})" if default_config else ""
         flags.DEFINE_string("config", None, f"a Python file with get_config(){default}", values)
     flags.DEFINE_string("workdir", "", "the directory of the run", values)
+    flags.DEFINE_multi_string("plugin", [], "a module that registers losses, tasks, memories or baselines", values)
     flags.DEFINE_bool("json", False, "print the result as one JSON object, last on standard output", values)
     for name, (default_value, help_text) in extra.items():
         if isinstance(default_value, bool):
@@ -176,7 +175,7 @@ def _help(main: Main, values: flags.FlagValues, config_type: type | None) -> str
     if config_type is not None:
         lines += ["", "Fields and their defaults:"]
         comments = _read_comments(config_type())
-        lines += [f"  --{path}={value!r}{comments.get(path, '')}" for path, value in _leaves(config_type())]
+        lines += [f"  --{path}={value!r}{comments.get(path, '')}" for path, value in list_leaves(config_type())]
     return "\n".join(lines)
 
 
@@ -191,6 +190,8 @@ def _read_comments(config: Any) -> dict[str, str]:
 
 def _parse(values: flags.FlagValues, argv: list[str], default_config: str | None, config_type: type | None) -> Any:
     """Parses the flags into `values` and returns the checked configuration, all overrides applied."""
+    from ml_collections import config_flags  # machines that only train from Python may lack it
+
     config = None
     try:
         args = values.read_flags_from_files(argv[1:], force_gnu=False)
@@ -248,76 +249,6 @@ def _split_config(args: list[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def load_config(path: str, config_type: type = Config) -> Any:
-    """Calls `get_config()` of the Python file `path`. Raises InputError with the file and the line."""
-    file = Path(path)
-    if not file.is_file():
-        known = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise InputError(f"--config={path}: no such file{_did_you_mean(str(file), known)}")
-    spec = importlib.util.spec_from_file_location(f"config_of_run_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"--config={path}: is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except SyntaxError as error:
-        raise InputError(f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}") from None
-    except Exception as error:
-        raise InputError(_config_error(path, file, error)) from None
-    if not isinstance(config, config_type):
-        raise InputError(f"{path}: get_config() returned {type(config).__name__}, not {config_type.__name__}")
-    for group, place in list_groups(config):
-        known = [field.name for field in dataclasses.fields(group)]
-        for name in vars(group):
-            if name not in known:
-                raise InputError(f"{path}: {place}.{name}: no such field{_did_you_mean(name, known)}")
-    return config
-
-
-def _config_error(path: str, file: Path, error: Exception) -> str:
-    here = str(file.resolve())
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if str(Path(frame.filename).resolve()) == here]
-    line = f":{lines[-1]}" if lines else ""
-    if isinstance(error, InputError):
-        return f"{path}{line}: {error}"
-    if isinstance(error, AttributeError) and error.name == "get_config":
-        return f"{path}: defines no get_config()"
-    wrong = _wrong_type(error)
-    if wrong:
-        return f"{path}{line}: {wrong}"
-    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if isinstance(error, TypeError) and unknown:
-        fields = [path.rsplit(".", 1)[-1] for path, _ in _leaves(Config())]
-        return f"{path}{line}: {unknown[1]} has no field {unknown[2]!r}{_did_you_mean(unknown[2], fields)}"
-    return f"{path}{line}: {type(error).__name__}: {error}"
-
-
-def _wrong_type(error: Exception) -> str | None:
-    """The first field of a wrong type, where the checks of one of our dataclasses stumbled over it."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        group = frame.f_locals.get("self")
-        if frame.f_code.co_name == "__post_init__" and dataclasses.is_dataclass(group):
-            hints = typing.get_type_hints(type(group))
-            for field in dataclasses.fields(group):
-                if not fits(getattr(group, field.name), hints[field.name]):
-                    return describe_misfit(
-                        f"{type(group).__name__}.{field.name}", getattr(group, field.name), hints[field.name]
-                    )
-    return None
-
-
-def _leaves(config: Any) -> list[tuple[str, Any]]:
-    """Every field that is no group: `config.model.n_layers` and its value."""
-    return [
-        (f"{place}.{field.name}", value)
-        for group, place in list_groups(config)
-        for field in dataclasses.fields(group)
-        if not dataclasses.is_dataclass(value := getattr(group, field.name))
-    ]
-
-
 def _refuse_unknown(args: list[str], values: flags.FlagValues) -> None:
     for arg in args:
         name = arg.lstrip("-").split("=", 1)[0]
@@ -327,14 +258,14 @@ def _refuse_unknown(args: list[str], values: flags.FlagValues) -> None:
 
 
 def _unknown_flag(name: str, values: flags.FlagValues, config: Any) -> str:
-    known = [f"--{flag}" for flag in values] + [f"--{path}" for path, _ in (_leaves(config) if config else [])]
+    known = [f"--{flag}" for flag in values] + [f"--{path}" for path, _ in (list_leaves(config) if config else [])]
     tail = [path for path in known if path.endswith(f".{name}")]  # --n_layers, --model.n_layers
-    return f"--{name}: no such flag{_did_you_mean(f'--{name}', tail or known)}"
+    return f"--{name}: no such flag{did_you_mean(f'--{name}', tail or known)}"
 
 
 def _refuse_unknown_fields(args: list[str], config: Any) -> None:
     groups = {place: group for group, place in list_groups(config)}
-    known = [path for path, _ in _leaves(config)]
+    known = [path for path, _ in list_leaves(config)]
     for arg in args:
         match = re.match(r"--?(?:no(?=config\.))?(config\.[^=]*)", arg)
         if not match or match[1] in known:
@@ -342,14 +273,4 @@ def _refuse_unknown_fields(args: list[str], config: Any) -> None:
         if match[1] in groups:
             fields = ", ".join(field.name for field in dataclasses.fields(groups[match[1]]))
             raise InputError(f"--{match[1]}: is a group; set one of its fields: {fields}")
-        raise InputError(f"--{match[1]}: no such field{_did_you_mean(match[1], known)}")
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    tail = [name for name in known if "." in word and name.endswith("." + word.rsplit(".", 1)[-1])]
-    # What all names begin with says nothing about how near they are.
-    heads = {name.rpartition("config.")[1] for name in (word, *known)}
-    start = "config." if heads == {"config."} else ""
-    names = {name.removeprefix(start): name for name in tail or known}
-    nearest = difflib.get_close_matches(word.removeprefix(start), names, n=1, cutoff=0.3 if tail else 0.6)
-    return f"; did you mean {names[nearest[0]]}?" if nearest else ""
+        raise InputError(f"--{match[1]}: no such field{did_you_mean(match[1], known)}")

@@ -74,7 +74,7 @@ class ProfileCard(NamedTuple):
 def summarize_profile(
     run: Run, user: str, times: list[int], context: Mapping[str, str], feature: str, top_k: int
 ) -> ProfileCard:
-    """The portrait of a user.
+    """The profile card of a user.
 
     Args:
       times: of the requests, unix seconds; none: a Saturday's evening and a Monday's morning after the last event.
@@ -113,7 +113,10 @@ def summarize_profile(
 def make_requests(run: Run, user: str, times: list[int], context: Mapping[str, str]) -> list[RecommendRequest]:
     """The requests of `summarize_profile`."""
     dataset = run.data.dataset
-    last = find_history(run, user, RecommendRequest(times[0] if times else None))[-1]
+    rows = find_history(run, user, RecommendRequest(times[0] if times else None))
+    if not len(rows):
+        raise InputError(f"--user: {user!r} has no events before --time")
+    last = rows[-1]
     time = int(dataset.log.time[last])
     if not times:
         if time == UNKNOWN_TIME:
@@ -216,7 +219,7 @@ def describe_card(card: ProfileCard) -> dict[str, Any]:
 
 
 def render_card(card: ProfileCard) -> str:
-    """The portrait for a terminal."""
+    """The profile card for a terminal."""
     services = ", ".join(f"{name} {n}" for name, n in card.n_events.items())
     fields = ", ".join(f"{name} {value}" for name, value in card.fields.items()) or "no fields"
     context = ", ".join(f"{name}={value}" for name, value in card.context.items()) or "context not known"

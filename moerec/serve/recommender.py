@@ -162,7 +162,7 @@ def _make_batch(
 
 
 def _name_relevance(run: Run, relevance_M: np.ndarray) -> dict[str, float]:
-    """By aspects, as a portrait numbers them; by slots where a memory has no aspects."""
+    """By aspects, as a profile card numbers them; by slots where a memory has no aspects."""
     *of_slots, of_fields = relevance_M.tolist()
     kind, parts = "slot", of_slots
     if isinstance(run.predictor.params.profile, MemoryParams):

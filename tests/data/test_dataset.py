@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moerec.config import CityConfig
 from moerec.data.city import generate
-from moerec.data.dataset import ItemTable, EventLog, keep_last_events, mark_unseen, permute_items
+from moerec.data.dataset import EventLog, ItemTable, keep_last_events, mark_unseen, permute_items
 from moerec.errors import InputError
 from tests.random_dataset import make_dataset
 

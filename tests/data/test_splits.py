@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moerec.config import SplitConfig
 from moerec.data import splits
-from moerec.data.dataset import UNKNOWN_TIME, ItemTable, Dataset, EventLog
+from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog, ItemTable
 from moerec.errors import InputError
 
 DAY = 86400

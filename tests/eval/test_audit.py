@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moerec.config import AuditConfig, SplitConfig
 from moerec.data import splits
-from moerec.data.dataset import ItemTable, Dataset, EventLog, permute_items
+from moerec.data.dataset import Dataset, EventLog, ItemTable, permute_items
 from moerec.data.splits import shuffle_ties
 from moerec.errors import InputError, WorkError
 from moerec.eval import ranking as evaluate

@@ -10,7 +10,7 @@ import pytest
 
 from moerec.config import SplitConfig
 from moerec.data import splits
-from moerec.data.dataset import UNKNOWN_TIME, ItemTable, Dataset, EventLog
+from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog, ItemTable
 from moerec.errors import WorkError
 from moerec.eval import baselines, metrics
 from moerec.eval.baselines.item_to_item import weigh_histories

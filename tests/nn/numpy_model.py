@@ -6,14 +6,14 @@ import math
 import jax
 import numpy as np
 
-from moerec.types import NO_TIME
+from moerec.types import EVENT, NO_TIME, RECOMMEND
 
 EPOCH = datetime.datetime(2000, 1, 1)
 Weights = dict[str, np.ndarray]
 
 
 def read_weights(module) -> Weights:
-    """All weights in float64, by their path, such as `blocks.attention.q_DNH`."""
+    """All weights in float64, by their path, such as `groups[0].attention.q_DNH`."""
     leaves = jax.tree_util.tree_flatten_with_path(module)[0]
     return {
         jax.tree_util.keystr(path).removeprefix(".").removesuffix(".value"): np.asarray(leaf, np.float64)
@@ -71,10 +71,11 @@ def softmax(x):
     return exps / exps.sum()
 
 
-def mixture(w: Weights, x_TD, log_domain_TZ, segment_T, moe):
+def mixture(w: Weights, x_TD, log_domain_TZ, segment_T, moe, bias_E=None):
     """Domain experts, slot by slot and expert by expert; padding gets nothing but the shared expert."""
     out = np.zeros_like(x_TD)
     n_services = log_domain_TZ.shape[1]
+    bias_E = np.zeros(len(w["router_ED"])) if bias_E is None else bias_E
     for t, x in enumerate(x_TD):
         logits = w["router_ED"] @ x + w["w_domain_EZ"] @ log_domain_TZ[t]
         allowed = list(range(len(logits)))
@@ -82,7 +83,7 @@ def mixture(w: Weights, x_TD, log_domain_TZ, segment_T, moe):
             groups = {*np.argsort(-log_domain_TZ[t])[: moe.n_open_groups], n_services}
             allowed = [e for e in allowed if e // moe.n_per_group in groups]
         probability = dict(zip(allowed, softmax(logits[allowed]), strict=True))
-        chosen = sorted(allowed, key=lambda e: -(logits[e] + w["bias_E"][e]))[: moe.n_active]
+        chosen = sorted(allowed, key=lambda e: -(logits[e] + bias_E[e]))[: moe.n_active]
         total = sum(probability[e] for e in chosen)
         for e in chosen if segment_T[t] else ():
             hidden = silu(x @ w["gate_EDF"][e]) * (x @ w["up_EDF"][e])
@@ -96,11 +97,12 @@ def log_domain(w: Weights, x_TD, eps):
     return np.log([softmax(row) for row in logits])
 
 
-def block(w: Weights, x_TD, position_T, segment_T, config, log_domain_TZ=None):
+def block(w: Weights, x_TD, position_T, segment_T, config, log_domain_TZ=None, bias_E=None):
     y = rms_norm(x_TD, w["attention_norm.scale"], config.norm_eps)
     x_TD = x_TD + attention(part(w, "attention"), y, position_T, segment_T, config.rope_theta)
     y, ffn = rms_norm(x_TD, w["ffn_norm.scale"], config.norm_eps), part(w, "ffn")
-    return x_TD + (mixture(ffn, y, log_domain_TZ, segment_T, config.moe) if "router_ED" in ffn else swiglu(ffn, y))
+    is_mixture = "router_ED" in ffn
+    return x_TD + (mixture(ffn, y, log_domain_TZ, segment_T, config.moe, bias_E) if is_mixture else swiglu(ffn, y))
 
 
 def text_vector(w: Weights, tokens, eps):
@@ -179,52 +181,61 @@ def time_vector(w: Weights, time, shift, since, last=(), harmonics=None):
 def last_in_service(batch, table, b, t, service) -> int:
     """Time of the last event in the service up to slot t of the same sequence, or `NO_TIME`."""
     for s in range(t, t - batch.position_BT[b, t] - 1, -1):
-        if table.service_I[batch.item_BT[b, s]] == service:
+        if batch.kind_BT[b, s] == EVENT and table.service_I[batch.item_BT[b, s]] == service:
             return batch.time_BT[b, s]
     return NO_TIME
 
 
-def slot_vector(w: Weights, batch, table, b, t, context_sizes, harmonics=None):
-    """What slot t of row b adds to its item's vector; the weights that are there say which parts are on."""
+def slot_vector(w: Weights, batch, table, b, t, context_sizes, harmonics=None, item=0.0):
+    """What slot t of row b is, but for its item's vector, which is given; the weights that are there say which parts are
+    on. A control slot has its token's vector in the place of everything that an event has.
+    """
     parts = [np.zeros(())]
-    time = batch.time_BT[b, t]
-    if "service" in w:
-        parts.append(w["service"][table.service_I[batch.item_BT[b, t]]])
-    if "action" in w:
-        parts.append(w["action"][batch.action_BT[b, t]])
+    time, kind = batch.time_BT[b, t], batch.kind_BT[b, t]
     first = batch.position_BT[b, t] == 0
-    if any(name.startswith("event_time") for name in w):
-        before = time if first else batch.time_BT[b, t - 1]
-        service = table.service_I[batch.item_BT[b, t]]
-        last = [NO_TIME if first else last_in_service(batch, table, b, t - 1, service)]
-        parts.append(time_vector(part(w, "event_time"), time, batch.utc_offset_BT[b, t], before, last, harmonics))
+    if kind == EVENT:
+        parts.append(item)
+        if "service" in w:
+            parts.append(w["service"][table.service_I[batch.item_BT[b, t]]])
+        if "action" in w:
+            parts.append(w["action"][batch.action_BT[b, t]])
+        if any(name.startswith("event_time") for name in w):
+            before = time if first else batch.time_BT[b, t - 1]
+            service = table.service_I[batch.item_BT[b, t]]
+            last = [NO_TIME if first else last_in_service(batch, table, b, t - 1, service)]
+            offset = batch.utc_offset_BT[b, t]
+            parts.append(time_vector(part(w, "event_time"), time, offset, before, last, harmonics))
+    elif kind == RECOMMEND:
+        parts.append(w["control_D"])
+    request = batch.request
     if any(name.startswith("request_time") for name in w):
         last = [last_in_service(batch, table, b, t, z) for z in range(int(table.service_I.max()) + 1)]
-        request = (batch.request_time_BT[b, t], batch.request_utc_offset_BT[b, t])
-        parts.append(time_vector(part(w, "request_time"), *request, time, last, harmonics))
+        asked = (request.time_BT[b, t], request.utc_offset_BT[b, t])
+        parts.append(time_vector(part(w, "request_time"), *asked, time, last, harmonics))
     if "context" in w:
         *rows, unseen = np.split(w["context"], np.cumsum(context_sizes))
-        for c, code in enumerate(batch.request_context_BTC[b, t]):
+        for c, code in enumerate(request.context_BTC[b, t]):
             parts.append(unseen[c] if code == context_sizes[c] else rows[c][code])
     return sum(parts)
 
 
 def embed(weights: Weights, batch, table, config, context_sizes, b):
     """The first layer's input in row b."""
-    item, slot = part(weights, "item_encoder"), part(weights, "slot_encoder")
-    x = [
-        item_vector(item, i, table, config.norm_eps) + slot_vector(slot, batch, table, b, t, context_sizes)
-        for t, i in enumerate(batch.item_BT[b])
-    ]
+    items, slots = part(weights, "item_encoder"), part(weights, "slot_encoder")
+    d = len(weights["input_norm.scale"])
+    x = []
+    for t, i in enumerate(batch.item_BT[b]):
+        item = item_vector(items, i, table, config.norm_eps)
+        x.append(np.zeros(d) + slot_vector(slots, batch, table, b, t, context_sizes, item=item))
     return rms_norm(np.stack(x), weights["input_norm.scale"], config.norm_eps)
 
 
 def all_layers(weights: Weights) -> list[Weights]:
-    """The trunk's layers, then those above it, whatever stacks they are in."""
-    stacks = [part(weights, "blocks")]
-    while upper := part(weights, f"upper[{len(stacks) - 1}]"):
-        stacks.append(upper)
-    return [layer(w, i) for w in stacks if w for i in range(len(w["ffn_norm.scale"]))]
+    """The layers from below, whatever groups they are in."""
+    stacks: list[Weights] = []
+    while group := part(weights, f"groups[{len(stacks)}]"):
+        stacks.append(group)
+    return [layer(w, i) for w in stacks for i in range(len(w["ffn_norm.scale"]))]
 
 
 def encode(weights: Weights, batch, table, config, context_sizes, frozen=None):
@@ -261,9 +272,9 @@ def _encode(weights: Weights, batch, table, config, context_sizes, given):
 
 def route_sums(weights: Weights, batch, table, config, context_sizes, domain_BT, frozen):
     """Of a model of one mixture layer: probabilities and assignments `[Z, E]` by domain, and the squares of the lse."""
-    w, n_active = layer(part(weights, "upper[0]"), 0), config.moe.n_active
+    w, n_active = layer(part(weights, "groups[0]"), 0), config.moe.n_active
     n_services = len(w["ffn.w_domain_EZ"][0])
-    probability, count, square = *np.zeros((2, n_services, len(w["ffn.bias_E"]))), 0.0
+    probability, count, square = *np.zeros((2, n_services, len(w["ffn.router_ED"]))), 0.0
     given = posterior(frozen, batch, table, config, context_sizes)
     for b in range(len(batch.item_BT)):
         x = embed(weights, batch, table, config, context_sizes, b)
@@ -274,7 +285,7 @@ def route_sums(weights: Weights, batch, table, config, context_sizes, domain_BT,
             if z >= 0:
                 logits = w["ffn.router_ED"] @ y[t] + w["ffn.w_domain_EZ"] @ given[b][t]
                 probability[z] += softmax(logits)
-                count[z, np.argsort(-(logits + w["ffn.bias_E"]))[:n_active]] += 1
+                count[z, np.argsort(-logits)[:n_active]] += 1
                 square += np.log(np.sum(np.exp(logits))) ** 2
     return probability, count, square
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moerec.nn.pointer import Aggregator
 
 from moerec.config import Config, LossConfig, ModelConfig
 from moerec.errors import InputError
 from moerec.eval.ranking import catalogue_vectors, score_items
 from moerec.nn.attention import segment_mask
-from moerec.nn.pointer import Aggregator
 from moerec.tasks.losses import Candidates, all_candidates, sum_losses
 from moerec.types import Output
 from tests.nn import numpy_model as oracle

@@ -35,7 +35,7 @@ def make_trained(folder, personal: PersonalConfig) -> Run:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     personal = PersonalConfig(layers=(1,), n_aspects=N_ASPECTS, n_scales=N_SCALES, d_memory=4)
-    return make_trained(tmp_path_factory.mktemp("portrait"), personal)
+    return make_trained(tmp_path_factory.mktemp("card"), personal)
 
 
 def test_evidence_is_what_the_events_left_by_the_time_of_the_request(trained):
@@ -159,7 +159,7 @@ def test_without_a_feature_there_is_one_list(trained):
 
 
 @pytest.mark.parametrize("personal", [PersonalConfig(), PersonalConfig(layers=(1,), memory="low_rank")])
-def test_a_run_without_aspects_has_no_portrait(tmp_path, personal):
+def test_a_run_without_aspects_has_no_profile_card(tmp_path, personal):
     trained = make_trained(tmp_path, personal)
     with pytest.raises(InputError, match="keeps no profile of aspects"):
         summarize_profile(trained, str(trained.data.dataset.users[0]), [], {}, "weather", 3)
@@ -170,7 +170,7 @@ def test_the_command_prints_it_and_refuses_an_unknown_feature(trained, monkeypat
 
     def run(*flags):
         code = cli.execute(
-            command.main, ["portrait", f"--workdir={tmp_path}", *flags], None, command.FLAGS, config_type=None
+            command.main, ["profile", f"--workdir={tmp_path}", *flags], None, command.FLAGS, config_type=None
         )
         return code, capsys.readouterr()
 

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from moerec.eval.run import run
 
 from experiments import recommend as recommend_command
 from moerec.config import MoEConfig, PersonalConfig, cli
@@ -16,7 +17,6 @@ from moerec.errors import InputError
 from moerec.eval.metrics import per_target_metrics
 from moerec.eval.probes.interventions import evaluate_interventions
 from moerec.eval.ranking import EvalDataset, catalogue_vectors, rank_targets, score_items
-from moerec.eval.run import run
 from moerec.files import to_plain
 from moerec.serve.recommender import (
     RecommendRequest,

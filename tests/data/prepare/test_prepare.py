@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.prepare import spill, tables
-from moerec.data.prepare.tables_to_shards import describe, prepare
 from moerec.data.prepare.shards import load_dataset
+from moerec.data.prepare.tables_to_shards import describe, prepare
 from moerec.errors import InputError
 
 COLUMNS = ("user", "service", "item", "action", "time", "weather", "city")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data.dataset import UNKNOWN_TIME
-from moerec.data.prepare.tables_to_shards import prepare
 from moerec.data.prepare.row_validation import castable, parse_times
 from moerec.data.prepare.shards import load_dataset
+from moerec.data.prepare.tables_to_shards import prepare
 from moerec.errors import InputError
 
 ITEMS = b"service\titem\ttext\nfood\t1\tbread\nfood\t2\ttea\ntoys\t1\tball\n"

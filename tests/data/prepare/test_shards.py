@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerec.data.dataset import UNKNOWN_TIME, ItemTable, Dataset, EventLog
+from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog, ItemTable
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, read_users, replace_folder, write_dataset
 from moerec.errors import InputError
 

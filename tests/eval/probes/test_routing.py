@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moerec.eval.run import run
 
 from moerec.config import MoEConfig
 from moerec.data.load import load_data
 from moerec.eval.evaluate_run import make_test_set
 from moerec.eval.probes.routing import calibration_error, collect_routing, describe_mixture, fit_temperature, macro_f1
 from moerec.eval.report import write_report
-from moerec.eval.run import run
 from moerec.nn.model import SequenceModel
 from moerec.train.loop import make_sizes
 from tests.small_model import fill
