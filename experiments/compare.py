@@ -23,7 +23,7 @@ from moerec.eval.per_target import TargetComparison, compare_targets, render_tar
 EMPTY: list[str] = []
 FLAGS = {
     "first": (EMPTY, "run directories of one configuration"),
-    "second": (EMPTY, "those of the other; none: the effects that the first ones measured"),
+    "second": (EMPTY, "those of the other; none: the interventions that the first ones measured"),
 }
 
 

@@ -123,7 +123,7 @@ class EvalConfig:
     batch_size: int = 256  # targets scored at once
     n_boot: int = 1000
     n_test: int = 0  # 0 evaluates every test target
-    interventions: bool = False  # what answers lose without own profile, own context, events in other services
+    interventions: bool = False  # what predictions lose without own profile, own context, events in other services
 
     def __post_init__(self):
         one_of(self.selection, "eval.selection", ("union", "in_service"))

@@ -1,4 +1,4 @@
-"""From a config to the data of a run: generate, prepare or open it, permute the ids, assign the roles."""
+"""From a config to the data of a run: generate, prepare or open it, permute the ids, split."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ class RunData:
     """The data of a run.
 
     Attributes:
-      dataset: with permuted item numbers. roles: `[events]` int8. tokens: the items' texts.
+      dataset: with permuted item numbers. split_ids: `[events]` int8, of `moerec.data.splits`. tokens: the items' texts.
       world: the city world behind it, or None.
       folder: the prepared folder that `dataset` was read from, or None.
       item_number: `[I]` int32, the number in `dataset` of each item of the source.
@@ -45,7 +45,7 @@ class RunData:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the events, their roles, the items and the users' fields: equal for equal data."""
+        """SHA-256 of the events, their split, the items and the users' fields: equal for equal data."""
         log, catalogue = self.dataset.log, self.dataset.catalogue
         found = hashlib.sha256()
         fields, _ = self.dataset.profile_codes

@@ -54,7 +54,7 @@ def _leave_one_out(dataset: Dataset, per_service: bool) -> np.ndarray:
 
 
 def _forget_future(dataset: Dataset, split_ids: np.ndarray) -> np.ndarray:
-    """The roles with UNUSED for TRAIN events that stand not before all that their user's other services hold out."""
+    """The split ids with UNUSED for TRAIN events that stand not before all that their user's other services hold out."""
     log, n_services = dataset.log, dataset.catalogue.n_services
     never = np.iinfo(np.int64).max
     first_PZ = np.full((log.n_users, n_services), never)
@@ -118,7 +118,7 @@ def shuffle_ties(dataset: Dataset, seed: int) -> Dataset:
 def select_targets(dataset: Dataset, split_ids: np.ndarray, role: int) -> np.ndarray:
     """`[n]` int64, the rows of the log that have the role, ascending."""
     if len(split_ids) != dataset.log.n_events:
-        raise InputError(f"roles: {len(split_ids)} entries for {dataset.log.n_events} events")
+        raise InputError(f"split ids: {len(split_ids)} entries for {dataset.log.n_events} events")
     return np.flatnonzero(split_ids == role)
 
 

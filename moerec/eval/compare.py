@@ -127,7 +127,7 @@ def _test(title: str, values: np.ndarray) -> Difference:
 
 
 class InterventionTable(NamedTuple):
-    """What the answers of one configuration lose without the own profile and context, over several seeds.
+    """What the predictions of one configuration lose without the own profile and context, over several seeds.
 
     Attributes:
       rows: the runs as they are against the same with an edit (`profile swapped`), in union NDCG@10.

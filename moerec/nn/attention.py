@@ -66,8 +66,8 @@ class ProfileAttention(nnx.Module):
     is projected to heads is what all users' slots are made of, and no slot (DeepSeek-AI 2024). Biases by time are a
     table over log buckets, as in Raffel et al. (2020); those of pairs of services one over (own, other).
 
-    A profile has no place in the sequence: queries are scaled, and read the slots, before they are rotated, so that an
-    answer depends on distances alone.
+    A profile has no place in the sequence: queries are scaled, and read the slots, before they are rotated, so that a
+    prediction depends on distances alone.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):

@@ -111,7 +111,7 @@ class Checkpoints:
     def restore_last(self, like) -> tuple[Any, TrainProgress]:
         """The last state, placed as `like` (a tree of arrays or of `ShapeDtypeStruct` with shardings).
 
-        What a run saved as best after that point is forgotten: the resumed run finds it again, to the bit.
+        What a run saved as best after that point is forgotten: the resumed run finds it again, bitwise.
         """
         step = self._last.latest_step()
         for later in [s for s in self._best.all_steps() if s > (step or 0)]:

@@ -18,7 +18,7 @@ from tests.random_dataset import make_dataset
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any), st.integers(0, 1000), st.integers(0, 1000))
 def test_permutation_keeps_every_item_and_every_event(sizes, seed, data_seed):
     before = make_dataset([5, 0, 8], tuple(sizes), seed=data_seed)
-    after = permute_items(before, seed)
+    after, number = permute_items(before, seed)
     old, new = before.catalogue, after.catalogue
     assert new.services == old.services
     np.testing.assert_array_equal(new.offsets, old.offsets)
@@ -27,14 +27,16 @@ def test_permutation_keeps_every_item_and_every_event(sizes, seed, data_seed):
         assert rows[0] == rows[1], "not a bijection within the service, or texts torn from their ids"
     assert old.ids[before.log.item].tolist() == new.ids[after.log.item].tolist()
     np.testing.assert_array_equal(before.event_service, after.event_service)
-    assert after.log.item.dtype == before.log.item.dtype
+    assert after.log.item.dtype == number.dtype == before.log.item.dtype
+    assert sorted(number.tolist()) == list(range(sum(sizes)))
+    assert new.ids[number].tolist() == old.ids.tolist(), "not the new number of each item"
     for name in ("offsets", "action", "time", "context"):
         np.testing.assert_array_equal(getattr(after.log, name), getattr(before.log, name))
 
 
 def test_permutation_is_random_and_a_function_of_the_seed():
     dataset = make_dataset([3], (40, 60))
-    once, again, other = (permute_items(dataset, seed).catalogue.ids for seed in (1, 1, 2))
+    once, again, other = (permute_items(dataset, seed)[0].catalogue.ids for seed in (1, 1, 2))
     np.testing.assert_array_equal(once, again)
     assert (once != other).mean() > 0.8
     assert (once != dataset.catalogue.ids).mean() > 0.8
@@ -44,7 +46,7 @@ def test_every_place_is_equally_likely():
     dataset = make_dataset([1], (4, 3))
     places = {name: [] for name in dataset.catalogue.ids.tolist()}
     for seed in range(600):
-        for place, name in enumerate(permute_items(dataset, seed).catalogue.ids.tolist()):
+        for place, name in enumerate(permute_items(dataset, seed)[0].catalogue.ids.tolist()):
             places[name].append(place)
     for name, found in places.items():
         size = 4 if name in dataset.catalogue.ids[:4].tolist() else 3

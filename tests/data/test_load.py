@@ -1,6 +1,7 @@
 """Data of a run: the same events under new item numbers, from wherever they come, and prepared once."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections import Counter
@@ -13,8 +14,12 @@ from moerec.data import city
 from moerec.data.dataset import Dataset
 from moerec.data.load import RunData, load_data, make_reader
 from moerec.data.pipeline import MemoryReader, PackedStream, ShardReader, StreamOptions
+from moerec.data.prepare.shards import load_dataset
 from moerec.data.splits import TEST, TRAIN, VALID
 from moerec.errors import InputError
+from moerec.tasks.base import render_targets
+from moerec.tasks.next_event import NextEvent
+from tests.small_model import target_of
 
 CITY = CityConfig(n_users=15, events_per_user=9, items_per_service=20)
 
@@ -123,12 +128,14 @@ def test_city_from_shards_trains_on_the_same_events(tmp_path):
             np.testing.assert_array_equal(x, y, err_msg=name)
 
 
-def test_item_table_counts_training_events(tmp_path):
+def test_the_catalogue_counts_training_events(tmp_path):
     data = load_data(DataConfig(city=CITY, seed=3), tmp_path)
     count = Counter(
         int(item) for item, role in zip(data.dataset.log.item, data.split_ids, strict=True) if role == TRAIN
     )
-    table = data.item_table
+    table = data.catalog
+    assert data.catalog is table, "counted anew"
+    assert (table.vector_ID, table.bias_I) == (None, None)
     assert table.count_I.tolist() == [count[i] for i in range(60)]
     assert table.service_I.tolist() == [z for z in range(3) for _ in range(20)]
     assert table.token_IW is data.tokens.ids
@@ -198,6 +205,28 @@ def test_where_a_run_is_other_tables_are_refused_and_nothing_is_touched(tmp_path
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_item_numbers_are_those_of_the_prepared_folders_items(tmp_path):
+    write_tables(tmp_path / "tables")
+    config = table_config(tmp_path / "tables", seed=2)
+    data = load_data(config, tmp_path / "run")
+    source, number = load_dataset(data.folder), data.item_number
+    assert sorted(number.tolist()) == list(range(6))
+    assert number.tolist() != list(range(6)), "not permuted"
+    catalogue, stored = data.dataset.catalogue, source.catalogue
+    for k, new in enumerate(number.tolist()):
+        assert catalogue.service[new] == stored.service[k]
+        assert (catalogue.ids[new], catalogue.text[new]) == (stored.ids[k], stored.text[k])
+    assert data.dataset.log.item.tolist() == [number[i] for i in source.log.item]
+    prepared = dataclasses.replace(config, source="prepared", prepared=str(data.folder))
+    assert load_data(prepared, tmp_path / "other").item_number.tolist() == number.tolist()
+
+
+def test_what_is_derived_from_the_data_is_made_once(tmp_path):
+    data = load_data(DataConfig(city=CITY, seed=3), tmp_path)
+    for owner, name in ((data, "digest"), (data, "catalog"), (data.dataset, "profile_codes"), (data.dataset.log, "user")):
+        assert getattr(owner, name) is getattr(owner, name), name
+
+
 def test_a_folder_that_is_not_prepared_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a prepared folder"):
         load_data(DataConfig(source="prepared", prepared=str(tmp_path / "nothing")), tmp_path)
@@ -232,8 +261,11 @@ def test_shuffled_ties_change_only_the_order_within_a_time(tmp_path):
     assert len(orders) > 2
 
 
-def test_context_values_of_held_out_events_alone_are_unseen(tmp_path):
-    """The last two events of a user are held out, and of the others the first is no request: nothing predicts it."""
+@pytest.mark.parametrize(("first_event", "codes"), [(False, [5, 2, 5, 2, 2, 0, 5, 5]), (True, [1, 2, 5, 2, 2, 0, 5, 1])])
+def test_context_values_of_held_out_events_alone_are_unseen(tmp_path, first_event, codes):
+    """The last two events of a user are held out. Of the others the first is a request only to a control slot: without
+    it nothing predicts it.
+    """
     (tmp_path / "tables").mkdir()
     sky = {"u": ["fog", "sun", "rain", "sun"], "v": ["sun", "", "hail", "fog"]}
     rows = [f"{user}\t{'ab'[k % 2]}\t{k}\t{value}" for user, values in sky.items() for k, value in enumerate(values)]
@@ -243,12 +275,15 @@ def test_context_values_of_held_out_events_alone_are_unseen(tmp_path):
         source="tables",
         tables=TablesConfig(str(tmp_path / "tables"), "interactions.tsv"),
         schema=SchemaConfig(time="time", context=("sky",)),
+        first_event=first_event,
     )
     for reader in ("memory", "shards"):
         own = dataclasses.replace(config, reader=reader)
         data = load_data(own, tmp_path / "run")
         assert data.dataset.context == {"sky": ("fog", "sun", "rain", "hail")}
-        assert data.dataset.log.context[:, 0].tolist() == [5, 2, 5, 2, 2, 0, 5, 5]
-        stream = iter(PackedStream(make_reader(own, data), StreamOptions(1, 16, 8, 0)))
-        batch = next(stream)
-        assert set(batch.request_context_BTC[batch.weight_BT > 0].ravel().tolist()) == {0, 2}
+        assert data.dataset.log.context[:, 0].tolist() == codes
+        options = StreamOptions(1, 16, 8, 0, first_event)
+        render = functools.partial(render_targets, [NextEvent()])
+        batch = next(iter(PackedStream(make_reader(own, data), data.dataset.catalogue, render, options)))
+        asked = batch.request.context_BTC[target_of(batch).weight_BT > 0]
+        assert set(asked.ravel().tolist()) == ({0, 1, 2} if first_event else {0, 2})

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moerec.data.dataset import UNKNOWN_TIME, EventLog
-from moerec.data.packing import device_time, fill_batch, place_sequences
+from moerec.data.dataset import UNKNOWN_TIME, EventLog, ItemTable
+from moerec.data.histories import Histories
+from moerec.data.packing import Sequences, device_time, pack, place_sequences
 from moerec.types import NO_TIME
 
 
@@ -110,47 +111,118 @@ def test_device_time_of_any_time(times):
     assert device_time(np.array(times, np.int64)).tolist() == expected
 
 
-@given(st.integers(0, 12), st.integers(0, 3), st.integers(0, 10_000))
-def test_columns_land_in_their_slots_and_the_rest_is_padding(n, n_context, seed):
-    rng = np.random.default_rng(seed)
-    events = 20
+@st.composite
+def sequence_sets(draw):
+    """A log, an item table, and sequences of rows in any order, each with what comes after it."""
+    n_events, sizes = draw(st.integers(1, 20)), draw(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any))
+    n_context, n_fields, row_len = draw(st.integers(0, 3)), draw(st.integers(0, 2)), draw(st.integers(1, 7))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    time = rng.integers(0, 2**30, n_events) + seconds(2001, 1, 1)
+    time[rng.random(n_events) < 0.2] = UNKNOWN_TIME
     log = EventLog(
-        np.array([0, events]),
-        rng.integers(0, 1000, events).astype(np.int32),
-        rng.integers(0, 9, events).astype(np.int16),
-        rng.integers(0, 2**30, events) + seconds(2001, 1, 1),
-        rng.integers(0, 5, (events, n_context)).astype(np.int16),
-        rng.integers(-9, 9, events).astype(np.int32) * 900,
+        np.array([0, n_events]),
+        rng.integers(0, sum(sizes), n_events).astype(np.int32),
+        rng.integers(0, 9, n_events).astype(np.int16),
+        time,
+        rng.integers(0, 5, (n_events, n_context)).astype(np.int16),
+        rng.integers(-9, 9, n_events).astype(np.int32) * 900,
     )
-    shape = (3, 4)
-    slot = rng.permutation(12)[:n]
-    source, following = rng.integers(0, events, (2, n))
-    position, segment = rng.integers(0, 9, n), rng.integers(1, 9, n)
-    weight, fields = rng.random(n), rng.integers(0, 9, (n, 2))
-    batch = fill_batch(log, slot, source, following, position, segment, weight, shape, fields)
-    assert batch.request_context_BTC.shape == (*shape, n_context)
-    assert {x.dtype for x in batch[:-1]} == {np.dtype(np.int32)}
-    assert batch.weight_BT.dtype == np.float32
-    place = {int(s): k for k, s in enumerate(slot)}
-    zero = seconds(2000, 1, 1)
-    for flat in range(12):
-        got = [np.asarray(x)[divmod(flat, 4)].tolist() for x in batch]
-        if flat not in place:
-            assert got == [0, 0, NO_TIME, 0, 0, 0, NO_TIME, 0, [0] * n_context, [0, 0], 0, 0]
-            continue
-        k = place[flat]
-        s, f = source[k], following[k]
-        assert got == [
-            log.item[s],
-            log.action[s],
-            log.time[s] - zero,
-            log.utc_offset[s],
-            position[k],
-            segment[k],
-            log.time[f] - zero,
-            log.utc_offset[f],
-            log.context[f].tolist(),
-            fields[k].tolist(),
-            log.item[f],
-            np.float32(weight[k]),
-        ]
+    blank = np.full(sum(sizes), "")
+    items = ItemTable(
+        tuple(f"service {z}" for z in range(len(sizes))), np.concatenate([[0], np.cumsum(sizes)]), blank, blank, blank
+    )
+    rows, controls, following, fields = [], [], [], []
+    for _ in range(draw(st.integers(0, 8))):
+        controls.append(draw(st.booleans()))
+        rows.append(draw(st.lists(st.integers(0, n_events - 1), max_size=row_len - controls[-1])))
+        following.append(draw(st.integers(0, n_events - 1)))
+        fields.append(rng.integers(0, 9, n_fields).tolist())
+    sequences = Sequences(
+        Histories(
+            np.concatenate([[0], np.cumsum([len(own) for own in rows])]).astype(np.int64),
+            np.array([row for own in rows for row in own], np.int64),
+        ),
+        np.array(following, np.int64),
+        np.array(controls, bool),
+        np.array(fields, np.int32).reshape(len(rows), n_fields),
+    )
+    return log, items, rows, sequences, draw(st.integers(1, 4)), row_len
+
+
+def read_slot(packed, row: int, column: int) -> dict:
+    """Every column of one slot."""
+    batch = packed.batch
+    columns = {**batch._asdict(), **{f"request.{k}": x for k, x in batch.request._asdict().items()}}
+    columns = {name: x for name, x in columns.items() if name not in ("request", "targets")}
+    return {name: x[row, column].tolist() for name, x in {**columns, "next_item": packed.next_item_BT}.items()}
+
+
+@given(sequence_sets())
+def test_control_slots_and_events_stand_where_a_loop_lays_them(drawn):
+    log, items, rows_of, sequences, n_rows, row_len = drawn
+    n_slots = [len(rows) + bool(c) for rows, c in zip(rows_of, sequences.has_control, strict=True)]
+    assert sequences.n_slots.tolist() == n_slots
+    placed = place_sequences(sequences.n_slots, n_rows, row_len)
+    n = placed.n
+    part = Sequences(sequences.events.slice(0, n), *(x[:n] for x in sequences[1:]))
+    packed = pack(log, items, part, placed, (n_rows, row_len))
+    assert packed.batch.targets == {}
+    n_services, n_context, n_fields = len(items.services), log.context.shape[1], sequences.field_UY.shape[1]
+    service_of = [z for z in range(n_services) for _ in range(items.offsets[z], items.offsets[z + 1])]
+
+    def seen_time(row):
+        return int(NO_TIME) if log.time[row] == UNKNOWN_TIME else int(log.time[row]) - seconds(2000, 1, 1)
+
+    def nothing(kind):
+        empty = {"kind_BT": kind, "item_BT": 0, "service_BT": n_services, "action_BT": 0, "time_BT": int(NO_TIME)}
+        return {**empty, "utc_offset_BT": 0}
+
+    padding = {
+        **nothing(0),
+        "position_BT": 0,
+        "segment_BT": 0,
+        "request.time_BT": int(NO_TIME),
+        "request.utc_offset_BT": 0,
+        "request.context_BTC": [0] * n_context,
+        "request.field_BTY": [0] * n_fields,
+        "next_item": 0,
+    }
+    expected = [[padding] * row_len for _ in range(n_rows)]
+    for k, (b, column, number) in enumerate(place_by_hand(n_slots, n_rows, row_len)):
+        laid = ["control"] * bool(sequences.has_control[k]) + rows_of[k]
+        for t, event in enumerate(laid):
+            after = laid[t + 1] if t + 1 < len(laid) else int(sequences.next_row[k])
+            own = nothing(2)
+            if event != "control":
+                own = {
+                    "kind_BT": 1,
+                    "item_BT": int(log.item[event]),
+                    "service_BT": service_of[log.item[event]],
+                    "action_BT": int(log.action[event]),
+                    "time_BT": seen_time(event),
+                    "utc_offset_BT": int(log.utc_offset[event]),
+                }
+            expected[b][column + t] = {
+                **own,
+                "position_BT": t,
+                "segment_BT": number,
+                "request.time_BT": seen_time(after),
+                "request.utc_offset_BT": int(log.utc_offset[after]),
+                "request.context_BTC": log.context[after].tolist(),
+                "request.field_BTY": sequences.field_UY[k].tolist(),
+                "next_item": int(log.item[after]),
+            }
+    assert [[read_slot(packed, b, t) for t in range(row_len)] for b in range(n_rows)] == expected
+
+
+@given(sequence_sets())
+def test_packed_columns_are_int32_of_the_asked_shape(drawn):
+    log, items, _, sequences, n_rows, row_len = drawn
+    placed = place_sequences(sequences.n_slots, n_rows, row_len)
+    part = Sequences(sequences.events.slice(0, placed.n), *(x[: placed.n] for x in sequences[1:]))
+    packed = pack(log, items, part, placed, (n_rows, row_len))
+    columns = [*packed.batch[:8], *packed.batch.request, packed.next_item_BT]
+    assert {x.dtype for x in columns} == {np.dtype(np.int32)}
+    assert {x.shape[:2] for x in columns} == {(n_rows, row_len)}
+    assert packed.batch.request.context_BTC.shape == (n_rows, row_len, log.context.shape[1])
+    assert packed.batch.request.field_BTY.shape == (n_rows, row_len, sequences.field_UY.shape[1])

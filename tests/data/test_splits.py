@@ -56,8 +56,9 @@ def test_past_only_learns_from_what_all_that_is_held_out_may_see(dataset):
     whole = splits.assign_split_ids(dataset, SplitConfig(per_service=True), 0)
     split_ids = splits.assign_split_ids(dataset, SplitConfig(per_service=True, past_only=True), 0)
     held_out = np.flatnonzero((whole == splits.VALID) | (whole == splits.TEST))
-    offsets, rows = splits.gather_histories(dataset, held_out, True)
-    seen = {row: set(rows[lo:hi]) for row, lo, hi in zip(held_out, offsets[:-1], offsets[1:], strict=True)}
+    found = splits.gather_histories(dataset, held_out, True)
+    bounds = zip(held_out, found.offsets[:-1], found.offsets[1:], strict=True)
+    seen = {row: set(found.rows[lo:hi]) for row, lo, hi in bounds}
     for row in range(dataset.log.n_events):
         if whole[row] != splits.TRAIN:
             assert split_ids[row] == whole[row]
@@ -153,11 +154,12 @@ def test_histories_equal_a_loop(dataset, per_service, most):
     targets = np.arange(dataset.log.n_events)[::2]
     before, splits._MOST_CANDIDATES = splits._MOST_CANDIDATES, most
     try:
-        offsets, rows = splits.gather_histories(dataset, targets, per_service)
+        found = splits.gather_histories(dataset, targets, per_service)
     finally:
         splits._MOST_CANDIDATES = before
     time, service, user = dataset.log.time, dataset.event_service, dataset.log.user
-    assert len(offsets) == len(targets) + 1
+    offsets, rows = found.offsets, found.rows
+    assert len(found) == len(targets) == len(offsets) - 1
     assert offsets[-1] == len(rows)
     for i, target in enumerate(targets):
         expected = [

@@ -9,16 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerec.config import AuditConfig, SplitConfig
+from moerec.config import AuditConfig, Config, SplitConfig
 from moerec.data import splits
 from moerec.data.dataset import Dataset, EventLog, ItemTable, permute_items
+from moerec.data.histories import Histories
+from moerec.data.packing import pack
 from moerec.data.splits import shuffle_ties
 from moerec.errors import InputError, WorkError
-from moerec.eval import ranking as evaluate
 from moerec.eval.audit import prepare_subject, run_audit
+from moerec.eval.audit.canary_checks import find_changed_inputs, plant_future
 from moerec.eval.audit.copy_checks import digest_sequences
 from moerec.eval.audit.id_checks import number_ids, rank_by_arithmetic
 from moerec.eval.audit.report import AuditReport, make_row
+from moerec.eval.ranking import dataset as evaluated
 from tests.amazon3_tables import read_amazon3
 
 DAY = 86400
@@ -82,7 +85,7 @@ def sorted_ties(key):
 def test_ids_that_sort_ties_are_found_and_shuffling_mends_it():
     users = sorted_ties(np.arange(120))
     assert {"id_order", "id_order_in_ties", "tie_order"} <= exceeded(audit(users))
-    permuted = permute_items(build(users), 3)
+    permuted, _ = permute_items(build(users), 3)
     assert np.any(permuted.catalogue.ids != build(users).catalogue.ids)
     names = {row.name for row in run_audit(permuted, SplitConfig(), AuditConfig()).rows if row.exceeded}
     assert {"id_order", "id_order_in_ties", "tie_order"} <= names
@@ -164,31 +167,77 @@ def test_a_canary_is_seen_where_a_history_reaches_past_its_target(monkeypatch):
     whole = splits.gather_histories
 
     def leaky(dataset, targets, per_service):
-        offsets, rows = whole(dataset, targets, per_service)
-        return offsets, rows + 1  # the last of each is the target itself
+        found = whole(dataset, targets, per_service)
+        return Histories(found.offsets, found.rows + 1)  # the last of each is the target itself
 
-    monkeypatch.setattr("moerec.eval.ranking.gather_histories", leaky)
+    monkeypatch.setattr("moerec.eval.ranking.dataset.gather_histories", leaky)
     assert audit(clean())["future_canary_test", "all"].value == 1
     assert audit(clean())["future_in_history", "all"].value == 0  # which looks at times alone
 
 
-def test_a_canary_is_seen_where_a_request_is_that_of_a_later_event(monkeypatch):
-    fill = evaluate.fill_batch
-    dataset = build(clean())
+def with_weather(users):
+    """The data set with a random context."""
+    dataset = build(users)
     context = np.random.default_rng(0).integers(1, 3, (dataset.log.n_events, 1)).astype(np.int16)
     log = dataclasses.replace(dataset.log, context=context)
-    dataset = dataclasses.replace(dataset, log=log, context={"weather": ("rain", "sun")})
+    return dataclasses.replace(dataset, log=log, context={"weather": ("rain", "sun")})
 
-    def leaky(log, *, following, **columns):
-        batch = fill(log, following=following, **columns)
-        late = fill(log, following=np.minimum(following + 1, log.n_events - 1), **columns)
-        return batch._replace(request_context_BTC=late.request_context_BTC)
+
+def pack_later(log, items, sequences, placed, shape):
+    """What `pack` makes of the events that come one later."""
+    events = Histories(sequences.events.offsets, np.minimum(sequences.events.rows + 1, log.n_events - 1))
+    following = np.minimum(sequences.next_row + 1, log.n_events - 1)
+    return pack(log, items, sequences._replace(events=events, next_row=following), placed, shape)
+
+
+def with_context(packed, context_BTC):
+    request = packed.batch.request._replace(context_BTC=context_BTC)
+    return packed._replace(batch=packed.batch._replace(request=request))
+
+
+def test_a_canary_is_seen_where_a_request_is_that_of_a_later_event(monkeypatch):
+    dataset = with_weather(clean())
+
+    def leaky(*args):
+        return with_context(pack(*args), pack_later(*args).batch.request.context_BTC)
 
     split = SplitConfig(kind="time", valid_from="1970-01-05", test_from="1970-01-06")
-    for function, value in ((fill, 0), (leaky, 1)):
-        monkeypatch.setattr("moerec.eval.ranking.fill_batch", function)
+    for function, value in ((pack, 0), (leaky, 1)):
+        monkeypatch.setattr("moerec.eval.ranking.dataset.pack", function)
         rows = {row.name: row for row in run_audit(dataset, split, AuditConfig()).rows}
         assert (rows["future_canary_valid"].value > 0.5) == value
+
+
+def test_a_canary_is_seen_where_a_control_slot_tells_of_what_comes_after_the_target(monkeypatch):
+    """Of targets behind other events, and of those that are their users' first."""
+    users = [p if k % 2 else [(i, day + 4) for i, day in p[:4]] for k, p in enumerate(clean())]
+    dataset, n_controls = with_weather(users), []
+
+    def honest(*args):
+        packed = pack(*args)
+        n_controls.append(int((packed.batch.kind_BT == 2).sum()))
+        return packed
+
+    def leaky(log, items, sequences, placed, shape):
+        packed = pack(log, items, sequences, placed, shape)
+        context = packed.batch.request.context_BTC.copy()
+        at = np.nonzero(packed.batch.kind_BT == 2)
+        context[at] = log.context[np.minimum(sequences.next_row + 1, log.n_events - 1)]
+        return with_context(packed, context)
+
+    split = SplitConfig(kind="time", valid_from="1970-01-05", test_from="1970-01-06")
+    subject = prepare_subject(dataset, split, 0)
+    first = dataset.log.offsets[:-1]
+    targets = np.where(np.arange(len(users)) % 2, first + 4, first)
+    assert len(evaluated.EvalDataset(dataset, targets, Config()).histories.rows) == 4 * 200
+    for function, value in ((honest, 0), (leaky, 1)):
+        monkeypatch.setattr("moerec.eval.ranking.dataset.pack", function)
+        rows = {row.name: row for row in run_audit(dataset, split, AuditConfig()).rows}
+        assert (rows["future_canary_valid"].value > 0.5) == value
+        changed = find_changed_inputs(subject, targets, plant_future(dataset, targets), None)
+        assert (changed[::2].mean() > 0.9, changed[1::2].mean() > 0.9) == (value, value)
+        assert changed.any() == value
+    assert sum(n_controls) >= 2 * len(users), "every sequence has one, the true one's and the rewritten one's"
 
 
 def test_a_canary_is_seen_where_a_history_holds_what_is_tied_behind_its_target(monkeypatch):
@@ -199,11 +248,11 @@ def test_a_canary_is_seen_where_a_history_holds_what_is_tied_behind_its_target(m
         last = dataset.log.offsets[dataset.log.user[targets] + 1] - 1
         behind = np.minimum(targets + 1, last)
         tied = dataset.log.time[behind] == dataset.log.time[targets]
-        offsets, rows = whole(dataset, targets, per_service)
-        rows[offsets[1:][tied] - 1] = behind[tied]
-        return offsets, rows
+        found = whole(dataset, targets, per_service)
+        found.rows[found.offsets[1:][tied] - 1] = behind[tied]
+        return found
 
-    monkeypatch.setattr("moerec.eval.ranking.gather_histories", leaky)
+    monkeypatch.setattr("moerec.eval.ranking.dataset.gather_histories", leaky)
     split = SplitConfig(kind="time", valid_from="1970-01-03", test_from="1970-01-04")
     assert audit(users, split)["future_canary_test", "all"].value > 0.1
 
@@ -320,7 +369,7 @@ def test_bad_limits_and_empty_splits_are_refused():
 
 
 def test_amazon3_has_the_ties_and_the_telling_ids_of_its_description():
-    dataset = permute_items(read_amazon3(), 1)
+    dataset, _ = permute_items(read_amazon3(), 1)
     report = run_audit(dataset, SplitConfig(per_service=True), AuditConfig())
     rows = {(row.name, row.service): row for row in report.rows}
     assert report.exit_code == 1

@@ -97,7 +97,7 @@ def test_boolean_and_sparse_masks_agree_and_a_seen_target_is_a_miss():
 def test_table_has_a_row_for_each_service_with_targets_and_for_all():
     own = metrics.RankCounts(np.array([0, 4, 30]), np.array([1, 2, 1]))
     union = metrics.RankCounts(np.array([1, 9, 90]), np.array([1, 2, 5]))
-    table = metrics.build_table(own, union, np.array([0, 2, 2]), ("a", "b", "c"))
+    table = metrics.build_table(metrics.Ranks(own, union), np.array([0, 2, 2]), ("a", "b", "c"))
     assert set(table["in_service"]) == {"a", "c"}
     assert set(table["union"]) == {"a", "c", "all"}
     assert table["in_service"]["c"]["recall@5"] == 0.25

@@ -11,8 +11,9 @@ import pytest
 from moerec.errors import InputError
 from moerec.nn.model import ModelSizes
 from moerec.nn.sharding import make_mesh, param_shardings
-from moerec.train.checkpoint import Checkpoints, TrainProgress, flatten
-from moerec.train.step import init_state
+from moerec.train.checkpoint import Checkpoints, TrainProgress
+from moerec.train.paths import flatten, unflatten
+from moerec.train.state import init_state
 from tests.tiny import make_config
 
 SIZES = ModelSizes(n_items=16, n_tokens=9, n_services=2, n_actions=2, context_sizes=(3,))
@@ -101,12 +102,12 @@ def test_round_trip_is_exact_and_leaves_only_whole_checkpoints(state, checkpoint
 
 def test_restores_onto_other_meshes(state, checkpoints):
     writer = checkpoints()
-    writer.save_last(1, place(state.model, make_mesh(2, 1, 2)), PROGRESS)
+    writer.save_last(1, place(state.params, make_mesh(2, 1, 2)), PROGRESS)
     writer.wait()
     for shape in ((2, 1, 4), (4, 1, 1), (1, 1, 1)):
-        like = place(shift(state.model), make_mesh(*shape))
+        like = place(shift(state.params), make_mesh(*shape))
         restored, _ = writer.restore_last(like)
-        assert_same(restored, state.model)
+        assert_same(restored, state.params)
         for (path, x), y in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(like), strict=True):
             assert x.sharding.is_equivalent_to(y.sharding, x.ndim), jax.tree_util.keystr(path)
         assert any(not x.is_fully_replicated for x in jax.tree.leaves(restored)) == (shape != (1, 1, 1))
@@ -138,12 +139,12 @@ def test_another_model_is_refused_by_the_name_of_its_weight(state, checkpoints):
     writer.save_last(1, state, PROGRESS)
     writer.wait()
     other = make_state(dataclasses.replace(SIZES, n_items=24))
-    with pytest.raises(InputError, match=r"checkpoints: .*item_bias_I.*\(16,\).*\(24,\)"):
+    with pytest.raises(InputError, match=r"checkpoints: .*head/bias_I.*\(16,\).*\(24,\)"):
         writer.restore_last(other)
     without_average = state._replace(average=None)
     writer.save_last(2, without_average, PROGRESS)
     writer.wait()
-    with pytest.raises(InputError, match=r"another model: \.average.* is None, not"):
+    with pytest.raises(InputError, match=r"another model: average/.* is None, not"):
         writer.restore_last(state)
 
 
@@ -151,15 +152,19 @@ def test_weights_that_nobody_asked_for_are_refused_by_name(small, checkpoints):
     writer = checkpoints()
     writer.save_last(1, small, PROGRESS)
     writer.wait()
-    with pytest.raises(InputError, match=r"another model: \['b'\]\['step'\] is \(\), not None"):
+    with pytest.raises(InputError, match=r"another model: b/step is \(\), not None"):
         writer.restore_last({"a": small["a"]})
 
 
 def test_paths_name_every_leaf_once(state):
     flat = flatten(state)
     assert len(flat) == len(jax.tree.leaves(state))
-    assert flat[".step"] is state.step
-    assert sum("row_ID" in name for name in flat if name.startswith(".model")) == 1
+    assert flat["step"] is state.step
+    assert [name for name in flat if name.startswith("params/") and "row_ID" in name] == [
+        "params/item_encoder/row_ID"
+    ]
+    assert flat["params/groups/0/attention/q_DNH"] is state.params.groups[0].attention.q_DNH[...]
+    assert_same(unflatten(shift(state), flat), state)
 
 
 def test_what_was_best_after_the_last_checkpoint_is_forgotten(small, checkpoints):

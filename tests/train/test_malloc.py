@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Without the settings glibc maps a block of this size, and unmaps it when it is freed.
 PROBE = """
 import ctypes, sys
-from moerec.memory import disable_malloc_trim
+from moerec.train.malloc import disable_malloc_trim
 
 if sys.argv[1] == "keep":
     print(disable_malloc_trim())

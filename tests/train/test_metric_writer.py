@@ -144,7 +144,7 @@ def test_an_interrupted_write_leaves_no_half_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
         write_json(path, {"seed": 2})
     assert json.loads(path.read_text()) == {"seed": 1}

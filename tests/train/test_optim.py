@@ -54,11 +54,12 @@ def test_a_warm_up_longer_than_the_training_only_rises():
 def decays(name: str, embeddings: bool) -> bool:
     """What should decay, by the last part of a weight's name."""
     kind = name.removesuffix(".value").rsplit(".", 1)[-1]
-    if kind in {"scale", "item_bias_I", "q_bias_NH", "k_bias_KH", "v_bias_KH"}:
+    if kind in {"scale", "bias_I", "q_bias_NH", "k_bias_KH", "v_bias_KH"}:
         return False
     if kind in {"q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD", "gate_DD", "out_DD"}:
         return True
-    assert kind in {"row_ID", "table_VD", "service", "action", "context", "hour", "weekday", "season", "gap"}, name
+    embedded = {"row_ID", "table_VD", "control_D", "service", "action", "context", "hour", "weekday", "season", "gap"}
+    assert kind in embedded, name
     return embeddings
 
 

@@ -9,15 +9,17 @@ import pytest
 
 from moerec.config import Config, LossConfig, MoEConfig, OptimConfig, TrainConfig
 from moerec.nn.moe.balance import target_load
-from moerec.tasks.losses import sampling_cdf
-from moerec.train.optim import make_optimizer, make_schedule
-from moerec.train.step import TrainState, evaluated_model, init_state, make_train_step
+from moerec.tasks import make_tasks
+from moerec.train.optim import make_schedule
+from moerec.train.state import TrainState, init_state, make_predictor, start_state
+from moerec.train.step import make_train_step
 from tests.nn import numpy_model as oracle
-from tests.small_model import SIZES, make_batch, make_config, make_model, make_table, worst_gap
+from tests.small_model import SIZES, make_batch, make_config, make_model, make_table, target_of, with_target, worst_gap
 
 TABLE = make_table()
 # Rows of very different weight, one of them all padding: 14, 1, 0 and 9 slots.
-BATCH = make_batch(3, [[8, 6], [1], [0], [4, 5]], 14)
+BATCH = make_batch(3, [[8, 6], [1], [0], [4, 5]], 14, control=True)
+LABEL_BT, WEIGHT_BT = target_of(BATCH)
 SMALL = {"n_layers": 1, "item_text": False, "event_time": False, "request_context": False, "n_heads": 2}
 EXPERTS = MoEConfig(layers=(0,), n_per_group=2, d_expert=4, n_active=2, tile=4, bias_rate=0.01, backend="xla_tiles")
 
@@ -42,16 +44,16 @@ def config_for(
 
 def start(config: Config) -> TrainState:
     """A state whose weights are random and far from zero."""
-    model = make_model(config.model, seed=1)
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    average = jax.tree.map(jnp.copy, model) if config.optim.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model), average)
+    return start_state(config, make_model(config.model, seed=1))
 
 
 @functools.cache
 def make_step(*options):
-    """The compiled step; `options` as of `config_for`."""
-    return jax.jit(make_train_step(config_for(*options), jnp.asarray(sampling_cdf(TABLE.count_I, 0.5))))
+    """The compiled step, a function of state, batch and catalogue; `options` as of `config_for`."""
+    config = config_for(*options)
+    tasks = make_tasks(config)
+    step, constants = jax.jit(make_train_step(config, tasks)), {t.name: t.constants(TABLE, config) for t in tasks}
+    return lambda state, batch, catalog: step(state, batch, catalog, constants)
 
 
 @functools.cache
@@ -86,8 +88,8 @@ def test_microbatches_give_the_step_of_the_whole_batch(kind, scope, n_microbatch
     ((parts, parts_metrics),) = run(1, kind, n_microbatches, 0.0, 0.0, scope)
     assert parts_metrics == pytest.approx(metrics, rel=1e-5)
     assert worst_gap(first_moment(parts), first_moment(whole)) < 1e-6
-    assert worst_gap(parts.model, whole.model) < 1e-5
-    assert worst_gap(whole.model, start(config_for()).model) > 1e-3  # a step that does something
+    assert worst_gap(parts.params, whole.params) < 1e-5
+    assert worst_gap(whole.params, start(config_for()).params) > 1e-3  # a step that does something
 
 
 @pytest.mark.parametrize("n_microbatches", [2, 4])
@@ -97,27 +99,28 @@ def test_microbatches_balance_over_the_global_batch(n_microbatches):
     ((parts, parts_metrics),) = run(1, "full_softmax", n_microbatches, 0.0, 0.0, "union", True)
     assert parts_metrics == pytest.approx(metrics, rel=1e-5)
     assert worst_gap(first_moment(parts), first_moment(whole)) < 1e-6
-    assert worst_gap(parts.model, whole.model) < 1e-5
-    moved = whole.model.upper[0].ffn.bias_E - start(config_for(experts=True)).model.upper[0].ffn.bias_E
+    assert worst_gap(parts.params, whole.params) < 1e-5
+    moved = whole.router_bias_LE - start(config_for(experts=True)).router_bias_LE
     np.testing.assert_allclose(np.abs(moved), 0.01, rtol=1e-3)
+    np.testing.assert_array_equal(parts.router_bias_LE, whole.router_bias_LE)
 
 
 def test_a_mixture_is_trained_on_the_weighted_sum_of_its_losses():
     config = config_for(experts=True)
     ((state, metrics),) = run(1, "full_softmax", 1, 0.0, 0.0, "union", True)
-    weights = oracle.read_weights(start(config).model)
+    weights = oracle.read_weights(start(config).params)
     frozen, arguments = dict(weights), (BATCH, TABLE, config.model, SIZES.context_sizes)
-    own = np.where(BATCH.weight_BT > 0, TABLE.service_I[BATCH.target_BT], -1)
+    own = np.where(WEIGHT_BT > 0, TABLE.service_I[LABEL_BT], -1)
     asked = target_load(EXPERTS, SIZES.n_services)
 
     def total(weights):
         states = oracle.encode(weights, *arguments, frozen=frozen)
-        scores = states @ weights["item_encoder.row_ID"].T + weights["item_bias_I"]
+        scores = states @ weights["item_encoder.row_ID"].T + weights["head.bias_I"]
         posterior = np.array(oracle.posterior(weights, *arguments))
         log_p = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
         item, domain = (
-            -np.sum(BATCH.weight_BT * np.take_along_axis(p, answer[..., None], axis=-1)[..., 0]) / BATCH.weight_BT.sum()
-            for p, answer in ((log_p, BATCH.target_BT), (posterior, TABLE.service_I[BATCH.target_BT]))
+            -np.sum(WEIGHT_BT * np.take_along_axis(p, answer[..., None], axis=-1)[..., 0]) / WEIGHT_BT.sum()
+            for p, answer in ((log_p, LABEL_BT), (posterior, TABLE.service_I[LABEL_BT]))
         )
         p, count, square = oracle.route_sums(weights, *arguments, own, frozen)
         n = p.sum(axis=1)
@@ -145,30 +148,30 @@ def test_a_mixture_is_trained_on_the_weighted_sum_of_its_losses():
 def test_in_the_scope_of_the_service_only_its_items_move(kind):
     """Item rows of a service without a target stay where they are: neither positives nor competitors."""
     service = np.asarray(TABLE.service_I)
-    target = np.where(service[BATCH.target_BT] == 0, BATCH.target_BT, np.flatnonzero(service == 0)[0])
-    batch = BATCH._replace(target_BT=target.astype(np.int32))
+    target = np.where(service[LABEL_BT] == 0, LABEL_BT, np.flatnonzero(service == 0)[0])
+    batch = with_target(BATCH, label_BT=target.astype(np.int32))
     for scope in ("service", "union"):
         state, _ = make_step(kind, 1, 0.0, 0.0, scope)(start(config_for(kind)), batch, TABLE)
-        moved = np.asarray(first_moment(state).item_bias_I[...])[service != 0]
+        moved = np.asarray(first_moment(state).head.bias_I[...])[service != 0]
         assert moved.any() == (scope == "union")
 
 
 def test_metrics_are_those_of_the_loss_by_hand():
     config = config_for()
     ((state, metrics),) = run(1, "full_softmax")
-    model = start(config).model
+    model = start(config).params
     weights = oracle.read_weights(model)
 
     def mean_loss(weights):
         states = oracle.encode(weights, BATCH, TABLE, config.model, SIZES.context_sizes)
-        scores = states @ weights["item_encoder.row_ID"].T + weights["item_bias_I"]
+        scores = states @ weights["item_encoder.row_ID"].T + weights["head.bias_I"]
         log_p = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
-        taken = np.take_along_axis(log_p, BATCH.target_BT[..., None], axis=-1)[..., 0]
-        return -np.sum(BATCH.weight_BT * taken) / BATCH.weight_BT.sum()
+        taken = np.take_along_axis(log_p, LABEL_BT[..., None], axis=-1)[..., 0]
+        return -np.sum(WEIGHT_BT * taken) / WEIGHT_BT.sum()
 
     gradients = {name: 10 * g for name, g in oracle.read_weights(first_moment(state)).items()}  # 1 - b1 is 0.1
     assert metrics["loss"] == pytest.approx(mean_loss(weights), rel=1e-5)
-    assert metrics["slots"] == BATCH.weight_BT.sum()
+    assert metrics["slots"] == WEIGHT_BT.sum()
     oracle.assert_slopes(mean_loss, weights, gradients, 1e-4)
     norm = np.sqrt(sum(np.sum(g**2) for g in gradients.values()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -185,20 +188,20 @@ def test_the_average_is_a_plain_mean_at_first_and_exponential_then():
     states = [state for state, _ in run(5, "full_softmax", 1, 0.3, 0.6)]
     expected = None
     for n, state in enumerate(states, 1):
-        weights = oracle.read_weights(state.model)
+        weights = oracle.read_weights(state.params)
         rate = max(1 / n, 0.4)
         expected = {
             name: w if expected is None else (1 - rate) * expected[name] + rate * w for name, w in weights.items()
         }
         assert worst_gap(oracle.read_weights(state.average), expected) < 1e-6
-    assert evaluated_model(states[-1]) is states[-1].average
-    assert worst_gap(states[-1].average, states[-1].model) > 1e-4
+    assert make_predictor(states[-1]).params is states[-1].average
+    assert worst_gap(states[-1].average, states[-1].params) > 1e-4
 
 
 def test_without_average_the_model_itself_is_evaluated():
     ((state, _),) = run(1, "full_softmax")
     assert state.average is None
-    assert evaluated_model(state) is state.model
+    assert make_predictor(state).params is state.params
 
 
 @pytest.mark.parametrize(
@@ -215,12 +218,12 @@ def test_steps_are_deterministic_and_differ_in_their_randomness(options):
 
 def test_a_batch_of_padding_changes_nothing_but_the_decay():
     before = start(config_for())
-    nothing = BATCH._replace(weight_BT=np.zeros_like(BATCH.weight_BT))
+    nothing = with_target(BATCH, weight_BT=np.zeros_like(WEIGHT_BT))
     state, metrics = make_step("full_softmax")(before, nothing, TABLE)
     assert float(metrics["loss"]) == float(metrics["slots"]) == float(metrics["grad_norm"]) == 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
-    assert worst_gap(state.model.item_encoder, before.model.item_encoder) == 0
-    assert worst_gap(state.model.blocks, before.model.blocks) < 0.02 * 0.01 * 2  # at most the rate times the decay
+    assert worst_gap(state.params.item_encoder, before.params.item_encoder) == 0
+    assert worst_gap(state.params.groups, before.params.groups) < 0.02 * 0.01 * 2  # at most the rate times the decay
 
 
 def test_a_fresh_state_has_finite_weights_of_the_declared_shapes_and_its_own_average():
@@ -228,6 +231,6 @@ def test_a_fresh_state_has_finite_weights_of_the_declared_shapes_and_its_own_ave
     state = jax.jit(lambda: init_state(config, SIZES))()
     assert int(state.step) == 0
     shapes = [w.shape for w in jax.tree.leaves(make_model(config.model))]
-    assert [w.shape for w in jax.tree.leaves(state.model)] == shapes
-    assert all(np.isfinite(w).all() for w in jax.tree.leaves(state.model))
-    assert worst_gap(state.average, state.model) == 0
+    assert [w.shape for w in jax.tree.leaves(state.params)] == shapes
+    assert all(np.isfinite(w).all() for w in jax.tree.leaves(state.params))
+    assert worst_gap(state.average, state.params) == 0

@@ -18,7 +18,7 @@ def check_future_canary(subject: Subject, limits: AuditConfig) -> Iterator[Audit
     """Targets (one a user) whose inputs, as the model is given them, tell what happens from the target on.
 
     The user's future is written anew with other items, other actions and later times, and the evaluation batches
-    are built from the true and from the rewritten log; only the answers may differ.
+    are built from the true and from the rewritten log; only the targets may differ.
     """
     for role, name in ((TEST, "test"), (VALID, "valid")):
         targets = _one_a_user(subject, select_targets(subject.dataset, subject.split_ids, role))

@@ -15,12 +15,12 @@ from moerec.errors import WorkError
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A data set with the roles of its events.
+    """A data set with the split of its events.
 
     Attributes:
       split: how it is split.
       dataset: as training gets it (with its ties shuffled already where the split says so).
-      roles: `[events]`.
+      split_ids: `[events]`.
       per_service: whether sequences are those of a user and service (rather than of a user).
       targets: `[n]` rows of the test events.
       histories: what a prediction of them may see.

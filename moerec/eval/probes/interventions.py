@@ -1,4 +1,4 @@
-"""What a trained model's answers owe to the profile and to the context: they are taken from others, or taken away.
+"""What a trained model's predictions owe to the profile and to the context: they are taken from others, or taken away.
 
 The parameters stay as they are, so that a difference is what this model makes of the knowledge, not what another model
 would make without it.

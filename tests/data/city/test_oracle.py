@@ -235,7 +235,7 @@ def test_sees_the_past_only(small):
 
 def test_follows_a_renumbering_of_the_items(small):
     dataset, world = small
-    permuted = permute_items(dataset, 3)
+    permuted, _ = permute_items(dataset, 3)
     targets = last_events(dataset)
     a, b = posterior_predictive(world, dataset, targets), posterior_predictive(world, permuted, targets)
     new = {name: k for k, name in enumerate(permuted.catalogue.ids)}
