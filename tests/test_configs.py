@@ -12,6 +12,7 @@ import configs
 from moerec.config import (
     CityConfig,
     Config,
+    LossConfig,
     ModelConfig,
     PersonalConfig,
     SplitConfig,
@@ -22,7 +23,11 @@ from moerec.config import (
 )
 from moerec.data.load import load_data
 from moerec.errors import InputError
+from moerec.eval.baselines import BASELINES
+from moerec.eval.ranking import make_evaluator
 from moerec.nn.model import ModelSizes, SequenceModel, count_active_params
+from moerec.nn.profile import count_profile_slots
+from moerec.tasks import check_loss, make_tasks
 from moerec.train.loop import fit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +51,8 @@ def test_an_experiment_takes_a_step(name, tmp_path, request):
     if config.data.source == "tables":
         folder = request.getfixturevalue("data_dir") / Path(config.data.tables.folder).name
         config.data.tables.folder = str(folder)
-    fitted = fit(checked(config), load_data(config.data, tmp_path), tmp_path)
+    config, data = checked(config), load_data(config.data, tmp_path)
+    fitted = fit(config, data, tmp_path, make_evaluator(config, data))
     assert fitted.steps == 1
     assert 0 <= fitted.valid["valid/union/ndcg@10"] <= 1
     assert np.isfinite(fitted.slots_per_s)
@@ -62,17 +68,46 @@ def test_an_experiment_takes_a_step(name, tmp_path, request):
         (lambda: ModelConfig(pointer="some"), "model.pointer"),
         (lambda: ModelConfig(context_dropout=1.0), "model.context_dropout"),
         (lambda: TimeConfig(kind="sine"), "model.time.kind"),
-        (lambda: PersonalConfig(memory="lru"), "model.personal.memory"),
         (lambda: PersonalConfig(rank=0), "model.personal.rank"),
         (lambda: ModelConfig(item_row=False, item_text=False), "model.item_row"),
         (lambda: SplitConfig(kind="time"), "data.split.valid_from"),
         (lambda: TrainConfig(batch_size=6, n_microbatches=4), "train.batch_size"),
-        (lambda: Config(baselines=("popularty",)), "baselines"),
+        (lambda: Config(tasks=()), "tasks"),
+        (lambda: ModelConfig(group_starts=(2,)), "model.group_starts"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_field(make, field):
     with pytest.raises(InputError, match=f"config.{field}: "):
         make()
+
+
+@pytest.mark.parametrize(
+    ("look_up", "field"),
+    [
+        (
+            lambda: count_profile_slots(ModelConfig(personal=PersonalConfig(layers=(1,), memory="lru"))),
+            "model.personal.memory",
+        ),
+        (lambda: check_loss(Config(loss=LossConfig(kind="hinge"))), "loss.kind"),
+        (lambda: make_tasks(Config(tasks=("next_events",))), "tasks"),
+        (lambda: BASELINES["popularty"], "baselines"),
+        (
+            lambda: check_loss(Config(model=ModelConfig(pointer="all"), loss=LossConfig(scope="service"))),
+            "model.pointer",
+        ),
+    ],
+)
+def test_a_name_that_nobody_registered_is_refused_with_its_field(look_up, field):
+    with pytest.raises(InputError, match=rf"^config\.{field}: ") as error:
+        look_up()
+    assert "\n" not in str(error.value)
+
+
+def test_the_default_names_are_registered():
+    config = Config()
+    make_tasks(config)
+    check_loss(config)
+    assert all(name in BASELINES for name in config.baselines)
 
 
 def test_the_dense_city_has_as_many_parameters_as_are_active_in_the_mixture():

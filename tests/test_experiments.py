@@ -75,7 +75,9 @@ def test_a_file_in_the_way_is_named(call, tmp_path):
 
 
 def test_a_reader_who_has_enough_sees_no_traceback(tmp_path):
-    program = "import sys; from moerec import cli\ncli.run(lambda c, f: [print(i) for i in range(100_000)] and None, "
+    program = (
+        "import sys; from moerec.config import cli\ncli.run(lambda c, f: [print(i) for i in range(100_000)] and None, "
+    )
     program += "config_type=None, workdir=False)"
     command = f"{sys.executable} -c {shlex.quote(program)} | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
@@ -94,8 +96,8 @@ def test_bench_measures_profiles_where_there_are_any(call):
     done = call("bench", "--json", "--config.model.personal.layers=(1,)", "--config.model.personal.n_aspects=3")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["observe_users_per_s"] > 0
-    assert figures["condition_users_per_s"] > 0
+    assert figures["update_users_per_s"] > 0
+    assert figures["read_users_per_s"] > 0
     assert figures["profile_bytes"] == 4 * (3 * 2 * 33 + 2)  # slots, width and count of writes; the time, the number
 
 
@@ -105,8 +107,8 @@ def test_bench_experts_measures_each_size_at_equal_active_parameters(call):
     assert done.returncode == 0, done.stderr
     small, large = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert (small["n_experts"], large["n_experts"]) == (4, 8)
-    # The router has a row, a bias and a map of the posterior over three services for each expert; nothing else grows.
-    assert large["n_active_params"] - small["n_active_params"] == 4 * (16 + 1 + 3)
+    # The router has a row and a map of the posterior over three services for each expert; nothing else grows.
+    assert large["n_active_params"] - small["n_active_params"] == 4 * (16 + 3)
     assert large["ratio"] == pytest.approx(large["step_ms"] / small["step_ms"])
 
 

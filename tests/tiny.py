@@ -1,6 +1,13 @@
-"""A run that is over in seconds: the built-in world, shrunk."""
+"""A run that is over in seconds: the built-in world, shrunk; and runs that were never trained."""
+
+from pathlib import Path
+from typing import Any
 
 from moerec.config import CityConfig, Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from moerec.data.load import RunData, load_data
+from moerec.nn.model import Predictor, SequenceModel
+from moerec.train.run_dir import Run, bind_catalog, make_sizes
+from moerec.train.state import init_state
 
 
 def make_config(**train) -> Config:
@@ -18,3 +25,26 @@ def make_config(**train) -> Config:
         eval=EvalConfig(mask_seen=False, batch_size=32, n_boot=50),
         baselines=("popularity", "markov"),
     )
+
+
+def make_untrained(folder: Path, config: Config, fill: Any = None) -> Run:
+    """A run as it is opened again, with parameters that are as initialised, or filled."""
+    data = load_data(config.data, folder)
+    state = init_state(config, make_sizes(config, data))
+    params = state.params if fill is None else fill(state.params)
+    return make_run(folder, config, data, params, state.router_bias_LE)
+
+
+def make_run(folder: Path, config: Config, data: RunData, params: SequenceModel, router_bias_LE: Any = None) -> Run:
+    """A run of these parts, in the place of what would be read from its folder."""
+    predictor = Predictor(params, router_bias_LE)
+    return replace_parts(
+        Run(folder), config=config, data=data, predictor=predictor, catalog=bind_catalog(predictor, data.catalog)
+    )
+
+
+def replace_parts(run: Run, **parts: Any) -> Run:
+    """The run with parts in the place of what it has read, or would read."""
+    other = Run(run.folder)
+    vars(other).update({**vars(run), **parts})
+    return other

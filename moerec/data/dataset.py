@@ -66,7 +66,7 @@ class EventLog:
       action: `[events]` int16, index into `Dataset.actions`.
       time: `[events]` int64, unix seconds, or `UNKNOWN_TIME`.
       context: `[events, C]` int16, codes into `Dataset.context` values.
-      utc_offset: `[events]` int32, seconds that the clock at the event's place is ahead of UTC; zeros where none is given.
+      utc_offset: `[events]` int32, seconds that the clock at the event's place is ahead of UTC; zeros if none is given.
     """
 
     offsets: np.ndarray

@@ -28,7 +28,7 @@ class RunData:
     """The data of a run.
 
     Attributes:
-      dataset: with permuted item numbers. split_ids: `[events]` int8, of `moerec.data.splits`. tokens: the items' texts.
+      dataset: with permuted item numbers. split_ids: `[events]` int8, of `moerec.data.splits`. tokens: items' texts.
       world: the city world behind it, or None.
       folder: the prepared folder that `dataset` was read from, or None.
       item_number: `[I]` int32, the number in `dataset` of each item of the source.

@@ -54,7 +54,7 @@ def _leave_one_out(dataset: Dataset, per_service: bool) -> np.ndarray:
 
 
 def _forget_future(dataset: Dataset, split_ids: np.ndarray) -> np.ndarray:
-    """The split ids with UNUSED for TRAIN events that stand not before all that their user's other services hold out."""
+    """The split ids, UNUSED for TRAIN events that stand not before all that their user's other services hold out."""
     log, n_services = dataset.log, dataset.catalogue.n_services
     never = np.iinfo(np.int64).max
     first_PZ = np.full((log.n_users, n_services), never)

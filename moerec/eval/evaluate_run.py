@@ -123,7 +123,7 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
     _look_inside(metrics, config, data, trained, examples)
     if config.eval.interventions:
         metrics["probes"] |= _intervene(config, data, trained, examples, ranks)
-    if config.data.split.by_user:
+    if config.data.split.by_user and config.data.first_event:
         first = evaluate_first_events(config, data, examples, trained.predictor, trained.catalog)
         metrics["probes"]["first_events"] = first
     baselines = {

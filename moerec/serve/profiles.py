@@ -186,7 +186,8 @@ def _observe(model: SequenceModel, states: UserState, events: tuple[jax.Array, .
 
     def step(states, event):
         item_U, action_U, time_U, is_event_U = event
-        after = observe(model.profile, states, Event(model.event_vectors(item_U, action_U, catalog), time_U))
+        event_U = Event(model.event_vectors(item_U, action_U, catalog), time_U, is_event_U)
+        after = observe(model.profile, states, event_U)
 
         def choose(new, old):
             return jnp.where(is_event_U.reshape(-1, *[1] * (new.ndim - 1)), new, old)

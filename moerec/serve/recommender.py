@@ -63,9 +63,10 @@ def recommend(
         allowed = dataset.catalogue.service == dataset.catalogue.services.index(request.service)
     if config.eval.mask_seen:
         allowed[dataset.log.item[rows]] = False
+    is_continued = profile is not None and int(profile.n_events) > 0
     if profile is not None:
         rows, profile = _continue_profile(run, rows, profile)
-    batch, slot = _make_batch(run, user, rows, request, profile is not None)
+    batch, slot = _make_batch(run, user, rows, request, is_continued)
     score_I, found = _score(run.predictor, batch, slot, run.catalog, profile)
     log_p_I = np.asarray(jax.nn.log_softmax(score_I), np.float64)
     best = np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
@@ -75,7 +76,7 @@ def recommend(
 def _continue_profile(run: Run, rows: np.ndarray, profile: UserState) -> tuple[np.ndarray, UserState]:
     """The rows that the model is given, and the profile before them, `[1, ...]`."""
     rest, start = rows[int(profile.n_events) :], jax.tree.map(lambda leaf: leaf[None], profile)
-    if not len(rest):
+    if not len(rest) and int(profile.n_events):
         raise InputError(
             "--profiles: the profile has seen all events before the request; "
             "experiments.observe leaves some to the request (--recent)"

@@ -81,22 +81,23 @@ def match_leaves(
     renames = dict(entry.split("=", 1) for entry in options.init_rename)
     names: dict[str, str] = {}
     used = set()
+    dropped = [path for path in there if first_match(path, options.init_drop)]
     for path in there:
         old = next((old for old in renames if path == old or path.startswith(old.rstrip("/") + "/")), None)
         used |= {old} - {None}
         name = path if old is None else renames[old].rstrip("/") + path[len(old.rstrip("/")) :]
+        if path in dropped:
+            continue
         if name in names:
             raise InputError(f"config.train.init_rename: {path} and {names[name]} would both be {name}")
         names[name] = path
     for old in renames.keys() - used:
         raise InputError(f"config.train.init_rename: {old!r} begins no path there, such as {next(iter(there))}")
-    dropped = [path for name, path in names.items() if first_match(path, options.init_drop)]
-    found = {name: path for name, path in names.items() if path not in dropped}
-    fresh = [path for path in here if path not in found and first_match(path, options.init_fresh)]
+    fresh = [path for path in here if path not in names and first_match(path, options.init_fresh)]
     for path in here:
-        if path not in found and path not in fresh:
+        if path not in names and path not in fresh:
             raise InputError(f"config.train.init_from: {path} is not there; init_fresh lets it stay as initialised")
-    for name, path in found.items():
+    for name, path in names.items():
         if name not in here:
             raise InputError(f"config.train.init_from: {path} is not here; init_drop leaves it out")
         if tuple(there[path].shape) != tuple(here[name]):
@@ -106,8 +107,8 @@ def match_leaves(
         for pattern in patterns:
             if not any(first_match(path, [pattern]) for path in paths):
                 raise InputError(f"config.train.init_{field}: {pattern!r} is no path that it could be about")
-    renamed = {name: path for name, path in found.items() if name != path}
-    return Restored({name: there[path] for name, path in found.items()}, renamed, fresh, dropped)
+    renamed = {name: path for name, path in names.items() if name != path}
+    return Restored({name: there[path] for name, path in names.items()}, renamed, fresh, dropped)
 
 
 def read_parameters(folder: Path) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """Histories against lists of lists."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ def of_lists(lists: list[list[int]]) -> Histories:
 def to_lists(histories: Histories) -> list[list[int]]:
     assert histories.offsets[0] == 0
     assert histories.offsets[-1] == len(histories.rows)
-    return [histories.rows[lo:hi].tolist() for lo, hi in zip(histories.offsets[:-1], histories.offsets[1:], strict=True)]
+    return [histories.rows[lo:hi].tolist() for lo, hi in itertools.pairwise(histories.offsets)]
 
 
 @given(LISTS)
@@ -54,5 +56,6 @@ def test_the_last_ones(lists, n):
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6)), max_size=8))
 def test_ranges_of_rows(ranges):
-    start, stop = (np.array([pick(lo, n) for lo, n in ranges], np.int64) for pick in (lambda a, _: a, lambda a, n: a + n))
+    start = np.array([lo for lo, _ in ranges], np.int64)
+    stop = np.array([lo + n for lo, n in ranges], np.int64)
     assert to_lists(make_histories(start, stop)) == [list(range(lo, lo + n)) for lo, n in ranges]

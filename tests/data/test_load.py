@@ -223,7 +223,12 @@ def test_item_numbers_are_those_of_the_prepared_folders_items(tmp_path):
 
 def test_what_is_derived_from_the_data_is_made_once(tmp_path):
     data = load_data(DataConfig(city=CITY, seed=3), tmp_path)
-    for owner, name in ((data, "digest"), (data, "catalog"), (data.dataset, "profile_codes"), (data.dataset.log, "user")):
+    for owner, name in (
+        (data, "digest"),
+        (data, "catalog"),
+        (data.dataset, "profile_codes"),
+        (data.dataset.log, "user"),
+    ):
         assert getattr(owner, name) is getattr(owner, name), name
 
 
@@ -261,7 +266,9 @@ def test_shuffled_ties_change_only_the_order_within_a_time(tmp_path):
     assert len(orders) > 2
 
 
-@pytest.mark.parametrize(("first_event", "codes"), [(False, [5, 2, 5, 2, 2, 0, 5, 5]), (True, [1, 2, 5, 2, 2, 0, 5, 1])])
+@pytest.mark.parametrize(
+    ("first_event", "codes"), [(False, [5, 2, 5, 2, 2, 0, 5, 5]), (True, [1, 2, 5, 2, 2, 0, 5, 1])]
+)
 def test_context_values_of_held_out_events_alone_are_unseen(tmp_path, first_event, codes):
     """The last two events of a user are held out. Of the others the first is a request only to a control slot: without
     it nothing predicts it.

@@ -165,7 +165,9 @@ def assert_same_batch(a, b):
 def test_windows_cover_every_slot_once(lengths, history_len, seed, process_count, data):
     lengths = np.array(lengths, np.int64)
     users = np.arange(data.draw(st.integers(0, process_count - 1)), len(lengths), process_count)
-    plan = plan_epoch(lengths - 1, users, history_len, np.random.default_rng(seed))  # an event less than there are slots
+    plan = plan_epoch(
+        lengths - 1, users, history_len, np.random.default_rng(seed)
+    )  # an event less than there are slots
     windows = list(zip(*(x.tolist() for x in plan), strict=True))
     assert all(1 <= length <= history_len for _, _, length in windows)
     assert slots_of(windows) == Counter((p, k) for p in users.tolist() for k in range(lengths[p] - 1))

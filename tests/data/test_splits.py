@@ -180,5 +180,5 @@ def test_targets_have_their_role():
     split_ids = splits.assign_split_ids(dataset, SplitConfig(), 0)
     assert splits.select_targets(dataset, split_ids, splits.TEST).tolist() == [2, 5]
     assert splits.select_targets(dataset, split_ids, splits.VALID).tolist() == [1, 4]
-    with pytest.raises(InputError, match="roles"):
+    with pytest.raises(InputError, match="split ids: 5 entries for 6 events"):
         splits.select_targets(dataset, split_ids[:-1], splits.TEST)

@@ -1,6 +1,8 @@
 """Baselines against dictionaries and loops, and against the published row of the data folder's README."""
 
 import collections
+import dataclasses
+import datetime
 import functools
 import itertools
 import operator
@@ -11,10 +13,21 @@ import pytest
 from moerec.config import SplitConfig
 from moerec.data import splits
 from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog, ItemTable
-from moerec.errors import WorkError
+from moerec.data.histories import Histories
+from moerec.data.load import load_data
+from moerec.errors import InputError, WorkError
 from moerec.eval import baselines, metrics
+from moerec.eval.baselines import (
+    BASELINES,
+    BaselineInputs,
+    rank_by_scores,
+    register_baseline,
+    register_scorer,
+)
 from moerec.eval.baselines.item_to_item import weigh_histories
+from moerec.eval.ranking import make_test_set
 from tests.amazon3_tables import read_amazon3
+from tests.tiny import make_config
 
 DAY = 86400
 
@@ -25,7 +38,11 @@ def make_world(seed=0, n_users=40, sizes=(6, 5), dated=True):
     n, n_items = int(lengths.sum()), sum(sizes)
     blank = np.full(n_items, "")
     catalogue = ItemTable(
-        tuple("ab"[: len(sizes)]), np.concatenate([[0], np.cumsum(sizes)]), np.arange(n_items).astype(str), blank, blank
+        tuple("abc"[: len(sizes)]),
+        np.concatenate([[0], np.cumsum(sizes)]),
+        np.arange(n_items).astype(str),
+        blank,
+        blank,
     )
     time = np.concatenate([np.sort(rng.integers(0, 300, size)) for size in lengths]) * DAY
     log = EventLog(
@@ -54,8 +71,7 @@ def train_sequences(dataset, split_ids, within_service=False):
 
 
 def history_items(dataset, histories, t):
-    offsets, rows = histories
-    return dataset.log.item[rows[offsets[t] : offsets[t + 1]]].tolist()
+    return dataset.log.item[histories.rows[histories.offsets[t] : histories.offsets[t + 1]]].tolist()
 
 
 def test_popularity_is_the_share_of_training_events():
@@ -70,8 +86,9 @@ def test_popularity_is_the_share_of_training_events():
 def test_service_popularity_multiplies_service_and_item():
     dataset = make_world()
     split_ids, targets, histories = hold_out(dataset)
-    histories[0][1:] -= histories[0][1]  # the first target has no history now
-    histories = (histories[0], histories[1][-histories[0][-1] :])
+    offsets = histories.offsets.copy()
+    offsets[1:] -= offsets[1]  # the first target has no history now
+    histories = Histories(offsets, histories.rows[-offsets[-1] :])
     scores = baselines.fit_service_popularity(dataset, split_ids).score(dataset, targets, histories)
     sequences = train_sequences(dataset, split_ids).values()
     item_count = collections.Counter(functools.reduce(operator.iadd, sequences, []))
@@ -115,6 +132,46 @@ def test_recent_popularity_without_times_counts_the_last_training_events():
     late = [i for s in train_sequences(dataset, split_ids).values() for i in s[-int(np.ceil(0.2 * len(s))) :]]
     expected = np.bincount(late, minlength=dataset.catalogue.n_items)
     np.testing.assert_array_equal(scores, np.tile(expected, (len(targets), 1)))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_hour_popularity_equals_a_loop(seed):
+    """Smoothed by hand: each hour on the local clock has twenty events more, shared out as all of training is."""
+    dataset, rng = make_world(seed, sizes=(6, 5, 1)), np.random.default_rng(seed)
+    n = dataset.log.n_events
+    time = rng.integers(0, 300 * DAY, n)
+    time[rng.random(n) < 0.2] = UNKNOWN_TIME
+    log = dataclasses.replace(dataset.log, time=time, utc_offset=900 * rng.integers(-50, 50, n).astype(np.int32))
+    dataset = dataclasses.replace(dataset, log=log)
+    split_ids, targets, histories = hold_out(dataset)
+
+    def hour_of(row):
+        if time[row] == UNKNOWN_TIME:
+            return None
+        clock = datetime.timedelta(seconds=int(time[row]) + int(log.utc_offset[row]))
+        return (datetime.datetime(1970, 1, 1) + clock).hour
+
+    trained = [row for row in range(n) if split_ids[row] == splits.TRAIN]
+    events = [(hour_of(row), int(log.item[row])) for row in trained]
+    of = dataset.catalogue.service.tolist()
+    share = collections.Counter(i for _, i in events)
+    share = {i: share[i] / len(events) for i in range(12)}
+    scores = baselines.fit_hour_popularity(dataset, split_ids).score(dataset, targets, histories)
+    assert scores.dtype == np.float32
+    assert {hour_of(row) is None for row in targets} == {False, True}
+    for t, row in enumerate(targets):
+        hour = hour_of(row)
+        if hour is None:
+            np.testing.assert_allclose(scores[t], list(share.values()), rtol=1e-5)
+            continue
+        at_hour = collections.Counter(i for h, i in events if h == hour)
+        for i in range(12):
+            of_service = sum(share[j] for j in range(12) if of[j] == of[i])
+            n_service = sum(at_hour[j] for j in range(12) if of[j] == of[i])
+            p_service = (n_service + 20 * of_service) / (at_hour.total() + 20)
+            p_item = (at_hour[i] + 20 * share[i] / of_service) / (n_service + 20) if of_service else 0
+            assert scores[t, i] == pytest.approx(p_service * p_item, rel=1e-5)
+    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-5)
 
 
 def test_markov_equals_dictionaries():
@@ -169,11 +226,20 @@ def test_history_weights_add_up_over_repeats():
     dataset = make_world()
     rows = np.arange(4)
     dataset.log.item[:4] = [1, 7, 1, 2]
-    weight = weigh_histories(dataset, (np.array([0, 4]), rows), 0.5, None, True).toarray()[0]
+    weight = weigh_histories(dataset, Histories(np.array([0, 4]), rows), 0.5, None, True).toarray()[0]
     assert weight[[1, 2, 7]].tolist() == [0.5 + 0.25, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", baselines.BASELINES)
+SCORERS = [name for name in BASELINES.names() if hasattr(BASELINES[name], "origin")]
+
+
+def test_all_but_the_trained_ones_score_on_the_host():
+    assert set(BASELINES.names()) - set(SCORERS) == {"sasrec_one_negative", "sasrec_sampled"}
+    assert {"popularity", "popularity_by_service", "popularity_recent", "popularity_by_hour"} < set(SCORERS)
+    assert {"markov", "item_knn", "item_knn_cross"} < set(SCORERS)
+
+
+@pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("per_service", [False, True])
 def test_nothing_held_out_reaches_a_model(name, per_service):
     """Other items at the held-out events change neither the fit nor the scores of targets that do not see them."""
@@ -181,16 +247,17 @@ def test_nothing_held_out_reaches_a_model(name, per_service):
     split_ids, _, _ = hold_out(dataset, per_service)
     targets = splits.select_targets(dataset, split_ids, splits.VALID)
     histories = splits.gather_histories(dataset, targets, False)
-    before = baselines.BASELINES[name](dataset, split_ids).score(dataset, targets, histories)
+    fit = BASELINES[name].origin
+    before = fit(dataset, split_ids).score(dataset, targets, histories)
     item = dataset.log.item.copy()
     changed = np.flatnonzero(split_ids != splits.TRAIN)
-    in_history = np.isin(changed, histories[1])
+    in_history = np.isin(changed, histories.rows)
     service = dataset.event_service[changed[~in_history]]
     first, last = dataset.catalogue.offsets[service], dataset.catalogue.offsets[service + 1]
     item[changed[~in_history]] = first + (item[changed[~in_history]] - first + 1) % (last - first)
     log = EventLog(dataset.log.offsets, item, dataset.log.action, dataset.log.time, dataset.log.context)
     other = Dataset(dataset.catalogue, log, dataset.users)
-    after = baselines.BASELINES[name](other, split_ids).score(other, targets, histories)
+    after = fit(other, split_ids).score(other, targets, histories)
     assert before.dtype == np.float32
     assert np.all(np.isfinite(before))
     np.testing.assert_array_equal(before, after)
@@ -211,8 +278,8 @@ class Table:
 def test_a_constant_model_scores_k_over_the_candidates():
     dataset = make_world(sizes=(40, 30))
     _, targets, histories = hold_out(dataset)
-    ranked = baselines.rank_by_scores(Constant(), dataset, targets, histories, mask_seen=False, chunk=7)
-    table = metrics.build_table(*ranked, dataset.event_service[targets], dataset.catalogue.services)
+    ranked = rank_by_scores(Constant(), dataset, targets, histories, mask_seen=False, chunk=7)
+    table = metrics.build_table(ranked, dataset.event_service[targets], dataset.catalogue.services)
     assert table["union"]["all"]["recall@10"] == pytest.approx(10 / 70)
     assert table["in_service"]["a"]["recall@10"] == pytest.approx(10 / 40)
     assert table["in_service"]["b"]["recall@5"] == pytest.approx(5 / 30)
@@ -223,7 +290,7 @@ def test_a_constant_model_scores_k_over_the_candidates():
 def test_ranking_equals_a_loop_over_candidates(chunk, mask_seen):
     dataset = make_world(1)
     _, targets, histories = hold_out(dataset)
-    ranked = baselines.rank_by_scores(Table(), dataset, targets, histories, mask_seen, chunk)
+    ranked = rank_by_scores(Table(), dataset, targets, histories, mask_seen, chunk)
     scores = Table().score(dataset, targets, histories)
     of = dataset.catalogue.service
     for t, target in enumerate(targets):
@@ -247,7 +314,67 @@ def test_scores_of_another_shape_are_refused():
     dataset = make_world()
     _, targets, histories = hold_out(dataset)
     with pytest.raises(WorkError, match="scores of shape"):
-        baselines.rank_by_scores(Short(), dataset, targets, histories, mask_seen=False)
+        rank_by_scores(Short(), dataset, targets, histories, mask_seen=False)
+
+
+@pytest.fixture
+def own_names(monkeypatch):
+    """What a test registers is forgotten behind it."""
+    monkeypatch.setattr(BASELINES, "_found", dict(BASELINES._found))
+
+
+@pytest.mark.parametrize("register", [register_scorer, register_baseline])
+def test_a_name_is_registered_once(own_names, register):
+    def fit(*_):
+        raise AssertionError("not called")
+
+    for name in ("popularity", "sasrec_sampled"):
+        before = BASELINES[name]
+        with pytest.raises(InputError, match=f"baseline '{name}': the name is taken by"):
+            register(name)(fit)
+        assert BASELINES[name] is before
+    assert register("mine")(fit) is fit
+    register("mine")(fit)  # a module that is read twice registers itself anew
+
+    def other(*_):
+        raise AssertionError("not called")
+
+    for again in (register_scorer, register_baseline):
+        with pytest.raises(InputError, match=r"baseline 'mine': the name is taken by .*fit"):
+            again("mine")(other)
+
+
+def test_an_unknown_name_is_refused_in_one_line():
+    with pytest.raises(InputError) as refused:
+        _ = BASELINES["popularty"]
+    said = str(refused.value)
+    assert len(said.splitlines()) == 1
+    assert said.startswith("config.baselines: 'popularty' is none of ")
+    assert all(name in said for name in BASELINES.names())
+    assert "--plugin=MODULE" in said
+    assert "popularty" not in BASELINES
+
+
+@pytest.mark.parametrize("mask_seen", [False, True])
+def test_an_own_scorer_is_ranked_as_rank_by_scores_does(own_names, tmp_path, mask_seen):
+    config = make_config()
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, mask_seen=mask_seen))
+    data = load_data(config.data, tmp_path)
+    examples, given = make_test_set(config, data), []
+
+    @register_scorer("mine")
+    def fit(dataset, split_ids):
+        given.append((dataset, split_ids))
+        return Table()
+
+    found = BASELINES["mine"](BaselineInputs(config, data, examples, tmp_path / "mine"))
+    assert given[0][0] is data.dataset
+    assert given[0][1] is data.split_ids
+    by_hand = rank_by_scores(Table(), data.dataset, examples.targets, examples.histories, mask_seen)
+    for one, other in zip(found, by_hand, strict=True):
+        np.testing.assert_array_equal(one.greater, other.greater)
+        np.testing.assert_array_equal(one.equal, other.equal)
+    assert not (tmp_path / "mine").exists()
 
 
 PUBLISHED = {  # HR@5, HR@10, NDCG@10 of the decayed item-kNN and HR@10 of popularity
@@ -263,9 +390,7 @@ def test_published_rows_of_amazon3_are_reproduced(service):
     split_ids, targets, histories = hold_out(dataset, per_service=True)
     found = []
     for fit in (baselines.fit_item_knn, baselines.fit_popularity):
-        ranked = baselines.rank_by_scores(
-            fit(dataset, split_ids), dataset, targets, histories, mask_seen=True, chunk=1024
-        )
+        ranked = rank_by_scores(fit(dataset, split_ids), dataset, targets, histories, mask_seen=True, chunk=1024)
         found.append(metrics.summarise(metrics.per_target_metrics(ranked.in_service)))
     knn, popularity = found
     values = [knn["recall@5"], knn["recall@10"], knn["ndcg@10"], popularity["recall@10"]]

@@ -110,7 +110,7 @@ def test_table_has_a_row_for_each_service_with_targets_and_for_all():
             assert row["ndcg@10"] <= row["recall@10"]
     empty = metrics.concatenate_counts([])
     with pytest.raises(WorkError, match="no targets"):
-        metrics.build_table(empty, empty, np.zeros(0, np.int64), ("a",))
+        metrics.build_table(metrics.Ranks(empty, empty), np.zeros(0, np.int64), ("a",))
 
 
 def test_slices_weigh_up_to_the_whole():

@@ -10,8 +10,8 @@ import pytest
 from experiments import compare as command
 from moerec.config import SplitConfig, cli
 from moerec.errors import InputError
+from moerec.eval.evaluate_run import run
 from moerec.eval.per_target import compare_targets, read_ranks
-from moerec.eval.run import run
 from tests.tiny import make_config
 
 

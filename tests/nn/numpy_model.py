@@ -238,16 +238,16 @@ def all_layers(weights: Weights) -> list[Weights]:
     return [layer(w, i) for w in stacks for i in range(len(w["ffn_norm.scale"]))]
 
 
-def encode(weights: Weights, batch, table, config, context_sizes, frozen=None):
-    """The states of `SequenceModel.encode` without dropout.
+def encode(weights: Weights, batch, table, config, context_sizes, frozen=None, bias_LE=None):
+    """The states of `SequenceModel.encode` without dropout, under biases of the mixture layers' routers.
 
     `frozen` are weights from which the posterior that the routers read is computed, where they are not those of the
     call: no gradient passes there.
     """
     if frozen is None:
-        return _encode(weights, batch, table, config, context_sizes, None)[0]
+        return _encode(weights, batch, table, config, context_sizes, None, bias_LE)[0]
     posterior = _encode(frozen, batch, table, config, context_sizes, None)[1]
-    return _encode(weights, batch, table, config, context_sizes, posterior)[0]
+    return _encode(weights, batch, table, config, context_sizes, posterior, bias_LE)[0]
 
 
 def posterior(weights: Weights, batch, table, config, context_sizes):
@@ -255,7 +255,7 @@ def posterior(weights: Weights, batch, table, config, context_sizes):
     return _encode(weights, batch, table, config, context_sizes, None)[1]
 
 
-def _encode(weights: Weights, batch, table, config, context_sizes, given):
+def _encode(weights: Weights, batch, table, config, context_sizes, given, bias_LE=None):
     states, posteriors = [], []
     for b in range(len(batch.item_BT)):
         x = embed(weights, batch, table, config, context_sizes, b)
@@ -265,7 +265,10 @@ def _encode(weights: Weights, batch, table, config, context_sizes, given):
                 found = log_domain(part(weights, "analyser"), x, config.norm_eps)
                 posteriors.append(found)
                 found = found if given is None else given[b]
-            x = block(w, x, batch.position_BT[b], batch.segment_BT[b], config, found)
+            bias_E = None
+            if bias_LE is not None and index in config.moe.layers:
+                bias_E = bias_LE[sorted(config.moe.layers).index(index)]
+            x = block(w, x, batch.position_BT[b], batch.segment_BT[b], config, found, bias_E)
         states.append(rms_norm(x, weights["final_norm.scale"], config.norm_eps))
     return np.stack(states), posteriors
 

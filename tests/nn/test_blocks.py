@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.nn.block import Block, run_blocks, stack_blocks
-from moerec.nn.layers import RMSNorm, SwiGLU, declare, dropout, fan_in, fan_in_heads
+from moerec.nn.block import Block, LayerContext, run_blocks, stack_blocks
+from moerec.nn.layers import RMSNorm, SwiGLU, declare, dropout, fan_in, fan_in_heads, fan_in_second, normal
 from tests.nn import numpy_model as oracle
 from tests.small_model import fill, make_config, random_like, worst_gap
 
 X = 3 * np.random.default_rng(1).standard_normal((2, 5, 8)).astype(np.float32)
 SEGMENT = np.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]], np.int32)
 POSITION = np.array([[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]], np.int32)
+CONTEXT = LayerContext(POSITION, SEGMENT)
 
 
 def check_against(module, formula):
@@ -61,6 +62,15 @@ def test_a_declaration_whose_shape_and_axes_differ_in_length_is_refused():
         declare(jax.random.key(0), (2, 3), ("embed",), jax.nn.initializers.zeros)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("init", [jax.nn.initializers.ones, fan_in, fan_in_heads, fan_in_second, normal(0.1)])
+def test_a_weight_has_the_dtype_that_its_declaration_asks_for(init, dtype):
+    weight = declare(jax.random.key(0), (2, 3, 4), ("embed", None, None), init, dtype=dtype)
+    assert weight.dtype == jnp.dtype(dtype)
+    assert weight.shape == (2, 3, 4)
+    assert declare(jax.random.key(0), (2, 3, 4), ("embed", None, None), init).dtype == jnp.float32  # if nothing is said
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_keeps_the_expectation_and_scales_what_it_keeps(rate):
     n = 200_000
@@ -94,14 +104,14 @@ def make_stack(rate: float = 0.0) -> Block:
 
 def run(blocks, x, key, remat: bool):
     keys = None if key is None else jax.random.split(key, 2)
-    return run_blocks(blocks, x, POSITION, SEGMENT, keys, remat)[0]
+    return run_blocks(blocks, x, CONTEXT, None, keys, remat)[0]
 
 
 def loop(blocks, x, key, remat: bool):
     """The same blocks one after the other."""
     keys = [None, None] if key is None else jax.random.split(key, 2)
     for index in range(2):
-        x, _ = jax.tree.map(lambda w, i=index: w[i], blocks)(x, POSITION, SEGMENT, keys[index])
+        x, _ = jax.tree.map(lambda w, i=index: w[i], blocks)(x, CONTEXT, None, keys[index])
     return x
 
 

@@ -10,12 +10,14 @@ import pytest
 from moerec.config import TimeConfig
 from moerec.nn.embeddings import ItemEncoder, SlotEncoder, TextEncoder
 from moerec.nn.temporal import N_WAVES, TimeEmbedding
-from moerec.types import NO_TIME
+from moerec.types import EVENT, NO_TIME, PADDING, RECOMMEND
 from tests.nn import numpy_model as oracle
-from tests.small_model import SIZES, fill, make_batch, make_config, make_table, random_like
+from tests.small_model import SIZES, fill, make_batch, make_config, make_table, random_like, with_request
 
 TABLE = make_table()
 BATCH = make_batch(1, [[4, 3], [6]], 8)
+CONTROL = make_batch(1, [[4, 3], [6]], 8, control=True)
+ITEM = np.random.default_rng(8).standard_normal((2, 8, 8)).astype(np.float32)  # vectors of the slots' items
 SWITCHES = ("service", "action", "event_time", "request_time", "request_context")
 EPS = 1e-6
 
@@ -33,8 +35,15 @@ def make_items(row: bool, text: bool) -> ItemEncoder:
 @functools.cache
 def make_slots(*on: str, time: tuple[tuple[str, object], ...] = ()) -> SlotEncoder:
     config = make_config(**{name: name in on for name in SWITCHES}, time=TimeConfig(**dict(time)))
-    sizes = (SIZES.n_services, SIZES.n_actions, SIZES.context_sizes)
+    sizes = (SIZES.n_services, SIZES.n_actions, SIZES.context_sizes, SIZES.has_control)
     return fill(jax.eval_shape(lambda: SlotEncoder(jax.random.key(0), config, *sizes)))
+
+
+def slot_vectors(weights, batch, item_BTD, harmonics=None) -> np.ndarray:
+    """The oracle's vectors of all slots."""
+    shape, sizes = batch.item_BT.shape, SIZES.context_sizes
+    rows = [oracle.slot_vector(weights, batch, TABLE, *bt, sizes, harmonics, item_BTD[bt]) for bt in np.ndindex(shape)]
+    return np.stack([row + np.zeros(8) for row in rows]).reshape(*shape, -1)
 
 
 def check_gradients(module, function, expected):
@@ -116,31 +125,55 @@ def test_an_item_without_a_row_has_the_vector_of_its_text():
     np.testing.assert_allclose(only(np.array([SIZES.n_items]), longer)[0], only(np.array([2]), TABLE)[0], atol=1e-7)
 
 
+BATCHES = pytest.mark.parametrize("batch", [BATCH, CONTROL], ids=["events", "control slots"])
+
+
+@BATCHES
 @pytest.mark.parametrize("on", [SWITCHES, *((name,) for name in SWITCHES)], ids=lambda on: "+".join(on))
-def test_slot_vector_is_the_sum_of_what_is_switched_on(on):
-    def expected(weights):
-        shape = BATCH.item_BT.shape
-        rows = [oracle.slot_vector(weights, BATCH, TABLE, *bt, SIZES.context_sizes) for bt in np.ndindex(shape)]
-        return np.stack(rows).reshape(*shape, -1)
-
-    check_gradients(make_slots(*on), lambda encoder: encoder(BATCH, TABLE), expected)
+def test_slot_vector_is_the_sum_of_what_is_switched_on(on, batch):
+    check_gradients(
+        make_slots(*on), lambda encoder: encoder(batch, ITEM, TABLE), lambda weights: slot_vectors(weights, batch, ITEM)
+    )
 
 
+@BATCHES
 @pytest.mark.parametrize("kind", ["table", "fourier"])
-def test_slot_vector_with_every_feature_of_times(kind):
+def test_slot_vector_with_every_feature_of_times(kind, batch):
     time = (("kind", kind), ("month_day", True), ("service_gap", True))
-
-    def expected(weights):
-        shape = BATCH.item_BT.shape
-        sizes, waves = SIZES.context_sizes, N_WAVES
-        rows = [oracle.slot_vector(weights, BATCH, TABLE, *bt, sizes, waves) for bt in np.ndindex(shape)]
-        return np.stack(rows).reshape(*shape, -1)
-
-    check_gradients(make_slots("event_time", "request_time", time=time), lambda e: e(BATCH, TABLE), expected)
+    check_gradients(
+        make_slots("event_time", "request_time", time=time),
+        lambda encoder: encoder(batch, ITEM, TABLE),
+        lambda weights: slot_vectors(weights, batch, ITEM, N_WAVES),
+    )
 
 
-def test_with_all_switches_off_a_slot_adds_nothing():
-    assert float(make_slots()(BATCH, TABLE)) == 0
+@BATCHES
+def test_with_all_switches_off_an_event_is_its_item_and_a_control_slot_its_token(batch):
+    slots = make_slots()
+    kind_BT1 = batch.kind_BT[..., None]
+    expected = np.where(kind_BT1 == EVENT, ITEM, 0) + np.where(kind_BT1 == RECOMMEND, slots.control_D[...], 0)
+    np.testing.assert_array_equal(slots(batch, ITEM, TABLE), expected)
+    # And the item has a gradient where there is an event, alone.
+    pulled = jax.grad(lambda item: jnp.sum(slots(batch, item, TABLE)))(jnp.asarray(ITEM))
+    np.testing.assert_array_equal(pulled, np.broadcast_to(kind_BT1 == EVENT, ITEM.shape))
+
+
+def test_what_an_event_has_says_nothing_in_a_control_slot_or_in_padding():
+    """Item, action, service, the event's own offset: whatever stands there, slots that are no event are the same."""
+    slots, empty = make_slots(*SWITCHES), CONTROL.kind_BT != EVENT
+    assert {PADDING, RECOMMEND} <= set(CONTROL.kind_BT.ravel())
+    changed = CONTROL._replace(
+        item_BT=np.where(empty, 5, CONTROL.item_BT),
+        action_BT=np.where(empty, 2, CONTROL.action_BT),
+        utc_offset_BT=np.where(empty, 7200, CONTROL.utc_offset_BT),
+    )
+    other = np.where(empty[..., None], ITEM + 1, ITEM)
+    np.testing.assert_array_equal(slots(changed, other, TABLE), slots(CONTROL, ITEM, TABLE))
+
+
+def test_without_control_slots_in_the_data_there_is_no_vector_for_them():
+    encoder = SlotEncoder(jax.random.key(0), make_config(), 3, 3, (3, 4))
+    assert encoder.control_D is None
 
 
 CHANGES = {
@@ -148,11 +181,11 @@ CHANGES = {
     "action": lambda batch, table: (batch._replace(action_BT=(batch.action_BT + 1) % SIZES.n_actions), table),
     "event_time": lambda batch, table: (batch._replace(time_BT=np.full_like(batch.time_BT, 12_345_678)), table),
     "request_time": lambda batch, table: (
-        batch._replace(request_time_BT=np.full_like(batch.request_time_BT, 12_345_678)),
+        with_request(batch, time_BT=np.full_like(batch.time_BT, 12_345_678)),
         table,
     ),
     "request_context": lambda batch, table: (
-        batch._replace(request_context_BTC=(batch.request_context_BTC + 1) % np.array(SIZES.context_sizes)),
+        with_request(batch, context_BTC=(batch.request.context_BTC + 1) % np.array(SIZES.context_sizes)),
         table,
     ),
 }
@@ -160,39 +193,37 @@ CHANGES = {
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_an_input_counts_exactly_where_its_switch_is_on(switch):
-    changed = CHANGES[switch](BATCH, TABLE)
+    batch, table = CHANGES[switch](BATCH, TABLE)
     on = make_slots(switch)
-    assert np.abs(on(*changed) - on(BATCH, TABLE)).max(axis=-1).mean() > 0.1
+    assert np.abs(on(batch, ITEM, table) - on(BATCH, ITEM, TABLE)).max(axis=-1).mean() > 0.1
     # The gap of the request counts from the event's time, so that switching off the event's time needs both off.
     others = [name for name in SWITCHES if name not in {switch, "request_time" if switch == "event_time" else switch}]
     off = make_slots(*others)
-    np.testing.assert_array_equal(off(*changed), off(BATCH, TABLE))
+    np.testing.assert_array_equal(off(batch, ITEM, table), off(BATCH, ITEM, TABLE))
 
 
 def test_times_not_known_and_contexts_missing_are_finite_and_have_their_own_rows():
     slots = make_slots("event_time", "request_time", "request_context")
-    missing = BATCH._replace(
-        time_BT=np.full_like(BATCH.time_BT, NO_TIME),
-        request_time_BT=np.full_like(BATCH.time_BT, NO_TIME),
-        request_context_BTC=np.zeros_like(BATCH.request_context_BTC),
-    )
-    gradient = jax.grad(lambda s: jnp.sum(s(missing, TABLE)))(slots)
-    n = missing.time_BT.size
+    unknown = np.full_like(BATCH.time_BT, NO_TIME)
+    missing = BATCH._replace(time_BT=unknown)
+    missing = with_request(missing, time_BT=unknown, context_BTC=np.zeros_like(BATCH.request.context_BTC))
+    gradient = jax.grad(lambda s: jnp.sum(s(missing, ITEM, TABLE)))(slots)
+    n, n_events = missing.time_BT.size, np.sum(missing.kind_BT == EVENT)
     rows = oracle.read_weights(gradient)
     for name in ("hour", "weekday", "season", "gap"):
-        for time in ("event_time", "request_time"):
+        for time, n_slots in (("event_time", n_events), ("request_time", n)):
             counts = rows[f"{time}.{name}"][:, 0]
-            assert counts[-1] == n
+            assert counts[-1] == n_slots
             assert counts[:-1].sum() == 0
     np.testing.assert_array_equal(rows["context"][:, 0], [n, 0, 0, n, 0, 0, 0, 0, 0])
-    assert np.isfinite(slots(missing, TABLE)).all()
+    assert np.isfinite(slots(missing, ITEM, TABLE)).all()
 
 
 def test_context_codes_of_all_features_have_rows_of_their_own():
     slots = make_slots("request_context")
-    gradient = jax.grad(lambda s: jnp.sum(s(BATCH, TABLE)))(slots).context[:, 0]
+    gradient = jax.grad(lambda s: jnp.sum(s(BATCH, ITEM, TABLE)))(slots).context[:, 0]
     sizes = SIZES.context_sizes
-    counts = [np.bincount(BATCH.request_context_BTC[..., c].ravel(), minlength=n + 1) for c, n in enumerate(sizes)]
+    counts = [np.bincount(BATCH.request.context_BTC[..., c].ravel(), minlength=n + 1) for c, n in enumerate(sizes)]
     unseen = [count[-1] for count in counts]
     assert min(unseen) > 0
     np.testing.assert_array_equal(gradient, np.concatenate([*(count[:-1] for count in counts), unseen]))
@@ -202,19 +233,18 @@ def test_contexts_are_hidden_at_the_rate_as_missing_and_as_unseen():
     config = make_config(request_time=False, event_time=False, service=False, action=False, context_dropout=0.3)
     encoder = fill(jax.eval_shape(lambda: SlotEncoder(jax.random.key(0), config, 3, 3, (3, 4))))
     codes = np.broadcast_to(np.array([1, 2]), (64, 128, 2))
-    batch = jax.tree.map(lambda x: np.zeros((64, 128, *x.shape[2:]), x.dtype), BATCH)._replace(
-        request_context_BTC=codes
-    )
+    batch = jax.tree.map(lambda x: np.zeros((64, 128, *x.shape[2:]), x.dtype), BATCH)
+    batch, item = with_request(batch, context_BTC=codes), np.zeros((64, 128, 8))
 
     def count(key):
-        return np.asarray(jax.grad(lambda e: jnp.sum(e(batch, TABLE, key)))(encoder).context[:, 0]) / (64 * 128)
+        return np.asarray(jax.grad(lambda e: jnp.sum(e(batch, item, TABLE, key)))(encoder).context[:, 0]) / (64 * 128)
 
     np.testing.assert_array_equal(count(None), [0, 1, 0, 0, 0, 1, 0, 0, 0])
     shares = count(jax.random.key(1))
     # Over 8,192 draws four standard deviations of the largest share are .020.
     np.testing.assert_allclose(shares, [0.15, 0.7, 0, 0.15, 0, 0.7, 0, 0.15, 0.15], atol=0.021)
     np.testing.assert_array_equal(shares, count(jax.random.key(1)))
-    both = encoder(batch, TABLE, jax.random.key(1))
+    both = encoder(batch, item, TABLE, jax.random.key(1))
     assert len(np.unique(np.asarray(both)[..., 0])) == 9  # each feature on its own
 
 
@@ -222,7 +252,7 @@ def test_the_gap_before_an_event_does_not_reach_into_the_sequence_before():
     slots = make_slots("event_time")
     later = BATCH.time_BT.copy()
     later[0, 3] += 40_000_000  # the last slot of the first segment of the row
-    changed = np.abs(slots(BATCH._replace(time_BT=later), TABLE) - slots(BATCH, TABLE)).max(axis=-1) > 0
+    changed = np.abs(slots(BATCH._replace(time_BT=later), ITEM, TABLE) - slots(BATCH, ITEM, TABLE)).max(axis=-1) > 0
     assert changed[0, 3]
     changed[0, 3] = False
     assert not changed.any()

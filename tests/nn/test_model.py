@@ -1,5 +1,6 @@
 """The whole model against its NumPy twin; packing, causality, number formats and dropout as properties."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.config import LossConfig, MoEConfig, PersonalConfig
-from moerec.tasks.losses import all_candidates, sum_losses
+from moerec.config import Config, LossConfig, MoEConfig, PersonalConfig
+from moerec.nn.block import split_layers, zero_router_bias
+from moerec.nn.model import Predictor, SequenceModel
+from moerec.nn.profile.profile_router import MEAN_PROFILE, NO_PROFILE
+from moerec.tasks import Draws, NextEvent
+from moerec.types import EVENT, NO_TIME, RECOMMEND
 from tests.nn import numpy_model as oracle
 from tests.small_model import (
     SIZES,
@@ -19,10 +24,15 @@ from tests.small_model import (
     make_model,
     make_sequence,
     make_table,
+    random_like,
+    target_of,
+    with_request,
+    with_target,
     worst_gap,
 )
 
 TABLE = make_table()
+ON_DEVICE = jax.tree.map(jnp.asarray, TABLE)
 ON = {"tie_items": False, "pointer": "services", "d_pointer": 6}
 BARE = {
     "item_text": False,
@@ -43,37 +53,43 @@ def encode(model, batch, table, key=None):
 
 @jax.jit
 def encode_all(model, batch, table):
-    """States and answers, side by side."""
-    output = model.encode(batch, table)
-    return jnp.concatenate([output.state_BTD, *output.answers], axis=-1)
+    """States and the mixture with the pointers, side by side."""
+    outputs = model.encode(batch, table)
+    return jnp.concatenate([outputs.state_BTD, *outputs.pointers], axis=-1)
 
 
 @jax.jit
 def loss_and_gradients(model, batch, table):
     def total(model):
-        sums = sum_losses(model, batch, table, all_candidates(SIZES.n_items), LossConfig(chunk=5), None)
-        return sums.item, sums.weight
+        bound = model.bind(table)
+        config = Config(loss=LossConfig(chunk=5))
+        sums = NextEvent().loss(model, model.encode(batch, bound), batch, bound, Draws(), config)
+        return sums.parts["loss"], sums.weight
 
     return jax.value_and_grad(total, has_aux=True)(model)
 
 
 @functools.cache
-def make_sequences() -> list[list[dict]]:
+def make_sequences(control: bool = False) -> list[list[dict]]:
     rng = np.random.default_rng(2)
-    return [[make_sequence(rng, n) for n in row] for row in LENGTHS]
+    return [[make_sequence(rng, n, control=control) for n in row] for row in LENGTHS]
 
 
-def make_packed():
+def make_packed(control: bool = False):
     """The sequences in three rows, and rows of padding: as many as there are sequences, so that shapes are the same."""
-    rows = make_sequences()
+    rows = make_sequences(control)
     return lay([*rows, *([[]] * (sum(map(len, rows)) - len(rows)))], 12)
 
 
+CONTROL = pytest.mark.parametrize("control", [False, True], ids=["events", "control slots"])
+
+
+@CONTROL
 @pytest.mark.parametrize("switches", [ON, BARE], ids=["all parts", "item rows alone"])
-def test_states_and_gradients_are_those_of_the_numpy_model(switches):
+def test_states_and_gradients_are_those_of_the_numpy_model(switches, control):
     config = make_config(**switches)
     model = make_model(config)
-    batch = make_batch(4, [[4, 2]], 7)
+    batch = make_batch(4, [[4, 2]], 7, control=control)
     cotangent = np.random.default_rng(5).standard_normal((1, 7, 8))
 
     def weighted(model):
@@ -90,18 +106,27 @@ def test_states_and_gradients_are_those_of_the_numpy_model(switches):
     oracle.assert_slopes(lambda w: np.sum(expected(w) * cotangent), weights, oracle.read_weights(gradients), 1e-4)
 
 
-def test_packed_sequences_have_the_states_loss_and_gradients_of_each_alone():
+@CONTROL
+def test_packed_sequences_have_the_states_loss_and_gradients_of_each_alone(control):
     model = make_model(make_config(**ON))
-    rows = make_sequences()
-    packed, alone = make_packed(), lay([[sequence] for row in rows for sequence in row], 12)
+    rows = make_sequences(control)
+    packed, alone = make_packed(control), lay([[sequence] for row in rows for sequence in row], 12)
     states, alone_states = encode(model, packed, TABLE), encode(model, alone, TABLE)
     assert_packed_is_alone(states, alone_states, rows, atol=1e-5)
     (loss, weight), gradients = loss_and_gradients(model, packed, TABLE)
     (alone_loss, alone_weight), alone_gradients = loss_and_gradients(model, alone, TABLE)
-    assert weight == alone_weight == np.sum(packed.weight_BT)
+    assert weight == alone_weight == np.sum(target_of(packed).weight_BT)
     assert loss == pytest.approx(float(alone_loss), rel=1e-5)
     size = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
     assert worst_gap(gradients, alone_gradients) < 1e-5 * size
+
+
+def replace_slot(batch, name: str, place: tuple[int, int], value):
+    """The batch with one value changed; `name` may be that of a part of the request."""
+    name, is_request = name.removeprefix("request."), name.startswith("request.")
+    column = getattr(batch.request if is_request else batch, name).copy()
+    column[place] = value
+    return with_request(batch, **{name: column}) if is_request else batch._replace(**{name: column})
 
 
 def test_a_slot_reaches_only_later_states_of_its_sequence():
@@ -115,13 +140,11 @@ def test_a_slot_reaches_only_later_states_of_its_sequence():
         "item_BT": (batch.item_BT[b, t] + 1) % SIZES.n_items,
         "action_BT": (batch.action_BT[b, t] + 1) % SIZES.n_actions,
         "time_BT": 123_456_789,
-        "request_time_BT": 223_456_789,
-        "request_context_BTC": (batch.request_context_BTC[b, t] + 1) % np.array(SIZES.context_sizes),
+        "request.time_BT": 223_456_789,
+        "request.context_BTC": (batch.request.context_BTC[b, t] + 1) % np.array(SIZES.context_sizes),
     }
     for name, value in changes.items():
-        column = getattr(batch, name).copy()
-        column[b, t] = value
-        after = np.asarray(encode_all(model, batch._replace(**{name: column}), TABLE))
+        after = np.asarray(encode_all(model, replace_slot(batch, name, (b, t), value), TABLE))
         np.testing.assert_array_equal(after[~reached], before[~reached], err_msg=name)
         assert np.all(np.abs(after - before)[..., :8][reached].max(axis=-1) > 1e-6), name
 
@@ -129,7 +152,8 @@ def test_a_slot_reaches_only_later_states_of_its_sequence():
 def test_the_answer_is_no_input():
     model = make_model(make_config(**ON))
     batch = make_packed()
-    other = batch._replace(target_BT=(batch.target_BT + 1) % SIZES.n_items, weight_BT=1 - batch.weight_BT)
+    label_BT, weight_BT = target_of(batch)
+    other = with_target(batch, label_BT=(label_BT + 1) % SIZES.n_items, weight_BT=1 - weight_BT)
     np.testing.assert_array_equal(encode_all(model, other, TABLE), encode_all(model, batch, TABLE))
 
 
@@ -181,13 +205,13 @@ def test_dropout_is_a_function_of_its_key_and_off_without_one():
 def test_candidates_use_the_input_vectors_only_if_tied(tie):
     model = make_model(make_config(tie_items=tie))
     items = np.array([[0, 5], [7, 12]])
-    vectors, bias = model.item_vectors(items, TABLE)
+    vectors, bias = model.head.vectors(items, TABLE, model.item_encoder)
     weights = oracle.read_weights(model)
-    w = oracle.part(weights, "item_encoder" if tie else "head_encoder")
+    w = oracle.part(weights, "item_encoder" if tie else "head.encoder")
     expected = [[oracle.item_vector(w, i, TABLE, 1e-6) for i in row] for row in items]
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
-    np.testing.assert_allclose(bias, weights["item_bias_I"][items])
-    assert ("head_encoder.row_ID" in weights) != tie
+    np.testing.assert_allclose(bias, weights["head.bias_I"][items])
+    assert ("head.encoder.row_ID" in weights) != tie
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -198,8 +222,8 @@ def test_vectors_that_are_there_already_change_neither_states_nor_gradients(tie)
     @functools.partial(jax.jit, static_argnums=1)
     def pull(model, known):
         def total(model):
-            vector_ID = model.item_vectors(jnp.arange(SIZES.n_items), table)[0] if known else None
-            state_BTD = model.encode(jax.tree.map(jnp.asarray, batch), table, vector_ID=vector_ID).state_BTD
+            catalog = model.bind(table) if known else table
+            state_BTD = model.encode(jax.tree.map(jnp.asarray, batch), catalog).state_BTD
             return jnp.sum(jnp.sin(state_BTD)), state_BTD
 
         return jax.value_and_grad(total, has_aux=True)(model)
@@ -212,8 +236,8 @@ def test_vectors_that_are_there_already_change_neither_states_nor_gradients(tie)
 
 def test_without_item_bias_scores_have_none():
     model = make_model(make_config(item_bias=False))
-    assert model.item_bias_I is None
-    np.testing.assert_array_equal(model.item_vectors(np.arange(3), TABLE)[1], np.zeros(3))
+    assert model.head.bias_I is None
+    np.testing.assert_array_equal(model.head.vectors(np.arange(3), TABLE, model.item_encoder)[1], np.zeros(3))
 
 
 def test_contexts_are_hidden_in_training_alone():
@@ -225,3 +249,268 @@ def test_contexts_are_hidden_in_training_alone():
     np.testing.assert_array_equal(states[0.0][0], states[0.9][0])
     np.testing.assert_allclose(states[0.0][1], states[0.0][0], atol=1e-5)
     assert np.abs(states[0.9][1] - states[0.9][0]).max() > 1e-2
+
+
+# Everything that a model can have: experts, profile, pointers; a slot goes to two experts of four.
+FULL = {
+    "moe": MoEConfig(layers=(1,), n_per_group=1, n_active=2, d_expert=4, tile=4),
+    "personal": PersonalConfig(layers=(1,), n_aspects=3, d_memory=4, chunk=4),
+    "pointer": "services",
+    "d_pointer": 6,
+}
+
+
+def make_full(tie: bool = True, **fields) -> SequenceModel:
+    return make_model(make_config(**{**FULL, "tie_items": tie, **fields}))
+
+
+@functools.partial(jax.jit, static_argnames=("bind",))
+def encode_outputs(model, batch, table, bind=False, **options):
+    return model.encode(batch, model.bind(table) if bind else table, **options)
+
+
+def assert_outputs_equal(found, expected, atol: float = 0):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol, rtol=0)
+
+
+def test_nothing_but_the_routing_sums_depends_on_targets_or_domains():
+    model, batch = make_full(), make_batch(4, LENGTHS, 12, control=True)
+    domain_BT = np.random.default_rng(1).integers(-1, SIZES.n_services, batch.item_BT.shape).astype(np.int32)
+    first = encode_outputs(model, batch, TABLE, domain_BT=domain_BT)
+    label_BT, weight_BT = target_of(batch)
+    other = with_target(batch, label_BT=(label_BT + 1) % SIZES.n_items, weight_BT=1 - weight_BT)
+    assert_outputs_equal(encode_outputs(model, other, TABLE, domain_BT=domain_BT), first)
+    without_targets = batch._replace(targets={})
+    assert_outputs_equal(encode_outputs(model, without_targets, TABLE, domain_BT=domain_BT), first)
+    moved = encode_outputs(model, batch, TABLE, domain_BT=np.where(domain_BT >= 0, (domain_BT + 1) % 3, -1))
+    assert_outputs_equal(moved._replace(routing=None), first._replace(routing=None))
+    np.testing.assert_array_equal(moved.routing.count_LZE, np.roll(first.routing.count_LZE, 1, axis=1))
+    np.testing.assert_allclose(moved.routing.probability_LZE, np.roll(first.routing.probability_LZE, 1, 1), atol=1e-5)
+    nowhere = encode_outputs(model, batch, TABLE)  # no domain is given: no slot is counted
+    assert_outputs_equal(nowhere._replace(routing=None), first._replace(routing=None))
+    assert not np.any(nowhere.routing.count_LZE)
+    assert not np.any(nowhere.routing.square_lse_L)
+
+
+def pull_outputs(model, batch, bind: bool):
+    """All outputs, and the gradients of all parameters under a random cotangent of states, posterior and mixture."""
+
+    def total(model):
+        outputs = encode_outputs(model, batch, TABLE, bind=bind)
+        parts = (outputs.state_BTD, outputs.log_domain_BTZ, outputs.relevance_BTM, outputs.pointers)
+        pulled = jax.tree.map(lambda x, c: jnp.sum(x * c), parts, random_like(parts))
+        return sum(jax.tree.leaves(pulled)), outputs
+
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(model)
+    return outputs, gradients
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_bound_catalogue_gives_the_outputs_and_gradients_of_an_unbound_one(tie):
+    model, batch = make_full(tie), make_batch(4, LENGTHS, 12, control=True)
+    (outputs, gradients), (bound, bound_gradients) = (pull_outputs(model, batch, bind) for bind in (False, True))
+    assert_outputs_equal(bound, outputs, atol=1e-5)
+    largest = worst_gap(gradients, jax.tree.map(jnp.zeros_like, gradients))
+    assert worst_gap(bound_gradients, gradients) < 2e-6 * largest
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_bound_catalogue_holds_vectors_and_biases_of_all_candidates_and_can_be_bound_anew(tie):
+    model = make_model(make_config(tie_items=tie))
+    bound, weights = model.bind(TABLE), oracle.read_weights(model)
+    w = oracle.part(weights, "item_encoder" if tie else "head.encoder")
+    expected = [oracle.item_vector(w, i, TABLE, 1e-6) for i in range(SIZES.n_items)]
+    np.testing.assert_allclose(bound.vector_ID, expected, atol=1e-5)
+    np.testing.assert_allclose(bound.bias_I, weights["head.bias_I"])
+    other = make_model(make_config(tie_items=tie), seed=1)
+    assert_outputs_equal(other.bind(bound), other.bind(TABLE))
+
+
+def test_profiles_that_are_read_before_are_those_that_the_model_reads():
+    """Values, and gradients in the memory's parameters, from nobody and from what the past has left."""
+    model, batch = make_full(), make_batch(4, LENGTHS, 12, control=True)
+    cotangent = random_like(np.zeros((3, 12, 8)))
+
+    def total(model, given):
+        profile = model.read_profiles(batch, TABLE) if given else None
+        outputs = model.encode(batch, TABLE, profile=profile)
+        return jnp.sum(outputs.state_BTD * cotangent), outputs
+
+    pull = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+    ((_, outputs), gradients), ((_, read), read_gradients) = pull(model, False), pull(model, True)
+    assert_outputs_equal(read, outputs, atol=1e-5)
+    largest = worst_gap(gradients.profile, jax.tree.map(jnp.zeros_like, gradients.profile))
+    assert largest > 1e-3
+    assert worst_gap(read_gradients, gradients) < 1e-5 * max(largest, 1)
+
+
+def make_twins(seed: int, n: int = 6):
+    """Two users with one history, but other fields."""
+    one = make_sequence(np.random.default_rng(seed), n)
+    other = {**one, "request.field": (one["request.field"] + 1) % np.array(SIZES.field_sizes)}
+    return lay([[one], [other]], 8)
+
+
+@functools.cache
+def make_personal_model() -> SequenceModel:
+    personal = PersonalConfig(layers=(1,), n_aspects=3, n_scales=2, d_memory=4, chunk=4)
+    return make_model(make_config(personal=personal, event_time=False, request_time=False))
+
+
+@jax.jit
+def encode_given(batch, source_BT):
+    """States of two rows of eight slots under the profiles of other slots."""
+    model = make_personal_model()
+    profile = model.replace_profiles(model.read_profiles(batch, ON_DEVICE), source_BT, batch)
+    return model.encode(batch, ON_DEVICE, profile=profile).state_BTD
+
+
+OWN = np.arange(16, dtype=np.int32).reshape(2, 8)
+
+
+def test_with_its_own_profile_a_slot_is_as_it_was():
+    batch = make_twins(1)
+    own = make_personal_model().encode(batch, TABLE).state_BTD
+    np.testing.assert_allclose(encode_given(batch, OWN), own, atol=1e-5)
+
+
+def test_nobodys_profile_is_that_of_a_first_slot_without_fields():
+    rng = np.random.default_rng(1)
+    users = [make_sequence(rng, n) for n in (6, 7)]
+    users[0]["request.field"] = np.zeros_like(users[0]["request.field"])
+    batch = lay([[user] for user in users], 8)
+    gap = encode_given(batch, np.full_like(OWN, NO_PROFILE)) - encode_given(batch, OWN)
+    changed = np.abs(gap).max(axis=-1) > 1e-4
+    assert changed[0, :6].tolist() == [False, *[True] * 5]
+    assert changed[1, :7].all()
+
+
+def test_twins_with_each_others_profile_have_each_others_states():
+    batch = make_twins(2)
+    plain = encode_given(batch, OWN)
+    assert np.abs(plain[0] - plain[1]).max() > 1e-3
+    np.testing.assert_allclose(encode_given(batch, OWN[::-1]), plain[::-1], atol=1e-5)
+
+
+def test_with_the_mean_profile_twins_have_one_state():
+    """The mean is that of the slots alone: what stands in the padding changes nothing."""
+    batch, mean = make_twins(3), np.full_like(OWN, MEAN_PROFILE)
+    states = encode_given(batch, mean)
+    np.testing.assert_allclose(states[0], states[1], atol=1e-6)
+    assert np.abs(states - encode_given(batch, OWN))[:, :6].max() > 1e-3
+    item_BT = np.where(batch.segment_BT > 0, batch.item_BT, 3)
+    other = encode_given(batch._replace(item_BT=item_BT), mean)
+    np.testing.assert_allclose(other[:, :6], states[:, :6], atol=1e-6)
+
+
+@pytest.mark.parametrize("starts", [(1,), (3,), (1, 2, 3)])
+def test_further_groups_of_the_same_layers_compute_the_same(starts):
+    """States, posterior, routing and pointers, and all gradients, of the same weights in other groups."""
+    layers = {"n_layers": 4, "moe": dataclasses.replace(FULL["moe"], layers=(2, 3))}
+    layers["personal"] = dataclasses.replace(FULL["personal"], layers=(2, 3))
+    plain = make_full(**layers)
+    config = make_config(**{**FULL, **layers, "group_starts": starts})
+    assert len(split_layers(config)) > len(plain.groups) == 2
+    bounds = [(group.first, group.last) for group in split_layers(config)]
+
+    def regroup(groups):
+        """Each layer on its own, then in the groups of the config."""
+        each = [jax.tree.map(lambda w, i=i: w[i : i + 1], g) for g in groups for i in range(len(g.ffn_norm.scale[...]))]
+        return [jax.tree.map(lambda *w: jnp.concatenate(w), *each[first:last]) for first, last in bounds]
+
+    shapes = jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config, SIZES))
+    rest = {id(leaf) for group in plain.groups for leaf in jax.tree.leaves(group)}
+    others = [leaf for leaf in jax.tree.leaves(plain) if id(leaf) not in rest]
+    leaves, other_leaves = [], iter(others)
+    grouped = iter(jax.tree.leaves(regroup(plain.groups)))
+    for path, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+        leaves.append(next(grouped if "groups" in jax.tree_util.keystr(path) else other_leaves))
+    model = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    batch = make_batch(4, LENGTHS, 12, control=True)
+    (found, d_found), (expected, d_expected) = (pull_outputs(m, batch, False) for m in (model, plain))
+    assert_outputs_equal(found, expected, atol=1e-5)
+    largest = worst_gap(d_expected, jax.tree.map(jnp.zeros_like, d_expected))
+    assert worst_gap(jax.tree.leaves(list(d_found.groups)), jax.tree.leaves(regroup(d_expected.groups))) < 1e-5 * largest
+    assert worst_gap(d_found.item_encoder, d_expected.item_encoder) < 1e-5 * largest
+
+
+def test_a_predictor_encodes_under_the_biases_of_its_routers():
+    """A bias that is passed in steers; none is zero."""
+    model, batch = make_full(), make_batch(4, LENGTHS, 12, control=True)
+    nothing = zero_router_bias(model.config, SIZES.n_services)
+    assert nothing.shape == (1, 4)
+    bias_LE = jnp.asarray(np.random.default_rng(3).standard_normal((1, 4)), jnp.float32)
+    plain = encode_outputs(model, batch, TABLE)
+    assert_outputs_equal(jax.jit(Predictor(model, nothing).encode)(batch, TABLE), plain, atol=1e-6)
+    steered = encode_outputs(model, batch, TABLE, router_bias_LE=bias_LE)
+    assert_outputs_equal(jax.jit(Predictor(model, bias_LE).encode)(batch, TABLE), steered, atol=1e-6)
+    assert np.abs(steered.state_BTD - plain.state_BTD).max() > 1e-2
+    np.testing.assert_array_equal(steered.log_domain_BTZ, plain.log_domain_BTZ)  # below the experts
+    assert Predictor(model, bias_LE).config is model.config
+
+
+def test_the_answer_of_a_control_slot_depends_on_the_request_and_the_fields_alone():
+    """In a model with everything; and each of these reaches it."""
+    model, batch = make_full(), make_batch(4, [[5, 4], [3]], 12, control=True)
+    is_control = batch.kind_BT == RECOMMEND
+    assert is_control.sum() == 3
+
+    def look(batch, catalog=TABLE):
+        outputs = encode_outputs(model, batch, catalog)
+        parts = (outputs.state_BTD, outputs.log_domain_BTZ, outputs.relevance_BTM, outputs.pointers.log_weight_BTX)
+        return np.concatenate(parts, axis=-1)[is_control]
+
+    before, rng = look(batch), np.random.default_rng(5)
+
+    def redraw(column, n: int):
+        return rng.integers(0, n, column.shape).astype(np.int32)
+
+    events = {
+        "item_BT": redraw(batch.item_BT, SIZES.n_items),  # of the control slot, too, where an item has no meaning
+        "action_BT": redraw(batch.action_BT, SIZES.n_actions),
+        "utc_offset_BT": 3600 * redraw(batch.utc_offset_BT, 12),
+        "time_BT": np.where(is_control, NO_TIME, redraw(batch.time_BT, 10**9)).astype(np.int32),
+        "service_BT": np.where(batch.kind_BT == EVENT, redraw(batch.service_BT, 3), batch.service_BT).astype(np.int32),
+    }
+    for name, column in events.items():
+        np.testing.assert_array_equal(look(batch._replace(**{name: column})), before, err_msg=name)
+    label_BT = target_of(batch).label_BT
+    np.testing.assert_array_equal(look(with_target(batch, label_BT=(label_BT + 1) % SIZES.n_items)), before)
+    # Requests of other slots, which are carried by events, say nothing to it.
+    request = batch.request
+    requests = {
+        "time_BT": redraw(request.time_BT, 10**9),
+        "utc_offset_BT": 3600 * (redraw(request.time_BT, 9) + 1 + request.utc_offset_BT // 3600),
+        "context_BTC": (request.context_BTC + 1) % np.array(SIZES.context_sizes),
+        "field_BTY": (request.field_BTY + 1) % np.array(SIZES.field_sizes),
+    }
+    known = with_request(batch, time_BT=np.where(is_control, 10**6, request.time_BT).astype(np.int32))
+    known_before = look(known)
+    for name, column in requests.items():
+        old = getattr(known.request, name)
+        over = is_control.reshape(*is_control.shape, *[1] * (old.ndim - 2))
+        elsewhere = with_request(known, **{name: np.where(over, old, column).astype(np.int32)})
+        np.testing.assert_array_equal(look(elsewhere), known_before, err_msg=name)
+        here = with_request(known, **{name: np.where(over, column, old).astype(np.int32)})
+        assert np.all(np.abs(look(here) - known_before).max(axis=-1) > 1e-5), name
+    # Of the catalogue nothing, either: there is no item.
+    np.testing.assert_array_equal(look(batch, TABLE._replace(token_IW=np.roll(TABLE.token_IW, 1, axis=0))), before)
+
+
+def test_two_control_slots_with_one_request_have_one_answer_wherever_they_stand():
+    """In whose sequence, at which place of the row, before whatever follows."""
+    model, rng = make_full(), np.random.default_rng(6)
+    users = [make_sequence(rng, n, control=True) for n in (3, 5, 2)]
+    for user in users[1:]:
+        for name in ("time", "utc_offset", "context", "field"):
+            column = user[f"request.{name}"].copy()
+            column[0] = users[0][f"request.{name}"][0]
+            user[f"request.{name}"] = column
+    batch = lay([users[:2], users[2:]], 9)
+    outputs = encode_outputs(model, batch, TABLE)
+    found = [outputs.state_BTD, outputs.log_domain_BTZ, outputs.relevance_BTM, outputs.pointers.log_weight_BTX]
+    for part in found:
+        first, *others = np.asarray(part)[batch.kind_BT == RECOMMEND]
+        for other in others:
+            np.testing.assert_allclose(other, first, atol=1e-5)

@@ -7,152 +7,187 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moerec.nn.pointer import Aggregator
 
 from moerec.config import Config, LossConfig, ModelConfig
 from moerec.errors import InputError
-from moerec.eval.ranking import catalogue_vectors, score_items
 from moerec.nn.attention import segment_mask
-from moerec.tasks.losses import Candidates, all_candidates, sum_losses
-from moerec.types import Output
+from moerec.nn.heads.item import Candidates, score_items
+from moerec.nn.heads.pointer import AnswerAggregator
+from moerec.tasks import Draws, NextEvent, check_loss
+from moerec.types import EVENT, RECOMMEND, Catalog, Outputs
 from tests.nn import numpy_model as oracle
-from tests.small_model import SIZES, fill, make_batch, make_config, make_model, make_table
+from tests.small_model import SIZES, fill, make_batch, make_config, make_model, make_table, target_of, with_target
 
 TABLE = make_table()
 ON_DEVICE = jax.tree.map(jnp.asarray, TABLE)
-BATCH = make_batch(3, [[5, 3], [7]], 9)
-DEVICE_BATCH = jax.tree.map(jnp.asarray, BATCH)
-SLOTS = list(zip(*np.nonzero(BATCH.weight_BT), strict=True))
-STATE, EVENT = (np.random.default_rng(s).normal(size=(2, 9, 8)) for s in (1, 2))
+BATCH, CONTROL = (make_batch(3, [[5, 3], [7]], 9, control=control) for control in (False, True))
+STATE, EVENT_VECTOR = (np.random.default_rng(s).normal(size=(2, 9, 8)) for s in (1, 2))
 VECTOR, BIAS = np.random.default_rng(3).normal(size=(13, 8)), np.random.default_rng(4).normal(size=13)
 
 
-def make_aggregator(copy: str) -> Aggregator:
+def make_aggregator(copy: str) -> AnswerAggregator:
     config = make_config(pointer=copy, d_pointer=6)
-    return fill(jax.eval_shape(lambda: Aggregator(jax.random.key(0), config, SIZES.n_services)))
+    return fill(jax.eval_shape(lambda: AnswerAggregator(jax.random.key(0), config, SIZES.n_services)))
 
 
 class Stub(NamedTuple):
     """Stands for the model: its states, the events' vectors and the items' are parameters beside the aggregator's."""
 
-    aggregator: Aggregator
+    aggregator: AnswerAggregator
     state: jax.Array
     event: jax.Array
     vector: jax.Array
     bias: jax.Array
 
-    def encode(self, batch, table, key=None, vector_ID=None, profile_source_BT=None):
-        seen = (batch.position_BT, segment_mask(batch.segment_BT), table.service_I[batch.item_BT])
-        answers = self.aggregator(self.state, self.event, *seen)
-        return Output(self.state, None, None, answers=answers)
+    @property
+    def head(self) -> "Stub":
+        return self
 
-    def item_vectors(self, item_X, table):
+    item_encoder = None
+
+    def vectors(self, item_X, catalog, tied):
         return self.vector[item_X], self.bias[item_X]
+
+    def bind(self, catalog: Catalog) -> Catalog:
+        return catalog._replace(vector_ID=self.vector, bias_I=self.bias)
+
+    def encode(self, batch) -> Outputs:
+        mask_BTS = segment_mask(batch.segment_BT)
+        return Outputs(self.state, None, None, None, self.aggregator(self.state, self.event, batch, mask_BTS))
+
+    def loss(self, batch, config: LossConfig, draws: Draws = Draws()) -> jax.Array:  # noqa: B008 - it has no state
+        batch = jax.tree.map(jnp.asarray, batch)
+        sums = NextEvent().loss(self, self.encode(batch), batch, self.bind(ON_DEVICE), draws, Config(loss=config))
+        return sums.parts["loss"]
 
 
 def make_stub(copy: str) -> Stub:
-    return Stub(make_aggregator(copy), *(jnp.asarray(x, jnp.float32) for x in (STATE, EVENT, VECTOR, BIAS)))
+    return Stub(make_aggregator(copy), *(jnp.asarray(x, jnp.float32) for x in (STATE, EVENT_VECTOR, VECTOR, BIAS)))
 
 
 def read(stub: Stub) -> dict[str, np.ndarray]:
     return {name.lstrip("."): w for name, w in oracle.read_weights(stub).items()}
 
 
-def answer_by_hand(w, b: int, t: int, n_services: int):
+def answer_by_hand(w, batch, b: int, t: int, n_services: int):
     """Weights of the answers to slot t of row b, and the share of each event, over the events that it may see."""
-    own = [s for s in range(t + 1) if BATCH.segment_BT[b, s] == BATCH.segment_BT[b, t]]
+    own = [s for s in range(t + 1) if batch.segment_BT[b, s] == batch.segment_BT[b, t] and batch.kind_BT[b, s] == EVENT]
     logits, pointers = w["aggregator.bias_X"] + w["state"][b, t] @ w["aggregator.weight_DX"], []
     for g in range(n_services + 1):
-        seen = [s for s in own if g == n_services or TABLE.service_I[BATCH.item_BT[b, s]] == g]
+        seen = [s for s in own if g == n_services or TABLE.service_I[batch.item_BT[b, s]] == g]
         query = w["state"][b, t] @ w["aggregator.query_DGH"][:, g]
-        query = oracle.rope(query, BATCH.position_BT[b, t], 10_000.0)
+        query = oracle.rope(query, batch.position_BT[b, t], 10_000.0)
         keys = [w["event"][b, s] @ w["aggregator.key_DGH"][:, g] for s in seen]
-        keys = [oracle.rope(k, BATCH.position_BT[b, s], 10_000.0) for k, s in zip(keys, seen, strict=True)]
+        keys = [oracle.rope(k, batch.position_BT[b, s], 10_000.0) for k, s in zip(keys, seen, strict=True)]
         exps = [math.exp(query @ k / math.sqrt(6)) for k in keys]
         pointers.append({s: e / sum(exps) for s, e in zip(seen, exps, strict=True)})
     weight = np.exp(logits) * np.array([1, *(bool(p) for p in pointers)])
     return weight / weight.sum(), pointers
 
 
-def distribution_by_hand(w, b: int, t: int, n_services: int) -> np.ndarray:
-    weight, pointers = answer_by_hand(w, b, t, n_services)
+def distribution_by_hand(w, batch, b: int, t: int, n_services: int) -> np.ndarray:
+    weight, pointers = answer_by_hand(w, batch, b, t, n_services)
     p = weight[0] * oracle.softmax(w["vector"] @ w["state"][b, t] + w["bias"])
     for share, pointer in zip(weight[1:], pointers, strict=True):
         for s, mass in pointer.items():
-            p[BATCH.item_BT[b, s]] += share * mass
+            p[batch.item_BT[b, s]] += share * mass
     return p
 
 
+BATCHES = pytest.mark.parametrize("batch", [BATCH, CONTROL], ids=["events", "control slots"])
 COPIES = pytest.mark.parametrize(("copy", "n_services"), [("all", 0), ("services", SIZES.n_services)])
 
 
+@BATCHES
 @COPIES
-def test_weights_and_pointers_are_those_of_loops(copy, n_services):
+def test_weights_and_pointers_are_those_of_loops(copy, n_services, batch):
     stub = make_stub(copy)
-    answers, w = jax.jit(lambda s: s.encode(DEVICE_BATCH, ON_DEVICE).answers)(stub), read(stub)
+    answers, w = jax.jit(lambda s, batch: s.encode(batch).pointers)(stub, batch), read(stub)
     n_closed = 0
-    for b, t in zip(*np.nonzero(BATCH.segment_BT), strict=True):
-        weight, pointers = answer_by_hand(w, b, t, n_services)
+    for b, t in zip(*np.nonzero(batch.segment_BT), strict=True):
+        weight, pointers = answer_by_hand(w, batch, b, t, n_services)
         np.testing.assert_allclose(np.exp(answers.log_weight_BTX[b, t]), weight, atol=1e-6)
         expected = np.zeros(9)
         for share, pointer in zip(weight[1:], pointers, strict=True):
             expected[list(pointer)] += share * np.array(list(pointer.values()))
         np.testing.assert_allclose(answers.copy_BTS[b, t], expected, atol=1e-6)
-        n_closed += np.sum(weight == 0)
+        if batch.kind_BT[b, t] == EVENT:
+            n_closed += np.sum(weight == 0)
     assert (n_closed > 5) == (copy == "services")
 
 
 def test_a_sampled_softmax_is_mixed_like_the_full_one():
     """With the target and every other item drawn once, uncorrected, it is the full one."""
-    stub, full = make_stub("services"), all_candidates(13)
-    drawn = Candidates(jnp.asarray(np.random.default_rng(1).permutation(13)), full.correction_M)
+    stub = make_stub("services")
+    drawn = Candidates(jnp.asarray(np.random.default_rng(1).permutation(13)), jnp.zeros(13))
 
-    @jax.jit
-    @jax.value_and_grad
-    def total(stub, candidates):
-        return sum_losses(stub, DEVICE_BATCH, ON_DEVICE, candidates, LossConfig(kind="sampled_softmax"), None).item
+    def sampled(stub):
+        return stub.loss(BATCH, LossConfig(kind="sampled_softmax"), Draws(shared=drawn))
 
-    for found, expected in zip(*map(jax.tree.leaves, (total(stub, drawn), total(stub, full))), strict=True):
+    def full(stub):
+        return stub.loss(BATCH, LossConfig())
+
+    totals = (jax.jit(jax.value_and_grad(f))(stub) for f in (sampled, full))
+    for found, expected in zip(*map(jax.tree.leaves, totals), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
 
 
+@BATCHES
 @COPIES
 @pytest.mark.parametrize("chunk", [4, 100])
-def test_loss_and_all_gradients_are_those_of_the_mixture(copy, n_services, chunk):
-    stub = make_stub(copy)
-
-    @jax.jit
-    @jax.value_and_grad
-    def total(stub):
-        return sum_losses(stub, DEVICE_BATCH, ON_DEVICE, all_candidates(13), LossConfig(chunk=chunk), None).item
+def test_loss_and_all_gradients_are_those_of_the_mixture(copy, n_services, chunk, batch):
+    stub, (label_BT, weight_BT) = make_stub(copy), target_of(batch)
+    slots = list(zip(*np.nonzero(weight_BT), strict=True))
+    # The item whose number stands in slots that are no event: pointers must not take them for it.
+    label_BT = np.where(batch.position_BT == 1, 0, label_BT)
+    batch = with_target(batch, label_BT=label_BT)
 
     def by_hand(w):
-        p = [distribution_by_hand(w, b, t, n_services)[BATCH.target_BT[b, t]] for b, t in SLOTS]
-        return -sum(float(BATCH.weight_BT[b, t]) * math.log(p_s) for (b, t), p_s in zip(SLOTS, p, strict=True))
+        p = [distribution_by_hand(w, batch, b, t, n_services)[label_BT[b, t]] for b, t in slots]
+        return -sum(float(weight_BT[b, t]) * math.log(p_s) for (b, t), p_s in zip(slots, p, strict=True))
 
-    loss, gradients = total(stub)
+    loss, gradients = jax.jit(jax.value_and_grad(lambda stub: stub.loss(batch, LossConfig(chunk=chunk))))(stub)
     assert float(loss) == pytest.approx(by_hand(read(stub)), rel=1e-5)
     oracle.assert_slopes(by_hand, read(stub), read(gradients), 1e-4)
-    hits = [BATCH.target_BT[b, t] in BATCH.item_BT[b, : t + 1] for b, t in SLOTS]
+    hits = [label_BT[b, t] in batch.item_BT[b, : t + 1] for b, t in slots]
     assert 0 < sum(hits) < len(hits)
 
 
+@BATCHES
 @COPIES
-def test_scores_are_logarithms_of_a_distribution_over_all_items(copy, n_services):
+def test_scores_are_logarithms_of_a_distribution_over_all_items(copy, n_services, batch):
     stub = make_stub(copy)
     asked = jnp.asarray([4, 7, 0, 15, -1, 9])
-    score = jax.jit(lambda s: score_items(s, DEVICE_BATCH, asked, ON_DEVICE, catalogue_vectors(s, ON_DEVICE)))(stub)
+    score = jax.jit(lambda s, batch: score_items(s.encode(batch), batch, asked, s.bind(ON_DEVICE)))(stub, batch)
     for slot, found in zip(asked, np.asarray(score, np.float64), strict=True):
         expected = oracle.softmax(BIAS)  # without a history only the biases speak
         if slot >= 0:
-            expected = distribution_by_hand(read(stub), int(slot) // 9, int(slot) % 9, n_services)
+            expected = distribution_by_hand(read(stub), batch, int(slot) // 9, int(slot) % 9, n_services)
         np.testing.assert_allclose(np.exp(found), expected, rtol=1e-4)
         assert np.exp(found).sum() == pytest.approx(1, abs=1e-5)
 
 
+@COPIES
+def test_no_pointer_points_at_a_control_slot_and_at_it_the_softmax_alone_has_weight(copy, n_services):
+    """Exactly; and its scores are those of the softmax."""
+    stub = make_stub(copy)
+    pointers = jax.jit(lambda s, batch: s.encode(batch).pointers)(stub, CONTROL)
+    is_control = CONTROL.kind_BT == RECOMMEND
+    weight_BTX = np.exp(pointers.log_weight_BTX)
+    np.testing.assert_array_equal(weight_BTX[is_control], np.eye(n_services + 2)[np.zeros(is_control.sum(), int)])
+    assert not np.any(np.asarray(pointers.copy_BTS)[is_control])
+    assert not np.any(np.where(is_control[:, None], pointers.copy_BTS, 0))  # nor does anything later point there
+    later = (CONTROL.kind_BT == EVENT) & (CONTROL.position_BT > 0)
+    np.testing.assert_allclose(np.sum(pointers.copy_BTS, axis=-1)[later], 1 - weight_BTX[later][:, 0], atol=1e-6)
+    slot_Q = np.flatnonzero(is_control)
+    score = jax.jit(lambda s, batch: score_items(s.encode(batch), batch, slot_Q, s.bind(ON_DEVICE)))(stub, CONTROL)
+    states = STATE.reshape(-1, 8)[slot_Q]
+    np.testing.assert_allclose(np.exp(score), [oracle.softmax(VECTOR @ h + BIAS) for h in states], rtol=1e-4)
+
+
 def test_a_window_bounds_what_pointers_see():
     model = make_model(make_config(pointer="services", d_pointer=6, window=3))
-    copy_BTS = np.asarray(answer(model, DEVICE_BATCH))
+    copy_BTS = np.asarray(answer(model, BATCH))
     t, s = np.indices((9, 9))
     outside = (s > t) | (s <= t - 3)
     assert not copy_BTS[:, outside].any()
@@ -162,12 +197,9 @@ def test_a_window_bounds_what_pointers_see():
 def test_an_item_that_nothing_but_a_pointer_speaks_for_keeps_its_gradients():
     """Its softmax underflows; so does the pointers' share of what was never ordered."""
     stub = make_stub("all")._replace(bias=jnp.where(jnp.arange(13) == BATCH.item_BT[0, 0], -200.0, 0.0))
-    batch = BATCH._replace(target_BT=jnp.full((2, 9), BATCH.item_BT[0, 0]), weight_BT=(BATCH.segment_BT > 0) * 1.0)
-
-    def total(stub):
-        return sum_losses(stub, batch, ON_DEVICE, all_candidates(13), LossConfig(), None).item
-
-    loss, gradients = jax.jit(jax.value_and_grad(total))(stub)
+    label_BT = np.full((2, 9), BATCH.item_BT[0, 0])
+    batch = with_target(BATCH, label_BT=label_BT, weight_BT=np.float32(BATCH.segment_BT > 0))
+    loss, gradients = jax.jit(jax.value_and_grad(lambda stub: stub.loss(batch, LossConfig())))(stub)
     assert np.isfinite(loss)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
     assert np.abs(gradients.aggregator.query_DGH[...]).max() > 1e-3
@@ -175,7 +207,7 @@ def test_an_item_that_nothing_but_a_pointer_speaks_for_keeps_its_gradients():
 
 @jax.jit
 def answer(model, batch):
-    return model.encode(batch, ON_DEVICE).answers.copy_BTS
+    return model.encode(batch, ON_DEVICE).pointers.copy_BTS
 
 
 def test_an_event_reaches_only_later_answers_of_its_sequence():
@@ -193,4 +225,6 @@ def test_an_event_reaches_only_later_answers_of_its_sequence():
 @pytest.mark.parametrize("loss", [LossConfig(kind="one_negative"), LossConfig(scope="service")])
 def test_a_loss_that_is_no_softmax_over_the_union_is_refused(loss):
     with pytest.raises(InputError, match=r"model\.pointer: needs a softmax over the union"):
-        Config(model=ModelConfig(pointer="all"), loss=loss)
+        check_loss(Config(model=ModelConfig(pointer="all"), loss=loss))
+    check_loss(Config(loss=loss))  # without pointers it is a loss like any other
+

@@ -12,12 +12,13 @@ from jax.sharding import PartitionSpec
 
 from moerec.config import Config, LossConfig, MoEConfig, OptimConfig, PersonalConfig, TrainConfig
 from moerec.errors import InputError
-from moerec.eval.ranking import catalogue_vectors, score_items
+from moerec.nn.heads.item import score_items
+from moerec.nn.heads.xent import XentCandidates, XentSlots, chunked_softmax_xent
 from moerec.nn.model import SequenceModel
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, param_spec, replicated
-from moerec.tasks.losses import chunked_softmax_xent, sampling_cdf
-from moerec.train.optim import make_optimizer
-from moerec.train.step import TrainState, make_train_step
+from moerec.tasks import make_tasks
+from moerec.train.state import TrainState, start_state
+from moerec.train.step import make_train_step
 from tests.small_model import SIZES, make_batch, make_config, make_model, make_table, worst_gap
 
 TABLE = make_table()
@@ -58,20 +59,21 @@ def make_run_config(
 
 def fresh_state(config: Config) -> TrainState:
     """Random weights without compiling their initialisers."""
-    model = make_model(config.model)
-    return TrainState(jnp.zeros((), jnp.int32), model, make_optimizer(config.optim, 10).init(model), model)
+    return start_state(config, make_model(config.model))
 
 
 @functools.cache
 def train(n_data: int, n_expert: int, n_model: int, *kind: str):
     """The initial and the final state, the last loss, and how often the step was compiled; zeros are without a mesh."""
     config = make_run_config(max(n_data, 1), max(n_expert, 1), max(n_model, 1), *kind)
-    train_step = make_train_step(config, jnp.asarray(sampling_cdf(TABLE.count_I, 0.0)))
+    (task,) = tasks = make_tasks(config)
+    train_step = make_train_step(config, tasks)
+    constants = {task.name: task.constants(TABLE._replace(count_I=0 * TABLE.count_I), config)}
     state, batches, table = fresh_state(config), BATCHES, TABLE
     if n_data:
         mesh = make_mesh(n_data, n_expert, n_model)
         placed = param_shardings(state, mesh)
-        state, table = jax.device_put(state, placed), jax.device_put(TABLE, replicated(mesh))
+        state, (table, constants) = jax.device_put(state, placed), jax.device_put((TABLE, constants), replicated(mesh))
         batches = [jax.device_put(batch, batch_sharding(mesh)) for batch in BATCHES]
         train_step = jax.jit(train_step, out_shardings=(placed, replicated(mesh)))
     else:
@@ -79,7 +81,7 @@ def train(n_data: int, n_expert: int, n_model: int, *kind: str):
     first = state
     with mesh_of(state):
         for batch in batches:
-            state, metrics = train_step(state, batch, table)
+            state, metrics = train_step(state, batch, table, constants)
     return first, state, float(metrics["loss"]), train_step._cache_size()
 
 
@@ -99,9 +101,10 @@ def test_sharded_training_is_unsharded_training(mesh, kind):
     _, state, loss, _ = train(*mesh, *kind)
     alone_first, alone_state, alone_loss, _ = train(0, 0, 0, *kind)
     assert loss == pytest.approx(alone_loss, rel=1e-5)
-    assert worst_gap(state.model, alone_state.model) < 1e-5
+    assert worst_gap(state.params, alone_state.params) < 1e-5
+    assert worst_gap(state.router_bias_LE, alone_state.router_bias_LE) < 1e-5
     assert worst_gap(state.average, alone_state.average) < 1e-5
-    assert worst_gap(alone_state.model, alone_first.model) > 1e-4
+    assert worst_gap(alone_state.params, alone_first.params) > 1e-4
 
 
 def test_sharded_scores_are_unsharded_scores():
@@ -111,7 +114,8 @@ def test_sharded_scores_are_unsharded_scores():
 
     def score(model, batch, table):
         with mesh_of(model):
-            return score_items(model, batch, slot_Q, table, catalogue_vectors(model, table))
+            bound = model.bind(table)
+            return score_items(model.encode(batch, bound), batch, slot_Q, bound)
 
     mesh = make_mesh(2, 2, 2)
     placed = jax.device_put(model, param_shardings(model, mesh))
@@ -132,8 +136,8 @@ def test_weights_their_moments_and_averages_are_in_shards_where_the_axis_divides
     d = 8 // n_data  # the model width is split over `data`
     state = first if when == "at the start" else after
     (adam,) = (part for part in state.opt_state if hasattr(part, "mu"))
-    for model in (state.model, state.average, adam.mu, adam.nu):
-        attention, ffn = model.blocks.attention, model.blocks.ffn
+    for model in (state.params, state.average, adam.mu, adam.nu):
+        attention, ffn = model.groups[0].attention, model.groups[0].ffn
         assert local_shape(attention.q_DNH) == (2, d, 4 // n, 4)
         assert local_shape(attention.k_DKH) == (2, d, 2 // n, 4)
         assert local_shape(attention.o_NHD) == (2, 4 // n, 4, d)
@@ -142,18 +146,20 @@ def test_weights_their_moments_and_averages_are_in_shards_where_the_axis_divides
         assert local_shape(ffn.down_FD) == (2, 16 // n, d)
         assert local_shape(model.item_encoder.text.table_VD) == (12 // n, 6)
         assert local_shape(model.item_encoder.row_ID) == (13, d)  # 13 items are not to be halved
-        assert local_shape(model.blocks.attention_norm.scale) == (2, 8)
+        assert local_shape(model.groups[0].attention_norm.scale) == (2, 8)
 
 
 @pytest.mark.parametrize("strategy", ["all_gather", "all_to_all"])
 def test_experts_and_their_moments_are_in_shards(strategy):
     _, state, *_ = train(2, 2, 2, "full_softmax", "union", strategy)
     (adam,) = (part for part in state.opt_state if hasattr(part, "mu"))
-    for model in (state.model, state.average, adam.mu, adam.nu):
-        ffn = model.upper[0].ffn
+    for model in (state.params, state.average, adam.mu, adam.nu):
+        ffn = model.groups[1].ffn
         assert local_shape(ffn.gate_EDF) == (1, 4, 4, 2)  # of 8 experts, width 8 and 4
         assert local_shape(ffn.down_EFD) == (1, 4, 2, 4)
-        assert local_shape(ffn.bias_E) == (1, 4)
+    # The routers' biases are on every device.
+    assert {shard.data.shape for shard in state.router_bias_LE.addressable_shards} == {(1, 8)}
+    assert state.router_bias_LE.is_fully_replicated
 
 
 def test_weights_made_in_their_shards_are_the_weights_made_whole():
@@ -162,7 +168,7 @@ def test_weights_made_in_their_shards_are_the_weights_made_whole():
 
     placed = param_shardings(jax.eval_shape(init), make_mesh(2, 1, 2))
     model = jax.jit(init, out_shardings=placed)()
-    assert local_shape(model.blocks.ffn.up_DF) == (2, 4, 8)
+    assert local_shape(model.groups[0].ffn.up_DF) == (2, 4, 8)
     assert worst_gap(model, jax.jit(init)()) < 1e-6
 
 
@@ -206,9 +212,8 @@ def test_every_device_scores_its_own_rows():
 
     def total(h, positive, vector, offset, slots):
         zeros = jnp.zeros(n_candidates, int)
-        return chunked_softmax_xent(
-            h, positive, vector, offset, None, slots, slots * 0, zeros - 1, (zeros, positive), chunk
-        )
+        rivals = XentCandidates(vector, offset, zeros - 1, zeros)
+        return chunked_softmax_xent(XentSlots(h, positive, slots, slots * 0, None), positive, rivals, chunk)
 
     rows, whole = batch_sharding(mesh), replicated(mesh)
     arrays = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=rows if s[0] == n_slots else whole) for s in shapes]

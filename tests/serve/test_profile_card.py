@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,24 +11,21 @@ import pytest
 from experiments import profile as command
 from moerec.config import PersonalConfig, cli
 from moerec.data.dataset import ItemTable
-from moerec.data.load import load_data
 from moerec.errors import InputError
 from moerec.nn.profile.memory import decay_rates
 from moerec.serve.profile_card import describe_card, name_aspects, next_time, render_card, summarize_profile
-from moerec.serve.recommender import RecommendRequest, Run, recommend
-from moerec.train.loop import make_sizes
-from moerec.train.step import init_state
-from tests.tiny import make_config
+from moerec.serve.recommender import recommend
+from moerec.serve.request import RecommendRequest
+from moerec.train.run_dir import Run
+from tests.tiny import make_config, make_untrained
 
 N_ASPECTS, N_SCALES = 3, 2
 
 
 def make_trained(folder, personal: PersonalConfig) -> Run:
     config = make_config()
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, personal=personal))
-    data = load_data(config.data, folder)
-    model = init_state(config, make_sizes(data)).model
-    return Run(config, data, model, jax.tree.map(jnp.asarray, data.item_table))
+    model = dataclasses.replace(config.model, personal=personal)
+    return make_untrained(folder, dataclasses.replace(config, model=model))
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +35,13 @@ def trained(tmp_path_factory):
 
 
 def test_evidence_is_what_the_events_left_by_the_time_of_the_request(trained):
-    dataset, model, user = trained.data.dataset, trained.model, 7
+    dataset, model, user = trained.data.dataset, trained.predictor.params, 7
     rows = np.arange(*dataset.log.offsets[user : user + 2])
     time = int(dataset.log.time[rows[-1]]) + 5 * 86400
     found = summarize_profile(trained, str(dataset.users[user]), [time], {}, "weather", 3)
-    x_TD = np.asarray(model.event_vectors(dataset.log.item[rows], dataset.log.action[rows], trained.table), np.float64)
+    x_TD = np.asarray(
+        model.event_vectors(dataset.log.item[rows], dataset.log.action[rows], trained.catalog), np.float64
+    )
     x_TD /= np.sqrt((x_TD**2).mean(axis=1, keepdims=True) + 1e-6)
     weight_TA = np.exp(x_TD @ np.asarray(model.profile.aspect_DA[...], np.float64))
     share_TA = weight_TA / weight_TA.sum(axis=1, keepdims=True)  # at first a strength of one
@@ -126,8 +124,8 @@ def test_an_aspect_is_named_by_what_writes_more_into_it_than_into_others(trained
     share_IA = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
     monkeypatch.setattr("moerec.eval.probes.profile_aspects.share_items", lambda *_: share_IA)
     monkeypatch.setattr("moerec.serve.profile_card.LEAST_EVENTS", 2)
-    table = trained.table._replace(count_I=jnp.array([4, 2, 4, 2]))
-    first, second = name_aspects(catalogue, trained.model, table)
+    table = trained.catalog._replace(count_I=jnp.array([4, 2, 4, 2]))
+    first, second = name_aspects(catalogue, trained.predictor.params, table)
     # Aspect 0 gets 3.6 + 1.8 + .8 + 1 = 7.2 of 12, of which tea 5.4 of 6 events.
     assert next(iter(first)) == "brand=b"
     assert first["kind=tea"] == pytest.approx((5.4 / 7.2) / (6 / 12))
@@ -145,7 +143,9 @@ def test_items_of_a_large_catalogue_name_aspects_where_there_are_no_attributes(t
     monkeypatch.setattr("moerec.eval.probes.profile_aspects.share_items", lambda *_: share_IA)
     count = np.full(n, 30)
     count[8] = 3  # too few to tell
-    first, second = name_aspects(catalogue, trained.model, trained.table._replace(count_I=jnp.asarray(count)))
+    first, second = name_aspects(
+        catalogue, trained.predictor.params, trained.catalog._replace(count_I=jnp.asarray(count))
+    )
     assert next(iter(first)) == "i7"
     assert not {"i7", "i8"} & set(second)
     assert "i8" not in first
@@ -166,7 +166,7 @@ def test_a_run_without_aspects_has_no_profile_card(tmp_path, personal):
 
 
 def test_the_command_prints_it_and_refuses_an_unknown_feature(trained, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("moerec.serve.recommender.load_run", lambda _: trained)
+    monkeypatch.setattr("moerec.train.run_dir.load_run", lambda _: trained)
 
     def run(*flags):
         code = cli.execute(

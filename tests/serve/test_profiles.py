@@ -11,16 +11,14 @@ import pytest
 from experiments import observe as observe_command
 from experiments import recommend as recommend_command
 from moerec.config import Config, PersonalConfig, cli
-from moerec.data.load import load_data
 from moerec.errors import InputError
-from moerec.nn.profile import Event
-from moerec.nn.profile.profile_router import make_personalizer
+from moerec.nn.profile import Event, make_personalizer
 from moerec.serve.profiles import count_recent, feed, forget, observe_events, open_profiles, read_profile, start_profile
-from moerec.serve.recommender import RecommendRequest, Run, recommend
-from moerec.train.loop import make_sizes
-from moerec.train.step import init_state
+from moerec.serve.recommender import recommend
+from moerec.serve.request import RecommendRequest
+from moerec.train.run_dir import Run
 from tests.small_model import fill
-from tests.tiny import make_config
+from tests.tiny import make_config, make_untrained, replace_parts
 
 WINDOW = 2
 
@@ -36,9 +34,7 @@ def make_long_config(memory: str = "ema", window: int = WINDOW) -> Config:
 
 
 def make_trained(folder, config: Config, seed: int = 0) -> Run:
-    data = load_data(config.data, folder)
-    model = fill(init_state(config, make_sizes(data)).model, seed, stddev=0.3)
-    return Run(config, data, model, jax.tree.map(jnp.asarray, data.item_table))
+    return make_untrained(folder, config, lambda params: fill(params, seed, stddev=0.3))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +48,7 @@ def trained(folder):
 
 
 def feed_all(trained: Run, store, recent: int, before: int | None = None):
-    return feed(store, trained.model, trained.data.dataset, trained.table, recent, before)
+    return feed(store, trained.predictor.params, trained.data.dataset, trained.catalog, recent, before)
 
 
 def ask_later(trained: Run) -> RecommendRequest:
@@ -64,20 +60,20 @@ def test_the_last_events_and_a_profile_answer_as_the_whole_history_does(tmp_path
     trained = make_trained(tmp_path, make_long_config(memory))
     dataset, recent = trained.data.dataset, count_recent(trained.config)
     assert recent == 2 * (WINDOW - 1) + 2
-    store = open_profiles(tmp_path / "store", trained.model, create=True)
+    store = open_profiles(tmp_path / "store", trained.predictor.params, create=True)
     done = feed_all(trained, store, recent)
     lengths = np.diff(dataset.log.offsets)
     assert done == (np.sum(lengths > recent), np.sum(np.maximum(lengths - recent, 0)), np.sum(lengths <= recent))
     request = ask_later(trained)
     for user in dataset.users[:6]:
-        profile, is_stored = read_profile(store, trained.model, dataset, str(user))
+        profile, is_stored = read_profile(store, trained.predictor.params, dataset, str(user))
         assert is_stored
         whole = recommend(trained, str(user), request, 20)
         found = recommend(trained, str(user), request, 20, profile)
         np.testing.assert_array_equal(found.item, whole.item)
         np.testing.assert_allclose(found.log_p, whole.log_p, atol=1e-5)
         np.testing.assert_allclose(found.relevance, whole.relevance, atol=1e-5)
-        nobody = recommend(trained, str(user), request, 20, start_profile(trained.model))
+        nobody = recommend(trained, str(user), request, 20, start_profile(trained.predictor.params))
         np.testing.assert_allclose(nobody.log_p, whole.log_p, atol=1e-5)
         cut = profile._replace(memory_MP=0 * profile.memory_MP)
         other = recommend(trained, str(user), request, 20, cut)
@@ -89,8 +85,8 @@ def test_events_that_a_row_does_not_hold_go_into_the_profile(tmp_path):
     config = make_long_config()
     trained = make_trained(tmp_path, config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, history_len=6))
-    short, request = dataclasses.replace(trained, config=config), ask_later(trained)
-    user, nobody = str(trained.data.dataset.users[1]), start_profile(trained.model)
+    short, request = replace_parts(trained, config=config), ask_later(trained)
+    user, nobody = str(trained.data.dataset.users[1]), start_profile(trained.predictor.params)
     whole = recommend(trained, user, request, 9)
     np.testing.assert_allclose(recommend(short, user, request, 9, nobody).log_p, whole.log_p, atol=1e-5)
     assert np.abs(recommend(short, user, request, 9).log_p - whole.log_p).max() > 1e-4
@@ -98,7 +94,7 @@ def test_events_that_a_row_does_not_hold_go_into_the_profile(tmp_path):
 
 def test_profiles_go_on_where_they_are(trained, tmp_path):
     """In two steps by date, and at once: the states of one event after the other."""
-    dataset, model = trained.data.dataset, trained.model
+    dataset, model = trained.data.dataset, trained.predictor.params
     log, middle = dataset.log, int(np.median(dataset.log.time))
     steps, once = (open_profiles(tmp_path / name, model, create=True) for name in ("steps", "once"))
     first = feed_all(trained, steps, 0, middle)
@@ -116,14 +112,14 @@ def test_profiles_go_on_where_they_are(trained, tmp_path):
     for p in (0, 5):
         state = personalizer.init_user()
         for row in range(*log.offsets[p : p + 2]):
-            x_D = model.event_vectors(log.item[row], log.action[row], trained.table)
-            state = personalizer.observe(model.profile, state, Event(x_D, jnp.int32(device[row])))
+            x_D = model.event_vectors(log.item[row], log.action[row], trained.catalog)
+            state = personalizer.update(model.profile, state, Event(x_D, jnp.int32(device[row])))
         for found, expected in zip(states, state, strict=True):
             np.testing.assert_allclose(found[p], expected, atol=1e-5)
 
 
 def test_a_store_belongs_to_one_run_and_one_log(trained, tmp_path):
-    dataset, model = trained.data.dataset, trained.model
+    dataset, model = trained.data.dataset, trained.predictor.params
     with pytest.raises(InputError, match="makes a store"):
         open_profiles(tmp_path / "none", model)
     store = open_profiles(tmp_path / "store", model, create=True)
@@ -139,11 +135,11 @@ def test_a_store_belongs_to_one_run_and_one_log(trained, tmp_path):
         read_profile(store, model, changed, str(dataset.users[3]))
     assert read_profile(store, model, changed, str(dataset.users[4]))[0].n_events
     with pytest.raises(InputError, match="has seen other events"):
-        feed(store, model, changed, trained.table, 0)
+        feed(store, model, changed, trained.catalog, 0)
 
 
 def test_who_is_forgotten_is_nobody(trained, tmp_path):
-    dataset, model = trained.data.dataset, trained.model
+    dataset, model = trained.data.dataset, trained.predictor.params
     store = open_profiles(tmp_path / "store", model, create=True)
     feed_all(trained, store, 3)
     one, two = map(str, dataset.users[:2])
@@ -156,10 +152,10 @@ def test_who_is_forgotten_is_nobody(trained, tmp_path):
 
 
 def test_a_profile_that_has_seen_everything_leaves_nothing_to_ask_with(trained):
-    log, model = trained.data.dataset.log, trained.model
+    log, model = trained.data.dataset.log, trained.predictor.params
     start = jax.tree.map(lambda leaf: leaf[None], start_profile(model))
     n = np.diff(log.offsets[:2])
-    states = observe_events(model, trained.table, log, start, log.offsets[:1], n)
+    states = observe_events(model, trained.catalog, log, start, log.offsets[:1], n)
     profile = jax.tree.map(lambda leaf: leaf[0], states)
     assert profile.n_events == n[0]
     with pytest.raises(InputError, match="has seen all events before the request"):
@@ -169,7 +165,7 @@ def test_a_profile_that_has_seen_everything_leaves_nothing_to_ask_with(trained):
 def test_a_run_without_a_profile_has_no_store(tmp_path):
     config = make_config()
     with pytest.raises(InputError, match="keeps no profile"):
-        open_profiles(tmp_path / "store", make_trained(tmp_path, config).model, create=True)
+        open_profiles(tmp_path / "store", make_trained(tmp_path, config).predictor.params, create=True)
     assert not (tmp_path / "store").exists()
 
 
@@ -179,7 +175,7 @@ def test_without_a_window_a_row_of_events_stays_out():
 
 
 def test_the_commands(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("moerec.serve.recommender.load_run", lambda _: trained)
+    monkeypatch.setattr("moerec.train.run_dir.load_run", lambda _: trained)
     user, store = str(trained.data.dataset.users[2]), f"--profiles={tmp_path / 'store'}"
 
     def call(module, *flags):

@@ -7,28 +7,24 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from moerec.eval.run import run
 
 from experiments import recommend as recommend_command
 from moerec.config import MoEConfig, PersonalConfig, cli
-from moerec.config.stored import read_config
 from moerec.data.splits import TEST
 from moerec.errors import InputError
+from moerec.eval.evaluate_run import run
 from moerec.eval.metrics import per_target_metrics
 from moerec.eval.probes.interventions import evaluate_interventions
-from moerec.eval.ranking import EvalDataset, catalogue_vectors, rank_targets, score_items
+from moerec.eval.ranking import EvalDataset, rank_targets
 from moerec.files import to_plain
-from moerec.serve.recommender import (
-    RecommendRequest,
-    describe_answer,
-    encode_context,
-    load_run,
-    read_request,
-    recommend,
-)
-from moerec.train.loop import make_sizes
-from moerec.train.step import init_state
-from tests.tiny import make_config
+from moerec.nn.heads.item import score_items
+from moerec.nn.model import Predictor
+from moerec.serve.recommender import describe_answer, recommend
+from moerec.serve.request import RecommendRequest, encode_context, encode_fields, read_request
+from moerec.train.run_dir import load_run, make_sizes
+from moerec.train.state import init_state
+from moerec.types import RECOMMEND
+from tests.tiny import make_config, make_untrained, replace_parts
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +81,8 @@ def test_the_list_at_the_time_of_an_event_is_that_of_the_evaluation(trained, bac
     row = int(dataset.log.offsets[user + 1]) - back
     examples = EvalDataset(dataset, np.array([row]), trained.config)
     ((_, batch, queries),) = examples.batches()
-    vectors = catalogue_vectors(trained.model, trained.table)
-    scores = score_items(trained.model, batch, queries.slot, trained.table, vectors)[0]
+    outputs = trained.predictor.encode(batch, trained.catalog)
+    scores = score_items(outputs, batch, queries.slot, trained.catalog)[0]
     log_p = np.asarray(jax.nn.log_softmax(scores))
     answer = recommend(trained, str(dataset.users[user]), ask_like(trained, row), 7)
     np.testing.assert_allclose(answer.log_p, np.sort(log_p)[::-1][:7], atol=1e-5)
@@ -106,7 +102,7 @@ def test_a_service_and_seen_items_narrow_the_list(trained):
     own = recommend(trained, user, RecommendRequest(service=service), 10_000).item
     assert own.tolist() == [i for i in everything.item if dataset.catalogue.service[i] == 1]
     masking = dataclasses.replace(trained.config.eval, mask_seen=True)
-    masked = dataclasses.replace(trained, config=dataclasses.replace(trained.config, eval=masking))
+    masked = replace_parts(trained, config=dataclasses.replace(trained.config, eval=masking))
     rest = recommend(masked, user, RecommendRequest(), 10_000).item
     seen = set(dataset.log.item[lo:hi].tolist())
     assert rest.tolist() == [i for i in everything.item if i not in seen]
@@ -119,6 +115,72 @@ def test_context_and_time_change_the_answer(trained):
     later = int(trained.data.dataset.log.time.max()) + 7_200
     for request in (RecommendRequest(time=later), RecommendRequest(context={name: values[0]})):
         assert np.abs(recommend(trained, user, request, 5).log_p - plain.log_p).max() > 1e-6
+
+
+def first_event(trained, user: int) -> int:
+    return int(trained.data.dataset.log.offsets[user])
+
+
+def test_before_any_event_a_user_is_answered_from_the_control_slot(trained):
+    """What is asked before the first event is what the evaluation asks of it: one slot, that is no event."""
+    dataset, user = trained.data.dataset, 5
+    row = first_event(trained, user)
+    ((_, batch, queries),) = EvalDataset(dataset, np.array([row]), trained.config).batches()
+    assert batch.kind_BT[batch.segment_BT > 0].tolist() == [RECOMMEND]
+    outputs = trained.predictor.encode(batch, trained.catalog)
+    log_p = np.asarray(jax.nn.log_softmax(score_items(outputs, batch, queries.slot, trained.catalog)[0]))
+    answer = recommend(trained, str(dataset.users[user]), ask_like(trained, row), 7)
+    np.testing.assert_allclose(answer.log_p, np.sort(log_p)[::-1][:7], atol=1e-5)
+    np.testing.assert_allclose(log_p[answer.item], answer.log_p, atol=1e-5)
+    assert answer.weight[0] == pytest.approx(1)  # there is no history to point into
+
+
+def test_somebody_new_is_a_user_before_any_event_with_the_fields_that_are_said(trained):
+    """Nobody's name counts, nor do events that are not there; the fields of a request stand in for a user's own."""
+    dataset, user = trained.data.dataset, 5
+    request = ask_like(trained, first_event(trained, user))
+    known = recommend(trained, str(dataset.users[user]), request, 9)
+    fields = {name: str(values[user]) for name, values in dataset.profile.items() if values[user]}
+    assert fields
+    new = recommend(trained, None, request._replace(fields=fields), 9)
+    np.testing.assert_array_equal(new.item, known.item)
+    np.testing.assert_allclose(new.log_p, known.log_p, atol=1e-6)
+    without = recommend(trained, None, request, 9)
+    assert np.abs(without.relevance - new.relevance).max() > 1e-6
+    everything = (recommend(trained, None, r, 10_000) for r in (request, request._replace(fields=fields)))
+    one, other = (answer.log_p[np.argsort(answer.item)] for answer in everything)
+    assert np.abs(one - other).max() > 1e-6
+
+
+def test_fields_of_a_request_are_the_codes_of_the_data(trained):
+    dataset = trained.data.dataset
+    codes_UY, sizes = dataset.profile_codes
+    nobody = np.zeros(len(sizes), np.int32)
+    for user in range(10):
+        fields = {name: str(values[user]) for name, values in dataset.profile.items() if values[user]}
+        np.testing.assert_array_equal(encode_fields(dataset, fields, nobody), codes_UY[user])
+    name = next(iter(dataset.profile))
+    own = codes_UY[3].copy()
+    value = next(str(x) for x in dataset.profile[name] if x and x != dataset.profile[name][3])
+    found = encode_fields(dataset, {name: value}, own)
+    assert found[0] != own[0]
+    np.testing.assert_array_equal(found[1:], own[1:])
+    np.testing.assert_array_equal(own, codes_UY[3])
+    with pytest.raises(InputError, match=f"--fields: {name}=none at all: there are "):
+        encode_fields(dataset, {name: "none at all"}, own)
+
+
+def test_a_run_that_was_not_trained_to_do_without_events_says_so(tmp_path):
+    config = make_config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, first_event=False))
+    trained = make_untrained(tmp_path, config)
+    assert trained.predictor.params.slot_encoder.control_D is None
+    user = str(trained.data.dataset.users[0])
+    for who, request in ((None, RecommendRequest()), (user, RecommendRequest(time=0))):
+        with pytest.raises(InputError, match=r"^--user: .* has no events before .* data\.first_event=false$") as error:
+            recommend(trained, who, request, 3)
+        assert "\n" not in str(error.value)
+    assert len(recommend(trained, user, RecommendRequest(), 3).item) == 3
 
 
 def test_codes_of_a_request(trained):
@@ -161,7 +223,7 @@ def test_an_answer_in_words(trained):
         ("", RecommendRequest(context={"sky": "blue"}), "--context: 'sky' is none of"),
         ("", RecommendRequest(service="post"), "--service: 'post' is none of"),
         ("", RecommendRequest(time=4_102_444_800), "--time: must lie"),
-        ("", RecommendRequest(time=0), "has no events before --time"),
+        ("", RecommendRequest(fields={"mood": "good"}), "--fields: 'mood' is none of "),
     ],
 )
 def test_what_is_not_there_is_named(trained, user, request_, word):
@@ -176,48 +238,25 @@ def test_requests_in_words():
     assert read_request([], "2024-05-01T09:00+03:00", "").time == 1714554000 - 3 * 3600
     assert read_request([], "", "") == RecommendRequest()
     assert read_request(["city=Moscow, RU,sky=blue"], "", "").context == {"city": "Moscow, RU", "sky": "blue"}
+    asked = read_request([], "", "", ["age=35-49,gender=f"])
+    assert asked == RecommendRequest(fields={"age": "35-49", "gender": "f"})
+    with pytest.raises(InputError, match=r"^--fields: 'age' is not of the form name=value"):
+        read_request([], "", "", ["age"])
     for context, time in ((["weather"], ""), (["=rain"], ""), (["a=1", "a=2"], ""), ([], "tomorrow")):
         with pytest.raises(InputError, match=r"^--(context|time): "):
             read_request(context, time, "")
 
 
-def test_a_configuration_is_read_back(tmp_path):
-    config = make_config()
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(to_plain(dataclasses.asdict(config))))
-    assert read_config(path) == config
-    values = json.loads(path.read_text())
-    for change, word in (
-        ({**values, "extra": 1}, "config.extra is unknown"),
-        ({k: v for k, v in values.items() if k != "seed"}, "config.seed is missing"),
-        ({**values, "model": {**values["model"], "depth": 3}}, "config.model.depth is unknown"),
-        ({**values, "model": 3}, "missing"),
-        ({**values, "seed": None}, "config.seed: None is not of type int"),
-        ({**values, "baselines": None}, "config.baselines: None is not of type"),
-        ({**values, "train": {**values["train"], "steps": "many"}}, "config.train.steps: 'many' is not of type int"),
-        ({**values, "model": {**values["model"], "dropout": 2.0}}, "config.model.dropout"),
-    ):
-        path.write_text(json.dumps(change))
-        with pytest.raises(InputError, match=word) as error:
-            read_config(path)
-        assert str(error.value).startswith(str(path))
-    path.write_text("{")
-    with pytest.raises(InputError, match="not a JSON file"):
-        read_config(path)
-    with pytest.raises(InputError, match="no such file"):
-        read_config(tmp_path / "nowhere.json")
-
-
 def test_effects_are_those_of_data_that_were_changed_by_hand(trained):
     """Nobody's context is known."""
-    dataset, table = trained.data.dataset, trained.table
+    dataset, catalog = trained.data.dataset, trained.catalog
     targets = np.flatnonzero(trained.data.split_ids == TEST)[:30]
     own = EvalDataset(dataset, targets, trained.config)
     log = dataclasses.replace(dataset.log, context=np.zeros_like(dataset.log.context))
     silent = EvalDataset(dataclasses.replace(dataset, log=log), targets, trained.config)
-    plain = per_target_metrics(rank_targets(trained.model, own, table)[1])["ndcg@10"]
-    interventions = evaluate_interventions(trained.config, trained.model, own, table, plain)
-    by_hand = per_target_metrics(rank_targets(trained.model, silent, table)[1])["ndcg@10"]
+    plain = per_target_metrics(rank_targets(trained.predictor, own, catalog).union)["ndcg@10"]
+    interventions = evaluate_interventions(trained.config, trained.predictor, own, catalog, plain)
+    by_hand = per_target_metrics(rank_targets(trained.predictor, silent, catalog).union)["ndcg@10"]
     assert interventions["context"]["missing"]["ndcg@10"] == pytest.approx(by_hand.mean(), abs=1e-9)
     assert interventions["context"]["missing"]["difference"] == pytest.approx((plain - by_hand).mean(), abs=1e-9)
 
@@ -234,8 +273,9 @@ def test_effects_are_those_of_data_that_were_changed_by_hand(trained):
 def test_effects_are_measured_of_what_a_model_has(trained, fields, parts):
     config = dataclasses.replace(trained.config, model=dataclasses.replace(trained.config.model, **fields))
     examples = EvalDataset(trained.data.dataset, np.flatnonzero(trained.data.split_ids == TEST)[:5], config)
-    model = init_state(config, make_sizes(trained.data)).model
-    assert set(evaluate_interventions(config, model, examples, trained.table, np.zeros(5))) == parts
+    state = init_state(config, make_sizes(config, trained.data))
+    predictor = Predictor(state.params, state.router_bias_LE)
+    assert set(evaluate_interventions(config, predictor, examples, trained.catalog, np.zeros(5))) == parts
 
 
 def test_the_command(folder, capsys):
@@ -255,21 +295,42 @@ def test_the_command(folder, capsys):
     assert capsys.readouterr().out == both
     assert execute("--context=weather=rain") == 0
     assert capsys.readouterr().out != both
-    for wrong in ("--top_k=0", "--user=nobody", "--service=post", "--time=soon", "--context=sky"):
+    field, values = next(iter(load_run(folder).data.dataset.profile.items()))
+    value = next(str(value) for value in values if value)
+    assert execute("--new_user") == 0
+    nobody = capsys.readouterr().out
+    assert execute() == 0
+    assert capsys.readouterr().out != nobody
+    assert execute("--new_user", f"--fields={field}={value}") == 0
+    assert capsys.readouterr().out != nobody
+    for wrong in ("--top_k=0", "--user=nobody", "--service=post", "--time=soon", "--context=sky", "--fields=mood=good"):
         assert execute(wrong) == 2
         assert capsys.readouterr().err.startswith(f"error: {wrong.partition('=')[0]}: ")
 
 
-def test_nothing_is_written_into_a_run(folder):
+def test_nothing_is_written_into_a_run_and_its_parts_are_read_once(folder, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     half = folder / "checkpoints" / "last" / "99.orbax-checkpoint-tmp"
     half.mkdir()
-    load_run(folder)
+    opened = load_run(folder)
+    parts = {name: getattr(opened, name) for name in ("config", "metrics", "data", "predictor", "catalog")}
     assert half.exists()
     half.rmdir()
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "last"} == {
         path: time for path, time in before.items() if path.name != "last"
     }
+    for name in ("read_config", "reload_data", "Checkpoints", "bind_catalog"):  # whatever reads anything again fails
+        monkeypatch.setattr(f"moerec.train.run_dir.{name}", None)
+    assert all(getattr(opened, name) is part for name, part in parts.items())
+
+
+def test_what_is_not_asked_for_is_not_read(folder, tmp_path):
+    """The metrics of a run are there without its data and its checkpoints."""
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "data"))
+    opened = load_run(tmp_path / "run")
+    assert opened.metrics["steps"] == 2
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        _ = opened.predictor
 
 
 def test_a_run_that_is_not_finished_is_refused(folder, tmp_path):

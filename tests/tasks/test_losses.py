@@ -9,17 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.config import LossConfig
-from moerec.tasks.losses import (
-    Candidates,
-    all_candidates,
-    chunked_softmax_xent,
-    sample_in_service,
-    sample_negatives,
-    sampling_cdf,
-    sum_losses,
-)
-from moerec.types import Batch, Catalog, Output
+from moerec.config import Config, LossConfig
+from moerec.nn.heads.xent import Mixture, XentCandidates, XentSlots, chunked_log_prob, chunked_softmax_xent
+from moerec.tasks import Candidates, Draws, NextEvent
+from moerec.tasks.losses import LOSSES, sample_in_service, sample_negatives, sampling_cdf
+from moerec.types import Batch, Catalog, Outputs, Request, Target
 
 N_SLOTS, N_ITEMS, D = 7, 11, 4
 RNG = np.random.default_rng(0)
@@ -37,10 +31,13 @@ class Stub(NamedTuple):
     vector_ID: jax.Array
     bias_I: jax.Array
 
-    def encode(self, batch, table, key, vector_ID=None):
-        return Output(self.h_BTD, None, None)
+    @property
+    def head(self) -> "Stub":
+        return self
 
-    def item_vectors(self, item_X, table):
+    item_encoder = None
+
+    def vectors(self, item_X, catalog, tied):
         return self.vector_ID[item_X], self.bias_I[item_X]
 
 
@@ -48,25 +45,27 @@ STUB = Stub(*(jnp.asarray(x, jnp.float32) for x in (H[None], VECTOR, BIAS)))
 EMPTY = np.zeros((1, N_SLOTS), np.int32)
 BATCH = Batch(
     *[EMPTY] * (len(Batch._fields) - 2),
-    target_BT=TARGET[None].astype(np.int32),
-    weight_BT=WEIGHT[None].astype(np.float32),
+    request=Request(EMPTY, EMPTY, EMPTY[..., None], EMPTY[..., None]),
+    targets={"next_event": Target(TARGET[None].astype(np.int32), WEIGHT[None].astype(np.float32))},
 )
 TABLE = Catalog(jnp.asarray(SERVICE), jnp.zeros((N_ITEMS, 1), int), jnp.asarray(COUNT, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _loss_and_gradients(candidates, kind, scope, chunk):
-    config = LossConfig(kind=kind, scope=scope, chunk=chunk)
+    config = Config(loss=LossConfig(kind=kind, scope=scope, chunk=chunk))
+    draws = Draws(by_row=candidates) if LOSSES[kind].by_row else Draws(shared=candidates)
 
     def total(stub):
-        sums = sum_losses(stub, BATCH, TABLE, candidates, config, None)
-        return sums.item, sums.weight
+        bound = TABLE._replace(vector_ID=stub.vector_ID, bias_I=stub.bias_I)
+        sums = NextEvent().loss(stub, Outputs(stub.h_BTD, None, None), BATCH, bound, draws, config)
+        return sums.parts["loss"], sums.weight
 
     return jax.value_and_grad(total, has_aux=True)(STUB)
 
 
-def loss_and_gradients(candidates: Candidates, kind: str, scope: str = "union", chunk: int = 3):
-    """Loss, weight, and the gradients of states, vectors and biases in float64."""
+def loss_and_gradients(candidates: Candidates | None, kind: str, scope: str = "union", chunk: int = 3):
+    """Loss, weight, and the gradients of states, vectors and biases in float64; candidates None: the catalogue."""
     (loss, weight), gradients = _loss_and_gradients(candidates, kind, scope, chunk)
     return float(loss), float(weight), [np.asarray(g, np.float64) for g in gradients]
 
@@ -105,7 +104,7 @@ def assert_same(found, expected, tolerance=1e-5):
     ("scope", "chunk"), [("union", 1), ("union", 3), ("union", 7), ("union", 100), ("service", 2), ("service", 7)]
 )
 def test_full_softmax_is_cross_entropy_over_the_catalogue_or_the_service(scope, chunk):
-    found = loss_and_gradients(all_candidates(N_ITEMS), "full_softmax", scope, chunk)
+    found = loss_and_gradients(None, "full_softmax", scope, chunk)
     assert_same(found, softmax_by_hand(range(N_ITEMS), np.zeros(N_ITEMS), scope))
 
 
@@ -133,7 +132,10 @@ def test_contrast_has_the_gradients_of_logsumexp_under_any_cotangent(chunk):
     allowed = (item != TARGET[:, None]) & (scope_s[:, None] == SERVICE)
 
     def ours(*x):
-        return jnp.sin(0.1 * chunked_softmax_xent(*x, None, TARGET, scope_s, item, (SERVICE, weight), chunk))
+        h, positive, vector, offset = x
+        slots = XentSlots(h, positive, jnp.asarray(TARGET), jnp.asarray(scope_s), None)
+        rivals = XentCandidates(vector, offset, jnp.asarray(item), jnp.asarray(SERVICE))
+        return jnp.sin(0.1 * chunked_softmax_xent(slots, weight, rivals, chunk))
 
     def plain(*x):
         return jnp.sin(0.1 * logsumexp_loss(*x, weight, allowed))
@@ -150,16 +152,115 @@ def test_contrast_is_finite_at_huge_scores_and_zero_without_rivals():
     vector, offset = jnp.asarray([[1.0], [-1.0]]), jnp.zeros(2)
     # The last slot's scope holds no candidate.
     target, scope, item = jnp.asarray([0, 0, 5]), jnp.asarray([0, 0, 1]), jnp.asarray([0, 1])
-    weights = (jnp.asarray([0, 0]), jnp.ones(3))
 
     def total(h, vector, offset):
         positive = h[:, 0] * vector[target % 2, 0]
-        return chunked_softmax_xent(h, positive, vector, offset, None, target, scope, item, weights, 2)
+        rivals = XentCandidates(vector, offset, item, jnp.zeros(2, int))
+        return chunked_softmax_xent(XentSlots(h, positive, target, scope, None), jnp.ones(3), rivals, 2)
 
     value, gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(h, vector, offset)
     assert float(value) == pytest.approx(2e4)  # only the second slot prefers its rival, by 20,000
     assert all(np.isfinite(g).all() for g in gradients)
     assert float(gradients[0][2, 0]) == 0
+
+
+MIXED_SLOTS = 7
+
+
+def draw_xent(mixed: bool):
+    """Random operands: float32 leaves to differentiate, and the rest. Targets among the candidates, two scopes."""
+    rng = np.random.default_rng(9)
+    shapes = ((MIXED_SLOTS, D), (MIXED_SLOTS,), (N_ITEMS, D), (N_ITEMS,))
+    h, positive, vector, offset = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    mixture = None
+    if mixed:
+        share = rng.uniform(0.2, 0.9, MIXED_SLOTS)
+        rest = (1 - share) * rng.uniform(0.1, 1, MIXED_SLOTS) * (np.arange(MIXED_SLOTS) != 2)  # one has no other source
+        with np.errstate(divide="ignore"):
+            mixture = Mixture(*(jnp.asarray(np.log(x), jnp.float32) for x in (share, rest)))
+    target, item = jnp.asarray(TARGET), jnp.asarray(rng.permutation(N_ITEMS))
+    scopes = jnp.arange(MIXED_SLOTS) % 2, jnp.arange(N_ITEMS) % 2
+    return (h, positive, vector, offset, mixture), (target, item, scopes)
+
+
+def dense_log_prob(floats, rest):
+    """Log-softmax over the target and all candidates of its scope that are other items, then the mixture."""
+    (h, positive, vector, offset, mixture), (target, item, scopes) = floats, rest
+    allowed = (item != target[:, None]) & (scopes[0][:, None] == scopes[1])
+    logits = jnp.concatenate([positive[:, None], jnp.where(allowed, h @ vector.T + offset, -1e30)], axis=1)
+    log_p = jax.nn.log_softmax(logits)[:, 0]
+    if mixture is None:
+        return log_p
+    return jnp.log(jnp.exp(mixture.log_share_S + log_p) + jnp.exp(mixture.log_rest_S))
+
+
+def operands_of(floats, rest):
+    (h, positive, vector, offset, mixture), (target, item, scopes) = floats, rest
+    return XentSlots(h, positive, target, scopes[0], mixture), XentCandidates(vector, offset, item, scopes[1])
+
+
+def assert_trees_close(found, expected, tolerance: float = 2e-6):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["softmax", "mixture"])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 20])
+def test_log_probs_by_chunks_are_those_of_a_dense_log_softmax_in_value_and_gradient(chunk, mixed):
+    """Under a cotangent for each slot, as losses have that are no weighted sum of them."""
+    floats, rest = draw_xent(mixed)
+
+    def pull(log_prob):
+        def total(floats):
+            log_p = log_prob(floats)
+            return jnp.sum(jnp.sin(log_p) * jnp.arange(1.0, MIXED_SLOTS + 1)), log_p
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(floats)
+
+    found = pull(lambda floats: chunked_log_prob(*operands_of(floats, rest), chunk))
+    expected = pull(lambda floats: dense_log_prob(floats, rest))
+    assert np.all(np.asarray(expected[0][1]) < 0)
+    assert_trees_close(found, expected, 5e-6)
+    # In float64 NumPy, too.
+    h, positive, vector, offset, mixture = jax.tree.map(lambda x: np.asarray(x, np.float64), floats)
+    target, item, scopes = jax.tree.map(np.asarray, rest)
+    for s, log_p in enumerate(found[0][1]):
+        rivals = [j for j in range(N_ITEMS) if item[j] != target[s] and scopes[1][j] == scopes[0][s]]
+        scores = np.exp([positive[s], *(vector[j] @ h[s] + offset[j] for j in rivals)])
+        p = scores[0] / scores.sum()
+        if mixture is not None:
+            p = np.exp(mixture.log_share_S[s]) * p + np.exp(mixture.log_rest_S[s])
+        assert float(log_p) == pytest.approx(np.log(p), abs=2e-6)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["softmax", "mixture"])
+@pytest.mark.parametrize("chunk", [3, 7])
+def test_weighted_log_probs_are_the_sum_that_is_formed_in_one_pass(chunk, mixed):
+    floats, rest = draw_xent(mixed)
+    weight = jnp.asarray(WEIGHT, jnp.float32)
+
+    def by_slot(floats):
+        return -jnp.sum(weight * chunked_log_prob(*operands_of(floats, rest), chunk))
+
+    def at_once(floats):
+        slots, rivals = operands_of(floats, rest)
+        return chunked_softmax_xent(slots, weight, rivals, chunk)
+
+    assert_trees_close(*(jax.jit(jax.value_and_grad(f))(floats) for f in (by_slot, at_once)))
+
+
+def test_log_probs_are_finite_at_huge_scores_in_value_and_gradient():
+    slots = XentSlots(
+        jnp.asarray([[1e4], [-1e4]]), jnp.asarray([1e4, -1e4]), jnp.asarray([0, 0]), jnp.asarray([0, 0]), None
+    )
+    rivals = XentCandidates(jnp.asarray([[1.0], [-1.0]]), jnp.zeros(2), jnp.asarray([0, 1]), jnp.asarray([0, 0]))
+
+    def total(h):
+        return jnp.sum(chunked_log_prob(slots._replace(h_SD=h), rivals, 2) * jnp.asarray([1.0, 2.0]))
+
+    value, gradient = jax.value_and_grad(total)(slots.h_SD)
+    assert float(value) == pytest.approx(-4e4)
+    np.testing.assert_allclose(gradient, [[0.0], [2.0]])
 
 
 @pytest.mark.parametrize("n_draws", [1, 2])
@@ -171,18 +272,10 @@ def test_expectation_over_all_possible_draws_is_the_full_sum(n_draws):
     target, positive = 2, 0.3
 
     def total_of(items, corrections):
-        loss = chunked_softmax_xent(
-            jnp.zeros((1, 1)),
-            jnp.full(1, positive),
-            jnp.zeros((n_draws, 1)),
-            jnp.asarray(scores)[items] + corrections,
-            None,
-            jnp.full(1, target),
-            jnp.zeros(1, int),
-            items,
-            (jnp.zeros(n_draws, int), jnp.ones(1)),
-            1,
-        )
+        slots = XentSlots(jnp.zeros((1, 1)), jnp.full(1, positive), jnp.full(1, target), jnp.zeros(1, int), None)
+        offset_J = jnp.asarray(scores)[items] + corrections
+        rivals = XentCandidates(jnp.zeros((n_draws, 1)), offset_J, items, jnp.zeros(n_draws, int))
+        loss = chunked_softmax_xent(slots, jnp.ones(1), rivals, 1)
         return jnp.exp(loss + positive)
 
     totals = jax.jit(jax.vmap(total_of))(jnp.asarray(draws), jnp.asarray(-np.log(n_draws * q[draws]), jnp.float32))
@@ -193,7 +286,7 @@ def test_expectation_over_all_possible_draws_is_the_full_sum(n_draws):
 
 @functools.partial(jax.jit, static_argnums=2)
 def draw_sets(keys, cdf, n_draws):
-    return jax.vmap(lambda key: sample_negatives(key, cdf, n_draws))(keys)
+    return jax.vmap(lambda key: sample_negatives(key, cdf, (n_draws,)))(keys)
 
 
 @functools.cache
@@ -201,7 +294,7 @@ def draw_many(power: float, n_draws: int = 20, n_sets: int = 20_000) -> tuple[np
     cdf = jnp.asarray(sampling_cdf(COUNT, power))
     keys = jax.random.split(jax.random.key(4), n_sets)
     candidates = draw_sets(keys, cdf, n_draws)
-    return np.asarray(candidates.item_M), np.asarray(candidates.correction_M, np.float64)
+    return np.asarray(candidates.item_J), np.asarray(candidates.correction_J, np.float64)
 
 
 @pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
@@ -228,7 +321,7 @@ def test_gradients_of_the_sampled_softmax_converge_to_the_full_one():
     cdf = jnp.asarray(sampling_cdf(COUNT, 0.5))
 
     def error(n_draws):
-        *_, gradients = loss_and_gradients(sample_negatives(jax.random.key(8), cdf, n_draws), "sampled_softmax")
+        *_, gradients = loss_and_gradients(sample_negatives(jax.random.key(8), cdf, (n_draws,)), "sampled_softmax")
         return np.sqrt(sum(np.sum((g - e) ** 2) for g, e in zip(gradients, exact, strict=True)))
 
     size = np.sqrt(sum(np.sum(e**2) for e in exact))
@@ -255,8 +348,8 @@ def test_corrections_of_a_large_skewed_catalogue_are_those_of_the_draw():
     width = np.diff(cdf.astype(np.int64), prepend=-1)
     wanted = (1 + counts) / (1 + counts).sum()
     np.testing.assert_allclose(width / 2**32, wanted, rtol=1e-3)
-    drawn = sample_negatives(jax.random.key(0), jnp.asarray(cdf), 20_000)
-    np.testing.assert_allclose(drawn.correction_M, -np.log(20_000 * width[drawn.item_M] / 2**32), rtol=1e-5, atol=1e-5)
+    drawn = sample_negatives(jax.random.key(0), jnp.asarray(cdf), (20_000,))
+    np.testing.assert_allclose(drawn.correction_J, -np.log(20_000 * width[drawn.item_J] / 2**32), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("power", "sizes"), [(0.0, (3, 1, 7)), (1.0, (3, 1, 7)), (1.0, (11,))])
@@ -274,9 +367,9 @@ def test_a_draw_in_the_service_follows_q_within_it(power, sizes):
 
 
 def test_a_single_item_is_always_drawn():
-    drawn = sample_negatives(jax.random.key(0), jnp.asarray(sampling_cdf(np.array([3]), 1.0)), 5)
-    np.testing.assert_array_equal(drawn.item_M, 0)
-    np.testing.assert_allclose(drawn.correction_M, -np.log(5), rtol=1e-6)
+    drawn = sample_negatives(jax.random.key(0), jnp.asarray(sampling_cdf(np.array([3]), 1.0)), (5,))
+    np.testing.assert_array_equal(drawn.item_J, 0)
+    np.testing.assert_allclose(drawn.correction_J, -np.log(5), rtol=1e-6)
 
 
 def test_one_negative_is_binary_cross_entropy_of_two_scores():
@@ -291,5 +384,5 @@ def test_one_negative_is_binary_cross_entropy_of_two_scores():
             d_h[s] += weight * (p - wanted) * VECTOR[item]
             d_vector[item] += weight * (p - wanted) * h
             d_bias[item] += weight * (p - wanted)
-    candidates = Candidates(jnp.asarray(negative), jnp.full(N_SLOTS, 3.0))  # the correction has no place here
+    candidates = Candidates(jnp.asarray(negative[None]), jnp.full((1, N_SLOTS), 3.0))  # the correction has no place here
     assert_same(loss_and_gradients(candidates, "one_negative"), (loss, [d_h[None], d_vector, d_bias]))

@@ -160,9 +160,7 @@ def test_paths_name_every_leaf_once(state):
     flat = flatten(state)
     assert len(flat) == len(jax.tree.leaves(state))
     assert flat["step"] is state.step
-    assert [name for name in flat if name.startswith("params/") and "row_ID" in name] == [
-        "params/item_encoder/row_ID"
-    ]
+    assert [name for name in flat if name.startswith("params/") and "row_ID" in name] == ["params/item_encoder/row_ID"]
     assert flat["params/groups/0/attention/q_DNH"] is state.params.groups[0].attention.q_DNH[...]
     assert_same(unflatten(shift(state), flat), state)
 

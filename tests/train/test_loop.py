@@ -19,11 +19,13 @@ from moerec.data.dataset import permute_items
 from moerec.data.load import load_data
 from moerec.data.splits import TEST
 from moerec.errors import InputError, WorkError
-from moerec.eval.run import run
+from moerec.eval.evaluate_run import run
+from moerec.eval.ranking import make_evaluator, make_valid_set
 from moerec.train.checkpoint import Checkpoints, TrainProgress
-from moerec.train.loop import fit, make_trainer, validate
+from moerec.train.loop import TrainResult, fit, make_trainer
 from moerec.train.metric_writer import MetricWriter
-from moerec.train.step import evaluated_model
+from moerec.train.run_dir import bind_catalog
+from moerec.train.state import make_predictor
 from tests.tiny import make_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,9 +35,14 @@ RUN = f"""
 import sys
 from pathlib import Path
 from tests.tiny import make_config
-from moerec.run import run
+from moerec.eval.evaluate_run import run
 run(make_config(**{LONG_RUN}), Path(sys.argv[1]))
 """
+
+
+def train(config, data, workdir: Path) -> TrainResult:
+    """`fit`, validated as runs are."""
+    return fit(config, data, workdir, make_evaluator(config, data))
 
 
 def leaves_of(model) -> list[np.ndarray]:
@@ -99,14 +106,21 @@ def tiny_data(tmp_path_factory):
     return load_data(make_config().data, tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize(("interrupted_at", "layers"), [(5, (0,))])
-def test_stopping_and_going_on_gives_the_same_parameters(tmp_path, tiny_data, interrupted_at, layers, monkeypatch):
+@pytest.mark.parametrize(
+    ("interrupted_at", "layers", "groups"),
+    [(5, (0,), ()), (5, (), ("groups/0/attention=frozen", "head=0.5"))],
+    ids=["mixture", "groups"],
+)
+def test_stopping_and_going_on_gives_the_same_parameters(
+    tmp_path, tiny_data, interrupted_at, layers, groups, monkeypatch
+):
     def make_own():
         config = make_config(save_every=1)
         moe = MoEConfig(layers=layers, n_per_group=1, d_expert=8, tile=8)
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+        optim = dataclasses.replace(config.optim, groups=groups)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe), optim=optim)
 
-    whole = fit(make_own(), tiny_data, tmp_path / "whole")
+    whole = train(make_own(), tiny_data, tmp_path / "whole")
     saved = []
     save_last = Checkpoints.save_last
 
@@ -119,36 +133,38 @@ def test_stopping_and_going_on_gives_the_same_parameters(tmp_path, tiny_data, in
 
     monkeypatch.setattr(Checkpoints, "save_last", save_and_fail)
     with pytest.raises(KeyboardInterrupt):
-        fit(make_own(), tiny_data, tmp_path / "parts")
+        train(make_own(), tiny_data, tmp_path / "parts")
     monkeypatch.setattr(Checkpoints, "save_last", save_last)
-    resumed = fit(make_own(), tiny_data, tmp_path / "parts")
+    resumed = train(make_own(), tiny_data, tmp_path / "parts")
     assert saved[-1] == interrupted_at
     assert resumed.step == whole.step
     assert resumed.steps == whole.steps
     assert resumed.valid == whole.valid
-    for one, other in zip(leaves_of(whole.model), leaves_of(resumed.model), strict=True):
+    for one, other in zip(leaves_of(whole.predictor), leaves_of(resumed.predictor), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, tiny_data):
-    first = fit(make_config(), tiny_data, tmp_path)
+    first = train(make_config(), tiny_data, tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text()
-    second = fit(make_config(), tiny_data, tmp_path)
+    second = train(make_config(), tiny_data, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == lines
     assert (first.step, first.wall_s, first.valid) == (second.step, second.wall_s, second.valid)
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
 def test_nothing_is_compiled_after_the_first_step(tmp_path, tiny_data, mesh):
-    setup = make_trainer(make_config(mesh_data=mesh[0], mesh_model=mesh[1]), tiny_data)
-    state = setup.state
+    config = make_config(mesh_data=mesh[0], mesh_model=mesh[1])
+    trainer, evaluate = make_trainer(config, tiny_data), make_evaluator(config, tiny_data)
+    state = trainer.state
     checkpoints = Checkpoints(tmp_path)
-    with contextlib.closing(iter(setup.stream)) as stream, contextlib.closing(checkpoints):
+    with contextlib.closing(iter(trainer.stream)) as stream, contextlib.closing(checkpoints):
         for step in range(1, 6):
-            state, metrics = setup.train_step(state, next(stream), setup.table)
+            state, metrics = trainer.step(state, next(stream))
             assert np.isfinite(float(metrics["loss"]))
-            assert setup.train_step._cache_size() == 1
-            validate(evaluated_model(state), setup, "union")
+            assert trainer.train_step._cache_size() == 1
+            predictor = make_predictor(state)
+            evaluate(predictor, bind_catalog(predictor, trainer.catalog))
             if step == 3:  # a resumed run goes on with the program of the first step, too
                 checkpoints.save_last(step, state, TrainProgress())
                 checkpoints.wait()
@@ -174,16 +190,16 @@ def test_no_best_step_is_named_before_it_is_on_disk(tmp_path, tiny_data, monkeyp
 
     monkeypatch.setattr(Checkpoints, "__init__", remember)
     monkeypatch.setattr(Checkpoints, "_save", staticmethod(record))
-    fit(make_config(save_every=4), tiny_data, tmp_path)
+    train(make_config(save_every=4), tiny_data, tmp_path)
     assert (True, 4, True) in order
     assert all(waited for _, _, waited in order)
 
 
 def test_slots_are_counted_exactly(tmp_path, tiny_data):
     config = make_config(log_every=5, eval_every=0, save_every=7)
-    fitted = fit(config, tiny_data, tmp_path)
+    fitted = train(config, tiny_data, tmp_path)
     with contextlib.closing(iter(make_trainer(config, tiny_data).stream)) as stream:
-        n_slots = sum(float(next(stream).weight_BT.sum()) for _ in range(12))
+        n_slots = sum(float(next(stream).targets["next_event"].weight_BT.sum()) for _ in range(12))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with contextlib.closing(checkpoints):
         _, progress = checkpoints.restore_last(make_trainer(config, tiny_data).state)
@@ -192,12 +208,13 @@ def test_slots_are_counted_exactly(tmp_path, tiny_data):
 
 
 def test_validation_never_sees_a_test_event(tiny_data):
-    setup = make_trainer(make_config(), tiny_data)
-    assert not np.any(tiny_data.split_ids[setup.valid.rows] == TEST)
+    valid = make_valid_set(make_config(), tiny_data)
+    assert len(valid.histories.rows)
+    assert not np.any(tiny_data.split_ids[valid.histories.rows] == TEST)
 
 
 def test_training_lowers_the_loss_and_beats_chance(tmp_path, tiny_data):
-    fitted = fit(make_config(**LONG_RUN), tiny_data, tmp_path)
+    fitted = train(make_config(**LONG_RUN), tiny_data, tmp_path)
     losses = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in losses if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
@@ -209,7 +226,7 @@ def test_the_best_step_is_kept_and_patience_stops(tmp_path, tiny_data):
     config = make_config(steps=200, eval_every=2, patience=2, save_every=50)
     config.optim.learning_rate, config.optim.ema_decay = 1.0, 0.0  # far too high: validation cannot keep rising
     config.optim.schedule = "constant"
-    fitted = fit(config, tiny_data, tmp_path)
+    fitted = train(config, tiny_data, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["valid/union/ndcg@10"] for line in lines if "valid/union/ndcg@10" in line}
     assert fitted.steps < 200
@@ -219,21 +236,40 @@ def test_the_best_step_is_kept_and_patience_stops(tmp_path, tiny_data):
     assert fitted.valid["valid/union/ndcg@10"] == scores[fitted.step]
 
 
+def test_an_evaluator_of_ones_own_picks_the_step(tmp_path, tiny_data):
+    """Any function of a predictor and a catalogue: what it scores best is kept, whatever it is."""
+    seen = []
+
+    def evaluate(predictor, catalog):
+        seen.append(leaves_of(predictor))
+        assert catalog.vector_ID is not None
+        return {1: 0.1, 2: 0.9, 3: 0.2}.get(len(seen), 0.0), {"valid/mine": float(len(seen))}
+
+    fitted = fit(make_config(), tiny_data, tmp_path, evaluate)  # evaluated at 4, 8 and 12, and the best one again
+    assert (fitted.step, fitted.steps, len(seen)) == (8, 12, 4)
+    assert fitted.valid == {"valid/mine": 4.0}
+    for picked, returned, again in zip(seen[1], leaves_of(fitted.predictor), seen[3], strict=True):
+        np.testing.assert_array_equal(picked, returned)
+        np.testing.assert_array_equal(picked, again)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["valid/mine"]) for x in lines if "valid/mine" in x] == [(4, 1.0), (8, 2.0), (12, 3.0)]
+
+
 def test_a_loss_that_is_not_finite_fails_with_its_step(tmp_path, tiny_data, monkeypatch):
     config = make_config()
-    setup = make_trainer(config, tiny_data)
+    trainer = make_trainer(config, tiny_data)
     steps_done = 0
 
-    def step(state, batch, table):
+    def step(state, *arguments):
         nonlocal steps_done
         steps_done += 1
         if steps_done == 7:
-            state = state._replace(model=jax.tree.map(lambda leaf: leaf * np.float32(np.nan), state.model))
-        return setup.train_step(state, batch, table)
+            state = state._replace(params=jax.tree.map(lambda leaf: leaf * np.float32(np.nan), state.params))
+        return trainer.train_step(state, *arguments)
 
-    monkeypatch.setattr("moerec.train.loop.set_up", lambda *_: setup._replace(train_step=step))
+    monkeypatch.setattr("moerec.train.loop.make_trainer", lambda *_: trainer._replace(train_step=step))
     with pytest.raises(WorkError, match="step 8: the loss is nan"):  # logs are of every second step
-        fit(config, tiny_data, tmp_path)
+        train(config, tiny_data, tmp_path)
 
 
 def test_a_directory_of_another_config_is_refused(tmp_path):
@@ -256,12 +292,12 @@ def test_a_first_start_that_failed_leaves_the_directory_free(tmp_path):
 def test_metrics_are_read_when_the_next_step_is_under_way(tmp_path, tiny_data, monkeypatch):
     """And the state that a step was given is gone: its memory is the next one's."""
     config = make_config(log_every=1, eval_every=0, save_every=99)
-    events, setup = [], make_trainer(config, tiny_data)
+    events, trainer = [], make_trainer(config, tiny_data)
 
-    def step(state, batch, table):
-        after, metrics = setup.train_step(state, batch, table)
+    def step(state, *arguments):
+        after, metrics = trainer.train_step(state, *arguments)
         jax.block_until_ready(after)
-        events.append(("step", int(after.step), jax.tree.leaves(state.model)[0].is_deleted()))
+        events.append(("step", int(after.step), jax.tree.leaves(state.params)[0].is_deleted()))
         return after, metrics
 
     write = MetricWriter.write
@@ -271,9 +307,9 @@ def test_metrics_are_read_when_the_next_step_is_under_way(tmp_path, tiny_data, m
             events.append(("read", step, None))
         write(self, step, scalars)
 
-    monkeypatch.setattr("moerec.train.loop.set_up", lambda *_: setup._replace(train_step=step))
+    monkeypatch.setattr("moerec.train.loop.make_trainer", lambda *_: trainer._replace(train_step=step))
     monkeypatch.setattr(MetricWriter, "write", note)
-    fit(config, tiny_data, tmp_path)
+    train(config, tiny_data, tmp_path)
     order = [(kind, n) for kind, n, _ in events]
     late = [event for n in range(1, 12) for event in (("step", n + 1), ("read", n))]
     assert order == [("step", 1), *late, ("read", 12)]
@@ -281,12 +317,12 @@ def test_metrics_are_read_when_the_next_step_is_under_way(tmp_path, tiny_data, m
 
 
 def test_the_sharded_reader_trains_to_the_same_parameters(tmp_path):
-    def train(reader: str):
+    def read_by(reader: str) -> list[np.ndarray]:
         config = make_config()
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, reader=reader))
-        return fit(config, load_data(config.data, tmp_path / reader), tmp_path / reader)
+        return leaves_of(train(config, load_data(config.data, tmp_path / reader), tmp_path / reader).predictor)
 
-    for one, other in zip(leaves_of(train("memory").model), leaves_of(train("shards").model), strict=True):
+    for one, other in zip(read_by("memory"), read_by("shards"), strict=True):
         np.testing.assert_array_equal(one, other)
 
 

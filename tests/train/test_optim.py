@@ -7,8 +7,10 @@ import pytest
 from flax import nnx
 
 from moerec.config import OptimConfig
+from moerec.errors import InputError
 from moerec.train.optim import decay_mask, make_optimizer, make_schedule
-from tests.small_model import make_config, make_model
+from moerec.train.paths import flatten, matches
+from tests.small_model import make_config, make_model, random_like
 
 PEAK, STEPS, WARMUP = 0.01, 50, 10
 
@@ -116,3 +118,74 @@ def test_updates_are_those_of_adamw_written_out(clip_norm):
             weights[name] = weights[name] - rate * (direction + decay)
     for name, expected in weights.items():
         np.testing.assert_allclose(tree[name][...], expected, atol=2e-6, rtol=1e-5, err_msg=name)
+
+
+def update_by(groups: tuple[str, ...], clip_norm: float = 0.0, silent: tuple[str, ...] = ()):
+    """The updates by path of a second step of the same gradients, and the state; `silent` paths have none."""
+    model = make_model(make_config(n_layers=1))
+    config = OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5, clip_norm=clip_norm, groups=groups)
+    optimizer = make_optimizer(config, STEPS)
+    gradients = jax.tree.map(jnp.float32, random_like(model))
+    gradients = jax.tree_util.tree_map_with_path(
+        lambda path, g: g * (not any(part in jax.tree_util.keystr(path) for part in silent)), gradients
+    )
+    state = optimizer.init(model)
+    for _ in range(2):
+        updates, state = jax.jit(optimizer.update)(gradients, state, model)
+    return {path: np.asarray(leaf) for path, leaf in flatten(updates).items()}, state
+
+
+def test_frozen_parameters_stay_and_the_others_move_as_without_it():
+    plain, _ = update_by(())
+    updates, state = update_by(("groups/*/attention=frozen", "item_encoder/row_ID=frozen"))
+    for path, update in updates.items():
+        frozen = path.startswith("groups/0/attention/") or path == "item_encoder/row_ID"
+        assert np.any(plain[path]), path
+        np.testing.assert_array_equal(update, np.zeros_like(update) if frozen else plain[path], err_msg=path)
+    kept = flatten(state)
+    for moment in ("mu", "nu"):  # none of what is frozen, and all of the rest
+        paths = [path.partition(f"/{moment}/")[2] for path in kept if f"/{moment}/" in path]
+        assert paths == [p for p in updates if not p.startswith("groups/0/attention/") and p != "item_encoder/row_ID"]
+
+
+def test_a_rate_is_a_multiple_and_the_first_match_wins():
+    plain, _ = update_by(())
+    updates, _ = update_by(("head=0.5", "groups/0/ffn/gate_DF=0.25", "groups/*=2", "*norm*=frozen"))
+    rates = {"head/": 0.5, "groups/0/ffn/gate_DF": 0.25, "groups/": 2.0}  # norms within groups are named before
+    for path, update in updates.items():
+        rate = next((rate for start, rate in rates.items() if path.startswith(start)), 0.0 if "norm" in path else 1.0)
+        np.testing.assert_array_equal(update, rate * plain[path], err_msg=path)
+
+
+def test_frozen_gradients_have_no_part_in_the_norm_that_is_clipped():
+    updates, _ = update_by(("groups/0/attention=frozen",), clip_norm=1.0)
+    expected, _ = update_by((), clip_norm=1.0, silent=("attention.",))
+    for path, update in updates.items():
+        if not path.startswith("groups/0/attention/"):
+            np.testing.assert_allclose(update, expected[path], rtol=1e-6, atol=1e-9, err_msg=path)
+
+
+@pytest.mark.parametrize("groups", [("nobody=frozen",), ("head=0.5", "heads=0.5"), ("*=0.5", "head=frozen")])
+def test_a_pattern_that_names_nothing_is_refused_with_what_there_is(groups):
+    """So is one that others have left nothing to."""
+    with pytest.raises(
+        InputError, match=r"^config\.optim\.groups: '.*' is no parameter's; there are .*groups, head, "
+    ) as error:
+        update_by(groups)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("entry", ["head", "=0.5", "head=-1", "head=nan", "head=slow", "head=inf"])
+def test_a_group_of_another_form_is_refused(entry):
+    with pytest.raises(InputError, match=r"config\.optim\.groups: .* is not of the form"):
+        OptimConfig(groups=(entry,))
+    with pytest.raises(InputError, match="there twice"):
+        OptimConfig(groups=("head=0.5", "head=frozen"))
+
+
+def test_a_pattern_names_a_path_or_a_part_of_the_tree():
+    path = "groups/0/attention/q_DNH"
+    for pattern in (path, "groups", "groups/", "groups/0/attention", "*/q_DNH", "groups/?/attention", "groups/[01]"):
+        assert matches(path, pattern), pattern
+    for pattern in ("group", "attention", "groups/1", "q_DNH", "groups/0/attention/q", "Groups"):
+        assert not matches(path, pattern), pattern

@@ -9,8 +9,10 @@ import pytest
 
 from moerec.config import Config, LossConfig, MoEConfig, OptimConfig, TrainConfig
 from moerec.nn.moe.balance import target_load
+from moerec.nn.sharding import batch_sharding, make_mesh, param_shardings
 from moerec.tasks import make_tasks
 from moerec.train.optim import make_schedule
+from moerec.train.paths import flatten
 from moerec.train.state import TrainState, init_state, make_predictor, start_state
 from moerec.train.step import make_train_step
 from tests.nn import numpy_model as oracle
@@ -31,13 +33,14 @@ def config_for(
     ema: float = 0.0,
     scope: str = "union",
     experts: bool = False,
+    groups: tuple[str, ...] = (),
 ) -> Config:
     weights = {"analyser_weight": 0.7, "balance_weight": 0.5, "domain_balance_weight": 0.3, "router_z_weight": 0.1}
     return Config(
         seed=5,
         model=make_config(dropout=dropout, moe=EXPERTS if experts else MoEConfig(), **SMALL),
         loss=LossConfig(kind=kind, n_negatives=9, sampling_power=0.5, scope=scope, chunk=4, **weights),
-        optim=OptimConfig(learning_rate=0.02, warmup_steps=3, clip_norm=0.0, ema_decay=ema),
+        optim=OptimConfig(learning_rate=0.02, warmup_steps=3, clip_norm=0.0, ema_decay=ema, groups=groups),
         train=TrainConfig(steps=20, batch_size=4, n_microbatches=n_microbatches),
     )
 
@@ -196,6 +199,42 @@ def test_the_average_is_a_plain_mean_at_first_and_exponential_then():
         assert worst_gap(oracle.read_weights(state.average), expected) < 1e-6
     assert make_predictor(states[-1]).params is states[-1].average
     assert worst_gap(states[-1].average, states[-1].params) > 1e-4
+
+
+def test_frozen_parameters_stay_in_microbatches_with_an_average_and_on_a_mesh():
+    """And everything else moves as without it, at its own rate; the norm that is told is that of what is trained."""
+    groups = ("groups/0/attention=frozen", "head=0.5")
+    before = flatten(start(config_for()).params)
+    options = ("full_softmax", 1, 0.0, 0.6, "union", False)
+    ((plain, plain_metrics),) = run(1, *options)
+    ((whole, metrics),) = run(1, *options, groups)
+    ((parts, _),) = run(1, "full_softmax", 2, 0.0, 0.6, "union", False, groups)
+    config, mesh = config_for(*options, groups), make_mesh(2, 1, 1)
+    tasks = make_tasks(config)
+    state = jax.device_put(start(config), param_shardings(start(config), mesh))
+    constants = {task.name: task.constants(TABLE, config) for task in tasks}
+    batch = jax.device_put(BATCH, batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        placed, _ = jax.jit(make_train_step(config, tasks))(state, batch, TABLE, constants)
+    frozen = [path for path in before if path.startswith("groups/0/attention/")]
+    assert frozen
+    moved = flatten(plain.params)
+    for state in (whole, parts, placed):
+        params, average = flatten(state.params), flatten(state.average)
+        assert worst_gap(state.average, state.params) == 0  # after one step
+        for path, leaf in params.items():
+            if path in frozen:
+                np.testing.assert_array_equal(leaf, before[path], err_msg=path)
+                np.testing.assert_array_equal(average[path], before[path], err_msg=path)
+            else:
+                share = 0.5 if path.startswith("head/") else 1.0
+                expected = before[path] + share * (moved[path] - before[path])
+                np.testing.assert_allclose(leaf, expected, atol=1e-5, err_msg=path)
+        assert not [path for path in flatten(state.opt_state) if "attention/" in path]
+    gradients = {path: 10 * np.asarray(leaf) for path, leaf in flatten(first_moment(plain)).items()}  # 1 - b1 is 0.1
+    norms = [np.sqrt(sum(np.sum(g**2) for path, g in gradients.items() if path not in out)) for out in ([], frozen)]
+    assert [plain_metrics["grad_norm"], metrics["grad_norm"]] == pytest.approx(norms, rel=1e-5)
+    assert norms[1] < norms[0]
 
 
 def test_without_average_the_model_itself_is_evaluated():

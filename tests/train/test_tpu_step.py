@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from moerec.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, OptimConfig, PersonalConfig, TrainConfig
+from moerec.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    PersonalConfig,
+    TrainConfig,
+)
 from moerec.nn.model import ModelSizes
 from moerec.nn.sharding import MESH_AXES
 from moerec.train.step import lower_train_step
@@ -16,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compila
 pytest.importorskip("libtpu", reason="the TPU compiler is not here: pip install -c requirements.lock -e '.[tpu]'")
 ROWS, T = 32, 128
 KERNELS = ("router_forward", "router_backward", "grouped_ffn_forward", "grouped_ffn_rows", "grouped_ffn_sides")
-ATTENTION = ("attention_forward", "attention_pull_queries", "attention_pull_keys")
+ATTENTION = ("attention_forward", "attention_bwd_dq", "attention_bwd_dkv")
 SIZES = ModelSizes(
     n_items=1024, n_tokens=1024, n_services=3, n_actions=4, context_sizes=(8,), field_sizes=(8,), has_control=True
 )

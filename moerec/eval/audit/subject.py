@@ -21,7 +21,7 @@ class Subject:
       split: how it is split.
       dataset: as training gets it (with its ties shuffled already where the split says so).
       split_ids: `[events]`.
-      per_service: whether sequences are those of a user and service (rather than of a user).
+      per_service: whether sequences are those of a user in a service (rather than of a user).
       targets: `[n]` rows of the test events.
       histories: what a prediction of them may see.
     """

@@ -52,7 +52,7 @@ def describe_aspects(
     aspect holds the share of each of the world's (`names`).
 
     Args:
-      relevance_QM: of the targets with a history, whose rows in the log are `rows`.
+      relevance_QM: of the targets with a slot, whose rows in the log are `rows`.
 
     Returns None for a memory without aspects of its own.
     """

@@ -20,7 +20,7 @@ _LOG_TEMPERATURES = np.array(sorted(np.linspace(-2, 2, 161), key=abs))  # of equ
 
 class RoutingStats(NamedTuple):
     """Attributes:
-    log_domain_QZ: float32, the analyser's log-posterior at each target that has a history; None in a dense model.
+    log_domain_QZ: float32, the analyser's log-posterior at each target that has a slot; None in a dense model.
     log_weight_QX: float32, logs of the mixture's weights there; None where the softmax is the only one.
     relevance_QM: float32, what each slot of the profile matters there; None in a model without one.
     service_Q: int, its service.

@@ -72,17 +72,6 @@ def rank_batch(
     )
 
 
-def pad_seen(offsets: np.ndarray, items: np.ndarray, width: int) -> np.ndarray:
-    """`[n, width]` int32: each row's distinct items, then -1."""
-    n = len(offsets) - 1
-    owner = np.repeat(np.arange(n), np.diff(offsets))
-    pairs = np.unique(np.stack([owner, items], axis=1), axis=0) if len(items) else np.zeros((0, 2), np.int64)
-    place = np.arange(len(pairs)) - np.searchsorted(pairs[:, 0], pairs[:, 0])
-    out = np.full((n, width), -1, np.int32)
-    out[pairs[:, 0], place] = pairs[:, 1]
-    return out
-
-
 Intervention = Callable[[Batch, np.ndarray], tuple[Batch, Array | None]]
 
 

@@ -7,6 +7,8 @@ have a static size, so a bound on them may drop assignments, which is counted.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -104,6 +106,13 @@ def apply_all_to_all(
     return ExpertOutput(y_SD, output.dropped + drops)
 
 
+STRATEGIES: dict[str, Callable[..., ExpertOutput]] = {
+    "all_gather": apply_all_gather,
+    "all_to_all": partial(apply_all_to_all, ragged=False),
+    "ragged_all_to_all": partial(apply_all_to_all, ragged=True),
+}
+
+
 def apply_on_mesh(x_SD: jax.Array, assignment: Assignment, matrices: Matrices, config: MoEConfig) -> ExpertOutput:
     """The outputs for this device's rows under the config's strategy; call inside `shard_map` over `MESH_AXES`.
 
@@ -114,10 +123,5 @@ def apply_on_mesh(x_SD: jax.Array, assignment: Assignment, matrices: Matrices, c
     gate, up, down = (vary(m, MESH_AXES) for m in matrices)
     own = (gate, up, down)
     x_SD, assignment = vary(x_SD, MESH_AXES), assignment._replace(weight_SA=vary(assignment.weight_SA, MESH_AXES))
-    if config.strategy == "all_gather":
-        output = apply_all_gather(x_SD, assignment, own, config, "expert")
-    elif config.strategy == "all_to_all":
-        output = apply_all_to_all(x_SD, assignment, own, config, "expert", ragged=False)
-    else:
-        output = apply_all_to_all(x_SD, assignment, own, config, "expert", ragged=True)
+    output = STRATEGIES[config.strategy](x_SD, assignment, own, config, "expert")
     return ExpertOutput(jax.lax.psum(output.y_SD, "model"), jax.lax.psum(output.dropped, ROW_AXES))

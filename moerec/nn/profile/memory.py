@@ -121,7 +121,7 @@ def null(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
         return UserState(jnp.zeros((0, 0)), jnp.asarray(NO_TIME), jnp.zeros((), jnp.int32))
 
     def update(params: Any, state: UserState, event: Event) -> UserState:
-        return state._replace(n_events=state.n_events + 1)
+        return state._replace(n_events=state.n_events + jnp.asarray(event.is_event, jnp.int32))
 
     def read_state(params: Any, state: UserState, request: ProfileRequest) -> ProfileState:
         return ProfileState(jnp.zeros((0, 0)), jnp.zeros(0), None, jnp.zeros(sizes.d_model))
@@ -197,6 +197,12 @@ class MemoryWrite(NamedTuple):
     value_P: jax.Array
 
 
+def _unless_no_event(write: MemoryWrite, is_event: jax.Array) -> MemoryWrite:
+    """What a slot that is no event writes: nothing; all that there was is kept."""
+    log_keep_X, gain_X, value_P = write
+    return MemoryWrite(jnp.where(is_event, log_keep_X, 0), jnp.where(is_event, gain_X, 0), value_P)
+
+
 class _Kind(NamedTuple):
     """In what memories differ: parameters, rows, decay an hour of each row, writing, and reading.
 
@@ -244,19 +250,16 @@ def _make(sizes: MemorySizes, kind: _Kind, chunk: int) -> Personalizer:
         return UserState(memory_XP, jnp.asarray(NO_TIME), jnp.zeros((), jnp.int32))
 
     def update(params: Any, state: UserState, event: Event) -> UserState:
-        write = kind.write(params, event.x_D)
+        write = _unless_no_event(kind.write(params, event.x_D), jnp.asarray(event.is_event))
         hours = elapsed_since(state.time, event.time).astype(jnp.float32) / HOUR
         decay_X = jnp.exp(write.log_keep_X - kind.rates(params) * hours)
         memory_XP = decay_X[:, None] * state.memory_MP + write.gain_X[:, None] * write.value_P
         time = jnp.where(event.time == NO_TIME, state.time, event.time)
-        return UserState(memory_XP, time, state.n_events + 1)
+        return UserState(memory_XP, time, state.n_events + jnp.asarray(event.is_event, jnp.int32))
 
     def prefix_states(params: Any, event: Event, first_T: jax.Array, start: UserState | None = None) -> UserState:
         write_T = jax.vmap(lambda x_D: kind.write(params, x_D))(event.x_D)
-        is_event_T1 = jnp.broadcast_to(event.is_event, first_T.shape)[:, None]
-        write_T = write_T._replace(
-            log_keep_X=jnp.where(is_event_T1, write_T.log_keep_X, 0), gain_X=jnp.where(is_event_T1, write_T.gain_X, 0)
-        )
+        write_T = _unless_no_event(write_T, jnp.broadcast_to(event.is_event, first_T.shape)[:, None])
         # The time of the state that the row begins with, and then the events'.
         time_S = jnp.append(init_user().time if start is None else start.time, event.time)
         first_S = jnp.append(jnp.array([True, False]), first_T[1:])

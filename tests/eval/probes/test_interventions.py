@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moerec.config import PersonalConfig
 from moerec.eval.probes.interventions import choose_sources, permute_context
 from moerec.nn.profile.profile_router import MEAN_PROFILE, NO_PROFILE
-from tests.small_model import SIZES, lay, make_batch, make_model, make_sequence, make_table
+from tests.small_model import SIZES, lay, make_batch, make_model, make_sequence, make_table, with_request
 from tests.small_model import make_config as make_model_config
 
 LENGTHS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=4)
@@ -28,7 +28,7 @@ def list_users(batch):
 @settings(max_examples=40)
 @given(LENGTHS, st.integers(0, 99))
 def test_everybody_gets_the_profile_of_the_next_user_as_far_on(lengths, seed):
-    batch = make_batch(seed, lengths, 16)
+    batch = make_batch(seed, lengths, 16, control=seed % 2 == 0)
     donor, users = choose_sources(batch, np.arange(sum(map(len, lengths)))).reshape(-1), list_users(batch)
     for own, other in zip(users, [*users[1:], users[0]], strict=True):
         assert donor[own].tolist() == [other[min(k, len(other) - 1)] for k in range(len(own))]
@@ -54,21 +54,21 @@ def test_nobody_gets_an_own_profile_by_another_of_their_sequences(lengths, data)
 @settings(max_examples=40)
 @given(LENGTHS, st.integers(0, 99))
 def test_contexts_are_permuted_within_a_user(lengths, seed):
-    batch = make_batch(seed, lengths, 16)
+    batch = make_batch(seed, lengths, 16, control=seed % 2 == 0)
     permuted = permute_context(batch, np.random.default_rng(seed))
-    before, after = (x.request_context_BTC.reshape(-1, 2) for x in (batch, permuted))
+    before, after = (x.request.context_BTC.reshape(-1, 2) for x in (batch, permuted))
     for own in list_users(batch):
         assert sorted(map(tuple, after[own])) == sorted(map(tuple, before[own]))
     padding = batch.segment_BT.reshape(-1) == 0
     np.testing.assert_array_equal(after[padding], before[padding])
-    for name in set(batch._fields) - {"request_context_BTC"}:
-        np.testing.assert_array_equal(getattr(permuted, name), getattr(batch, name))
+    jax.tree.map(np.testing.assert_array_equal, with_request(permuted, context_BTC=batch.request.context_BTC), batch)
 
 
 def test_permutations_are_random():
     batch = make_batch(0, [[16], [16]], 16)
     rng = np.random.default_rng(0)
-    moved = [np.any(permute_context(batch, rng).request_context_BTC != batch.request_context_BTC) for _ in range(5)]
+    before = batch.request.context_BTC
+    moved = [np.any(permute_context(batch, rng).request.context_BTC != before) for _ in range(5)]
     assert all(moved)
 
 
@@ -76,7 +76,12 @@ def test_permutations_are_random():
 def encode():
     """Compiled once: states of two rows of eight slots under other profiles, or (no donors) their own."""
     model = make_model(make_model_config(personal=PERSONAL, event_time=False, request_time=False))
-    compiled = jax.jit(lambda batch, donor: model.encode(batch, TABLE, profile_source_BT=donor).state_BTD)
+
+    @jax.jit
+    def compiled(batch, donor):
+        profile = model.replace_profiles(model.read_profiles(batch, TABLE), donor, batch)
+        return model.encode(batch, TABLE, profile=profile).state_BTD
+
     own = np.arange(16, dtype=np.int32).reshape(2, 8)
     return lambda batch, donor=own: np.asarray(compiled(batch, np.broadcast_to(donor, own.shape).astype(np.int32)))
 
@@ -84,7 +89,7 @@ def encode():
 def make_twins(seed: int, n: int = 6):
     """Two users with one history, but other fields."""
     one = make_sequence(np.random.default_rng(seed), n)
-    other = {**one, "field_BTY": (one["field_BTY"] + 1) % np.array(SIZES.field_sizes)}
+    other = {**one, "request.field": (one["request.field"] + 1) % np.array(SIZES.field_sizes)}
     return lay([[one], [other]], 8)
 
 
@@ -97,7 +102,7 @@ def test_with_its_own_profile_a_slot_is_as_it_was(encode):
 def test_nobodys_profile_is_that_of_a_first_slot_without_fields(encode):
     rng = np.random.default_rng(1)
     users = [make_sequence(rng, n) for n in (6, 7)]
-    users[0]["field_BTY"] = np.zeros_like(users[0]["field_BTY"])
+    users[0]["request.field"] = np.zeros_like(users[0]["request.field"])
     batch = lay([[user] for user in users], 8)
     changed = np.abs(encode(batch, NO_PROFILE) - encode(batch)).max(axis=-1) > 1e-4
     assert changed[0, :6].tolist() == [False, *[True] * 5]

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moerec.eval.run import run
 
 from moerec.config import MoEConfig
 from moerec.data.load import load_data
-from moerec.eval.evaluate_run import make_test_set
+from moerec.eval.evaluate_run import run
 from moerec.eval.probes.routing import calibration_error, collect_routing, describe_mixture, fit_temperature, macro_f1
+from moerec.eval.ranking import EvalDataset, make_test_set
 from moerec.eval.report import write_report
-from moerec.nn.model import SequenceModel
-from moerec.train.loop import make_sizes
+from moerec.nn.model import Predictor, SequenceModel
+from moerec.train.run_dir import bind_catalog, make_sizes
 from tests.small_model import fill
 from tests.tiny import make_config
 
@@ -97,26 +97,32 @@ def test_the_report_shows_the_mixture_weights(mixture, tmp_path, rows):
 
 
 def test_the_mixture_weights_are_means_by_service(tmp_path):
-    """The catalogue's weight is made .5 and the pointers' of each service known, by biases alone."""
+    """The catalogue's weight is made .5 and the pointers' of each service known, by biases alone.
+
+    At a control slot alone there is no event to point at: the catalogue has it all.
+    """
     config = make_config(steps=1)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, pointer="services"))
     data = load_data(config.data, tmp_path)
-    test, table = make_test_set(config, data).examples, jax.tree.map(jnp.asarray, data.item_table)
-    model = fill(jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, make_sizes(data))))
-    weight, bias = model.aggregator.weight_DX, model.aggregator.bias_X
+    log = data.dataset.log
+    targets = np.concatenate([make_test_set(config, data).targets, log.offsets[:9], log.offsets[:9] + 1])
+    test = EvalDataset(data.dataset, targets, config)
+    assert 0 < (test.history_len == 0).sum() < len(targets)
+    assert test.has_slot.all()
+    model = fill(jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, make_sizes(config, data))))
+    weight, bias = model.head.aggregator.weight_DX, model.head.aggregator.bias_X
     weight[...], bias[...] = jnp.zeros_like(weight[...]), jnp.log(jnp.asarray([5.0, 1, 2, 3, 4]))
-    found = describe_mixture(collect_routing(model, test, table), 3)
+    predictor = Predictor(model, None)
+    found = describe_mixture(collect_routing(predictor, test, bind_catalog(predictor, data.catalog)), 3)
     assert np.shape(found) == (3, 5)
-    owner = np.repeat(np.arange(len(test.targets)), np.diff(test.offsets))
     expected = []
-    for target in np.flatnonzero(test.history_len):
-        rows = test.rows[owner == target][-config.data.history_len :]
-        known = np.isin([0, 1, 2], test.dataset.event_service[rows])
-        w = np.array([5.0, 1, 2, 3, 4]) * [1, *known, 1]
+    for target in targets:
+        rows = range(log.offsets[log.user[target]], target)[-config.data.history_len :]
+        known = np.isin([0, 1, 2], test.dataset.event_service[list(rows)])
+        w = np.array([5.0, 1, 2, 3, 4]) * [1, *known, len(rows) > 0]
         expected.append(w / w.sum())
-    service = test.target_service[test.history_len > 0]
     for z, row in enumerate(found):
-        np.testing.assert_allclose(row, np.mean(np.array(expected)[service == z], axis=0), atol=1e-5)
+        np.testing.assert_allclose(row, np.mean(np.array(expected)[test.target_service == z], axis=0), atol=1e-5)
 
 
 def test_the_baselines_of_a_mixture_are_dense(mixture):

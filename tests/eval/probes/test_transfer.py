@@ -12,8 +12,8 @@ from moerec.data.splits import TEST, select_targets
 from moerec.eval.metrics import per_target_metrics
 from moerec.eval.probes.transfer import describe_transfer
 from moerec.eval.ranking import EvalDataset, rank_targets
-from moerec.train.loop import make_sizes
-from moerec.train.step import init_state
+from moerec.train.run_dir import bind_catalog, make_sizes
+from moerec.train.state import init_state, make_predictor
 from tests.tiny import make_config
 
 
@@ -24,7 +24,8 @@ def trained(tmp_path_factory):
         config, data=dataclasses.replace(config.data, split=SplitConfig(kind="leave_one_out", per_service=True))
     )
     data = load_data(config.data, tmp_path_factory.mktemp("transfer"))
-    return config, data, init_state(config, make_sizes(data)).model
+    predictor = make_predictor(init_state(config, make_sizes(config, data)))
+    return config, data, predictor, bind_catalog(predictor, data.catalog)
 
 
 def delete(dataset, row: int, own: bool):
@@ -42,16 +43,16 @@ def delete(dataset, row: int, own: bool):
 
 
 def test_metrics_are_those_of_data_without_the_other_or_the_own_events(trained):
-    config, data, model = trained
+    config, data, predictor, catalog = trained
     dataset = data.dataset
     targets = select_targets(dataset, data.split_ids, TEST)[::9]
-    found = describe_transfer(config, model, dataset, data.split_ids, targets, data.item_table)
+    found = describe_transfer(config, predictor, data, targets, catalog)
     assert find_multi_service_users(dataset)[dataset.log.user[targets]].all()
     by_hand = {name: {"own": [], "others": []} for name in dataset.catalogue.services}
     for row in targets:
         for history in ("own", "others"):
             alone, last = delete(dataset, int(row), history == "own")
-            ranks = rank_targets(model, EvalDataset(alone, np.array([last]), config), data.item_table)[0]
+            ranks = rank_targets(predictor, EvalDataset(alone, np.array([last]), config), catalog).in_service
             name = dataset.catalogue.services[dataset.event_service[row]]
             by_hand[name][history].append(float(per_target_metrics(ranks)["ndcg@10"][0]))
     for name, values in by_hand.items():
@@ -68,11 +69,12 @@ def test_metrics_are_those_of_data_without_the_other_or_the_own_events(trained):
 
 
 def test_who_uses_one_service_is_no_traveller(trained):
-    _, data, _ = trained
+    config, data, predictor, catalog = trained
     dataset, log = data.dataset, data.dataset.log
     rows = np.flatnonzero((dataset.event_service == 0) | (log.user >= 3))
     counts = np.bincount(log.user[rows], minlength=log.n_users)
     alone = dataclasses.replace(dataset, log=log.take(rows, np.concatenate([[0], np.cumsum(counts)])))
     assert find_multi_service_users(alone).tolist() == [False] * 3 + [True] * (log.n_users - 3)
     targets = np.flatnonzero(alone.log.user < 3)[-1:]
-    assert describe_transfer(*trained[:1], trained[2], alone, data.split_ids, targets, data.item_table) == {}
+    only = dataclasses.replace(data, dataset=alone)
+    assert describe_transfer(config, predictor, only, targets, catalog) == {}

@@ -13,7 +13,8 @@ from moerec.config import MoEConfig
 from moerec.errors import InputError
 from moerec.nn.moe.all_to_all import AllToAll
 from moerec.nn.moe.expert_parallel import size_buffers
-from moerec.nn.moe.experts import DomainExperts, RouterInputs
+from moerec.nn.moe.experts import DomainExperts
+from moerec.nn.moe.router import RouterInputs
 from moerec.nn.sharding import ROW_AXES, make_mesh, param_shardings
 from pallas_kernels.dispatch import make_plan
 from tests.small_model import fill, make_config
@@ -44,24 +45,23 @@ def _ragged_all_to_all_on_a_cpu(monkeypatch):
 
 
 def draw_layer(moe: MoEConfig = MOE, skew: float = 0.0):
-    """A layer with random weights, its states and request; `skew` sends the rows to few experts."""
+    """A layer with random weights, its states, request and bias; `skew` sends the rows to few experts."""
     rng = np.random.default_rng(0)
     layer = fill(jax.eval_shape(lambda: DomainExperts(jax.random.key(0), make_config(moe=moe), N_SERVICES)))
-    bias = layer.bias_E
-    bias[...] = -skew * jnp.arange(bias.shape[0], dtype=jnp.float32)
+    bias = -skew * jnp.arange(layer.router_ED.shape[0], dtype=jnp.float32)
     x = jnp.asarray(2 * rng.standard_normal((B, T, D)), jnp.float32)
     real = rng.random((B, T)) < 0.8
     domain = np.where(real, rng.integers(-1, N_SERVICES, (B, T)), -1).astype(np.int32)
     log_domain = jnp.asarray(np.log(rng.dirichlet(np.ones(N_SERVICES), (B, T))), jnp.float32)
-    return layer, x, RouterInputs(log_domain, jnp.asarray(domain), jnp.asarray(real))
+    return layer, x, RouterInputs(log_domain, jnp.asarray(domain), jnp.asarray(real)), bias
 
 
-def answer_densely(layer, x, request):
+def answer_densely(layer, x, request, bias_E):
     """All experts over all rows, in one einsum each; nothing of ours but the weights."""
     logit = jnp.einsum("btd,ed->bte", x, layer.router_ED[...])
     logit += jnp.einsum("btz,ez->bte", request.log_domain_BTZ, layer.w_domain_EZ[...])
     p = jnp.exp(logit) / jnp.sum(jnp.exp(logit), axis=-1, keepdims=True)
-    score = jax.lax.stop_gradient(logit + layer.bias_E[...])
+    score = jax.lax.stop_gradient(logit + bias_E)
     chosen = jnp.sum(score[..., None, :] > score[..., :, None], axis=-1) < layer.moe.n_active
     weight = jnp.where(chosen, p, 0)
     weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
@@ -84,21 +84,21 @@ def pull(y, sums):
 
 
 @functools.partial(jax.jit, static_argnames="training")
-def value_and_gradients(layer, x, request, training=False):
-    def total(layer, x, log_domain):
+def value_and_gradients(layer, x, request, bias, training=False):
+    def total(layer, x, log_domain, bias):
         key = jax.random.key(5) if training else None
-        y, routing = layer(x, request._replace(log_domain_BTZ=log_domain), key)
+        y, routing = layer(x, request._replace(log_domain_BTZ=log_domain), bias, key)
         return pull(y, routing[:3]), (y, routing)
 
-    return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(layer, x, request.log_domain_BTZ)
+    return jax.value_and_grad(total, argnums=(0, 1, 2, 3), has_aux=True)(layer, x, request.log_domain_BTZ, bias)
 
 
-def on_mesh(shape, layer, x, request, training=False):
+def on_mesh(shape, layer, x, request, bias, training=False):
     mesh = make_mesh(*shape)
     layer = jax.device_put(layer, param_shardings(layer, mesh))
     x, request = jax.device_put((x, request), NamedSharding(mesh, PartitionSpec(ROW_AXES)))
     with jax.set_mesh(mesh):
-        return value_and_gradients(layer, x, request, training)
+        return value_and_gradients(layer, x, request, bias, training)
 
 
 def assert_equal(got, expected):
@@ -117,16 +117,17 @@ def assert_equal(got, expected):
     ],
 )
 def test_values_and_all_gradients_are_those_of_the_dense_oracle(strategy, mesh, skew):
-    layer, x, request = draw_layer(dataclasses.replace(MOE, strategy=strategy), skew)
-    (got, (y, routing)), gradients = on_mesh(mesh, layer, x, request)
+    layer, x, request, bias = draw_layer(dataclasses.replace(MOE, strategy=strategy), skew)
+    (got, (y, routing)), gradients = on_mesh(mesh, layer, x, request, bias)
 
-    def total(layer, x, log_domain):
-        y, sums = answer_densely(layer, x, request._replace(log_domain_BTZ=log_domain))
+    def total(layer, x, log_domain, bias):
+        y, sums = answer_densely(layer, x, request._replace(log_domain_BTZ=log_domain), bias)
         return pull(y, sums), (y, sums)
 
-    (expected, (dense_y, sums)), dense = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(
-        layer, x, request.log_domain_BTZ
+    (expected, (dense_y, sums)), dense = jax.value_and_grad(total, argnums=(0, 1, 2, 3), has_aux=True)(
+        layer, x, request.log_domain_BTZ, bias
     )
+    assert not np.any(gradients[3])
     assert_equal((got, y, routing[:3]), (expected, dense_y, sums))
     assert_equal(gradients, dense)
     assert np.asarray(routing.dropped_L3).tolist() == [0, 0, 0]
@@ -134,17 +135,17 @@ def test_values_and_all_gradients_are_those_of_the_dense_oracle(strategy, mesh, 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[:2])
 def test_a_shared_expert_and_closed_groups_on_a_mesh_are_those_of_one_device(strategy):
-    layer, x, request = draw_layer(dataclasses.replace(MOE, strategy=strategy, d_shared=6, n_open_groups=2))
-    assert_equal(on_mesh((2, 2, 2), layer, x, request), value_and_gradients(layer, x, request))
+    layer, x, request, bias = draw_layer(dataclasses.replace(MOE, strategy=strategy, d_shared=6, n_open_groups=2))
+    assert_equal(on_mesh((2, 2, 2), layer, x, request, bias), value_and_gradients(layer, x, request, bias))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[:2])
 def test_capacity_and_jitter_on_a_mesh_are_those_of_one_device(strategy):
     moe = dataclasses.replace(MOE, strategy=strategy, capacity_factor=0.8, jitter_rate=0.2)
-    layer, x, request = draw_layer(moe, skew=1.0)
+    layer, x, request, bias = draw_layer(moe, skew=1.0)
     got, expected = (
-        on_mesh((1, 4, 2), layer, x, request, training=True),
-        value_and_gradients(layer, x, request, training=True),
+        on_mesh((1, 4, 2), layer, x, request, bias, training=True),
+        value_and_gradients(layer, x, request, bias, training=True),
     )
     assert_equal(got, expected)
     dropped, none, nor_there = np.asarray(got[0][1][1].dropped_L3)
@@ -153,19 +154,19 @@ def test_capacity_and_jitter_on_a_mesh_are_those_of_one_device(strategy):
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_answered():
-    layer, x, request = draw_layer()
+    layer, x, request, bias = draw_layer()
     few = [jax.tree.map(lambda a: a[:3], part) for part in (x, request)]
-    expected = layer(*few, None)
+    expected = layer(*few, bias, None)
     with jax.set_mesh(make_mesh(2, 4, 1)):
-        got = jax.jit(lambda *a: layer(*a, None))(*few)
+        got = jax.jit(lambda *a: layer(*a, bias, None))(*few)
     assert_equal(got, expected)
 
 
 @pytest.mark.parametrize(("mesh", "field"), [((1, 3, 1), "mesh_expert: 3 devices for 8"), ((1, 1, 8), "mesh_model: 8")])
 def test_experts_and_widths_that_the_devices_do_not_divide_are_refused(mesh, field):
-    layer, x, request = draw_layer()
+    layer, x, request, bias = draw_layer()
     with jax.set_mesh(make_mesh(*mesh)), pytest.raises(InputError, match=field):
-        jax.eval_shape(lambda: layer(x, request, None))
+        jax.eval_shape(lambda: layer(x, request, bias, None))
 
 
 def exchange_on_mesh(expert_SA, n, n_send, n_receive, rows_SD, ragged):
@@ -228,10 +229,10 @@ def test_what_arrives_and_what_is_dropped_is_counted_row_by_row(n_send, n_receiv
 
 def test_dropped_assignments_add_nothing_and_are_counted_in_the_layer():
     moe = dataclasses.replace(MOE, strategy="all_to_all", send_factor=0.75, receive_factor=0.75)
-    layer, x, request = draw_layer(moe, skew=2.0)
+    layer, x, request, bias = draw_layer(moe, skew=2.0)
     ((_, (y, routing)), _), ((_, (whole, _)), _) = (
-        on_mesh((1, 4, 1), layer, x, request),
-        value_and_gradients(layer, x, request),
+        on_mesh((1, 4, 1), layer, x, request, bias),
+        value_and_gradients(layer, x, request, bias),
     )
     no_capacity, sender, receiver = np.asarray(routing.dropped_L3)
     assert no_capacity == 0

@@ -26,8 +26,11 @@ def make_params(name: str):
     return fill(jax.eval_shape(lambda: MEMORIES[name](SIZES).init(jax.random.key(0))), stddev=0.7)
 
 
-def draw_row(seed: int, lengths=LENGTHS):
-    """Events of users one after the other in a row: times from minutes to years apart, some of them unknown."""
+def draw_row(seed: int, lengths=LENGTHS, no_events: float = 0.0):
+    """Events of users one after the other in a row: times from minutes to years apart, some of them unknown.
+
+    A share of the slots may be no events; half of these have a time.
+    """
     rng = np.random.default_rng(seed)
     first = np.concatenate([np.arange(n) == 0 for n in lengths])
     gaps = np.exp(rng.uniform(np.log(60), np.log(YEAR), len(first))).astype(np.int64)
@@ -36,7 +39,8 @@ def draw_row(seed: int, lengths=LENGTHS):
     time = np.concatenate([rng.integers(-(2**30), 2**30) + np.cumsum(part) for part in parts])
     time = np.where(rng.random(len(first)) < 0.2, NO_TIME, time).astype(np.int32)
     x = rng.standard_normal((len(first), SIZES.d_model)).astype(np.float32)
-    return Event(x, time), first
+    is_event = np.random.default_rng(seed + 1).random(len(first)) >= no_events
+    return Event(x, np.where(is_event | (np.arange(len(first)) % 2 == 0), time, NO_TIME), is_event), first
 
 
 def remember_by_hand(name: str, params, event: Event, first: np.ndarray):
@@ -64,6 +68,8 @@ def remember_by_hand(name: str, params, event: Event, first: np.ndarray):
             hours = 0 if last is None else max(int(time) - int(last), 0) / HOUR
             memory = memory * 0.5 ** (hours / half_life)[:, None]
             last = time
+        if not event.is_event[t]:
+            continue
         if name == "delta":
             gain = MOST_GAIN * np.minimum(gain, 1)
             memory = memory * (1 - gain)[:, None]
@@ -73,21 +79,22 @@ def remember_by_hand(name: str, params, event: Event, first: np.ndarray):
 
 
 @pytest.mark.parametrize("name", MEMORIES)
-@pytest.mark.parametrize("chunk", [3, 8, 64])
-def test_a_packed_row_holds_the_states_of_each_user_alone(name, chunk):
+@pytest.mark.parametrize(("chunk", "no_events"), [(3, 0.0), (8, 0.0), (64, 0.0), (8, 0.3)])
+def test_a_packed_row_holds_the_states_of_each_user_alone(name, chunk, no_events):
     params = make_params(name)
-    event, first = draw_row(1)
+    event, first = draw_row(1, no_events=no_events)
     states = jax.jit(lambda p, e, f: MEMORIES[name](SIZES, chunk).prefix_states(p, e, f))(params, event, first)
     for t, (memory, last, n) in enumerate(remember_by_hand(name, params, event, first)):
         np.testing.assert_allclose(states.memory_MP[t], memory, atol=1e-5 * max(np.abs(memory).max(), 1))
         assert (states.time[t], states.n_events[t]) == (last, n)
 
 
+@pytest.mark.parametrize("no_events", [0.0, 0.3])
 @pytest.mark.parametrize("name", [*MEMORIES, "null"])
-def test_serving_keeps_the_state_that_training_saw(name):
+def test_serving_keeps_the_state_that_training_saw(name, no_events):
     personalizer = {**MEMORIES, "null": null}[name](SIZES)
     params = () if name == "null" else make_params(name)
-    event, first = draw_row(2)
+    event, first = draw_row(2, no_events=no_events)
     states = jax.jit(personalizer.prefix_states)(params, event, first)
     update = jax.jit(personalizer.update)
     state = personalizer.init_user()
@@ -98,6 +105,41 @@ def test_serving_keeps_the_state_that_training_saw(name):
         if name != "null":
             assert states.time[t] == state.time
         state = update(params, state, jax.tree.map(lambda x, t=t: x[t], event))
+
+
+def pull_states(name: str, event: Event, first: np.ndarray):
+    """The states before each slot, and the gradients of a sum of squares in parameters and events' vectors."""
+    personalizer, params = {**MEMORIES, "null": null}[name](SIZES, 3), () if name == "null" else make_params(name)
+
+    def total(params, x_D):
+        states = personalizer.prefix_states(params, event._replace(x_D=x_D), first)
+        return jnp.sum(states.memory_MP**2), states
+
+    (_, states), slopes = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(params, event.x_D)
+    return states, slopes
+
+
+@pytest.mark.parametrize("name", [*MEMORIES, "null"])
+def test_a_control_slot_leaves_no_trace_in_the_profile(name):
+    """States, counts and gradients are those of the row without it, whatever vector the slot has."""
+    event, first = draw_row(6, (4, 3))
+    start = np.flatnonzero(first)
+    slot = Event(np.full((2, SIZES.d_model), 9.0, np.float32), np.full(2, NO_TIME, np.int32), np.zeros(2, bool))
+    longer = Event(*(np.insert(column, start, new, axis=0) for column, new in zip(event, slot, strict=True)))
+    is_new = np.isin(np.arange(9), start + np.arange(2))
+    (states, (d_params, d_x)), (more, (more_d_params, more_d_x)) = (
+        pull_states(name, event, first),
+        pull_states(name, longer, is_new),  # a sequence begins with its control slot
+    )
+    for found, expected in zip(more, states, strict=True):
+        np.testing.assert_allclose(np.asarray(found)[~is_new], expected, atol=1e-6, rtol=1e-6)
+    assert not np.any(more.n_events[is_new])
+    assert np.all(more.time[is_new] == NO_TIME)
+    assert not np.any(more_d_x[is_new])
+    scale = max(float(np.abs(d_x).max()), 1)
+    np.testing.assert_allclose(more_d_x[~is_new], d_x, atol=1e-6 * scale)
+    if name != "null":
+        assert worst_gap(more_d_params, d_params) < 1e-5 * max(worst_gap(d_params, jax.tree.map(jnp.zeros_like, d_params)), 1)
 
 
 @settings(max_examples=10)

@@ -29,9 +29,12 @@ from tests.small_model import (
     make_model,
     make_sequence,
     make_table,
+    with_request,
+    worst_gap,
 )
 
 TABLE = make_table()
+ON_DEVICE = jax.tree.map(jnp.asarray, TABLE)
 SMALL = {"n_aspects": 3, "n_scales": 2, "d_memory": 4, "chunk": 4}
 MIXED = MoEConfig(layers=(1,), n_per_group=1, d_expert=8, tile=8)
 LENGTHS = [[5, 3, 2], [10, 1]]
@@ -65,15 +68,15 @@ def test_at_first_nothing_is_personal(memory, moe):
 
 
 @functools.cache
-def make_sequences() -> list[list[dict]]:
+def make_sequences(control: bool = False) -> list[list[dict]]:
     rng = np.random.default_rng(2)
-    return [[make_sequence(rng, n) for n in row] for row in LENGTHS]
+    return [[make_sequence(rng, n, control=control) for n in row] for row in LENGTHS]
 
 
-@pytest.mark.parametrize("memory", ["ema", "delta", "low_rank"])
-def test_packed_users_have_the_states_of_each_alone(memory):
+@pytest.mark.parametrize(("memory", "control"), [("ema", False), ("delta", False), ("low_rank", False), ("ema", True)])
+def test_packed_users_have_the_states_of_each_alone(memory, control):
     model = make_model(make_personal(memory=memory))
-    rows = make_sequences()
+    rows = make_sequences(control)
     packed = encode(model, lay([*rows, *[[]] * 3], 12))
     alone = encode(model, lay([[sequence] for row in rows for sequence in row], 12))
     assert_packed_is_alone(packed.state_BTD, alone.state_BTD, rows, atol=2e-5)
@@ -91,25 +94,28 @@ def test_a_slot_reaches_only_later_states_of_its_user():
         "item_BT": (batch.item_BT[b, t] + 1) % SIZES.n_items,
         "action_BT": (batch.action_BT[b, t] + 1) % SIZES.n_actions,
         "time_BT": 123_456_789,
-        "request_time_BT": 223_456_789,
-        "field_BTY": (batch.field_BTY[b, t] + 1) % np.array(SIZES.field_sizes),
+        "request.time_BT": 223_456_789,
+        "request.field_BTY": (batch.request.field_BTY[b, t] + 1) % np.array(SIZES.field_sizes),
     }
     for name, value in changes.items():
-        column = getattr(batch, name).copy()
+        part = batch.request if name.startswith("request.") else batch
+        column = getattr(part, name.removeprefix("request.")).copy()
         column[b, t] = value
-        after = np.asarray(encode(model, batch._replace(**{name: column})).state_BTD)
+        replaced = part._replace(**{name.removeprefix("request."): column})
+        other = batch._replace(request=replaced) if part is batch.request else replaced
+        after = np.asarray(encode(model, other).state_BTD)
         np.testing.assert_array_equal(after[~reached], before[~reached], err_msg=name)
         # A static field is read where it stands; what a slot did is read by all that follow.
         changed = np.abs(after - before)[reached].max(axis=-1) > 1e-6
         assert changed[0], name
-        assert changed.all() or name in ("field_BTY", "request_time_BT"), name
+        assert changed.all() or name in ("request.field_BTY", "request.time_BT"), name
 
 
 def test_what_lies_before_the_window_is_still_remembered():
     """The only layer sees two slots, and knows the third-last event through the profile alone."""
     batch = lay([make_sequences()[1][:1]], 12)
     hours_BT = 3600 * np.arange(12, dtype=np.int32)[None]
-    batch = batch._replace(time_BT=hours_BT, request_time_BT=hours_BT + 1800)
+    batch = with_request(batch._replace(time_BT=hours_BT), time_BT=hours_BT + 1800)
     item_BT = batch.item_BT.copy()
     item_BT[0, 1] = (item_BT[0, 1] + 1) % SIZES.n_items
     for memory, remembers in (("null", False), ("ema", True), ("delta", True), ("low_rank", True)):
@@ -127,7 +133,7 @@ def test_what_lies_before_the_window_is_still_remembered():
         ("read", "profile_router.out_DD"),
         ("prefix", "attention.personal.gate_N"),
         ("query_scale", "attention.personal.query_scale_DNH"),
-        ("time_bias", "attention.personal.time_bias_NR"),
+        ("time_bias", "attention.personal.time_bias_NJ"),
         ("pair_bias", "attention.personal.pair_NZZ"),
         ("route", "ffn.w_profile_EM"),
     ],
@@ -234,12 +240,14 @@ def attend_by_hand(w, q, k, v, view: ProfileContext, window: int, own_only: bool
         for j in range(i + 1):
             service_i, service_j = view.service_BT[0, i], view.service_BT[0, j]
             hidden = SEGMENT_9[i] != SEGMENT_9[j] or i - j >= window
-            if hidden or (own_only and service_i != service_j):
+            if hidden or (own_only and service_j not in (service_i, SIZES.n_services)):
                 continue
             times = int(view.time_BT[0, j]), int(view.time_BT[0, i])
             gap = max(times[1] - times[0], 0) / 3600
             bucket = N_GAPS if NO_TIME in times else min(int(np.floor(1.5 * np.log2(1 + gap))), N_GAPS - 1)
-            bias = w["time_bias_NR"][head, bucket] + gate * w["pair_NZZ"][head, service_i, service_j]
+            bias = w["time_bias_NJ"][head, bucket]
+            if max(service_i, service_j) < SIZES.n_services:  # pairs of services alone have a bias
+                bias += gate * w["pair_NZZ"][head, service_i, service_j]
             turned = oracle.rope(k[j, head // (n // k.shape[1])], j - i, 10_000.0)
             logits.append(query @ turned * h**-0.5 + bias)
             values.append(v[j, head // (n // v.shape[1])])
@@ -257,8 +265,9 @@ def softmax(x) -> np.ndarray:
     return e / e.sum()
 
 
+@pytest.mark.parametrize("no_events", [False, True], ids=["events", "slots that are no event"])
 @pytest.mark.parametrize("own_only", [False, True])
-def test_attention_is_that_of_loops_in_value_and_gradient(own_only):
+def test_attention_is_that_of_loops_in_value_and_gradient(own_only, no_events):
     config = make_personal(window=4, other_services=not own_only)
     module = fill(jax.eval_shape(lambda: ProfileAttention(jax.random.key(0), config, SIZES.n_services)))
     rng = np.random.default_rng(1)
@@ -266,7 +275,9 @@ def test_attention_is_that_of_loops_in_value_and_gradient(own_only):
     time = np.cumsum(rng.integers(0, 10**6, t)) * rng.integers(0, 2, t)
     view = ProfileContext(
         time_BT=np.where(rng.random((1, t)) < 0.2, NO_TIME, time).astype(np.int32),
-        service_BT=rng.integers(0, SIZES.n_services, (1, t)).astype(np.int32),
+        service_BT=np.where(
+            no_events & (np.arange(t) % 3 == 0), SIZES.n_services, rng.integers(0, SIZES.n_services, (1, t))
+        ).astype(np.int32),
         slots=draw_slots(rng, (1, t), m, d),
         log_relevance_BTM=np.log(rng.dirichlet(np.ones(m), (1, t))),
         summary_BTD=rng.standard_normal((1, t, d)),
@@ -298,13 +309,40 @@ def test_attention_is_that_of_loops_in_value_and_gradient(own_only):
     oracle.assert_slopes(lambda w: np.sum(by_hand(w) * cotangent[0]), weights, slopes, 2e-4)
 
 
+@pytest.mark.parametrize("memory", ["ema", "delta", "low_rank", "null"])
+def test_a_control_slot_changes_no_profile(memory):
+    """What the model reads of the profile at each event, counts included, is as without the slot; so are gradients."""
+    model = make_model(make_personal(MoEConfig(), memory=memory))
+    with_slot = make_sequences(control=True)[0][:2]
+    without = [{name: column[1:] for name, column in user.items()} for user in with_slot]
+    for user in without:
+        user["position"] = user["position"] - 1
+    batches = [lay([[user] for user in users], 5) for users in (with_slot, without)]
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def pull(model, batch, skip: int):
+        def total(model):
+            profile = model.read_profiles(batch, ON_DEVICE)
+            events = [jax.tree.map(lambda x: x[b, skip : skip + n], profile) for b, n in ((0, 4), (1, 2))]
+            return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(events)), events
+
+        return jax.grad(total, has_aux=True)(model)
+
+    (slopes, found), (expected_slopes, expected) = pull(model, batches[0], 1), pull(model, batches[1], 0)
+    assert worst_gap(found, expected) < 1e-5
+    assert worst_gap(slopes, expected_slopes) < 1e-4
+    if memory != "null":
+        assert np.abs(found[0].mean_WP[-1]).max() > 1e-3
+        assert np.abs(slopes.profile.value_DP[...]).max() > 1e-3
+
+
 def test_relevance_is_a_distribution_that_depends_on_the_request():
     model = make_model(make_personal())
     batch = make_batch(3, LENGTHS, 12)
     relevance = encode(model, batch).relevance_BTM
     np.testing.assert_allclose(jnp.sum(relevance, axis=-1), 1, rtol=1e-5)
-    context = (batch.request_context_BTC + 1) % np.array(SIZES.context_sizes)
-    other = encode(model, batch._replace(request_context_BTC=context)).relevance_BTM
+    context = (batch.request.context_BTC + 1) % np.array(SIZES.context_sizes)
+    other = encode(model, with_request(batch, context_BTC=context)).relevance_BTM
     assert np.abs(relevance - other)[batch.segment_BT > 0].max() > 1e-3
 
 

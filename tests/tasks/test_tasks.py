@@ -1,0 +1,200 @@
+"""Tasks and losses of one's own: what the registries take and refuse, and a loss in a model with pointers."""
+
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moerec.config import Config, LossConfig, ModelConfig
+from moerec.errors import InputError
+from moerec.nn.attention import segment_mask
+from moerec.tasks import Draws, NextEvent, check_loss, draw_one_each, draw_shared, make_tasks, register_loss
+from moerec.tasks.base import find_domains, render_targets
+from moerec.tasks.losses import LOSSES, DrawInputs, sampling_cdf
+from moerec.types import EVENT
+from tests.nn import numpy_model as oracle
+from tests.small_model import SIZES, make_batch, make_config, make_model, make_table, target_of
+
+TABLE = make_table()
+ON_DEVICE = jax.tree.map(jnp.asarray, TABLE)
+BATCH = make_batch(3, [[5, 3], [7]], 9, control=True)
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """What is registered during a test is forgotten after it."""
+    monkeypatch.setattr(LOSSES, "_found", dict(LOSSES._found))
+
+
+def focal(targets, candidates, config):
+    """Lin et al. (2017)."""
+    log_p = targets.log_prob(candidates)
+    return -jnp.sum(targets.weight_S * (1 - jnp.exp(log_p)) ** 2 * log_p)
+
+
+def unbounded(targets, candidates, config):
+    return -jnp.sum(targets.weight_S * targets.score(targets.target_S))
+
+
+@pytest.mark.usefixtures("losses")
+def test_a_name_that_is_taken_is_refused_to_another_function_and_given_to_the_same_one_again():
+    register_loss("focal")(focal)
+    with pytest.raises(InputError, match=r"loss 'focal': the name is taken by focal"):
+        register_loss("focal")(unbounded)
+    with pytest.raises(InputError, match=r"loss 'full_softmax': the name is taken"):
+        register_loss("full_softmax")(focal)
+    assert LOSSES["focal"].origin is focal
+    # A module that is read again makes the function anew.
+    again = types.FunctionType(focal.__code__, focal.__globals__, "focal")
+    again.__qualname__ = focal.__qualname__
+    assert register_loss("focal", draw=draw_shared)(again) is again
+    assert (LOSSES["focal"].origin, LOSSES["focal"].draw) == (again, draw_shared)
+
+
+@pytest.mark.parametrize(
+    ("field", "look_up"),
+    [
+        ("loss.kind", lambda: check_loss(Config(loss=LossConfig(kind="nonesuch")))),
+        ("tasks", lambda: make_tasks(Config(tasks=("next_event", "nonesuch")))),
+    ],
+)
+def test_a_name_that_is_not_registered_gives_one_line_with_its_field_and_the_plugin_flag(field, look_up):
+    with pytest.raises(InputError) as caught:
+        look_up()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"config.{field}: 'nonesuch' is none of ")
+    assert "--plugin=MODULE" in message
+    for known in {"loss.kind": ("full_softmax", "sampled_softmax", "one_negative"), "tasks": ("next_event",)}[field]:
+        assert re.search(rf"\b{known}\b", message)
+
+
+@pytest.mark.usefixtures("losses")
+def test_pointers_need_a_loss_that_is_a_function_of_the_probability_among_all_items():
+    register_loss("focal")(focal)
+    register_loss("unbounded", is_normalised=False)(unbounded)
+    with_pointers, without = (ModelConfig(pointer=pointer) for pointer in ("services", "none"))
+    for loss in (
+        LossConfig(kind="unbounded"),
+        LossConfig(kind="one_negative"),
+        LossConfig(kind="focal", scope="service"),
+        LossConfig(kind="sampled_softmax", scope="service"),
+    ):
+        with pytest.raises(InputError, match=r"^config\.model\.pointer: .*loss\.kind, loss\.scope"):
+            check_loss(Config(model=with_pointers, loss=loss))
+        check_loss(Config(model=without, loss=loss))
+    for kind in ("focal", "full_softmax", "sampled_softmax"):
+        check_loss(Config(model=with_pointers, loss=LossConfig(kind=kind)))
+
+
+def dense_probability(model, outputs, vector_ID, bias_I) -> jax.Array:
+    """`[B, T, I]`, p(item) of all items at once: the softmax, and the pointers' shares added where their events are."""
+    softmax = jax.nn.softmax(outputs.state_BTD @ vector_ID.T + bias_I)
+    log_weight_BTX, copy_BTS = outputs.pointers
+    one_hot_BSI = jax.nn.one_hot(BATCH.item_BT, SIZES.n_items) * (BATCH.kind_BT == EVENT)[..., None]
+    return jnp.exp(log_weight_BTX[..., :1]) * softmax + jnp.einsum("BTS,BSI->BTI", copy_BTS, one_hot_BSI)
+
+
+@pytest.mark.usefixtures("losses")
+@pytest.mark.parametrize("chunk", [4, 18])
+def test_a_loss_of_ones_own_has_the_value_and_gradients_of_a_dense_computation(chunk):
+    """Of all the model's parameters, pointers included; S is 18."""
+    register_loss("focal")(focal)
+    config = Config(
+        model=make_config(n_layers=1, pointer="services", d_pointer=6), loss=LossConfig(kind="focal", chunk=chunk)
+    )
+    model, (label_BT, weight_BT), task = make_model(config.model), target_of(BATCH), NextEvent()
+    assert task.binds_catalog(config)
+    draws = task.draw(jax.random.key(0), BATCH, ON_DEVICE, task.constants(TABLE, config), config)
+    assert draws == Draws()
+
+    def ours(model):
+        bound = model.bind(ON_DEVICE)
+        sums = task.loss(model, model.encode(BATCH, bound), BATCH, bound, draws, config)
+        assert sums.parts.keys() == {"loss"}
+        return sums.total, sums.weight
+
+    def dense(model):
+        vector_ID, bias_I = model.head.vectors(jnp.arange(SIZES.n_items), ON_DEVICE, model.item_encoder)
+        p_BTI = dense_probability(model, model.encode(BATCH, ON_DEVICE), vector_ID, bias_I)
+        p_BT = jnp.take_along_axis(p_BTI, label_BT[..., None], axis=-1)[..., 0]
+        return jnp.sum(weight_BT * (1 - p_BT) ** 2 * -jnp.log(p_BT)), jnp.sum(p_BTI, axis=-1)
+
+    (value, weight), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(model)
+    (expected, mass), dense_gradients = jax.jit(jax.value_and_grad(dense, has_aux=True))(model)
+    np.testing.assert_allclose(mass, 1, atol=1e-5)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    assert float(weight) == weight_BT.sum()
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(dense_gradients))
+    for found, by_hand in zip(jax.tree.leaves(gradients), jax.tree.leaves(dense_gradients), strict=True):
+        np.testing.assert_allclose(found, by_hand, atol=1e-5 * largest)
+    assert np.abs(gradients.head.aggregator.query_DGH[...]).max() > 1e-4
+    # And of a computation of the mixture in float64 NumPy.
+    w = oracle.read_weights(model)
+    states = oracle.encode(w, BATCH, TABLE, config.model, SIZES.context_sizes)
+    assert float(value) == pytest.approx(focal_by_hand(w, states, config.model), rel=1e-4)
+
+
+def focal_by_hand(w, states, config) -> float:
+    """Slot by slot, from the states."""
+    total, (label_BT, weight_BT) = 0.0, target_of(BATCH)
+    items = [oracle.item_vector(oracle.part(w, "item_encoder"), i, TABLE, config.norm_eps) for i in range(SIZES.n_items)]
+    head, n_groups = oracle.part(w, "head.aggregator"), SIZES.n_services + 1
+    mask = np.asarray(segment_mask(BATCH.segment_BT))
+    for b, t in zip(*np.nonzero(weight_BT), strict=True):
+        h = states[b, t]
+        seen = [s for s in range(t + 1) if mask[b, t, s] and BATCH.kind_BT[b, s] == EVENT]
+        logits = head["bias_X"] + h @ head["weight_DX"]
+        hits = [0.0] * n_groups
+        for g in range(n_groups):
+            own = [s for s in seen if g == SIZES.n_services or TABLE.service_I[BATCH.item_BT[b, s]] == g]
+            if not own:
+                logits[g + 1] = -np.inf
+                continue
+            x = oracle.embed(w, BATCH, TABLE, config, SIZES.context_sizes, b)
+            place, theta = BATCH.position_BT[b], config.rope_theta
+            query = oracle.rope(h @ head["query_DGH"][:, g], place[t], theta)
+            keys = [oracle.rope(x[s] @ head["key_DGH"][:, g], place[s], theta) for s in own]
+            share = oracle.softmax(np.array([query @ key for key in keys]) / np.sqrt(len(query)))
+            hits[g] = sum(p for p, s in zip(share, own, strict=True) if BATCH.item_BT[b, s] == label_BT[b, t])
+        p_softmax = oracle.softmax(np.array([item @ h for item in items]) + w["head.bias_I"])[label_BT[b, t]]
+        p = oracle.softmax(logits) @ [p_softmax, *hits]
+        total += weight_BT[b, t] * (1 - p) ** 2 * -np.log(p)
+    return float(total)
+
+
+def test_what_is_drawn_goes_with_the_rows_or_is_shared_as_the_loss_says():
+    key, task = jax.random.key(3), NextEvent()
+    config = {kind: Config(loss=LossConfig(kind=kind, n_negatives=6)) for kind in LOSSES.names()}
+    draws = {kind: task.draw(key, BATCH, ON_DEVICE, task.constants(TABLE, c), c) for kind, c in config.items()}
+    assert draws["full_softmax"] == Draws()
+    assert draws["sampled_softmax"].by_row is None
+    assert draws["sampled_softmax"].shared.item_J.shape == (6,)
+    assert draws["one_negative"].shared is None
+    assert draws["one_negative"].by_row.item_J.shape == BATCH.item_BT.shape
+    assert {kind for kind, c in config.items() if task.binds_catalog(c)} == {"full_softmax"}
+    inputs = DrawInputs(target_of(BATCH).label_BT, ON_DEVICE, jnp.asarray(sampling_cdf(TABLE.count_I, 0.5)), None)
+    inputs = inputs._replace(config=LossConfig(kind="one_negative", scope="service"))
+    drawn = draw_one_each(key, inputs)
+    np.testing.assert_array_equal(TABLE.service_I[drawn.item_J], TABLE.service_I[inputs.target_BT])
+    assert not np.any(drawn.correction_J)
+
+
+def test_the_domain_of_a_slot_is_the_service_of_its_target_where_that_counts():
+    tasks = make_tasks(Config())
+    label_BT, weight_BT = target_of(BATCH)
+    domain_BT = find_domains(tasks, BATCH, ON_DEVICE)
+    np.testing.assert_array_equal(domain_BT, np.where(weight_BT > 0, TABLE.service_I[label_BT], -1))
+    assert [task.name for task in tasks] == ["next_event"]
+
+
+def test_the_targets_are_the_next_items_of_all_slots_but_padding():
+    """Control slots have one, too."""
+    packed = types.SimpleNamespace(batch=BATCH, next_item_BT=np.arange(18).reshape(2, 9))
+    target = render_targets(make_tasks(Config()), packed)["next_event"]
+    np.testing.assert_array_equal(target.label_BT, packed.next_item_BT)
+    np.testing.assert_array_equal(target.weight_BT, BATCH.segment_BT > 0)
+    assert target.weight_BT.dtype == np.float32

@@ -1,0 +1,303 @@
+"""Training that begins with the parameters of another run: every leaf is accounted for, layer by layer."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from moerec.config import Config, MoEConfig, TrainConfig
+from moerec.config.stored import store_config
+from moerec.data.load import load_data
+from moerec.errors import InputError
+from moerec.eval.ranking import make_evaluator
+from moerec.train.checkpoint import Checkpoints
+from moerec.train.loop import fit, make_trainer
+from moerec.train.paths import flatten
+from moerec.train.restore import begin_from, join_groups, match_leaves, read_parameters, split_groups
+from moerec.train.run_dir import make_sizes
+from moerec.train.state import init_state, make_predictor
+from tests.tiny import make_config
+
+MOE = MoEConfig(layers=(1,), n_per_group=1, d_expert=8, tile=8, bias_rate=0.01)
+
+
+def make_own(source: str = "", moe: MoEConfig | None = None, n_layers: int = 2, ema: float = 0.9, **train) -> Config:
+    """The tiny configuration without dropout, so that a loss is a function of parameters and batch."""
+    config = make_config(**{"steps": 3, "eval_every": 3, "init_from": str(source), **train})
+    model = dataclasses.replace(config.model, dropout=0.0, n_layers=n_layers, moe=moe or MoEConfig())
+    return dataclasses.replace(config, model=model, optim=dataclasses.replace(config.optim, ema_decay=ema))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return load_data(make_own().data, tmp_path_factory.mktemp("data"))
+
+
+def train(config: Config, data, folder):
+    folder.mkdir(exist_ok=True)
+    store_config(folder / "config.json", config)
+    return fit(config, data, folder, make_evaluator(config, data))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, data):
+    """The folder of a dense run of two layers in one group, whose parameters are averaged."""
+    folder = tmp_path_factory.mktemp("dense")
+    train(make_own(), data, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory, data):
+    """The folder of a run whose second layer is a mixture, without an average."""
+    folder = tmp_path_factory.mktemp("mixture")
+    train(make_own(moe=MOE, ema=0.0), data, folder)
+    return folder
+
+
+def start(config: Config, data):
+    return jax.jit(lambda: init_state(config, make_sizes(config, data)))()
+
+
+def best_state(folder, config: Config, data):
+    with contextlib.closing(Checkpoints(folder / "checkpoints", read_only=True)) as checkpoints:
+        return checkpoints.restore_best(start(config, data))[0]
+
+
+def by_layer(params, config: Config) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in split_groups(flatten(params), config.model).items()}
+
+
+def assert_same(one, other):
+    for (path, a), b in zip(flatten(one).items(), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+def test_layers_taken_apart_and_put_together_are_what_they_were(data):
+    config = make_own(moe=MOE, n_layers=4)
+    config.model.moe.layers = (1, 2)
+    leaves = flatten(start(config, data).params)
+    layers = split_groups(leaves, config.model)
+    for layer in range(4):
+        assert ("ffn/router_ED" in {path.removeprefix(f"layers/{layer}/") for path in layers}) == (layer in (1, 2))
+    np.testing.assert_array_equal(layers["layers/2/attention/q_DNH"], leaves["groups/1/attention/q_DNH"][1])
+    joined = join_groups(layers, config.model, leaves)
+    assert list(joined) == list(leaves)
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(joined[path], leaf)
+
+
+def test_a_run_begins_with_the_averaged_parameters_of_another(dense, data, capsys):
+    config = make_own(dense)
+    state, before = start(config, data), start(config, data)
+    source = best_state(dense, make_own(), data)
+    for folder in (dense, dense / "checkpoints"):
+        config.train.init_from = str(folder)
+        begun = begin_from(state, config)
+        assert_same(begun.params, source.average)
+        assert_same(begun.average, source.average)
+        assert_same((begun.step, begun.opt_state), (before.step, before.opt_state))
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (source.average, source.params)), strict=True))
+    assert capsys.readouterr().err.splitlines()[0] == f"{len(by_layer(begun.params, config))} parameters from {dense}"
+
+
+def test_without_an_average_the_last_parameters_are_taken_and_router_biases_with_them(mixture, data):
+    source = best_state(mixture, make_own(moe=MOE, ema=0.0), data)
+    assert np.any(source.router_bias_LE)
+    begun = begin_from(start(make_own(mixture, MOE), data), make_own(mixture, MOE))
+    assert_same(begun.params, source.params)
+    assert_same(begun.average, source.params)
+    assert_same(begun.router_bias_LE, source.router_bias_LE)
+
+
+def test_biases_go_to_their_layer_whatever_place_it_has_among_the_mixtures(mixture, data):
+    """Layer 0 becomes a mixture, too: its biases are new, and layer 1's stand in the second row."""
+    config = make_own(mixture, dataclasses.replace(MOE, layers=(0, 1)))
+    config.train.init_fresh, config.train.init_drop = ("layers/0/ffn",), ("layers/0/ffn",)
+    begun = begin_from(start(config, data), config)
+    source = best_state(mixture, make_own(moe=MOE, ema=0.0), data)
+    np.testing.assert_array_equal(begun.router_bias_LE[1], source.router_bias_LE[0])
+    assert not np.any(begun.router_bias_LE[0])
+
+
+def test_the_first_loss_is_that_of_the_old_parameters(dense, data):
+    """Even where the same layers stand in other groups."""
+    old, new = make_trainer(make_own(), data), make_own(dense)
+    new.model.group_starts = (1,)
+    trainer = make_trainer(new, data)
+    begun = begin_from(trainer.state, new)
+    assert len(begun.params.groups) == 2
+    with contextlib.closing(iter(trainer.stream)) as stream:
+        batch = next(stream)
+    fresh = float(trainer.step(jax.tree.map(lambda x: x.copy(), trainer.state), batch)[1]["loss"])
+    found = float(trainer.step(begun, batch)[1]["loss"])
+    source = make_predictor(best_state(dense, make_own(), data)).params
+    expected = float(old.step(old.state._replace(params=source), batch)[1]["loss"])
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert abs(found - fresh) > 1e-3
+
+
+def test_a_mixture_finds_the_layers_of_a_dense_model(dense, data, capsys):
+    config = make_own(dense, MOE)
+    config.train.init_fresh, config.train.init_drop = ("layers/1/ffn", "analyser"), ("layers/1/ffn",)
+    state = start(config, data)
+    begun = begin_from(state, config)
+    source = by_layer(best_state(dense, make_own(), data).average, make_own())
+    fresh, found = by_layer(state.params, config), by_layer(begun.params, config)
+    assert "layers/1/attention/q_DNH" in found
+    for path, leaf in found.items():
+        is_fresh = path.startswith(("layers/1/ffn/", "analyser/"))
+        np.testing.assert_array_equal(leaf, (fresh if is_fresh else source)[path], err_msg=path)
+    told = capsys.readouterr().err
+    assert "as initialised (" in told
+    assert "3 left out (layers/1/ffn/" in told
+    for field, words in (
+        ("init_fresh", r"config\.train\.init_from: (analyser|layers/1/ffn)/\S+ is not there; init_fresh lets it"),
+        ("init_drop", r"config\.train\.init_from: layers/1/ffn/\S+ is not here; init_drop leaves it out"),
+    ):
+        other = dataclasses.replace(config.train, **{field: ()})
+        with pytest.raises(InputError, match=words):
+            begin_from(state, dataclasses.replace(config, train=other))
+
+
+def test_what_is_new_stays_as_initialised(dense, data):
+    config = make_own(dense, n_layers=3)
+    with pytest.raises(InputError, match=r"layers/2/\S+ is not there; init_fresh"):
+        begin_from(start(config, data), config)
+    config.train.init_fresh = ("layers/[2-9]",)
+    state = start(config, data)
+    found = by_layer(begin_from(state, config).params, config)
+    fresh, source = by_layer(state.params, config), by_layer(best_state(dense, make_own(), data).average, make_own())
+    for path, leaf in found.items():
+        np.testing.assert_array_equal(leaf, (source if path in source else fresh)[path], err_msg=path)
+
+
+def test_layers_move_where_they_are_renamed_and_are_left_out_where_they_are_dropped(dense, data, capsys):
+    """A model of one layer, which is the other one's second."""
+    config = make_own(dense, n_layers=1)
+    with pytest.raises(InputError, match=r"layers/1/\S+ is not here; init_drop"):
+        begin_from(start(config, data), config)
+    config.train.init_rename, config.train.init_drop = ("layers/1=layers/0",), ("layers/0",)
+    found = by_layer(begin_from(start(config, data), config).params, config)
+    source = by_layer(best_state(dense, make_own(), data).average, make_own())
+    for path, leaf in found.items():
+        np.testing.assert_array_equal(leaf, source[path.replace("layers/0/", "layers/1/")], err_msg=path)
+    told = capsys.readouterr().err
+    assert "renamed (layers/0/" in told
+    assert "left out (layers/0/" in told
+
+
+HERE = {"a/x": (2,), "a/y": (3,), "b/x": (2,)}
+
+
+def match(there: dict[str, tuple[int, ...]], **options):
+    arrays = {path: np.full(shape, n, np.float32) for n, (path, shape) in enumerate(there.items())}
+    names = {f"init_{name}": value for name, value in options.items()}
+    return match_leaves(HERE, arrays, TrainConfig(init_from="somewhere", **names))
+
+
+def test_every_leaf_is_told_of():
+    found = match({"old/x": (2,), "old/y": (3,), "c": (9,)}, rename=("old=a",), fresh=("b",), drop=("c",))
+    assert {path: leaf[0] for path, leaf in found.leaves.items()} == {"a/x": 0, "a/y": 1}
+    assert found.renamed == {"a/x": "old/x", "a/y": "old/y"}
+    assert (found.fresh, found.dropped) == (["b/x"], ["c"])
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "words"),
+    [
+        ({"a/x": (2,), "a/y": (3,)}, {}, "init_from: b/x is not there; init_fresh"),
+        ({**HERE, "c": (1,)}, {}, "init_from: c is not here; init_drop"),
+        ({**HERE, "a/y": (4,)}, {}, r"init_from: a/y is \(4,\) there, \(3,\) here"),
+        ({**HERE, "a/y": (3, 1)}, {}, r"init_from: a/y is \(3, 1\) there, \(3,\) here"),
+        (HERE, {"fresh": ("c",)}, "init_fresh: 'c' is no path"),
+        (HERE, {"fresh": ("b",)}, "init_fresh: 'b' is no path"),  # it is there: nothing stays as it is initialised
+        (HERE, {"drop": ("c/*",)}, r"init_drop: 'c/\*' is no path"),
+        (HERE, {"rename": ("c=d",)}, "init_rename: 'c' begins no path there, such as a/x"),
+        ({**HERE, "c/x": (2,)}, {"rename": ("c=a",)}, "init_rename: (c/x and a/x|a/x and c/x) would both be a/x"),
+        (HERE, {"rename": ("a=d",), "fresh": ("a",)}, "init_from: a/x is not here; init_drop"),
+    ],
+)
+def test_what_does_not_fit_is_named(there, options, words):
+    with pytest.raises(InputError, match=f"config.train.{words}") as error:
+        match(there, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_of_a_name_is_not_the_name():
+    found = match({"old/x": (2,), "older": (3,), "b/x": (2,)}, rename=("old=a", "older=a/y"))
+    assert found.renamed == {"a/x": "old/x", "a/y": "older"}
+
+
+def test_a_run_of_another_width_is_refused_by_the_leaf(dense, data):
+    config = make_own(dense)
+    config.model.d_ff = 28
+    with pytest.raises(InputError, match=r"layers/0/ffn/\S+ is \(\S+, \S+\) there, \(\S+, \S+\) here"):
+        begin_from(start(config, data), config)
+
+
+def test_options_without_a_run_are_refused():
+    for field in ("init_rename", "init_fresh", "init_drop"):
+        with pytest.raises(InputError, match=r"config\.train\.init_from: "):
+            TrainConfig(**{field: ("a=b",)})
+    with pytest.raises(InputError, match=r"config\.train\.init_rename: entries are of the form"):
+        TrainConfig(init_from="x", init_rename=("a",))
+
+
+def damage_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def damage_leaves(folder):
+    for path in (folder / "checkpoints" / "best").rglob("*"):
+        if (path.is_file() and "ocdbt" in str(path)) or path.parent.name == "d":
+            path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (shutil.rmtree, "no such file"),
+        (damage_config, "not a JSON file"),
+        (lambda folder: shutil.rmtree(folder / "checkpoints"), "holds no checkpoint"),
+        (lambda folder: shutil.rmtree(next((folder / "checkpoints" / "best").iterdir())), "holds no checkpoint"),
+        (damage_leaves, "cannot be read"),
+    ],
+    ids=["missing", "config", "no checkpoints", "no best", "damaged"],
+)
+def test_a_run_that_is_not_whole_is_refused_in_a_line(dense, data, tmp_path, damage, words):
+    folder = tmp_path / "run"
+    shutil.copytree(dense, folder)
+    damage(folder)
+    with pytest.raises(InputError, match=words) as error:
+        read_parameters(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_only_a_first_start_begins_there_and_the_config_keeps_the_name(dense, data, tmp_path, capsys):
+    """A resumed run goes on with what it has itself, even when the other run has gone."""
+    shutil.copytree(dense, tmp_path / "other")
+    config = make_own(tmp_path / "other", steps=2, eval_every=1, save_every=1, log_every=1)
+    first = train(config, data, tmp_path / "run")
+    assert "parameters from" in capsys.readouterr().err
+    losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(tmp_path / "other")
+    again = train(config, data, tmp_path / "run")
+    assert "parameters from" not in capsys.readouterr().err
+    assert (first.step, first.valid) == (again.step, again.valid)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["init_from"] == config.train.init_from
+    assert losses[0] < 0.99 * float(np.log(data.dataset.catalogue.n_items))
+
+
+def test_it_works_on_a_mesh(dense, data):
+    config = make_own(dense, mesh_data=2)
+    trainer = make_trainer(config, data)
+    begun = begin_from(trainer.state, config)
+    assert_same(begun.params, best_state(dense, make_own(), data).average)
+    for one, other in zip(jax.tree.leaves(begun), jax.tree.leaves(trainer.state), strict=True):
+        assert one.sharding == other.sharding
