@@ -54,6 +54,18 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _told_if_damaged(folder: Path, step: int) -> Iterator[None]:
+    """Raises: InputError, where orbax cannot read what is there."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise InputError(f"{folder}: the checkpoint of step {step} cannot be read ({reason})") from error
+
+
 class Checkpoints:
     """`DIR/last/STEP` and `DIR/best/STEP`; a half-written one is never seen."""
 
@@ -128,32 +140,36 @@ class Checkpoints:
         if step is None:
             raise InputError(f"{self._folder}: holds no checkpoint")
         abstract = flatten(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-        saved = manager.item_metadata(step)["state"]
-        wanted, shapes = ({name: tuple(x.shape) for name, x in (tree or {}).items()} for tree in (abstract, saved))
-        for name in {**wanted, **shapes} if saved is not None else ():
-            if shapes.get(name) != wanted.get(name):
-                found = f"{name} is {shapes.get(name)}, not {wanted.get(name)}"
-                raise InputError(f"{self._folder}: was written with another model: {found}")
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
-        )
+        with _told_if_damaged(self._folder, step):
+            saved = manager.item_metadata(step)["state"]
+            wanted, shapes = ({name: tuple(x.shape) for name, x in (tree or {}).items()} for tree in (abstract, saved))
+            for name in {**wanted, **shapes} if saved is not None else ():
+                if shapes.get(name) != wanted.get(name):
+                    found = f"{name} is {shapes.get(name)}, not {wanted.get(name)}"
+                    raise InputError(f"{self._folder}: was written with another model: {found}")
+            restored = manager.restore(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
+            )
         return unflatten(like, restored["state"]), TrainProgress(**restored["progress"])
 
     def read_best(self, prefixes: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Leaves of the best state by path, those that begin with a prefix, as they were written.
 
         Raises:
-          InputError: there is no checkpoint.
+          InputError: there is no checkpoint, or it cannot be read.
         """
         step = self._best.latest_step()
-        saved = None if step is None else self._best.item_metadata(step)["state"]
-        if step is None or saved is None:
+        if step is None:
             raise InputError(f"{self._folder}: holds no checkpoint")
-        # On whatever device there is: the mesh that a state was written from may not be here.
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in saved.items()}
-        restored = self._best.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
+        with _told_if_damaged(self._folder, step):
+            saved = self._best.item_metadata(step)["state"]
+            if saved is None:
+                raise InputError(f"{self._folder}: holds no checkpoint")
+            # On whatever device there is: the mesh that a state was written from may not be here.
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in saved.items()}
+            restored = self._best.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
         return {name: np.asarray(x) for name, x in restored["state"].items() if name.startswith(prefixes)}
 
     def wait(self) -> None:

@@ -72,7 +72,13 @@ def _scale_by_rates(config: OptimConfig) -> optax.GradientTransformation:
 def label_groups(params, config: OptimConfig):
     """The tree of the parameters, with `trained` or `frozen` in place of each."""
     rates = find_rates(params, config)
-    return jax.tree_util.tree_map_with_path(lambda path, _: "trained" if rates[name_path(path)] else "frozen", params)
+
+    def label(path, _):
+        return "trained" if rates[name_path(path)] else "frozen"
+
+    # In the place of whole variables: what has no moments then has no empty variable in the state, either, which could
+    # not be placed on a mesh.
+    return jax.tree_util.tree_map_with_path(label, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:

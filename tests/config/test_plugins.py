@@ -87,7 +87,7 @@ def test_a_loss_from_outside_is_trained_with_in_microbatches_and_with_pointers(t
     whole, parts = (losses(trained / f"run{n}") for n in (1, 2))
     assert len(whole) == 2
     assert parts[0] == pytest.approx(whole[0], rel=1e-5)
-    assert 0 < whole[0] < np.log(21)  # of twenty drawn items and the target
+    assert 0 < whole[0] < np.log(90)  # an estimate of the loss among all items
     assert json.loads((trained / "run2" / "config.json").read_text())["loss"]["kind"] == "focal"
 
 
@@ -137,7 +137,7 @@ def test_a_name_is_taken_once(registries):
         return targets.sum_nll(candidates)
 
     register_loss("mine")(mine)  # as a config file that is read twice does
-    with pytest.raises(InputError, match=r"loss 'mine': the name is taken by .*test_plugins\.py"):
+    with pytest.raises(InputError, match=r"^loss 'mine': the name is taken by .*\.mine$"):
 
         @register_loss("mine")
         def other(targets, candidates, config):

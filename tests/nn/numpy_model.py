@@ -187,8 +187,9 @@ def last_in_service(batch, table, b, t, service) -> int:
 
 
 def slot_vector(w: Weights, batch, table, b, t, context_sizes, harmonics=None, item=0.0):
-    """What slot t of row b is, but for its item's vector, which is given; the weights that are there say which parts are
-    on. A control slot has its token's vector in the place of everything that an event has.
+    """What slot t of row b is, its item's vector given; the weights that are there say which parts are on.
+
+    A control slot has its token's vector in the place of everything that an event has.
     """
     parts = [np.zeros(())]
     time, kind = batch.time_BT[b, t], batch.kind_BT[b, t]

@@ -431,7 +431,9 @@ def test_further_groups_of_the_same_layers_compute_the_same(starts):
     (found, d_found), (expected, d_expected) = (pull_outputs(m, batch, False) for m in (model, plain))
     assert_outputs_equal(found, expected, atol=1e-5)
     largest = worst_gap(d_expected, jax.tree.map(jnp.zeros_like, d_expected))
-    assert worst_gap(jax.tree.leaves(list(d_found.groups)), jax.tree.leaves(regroup(d_expected.groups))) < 1e-5 * largest
+    assert (
+        worst_gap(jax.tree.leaves(list(d_found.groups)), jax.tree.leaves(regroup(d_expected.groups))) < 1e-5 * largest
+    )
     assert worst_gap(d_found.item_encoder, d_expected.item_encoder) < 1e-5 * largest
 
 

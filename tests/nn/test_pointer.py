@@ -227,4 +227,3 @@ def test_a_loss_that_is_no_softmax_over_the_union_is_refused(loss):
     with pytest.raises(InputError, match=r"model\.pointer: needs a softmax over the union"):
         check_loss(Config(model=ModelConfig(pointer="all"), loss=loss))
     check_loss(Config(loss=loss))  # without pointers it is a loss like any other
-

@@ -384,5 +384,7 @@ def test_one_negative_is_binary_cross_entropy_of_two_scores():
             d_h[s] += weight * (p - wanted) * VECTOR[item]
             d_vector[item] += weight * (p - wanted) * h
             d_bias[item] += weight * (p - wanted)
-    candidates = Candidates(jnp.asarray(negative[None]), jnp.full((1, N_SLOTS), 3.0))  # the correction has no place here
+    candidates = Candidates(
+        jnp.asarray(negative[None]), jnp.full((1, N_SLOTS), 3.0)
+    )  # the correction has no place here
     assert_same(loss_and_gradients(candidates, "one_negative"), (loss, [d_h[None], d_vector, d_bias]))

@@ -141,7 +141,9 @@ def test_a_loss_of_ones_own_has_the_value_and_gradients_of_a_dense_computation(c
 def focal_by_hand(w, states, config) -> float:
     """Slot by slot, from the states."""
     total, (label_BT, weight_BT) = 0.0, target_of(BATCH)
-    items = [oracle.item_vector(oracle.part(w, "item_encoder"), i, TABLE, config.norm_eps) for i in range(SIZES.n_items)]
+    items = [
+        oracle.item_vector(oracle.part(w, "item_encoder"), i, TABLE, config.norm_eps) for i in range(SIZES.n_items)
+    ]
     head, n_groups = oracle.part(w, "head.aggregator"), SIZES.n_services + 1
     mask = np.asarray(segment_mask(BATCH.segment_BT))
     for b, t in zip(*np.nonzero(weight_BT), strict=True):

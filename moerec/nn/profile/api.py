@@ -130,9 +130,9 @@ class Personalizer(NamedTuple):
       init_user: `() -> UserState`, of somebody of whom nothing is known.
       update: `(params, UserState, Event) -> UserState`, O(1).
       read: `(params, UserState, ProfileRequest) -> ProfileState`.
-      prefix_states: `(params, Event of [T, ...], first_T, start=None) -> UserState of [T, ...]`, the states *before* each
-        slot of a packed row, as `update` would give them one after the other; `first_T` says where a new user starts. The
-        first of the row has the state `start` before their first slot, or is nobody yet.
+      prefix_states: `(params, Event of [T, ...], first_T, start=None) -> UserState of [T, ...]`, the states *before*
+        each slot of a packed row, as `update` would give them one after the other; `first_T` says where a new user
+        starts. The first of the row has the state `start` before their first slot, or is nobody yet.
       basis: `(params) -> Basis`.
       n_slots: M of `ProfileMemory`.
     """

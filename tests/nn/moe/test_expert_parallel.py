@@ -174,13 +174,13 @@ def exchange_on_mesh(expert_SA, n, n_send, n_receive, rows_SD, ragged):
 
     def body(expert_SA, rows_SD):
         plan = make_plan(expert_SA, n, tile=1)
-        transport = AllToAll("expert", n, n_send, n_receive, plan.row_P.shape[0], ragged)
+        transport = AllToAll("expert", n, n_send, n_receive, plan.row_R.shape[0], ragged)
         transfers = transport.plan(plan)
-        rows_P = jnp.where(plan.used_P[:, None], rows_SD[plan.row_P], 0)
+        rows_P = jnp.where(plan.used_R[:, None], rows_SD[plan.row_R], 0)
         arrived, pull_there = jax.vjp(lambda r: transport.dispatch(r, transfers), rows_P)
         returned, pull_back = jax.vjp(lambda r: transport.combine(r, transfers), arrived)
         pulled = (pull_back(rows_P)[0], pull_there(arrived)[0])
-        combine = jnp.where(plan.kept_TA[..., None], returned[plan.place_TA], 0)
+        combine = jnp.where(plan.kept_TA[..., None], returned[plan.row_slot_TA], 0)
         drops = jnp.stack([transfers.sender_drops, transfers.receiver_drops])
         return jax.tree.map(lambda a: a[None], (arrived, combine, drops, pulled))
 

@@ -1,5 +1,7 @@
 """The mixture layer and models with it, against loops over slots and experts; and its symmetries."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,13 +183,21 @@ def test_runs_of_layers():
     assert runs(0, 2) == [(*mixed, 0, 1), (*plain, 1, 2), (*mixed, 2, 3)]
 
 
+def test_a_group_starts_where_it_is_asked_to_and_once_where_the_kind_changes_anyway():
+    config = dataclasses.replace(mixture_config((2, 3), n_layers=4), group_starts=(1, 2))
+    plain, mixed = (False, False), (True, False)
+    assert split_layers(config) == [(*plain, 0, 1), (*plain, 1, 2), (*mixed, 2, 4)]
+    with pytest.raises(InputError, match=r"group_starts.*\[0, 4\]"):
+        dataclasses.replace(config, group_starts=(0, 4))
+
+
 @pytest.mark.parametrize("batch", [BATCH, CONTROL], ids=["events", "control slots"])
 @pytest.mark.parametrize("layers", [(1,), (0, 2)], ids=str)
 def test_the_model_and_its_gradients_are_those_of_the_numpy_model(layers, batch):
     config = mixture_config(layers)
     model = make_model(config)
     rng = np.random.default_rng(5)
-    bias_LE = rng.standard_normal((len(layers), 4))
+    bias_LE = 4 * rng.standard_normal((len(layers), 4))  # enough to change the choice
     shapes = ((1, 7, 8), (1, 7, N_SERVICES))
     cotangent, domain_cotangent = (rng.standard_normal(shape) for shape in shapes)
 
@@ -320,7 +330,9 @@ def test_a_bias_steers_the_choice_and_leaves_the_probabilities():
     """Bit by bit the same probabilities; with a great bias everybody goes where it points."""
     operands, domain_S, moe = draw_route(0)
     plain, steered = (
-        route({**operands, "bias": jnp.where(jnp.isin(jnp.arange(8), jnp.asarray([2, 5])), b, 0.0)}, domain_S, moe, True)
+        route(
+            {**operands, "bias": jnp.where(jnp.isin(jnp.arange(8), jnp.asarray([2, 5])), b, 0.0)}, domain_S, moe, True
+        )
         for b in (0.0, 100.0)
     )
     np.testing.assert_array_equal(steered.probability_ZE, plain.probability_ZE)

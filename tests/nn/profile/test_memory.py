@@ -139,7 +139,9 @@ def test_a_control_slot_leaves_no_trace_in_the_profile(name):
     scale = max(float(np.abs(d_x).max()), 1)
     np.testing.assert_allclose(more_d_x[~is_new], d_x, atol=1e-6 * scale)
     if name != "null":
-        assert worst_gap(more_d_params, d_params) < 1e-5 * max(worst_gap(d_params, jax.tree.map(jnp.zeros_like, d_params)), 1)
+        assert worst_gap(more_d_params, d_params) < 1e-5 * max(
+            worst_gap(d_params, jax.tree.map(jnp.zeros_like, d_params)), 1
+        )
 
 
 @settings(max_examples=10)

@@ -16,7 +16,7 @@ from moerec.nn.block import split_layers
 from moerec.nn.model import SequenceModel
 from moerec.nn.profile import Basis, ProfileMemory
 from moerec.nn.temporal import N_GAPS
-from moerec.types import NO_TIME
+from moerec.types import EVENT, NO_TIME
 from pallas_kernels.attention import attend_few, attend_prefix
 from tests.nn import numpy_model as oracle
 from tests.small_model import (
@@ -313,7 +313,11 @@ def test_attention_is_that_of_loops_in_value_and_gradient(own_only, no_events):
 def test_a_control_slot_changes_no_profile(memory):
     """What the model reads of the profile at each event, counts included, is as without the slot; so are gradients."""
     model = make_model(make_personal(MoEConfig(), memory=memory))
-    with_slot = make_sequences(control=True)[0][:2]
+    hours = 3600 * np.arange(5)
+    with_slot = [
+        {**user, "time": np.where(user["kind"] == EVENT, hours[:n], NO_TIME), "request.time": hours[:n] + 1800}
+        for user, n in zip(make_sequences(control=True)[0], LENGTHS[0][:2], strict=False)
+    ]
     without = [{name: column[1:] for name, column in user.items()} for user in with_slot]
     for user in without:
         user["position"] = user["position"] - 1
@@ -323,7 +327,7 @@ def test_a_control_slot_changes_no_profile(memory):
     def pull(model, batch, skip: int):
         def total(model):
             profile = model.read_profiles(batch, ON_DEVICE)
-            events = [jax.tree.map(lambda x: x[b, skip : skip + n], profile) for b, n in ((0, 4), (1, 2))]
+            events = [jax.tree.map(lambda x, b=b, n=n: x[b, skip : skip + n], profile) for b, n in ((0, 4), (1, 2))]
             return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(events)), events
 
         return jax.grad(total, has_aux=True)(model)

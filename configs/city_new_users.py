@@ -1,0 +1,20 @@
+"""The demo's model where a fifth of the users is held out: what the request alone is worth to users without a history.
+
+The first event of each held-out user is predicted from the control slot, that is from time, context and profile fields.
+
+Command: python -m experiments.train --config=configs/city_new_users.py --workdir=runs/city_new_users
+Hardware: two CPU cores.
+Result: not measured yet.
+"""
+
+import dataclasses
+
+from configs import demo
+from moerec.config import Config, SplitConfig
+
+
+def get_config() -> Config:
+    """The configuration of this file."""
+    base = demo.get_config()
+    data = dataclasses.replace(base.data, split=SplitConfig(kind="user", user_fraction=0.2))
+    return dataclasses.replace(base, name="city_new_users", data=data, baselines=("popularity_by_service",))
