@@ -2,10 +2,11 @@
 
 Letters, one meaning each: A active experts of a slot, B sequences (packed rows), C context features, D model width, E
 experts, F expert or feed-forward width, G groups of experts (Z and the cross group), H head width, I items, J negatives
-and other candidates, K key/value heads, L layers, M memory slots of a profile, N query heads, P width of a profile's
-memory, Q predictions asked for, R routed rows, S attended slots or the slots of a whole step, T slots, U users, V text
-vocabulary, W text tokens of an item, X components of a mixture or features of no other name, Y static profile fields,
-Z services. Arrays carry them as a suffix: `x_BTD`.
+and other candidates, K key/value heads, L layers, M memory slots of a profile, N query heads, O memory slots that are
+written to, P width of a profile's memory, Q predictions asked for, R routed rows, S attended slots or the slots of a
+whole step, T slots, U users, V text vocabulary, W text tokens of an item, X components of a mixture or axes of no other
+name, Y static profile fields, Z services. Arrays carry them as a suffix: `x_BTD`. (`pallas_kernels`, usable alone,
+has a legend of its own.)
 """
 
 from typing import Any, NamedTuple, TypeAlias

@@ -84,7 +84,7 @@ class ProfileAttention(nnx.Module):
         self.value_DNH = declare(k_value, (d, n, h), ("embed", "heads", None), fan_in) if has_slots else None
         self.gate_N = table(has_slots, (n,), ("heads",))
         self.query_scale_DNH = table(personal.query_scale, (d, n, h), ("embed", "heads", None), "matrix")
-        self.time_bias_NJ = table(personal.time_bias, (n, N_GAPS + 1), ("heads", None))
+        self.time_bias_NX = table(personal.time_bias, (n, N_GAPS + 1), ("heads", None))
         self.pair_NZZ = table(personal.pair_bias, (n, n_services, n_services), ("heads", None, None))
         self.pair_gate_DN = table(personal.pair_bias, (d, n), ("embed", "heads"), "matrix")
         self.other_services, self.n_services = personal.other_services, n_services
@@ -128,7 +128,7 @@ class ProfileAttention(nnx.Module):
           segments, 0 is padding.
         """
         group_bias_BTNG = self.group_bias(context)
-        time = (None, None) if self.time_bias_NJ is None else (context.time_BT, self.time_bias_NJ[...])
+        time = (None, None) if self.time_bias_NX is None else (context.time_BT, self.time_bias_NX[...])
         group = (None, None) if group_bias_BTNG is None else (context.service_BT, group_bias_BTNG)
         out, lse = _attend(rotated_BTNH, k_BTKH, v_BTKH, segment_BT, self.window, self.backend, time, group)
         if self.key_DNH is None:
@@ -160,13 +160,13 @@ def attend_plain(
 def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=(None, None), group=(None, None)):
     """`pallas_kernels.attention.attend`; on a mesh each device has its own rows, and own heads where they divide.
 
-    Args: `time` and `group` are pairs of codes `[B, T]` and biases, `[N, J]` and `[B, T, N or 1, G]`.
+    Args: `time` and `group` are pairs of codes `[B, T]` and biases, `[N, X]` and `[B, T, N or 1, G]`.
     """
     group_BT, group_bias_BTNG = group
     if group_bias_BTNG is not None:
         group_bias_BTNG = jnp.broadcast_to(group_bias_BTNG, (*q_BTNH.shape[:3], group_bias_BTNG.shape[-1]))
 
-    def run(rows, time_bias_NJ):
+    def run(rows, time_bias_NX):
         q, k, v, segment, time, group, group_bias = rows
         return attend(
             q,
@@ -174,7 +174,7 @@ def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=
             v,
             segment,
             time_BT=time,
-            time_bias_NJ=time_bias_NJ,
+            time_bias_NJ=time_bias_NX,
             group_BT=group,
             group_bias_BTNG=group_bias,
             window=window or None,

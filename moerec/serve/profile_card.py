@@ -141,11 +141,11 @@ def _list_aspects(run: Run, rows: np.ndarray, request: RecommendRequest, relevan
     state = observe_history(run, rows)
     at = jnp.asarray(device_time(np.array([request.time]))[0])
     shape = (personal.n_aspects, personal.n_scales)
-    evidence_AS = np.asarray(evidence(model.profile, state, at)).reshape(shape)
-    half_life_AS = np.log(2) / np.asarray(decay_rates(model.profile)).reshape(shape)
-    relevance_QA = relevance_of_aspects(relevance_QM, personal)
+    evidence_XX = np.asarray(evidence(model.profile, state, at)).reshape(shape)
+    half_life_XX = np.log(2) / np.asarray(decay_rates(model.profile)).reshape(shape)
+    relevance_QX = relevance_of_aspects(relevance_QM, personal)
     meanings = name_aspects(run.data.dataset.catalogue, model, run.catalog)
-    columns = (evidence_AS.sum(axis=1).tolist(), half_life_AS.tolist(), meanings, relevance_QA.T.tolist())
+    columns = (evidence_XX.sum(axis=1).tolist(), half_life_XX.tolist(), meanings, relevance_QX.T.tolist())
     return [Aspect(number, *values) for number, values in enumerate(zip(*columns, strict=True))]
 
 
@@ -163,20 +163,20 @@ def name_aspects(catalogue: ItemTable, model: SequenceModel, table: Catalog) -> 
 
     Where the catalogue has no attributes, the items themselves are named.
     """
-    written_IA = written_by_items(model, table)
+    written_IX = written_by_items(model, table)
     tokens = [text.split() or [str(name)] for text, name in zip(catalogue.attributes, catalogue.ids, strict=True)]
     known, code = np.unique(np.concatenate(tokens), return_inverse=True)
     owner = np.repeat(np.arange(len(tokens)), [len(found) for found in tokens])
-    of_token_XA = np.stack([np.bincount(code, column[owner], len(known)) for column in written_IA.T], axis=1)
-    total_X = of_token_XA.sum(axis=1)
-    everything_A = np.maximum(written_IA.sum(axis=0), 1e-30)
-    lift_XA = (of_token_XA / everything_A) / np.maximum(total_X / everything_A.sum(), 1e-30)[:, None]
+    of_token_XX = np.stack([np.bincount(code, column[owner], len(known)) for column in written_IX.T], axis=1)
+    total_X = of_token_XX.sum(axis=1)
+    everything_X = np.maximum(written_IX.sum(axis=0), 1e-30)
+    lift_XX = (of_token_XX / everything_X) / np.maximum(total_X / everything_X.sum(), 1e-30)[:, None]
     is_attribute_X = np.isin(known, np.concatenate([text.split() for text in catalogue.attributes]))
-    least_X = np.where(is_attribute_X, LEAST_SHARE * everything_A.sum(), LEAST_EVENTS)
-    lift_XA = np.where((total_X >= least_X)[:, None], lift_XA, 0)
-    best_XA = np.argsort(-lift_XA, axis=0, kind="stable")[:N_TOKENS]
+    least_X = np.where(is_attribute_X, LEAST_SHARE * everything_X.sum(), LEAST_EVENTS)
+    lift_XX = np.where((total_X >= least_X)[:, None], lift_XX, 0)
+    best_XX = np.argsort(-lift_XX, axis=0, kind="stable")[:N_TOKENS]
     return [
-        {str(known[x]): float(lift_XA[x, a]) for x in best_X if lift_XA[x, a] > 1} for a, best_X in enumerate(best_XA.T)
+        {str(known[x]): float(lift_XX[x, a]) for x in best_X if lift_XX[x, a] > 1} for a, best_X in enumerate(best_XX.T)
     ]
 
 

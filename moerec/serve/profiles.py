@@ -39,9 +39,9 @@ class FeedResult(NamedTuple):
 def count_recent(config: Config) -> int:
     """The last events of a user that are to stay out of the store, for the row that the model is given.
 
-    With a window those that a prediction reaches by attention, and one more, whose gap to the event before is not known;
-    as many as a row holds without one, and where each event knows the last ones in all services. Predictions are then what
-    they would be if the row held the whole past.
+    With a window those that a prediction reaches by attention, and one more, whose gap to the event before is not
+    known; as many as a row holds without one, and where each event knows the last ones in all services. Predictions are
+    then what they would be if the row held the whole past.
     """
     model, most = config.model, config.data.history_len
     looks_far_back = not model.window or model.time.service_gap

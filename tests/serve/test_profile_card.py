@@ -43,7 +43,7 @@ def test_evidence_is_what_the_events_left_by_the_time_of_the_request(trained):
         model.event_vectors(dataset.log.item[rows], dataset.log.action[rows], trained.catalog), np.float64
     )
     x_TD /= np.sqrt((x_TD**2).mean(axis=1, keepdims=True) + 1e-6)
-    weight_TA = np.exp(x_TD @ np.asarray(model.profile.aspect_DA[...], np.float64))
+    weight_TA = np.exp(x_TD @ np.asarray(model.profile.aspect_DX[...], np.float64))
     share_TA = weight_TA / weight_TA.sum(axis=1, keepdims=True)  # at first a strength of one
     rate_AS = np.asarray(decay_rates(model.profile), np.float64).reshape(N_ASPECTS, N_SCALES)
     hours_T = (time - dataset.log.time[rows]) / 3600
@@ -121,8 +121,8 @@ def test_columns_of_requests_are_told_apart(trained):
 def test_an_aspect_is_named_by_what_writes_more_into_it_than_into_others(trained, monkeypatch):
     attributes = np.array(["kind=tea brand=a", "kind=tea brand=b", "kind=toy brand=a", ""])
     catalogue = ItemTable(("z",), np.array([0, 4]), np.array(["1", "2", "3", "x4"]), np.array([""] * 4), attributes)
-    share_IA = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
-    monkeypatch.setattr("moerec.eval.probes.profile_aspects.share_items", lambda *_: share_IA)
+    share_IX = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
+    monkeypatch.setattr("moerec.eval.probes.profile_aspects.share_items", lambda *_: share_IX)
     monkeypatch.setattr("moerec.serve.profile_card.LEAST_EVENTS", 2)
     table = trained.catalog._replace(count_I=jnp.array([4, 2, 4, 2]))
     first, second = name_aspects(catalogue, trained.predictor.params, table)
@@ -138,9 +138,9 @@ def test_items_of_a_large_catalogue_name_aspects_where_there_are_no_attributes(t
     n = 3000
     ids, blank = np.array([f"i{k}" for k in range(n)]), np.array([""] * n)
     catalogue = ItemTable(("z",), np.array([0, n]), ids, blank, blank)
-    share_IA = np.full((n, 2), 0.5)
-    share_IA[7], share_IA[8] = (1, 0), (1, 0)
-    monkeypatch.setattr("moerec.eval.probes.profile_aspects.share_items", lambda *_: share_IA)
+    share_IX = np.full((n, 2), 0.5)
+    share_IX[7], share_IX[8] = (1, 0), (1, 0)
+    monkeypatch.setattr("moerec.eval.probes.profile_aspects.share_items", lambda *_: share_IX)
     count = np.full(n, 30)
     count[8] = 3  # too few to tell
     first, second = name_aspects(

@@ -1,8 +1,8 @@
 """What a personaliser is: pure functions for one user, and one that does a whole packed row at once.
 
 After the grammar of optax: a variant is a function that returns a `Personalizer`; parameters and states are pytrees
-that the caller holds, and everything is written for one user, to be vmapped. Letters: D model width, M memory slots,
-W of them that are written to, P width of the memory, T slots, Y static profile fields, N heads, H their width.
+that the caller holds, and everything is written for one user, to be vmapped. Letters as in `moerec.types`; O of the
+M memory slots are written to, and X are aspects, time scales, ranks and places.
 """
 
 from collections.abc import Callable
@@ -51,28 +51,28 @@ class Basis(NamedTuple):
     """What the memory slots of all users have in common: see `ProfileMemory`. A personaliser's own has N 1 and H D."""
 
     base_MNH: jax.Array
-    mass_WNH: jax.Array
+    mass_ONH: jax.Array
     read_PNH: jax.Array
 
 
 class ProfileState(NamedTuple):
-    """What the model is conditioned on, float32; W = M - 1 slots are written to, the last one is that of the fields.
+    """What the model is conditioned on, float32; O = M - 1 slots are written to, the last one is that of the fields.
 
     Attributes:
-      mean_WP: what each slot holds. evidence_W: logarithm of one more than the events' worth that it holds.
+      mean_OP: what each slot holds. evidence_O: logarithm of one more than the events' worth that it holds.
       field_D: what the static fields say; None where the schema has none.
       summary_D: the profile as one vector; zero where nothing is known.
     """
 
-    mean_WP: jax.Array
-    evidence_W: jax.Array
+    mean_OP: jax.Array
+    evidence_O: jax.Array
     field_D: jax.Array | None
     summary_D: jax.Array
 
     def slots(self, basis: Basis) -> "ProfileMemory":
         """The memory slots; works on conditions of many places, too."""
         field_1D = None if self.field_D is None else self.field_D[..., None, :]
-        return ProfileMemory(basis, self.mean_WP, self.evidence_W, field_1D)
+        return ProfileMemory(basis, self.mean_OP, self.evidence_O, field_1D)
 
 
 class ProfileMemory(NamedTuple):
@@ -84,8 +84,8 @@ class ProfileMemory(NamedTuple):
     """
 
     basis: Basis
-    mean_XWP: jax.Array
-    evidence_XW: jax.Array
+    mean_XOP: jax.Array
+    evidence_XO: jax.Array
     field_XNH: jax.Array | None
 
     def project(self, w_DNH: jax.Array, dtype: DTypeLike) -> "ProfileMemory":
@@ -100,20 +100,20 @@ class ProfileMemory(NamedTuple):
         """float32 `[X, N, M]`, the dot products of queries with the slots of their place."""
         dtype, (n_slots, n_written, _) = query_XNH.dtype, map(len, self.basis)
         found_XNB = _einsum("...nh,bnh->...nb", query_XNH, jnp.concatenate(self.basis).astype(dtype))
-        shared_XNM, counted_XNW, read_XNP = jnp.split(found_XNB, [n_slots, n_slots + n_written], axis=-1)
-        written_XNW = _einsum("...np,...wp->...nw", read_XNP.astype(dtype), self.mean_XWP.astype(dtype))
-        written_XNW += self.evidence_XW[..., None, :] * counted_XNW
-        field_XN1 = jnp.zeros_like(written_XNW[..., :1])
+        shared_XNM, counted_XNO, read_XNP = jnp.split(found_XNB, [n_slots, n_slots + n_written], axis=-1)
+        written_XNO = _einsum("...np,...wp->...nw", read_XNP.astype(dtype), self.mean_XOP.astype(dtype))
+        written_XNO += self.evidence_XO[..., None, :] * counted_XNO
+        field_XN1 = jnp.zeros_like(written_XNO[..., :1])
         if self.field_XNH is not None:
             field_XN1 = _einsum("...nh,...nh->...n", query_XNH, self.field_XNH.astype(dtype))[..., None]
-        return shared_XNM + jnp.concatenate([written_XNW, field_XN1], axis=-1)
+        return shared_XNM + jnp.concatenate([written_XNO, field_XN1], axis=-1)
 
     def read(self, weight_XNM: jax.Array) -> jax.Array:
         """float32 `[X, N, H]`, sums of the slots with these float32 weights."""
-        weight_XNW = weight_XNM[..., :-1]
-        counted_XNW = weight_XNW * self.evidence_XW[..., None, :]
-        held_XNP = _einsum("...nw,...wp->...np", weight_XNW, self.mean_XWP)
-        weight_XNB = jnp.concatenate([weight_XNM, counted_XNW, held_XNP], axis=-1)
+        weight_XNO = weight_XNM[..., :-1]
+        counted_XNO = weight_XNO * self.evidence_XO[..., None, :]
+        held_XNP = _einsum("...nw,...wp->...np", weight_XNO, self.mean_XOP)
+        weight_XNB = jnp.concatenate([weight_XNM, counted_XNO, held_XNP], axis=-1)
         read_XNH = _einsum("...nb,bnh->...nh", weight_XNB, jnp.concatenate(self.basis))
         return read_XNH if self.field_XNH is None else weight_XNM[..., -1:] * self.field_XNH + read_XNH
 

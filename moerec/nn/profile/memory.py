@@ -59,10 +59,10 @@ class MemoryParams(nnx.Module):
         keys = jax.random.split(key, 7)
         zeros = jax.nn.initializers.zeros
         self.norm = RMSNorm(d, 1e-6)
-        self.aspect_DA = declare(keys[0], (d, a), ("embed", None), fan_in)
+        self.aspect_DX = declare(keys[0], (d, a), ("embed", None), fan_in)
         self.strength_D = declare(keys[1], (d,), ("embed",), zeros)
         self.value_DP = declare(keys[2], (d, p), ("embed", None), fan_in)
-        self.half_life_AS = declare(keys[3], (a, s), (None, None), _spread, decay="none")
+        self.half_life_XX = declare(keys[3], (a, s), (None, None), _spread, decay="none")
         self.read_PD = declare(keys[4], (p, d), (None, "embed"), fan_in)
         self.slot_MD = declare(keys[5], (a * s + 1, d), (None, "embed"), normal(0.02), decay="embedding")
         self.mass_MD = declare(keys[5], (a * s, d), (None, "embed"), zeros, decay="embedding")
@@ -80,10 +80,10 @@ class LowRankParams(nnx.Module):
         keys = jax.random.split(key, 6)
         zeros = jax.nn.initializers.zeros
         self.norm = RMSNorm(d, 1e-6)
-        self.key_DR = declare(keys[0], (d, rank - 1), ("embed", None), fan_in)
+        self.key_DX = declare(keys[0], (d, rank - 1), ("embed", None), fan_in)
         self.value_DP = declare(keys[1], (d, p), ("embed", None), fan_in)
-        self.half_life_AS = declare(key, (1, s), (None, None), _spread, decay="none")
-        self.mix_AR = declare(keys[2], (a, rank), (None, None), fan_in_second)
+        self.half_life_XX = declare(key, (1, s), (None, None), _spread, decay="none")
+        self.mix_XX = declare(keys[2], (a, rank), (None, None), fan_in_second)
         self.read_PD = declare(keys[3], (p, d), (None, "embed"), fan_in)
         self.slot_MD = declare(keys[4], (a * s + 1, d), (None, "embed"), normal(0.02), decay="embedding")
         self.mass_MD = declare(keys[4], (a * s, d), (None, "embed"), zeros, decay="embedding")
@@ -97,8 +97,8 @@ def _spread(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
 
 
 def decay_rates(params: MemoryParams | LowRankParams) -> jax.Array:
-    """Decay an hour of each half-life `[A S]`: ln 2 over what is learned within the bounds."""
-    place = jax.nn.sigmoid(params.half_life_AS[...].reshape(-1))
+    """Decay an hour of each half-life `[aspects * scales]`: ln 2 over what is learned within the bounds."""
+    place = jax.nn.sigmoid(params.half_life_XX[...].reshape(-1))
     span = math.log(MOST_HOURS / LEAST_HOURS)
     return math.log(2) / (LEAST_HOURS * jnp.exp(span * place))
 
@@ -165,23 +165,23 @@ def delta_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
 def low_rank_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
     """A low-rank adapter a user: all share the slots, and each has an own update of rank R of them.
 
-    At each time scale the state is a matrix `[R, P]` of fast weights, to which an event adds the outer product of its
-    key and its value (Schlag et al. 2021), forgotten at the scale's half-life; the slots are `mix [A, R]` times that
-    matrix times `read [P, D]`. Keys have signs, so that the mass is that of the first one, which is always 1.
+    At each time scale the state is a matrix `[rank, P]` of fast weights, to which an event adds the outer product of
+    its key and its value (Schlag et al. 2021), forgotten at the scale's half-life; the slots are `mix [aspects, rank]`
+    times that matrix times `read [P, D]`. Keys have signs, so that the mass is that of the first one, which is always 1.
     """
     rank, n_scales = sizes.rank, sizes.n_scales
 
     def write(params: LowRankParams, x_D: jax.Array) -> MemoryWrite:
         x_D = params.norm(x_D.astype(jnp.float32))
-        key_R = jnp.concatenate([jnp.ones(1), x_D @ params.key_DR[...]])
+        key_X = jnp.concatenate([jnp.ones(1), x_D @ params.key_DX[...]])
         value_P = jnp.append(x_D @ params.value_DP[...], 1.0)
-        return MemoryWrite(jnp.zeros(rank * n_scales), jnp.repeat(key_R, n_scales), value_P)
+        return MemoryWrite(jnp.zeros(rank * n_scales), jnp.repeat(key_X, n_scales), value_P)
 
     def read(params: LowRankParams, memory_XP: jax.Array) -> tuple[jax.Array, jax.Array]:
-        memory_RSP = memory_XP.reshape(rank, n_scales, -1)
-        mass_S = memory_RSP[0, :, -1]
-        mean_ASP = jnp.einsum("AR,RSP->ASP", params.mix_AR[...], memory_RSP[..., :-1]) / (mass_S[:, None] + 1)
-        return mean_ASP.reshape(sizes.n_written, -1), jnp.tile(mass_S, sizes.n_aspects)
+        memory_XXP = memory_XP.reshape(rank, n_scales, -1)
+        mass_X = memory_XXP[0, :, -1]
+        mean_XXP = jnp.einsum("AR,RSP->ASP", params.mix_XX[...], memory_XXP[..., :-1]) / (mass_X[:, None] + 1)
+        return mean_XXP.reshape(sizes.n_written, -1), jnp.tile(mass_X, sizes.n_aspects)
 
     def rates(params: LowRankParams) -> jax.Array:
         return jnp.tile(decay_rates(params), rank)
@@ -218,16 +218,16 @@ class _Kind(NamedTuple):
 
 
 def share_aspects(params: MemoryParams, x_D: jax.Array) -> jax.Array:
-    """`[A]`, how an event is shared among the aspects; it adds up to 1."""
-    return jax.nn.softmax(params.norm(x_D.astype(jnp.float32)) @ params.aspect_DA[...])
+    """`[aspects]`, how an event is shared among the aspects; it adds up to 1."""
+    return jax.nn.softmax(params.norm(x_D.astype(jnp.float32)) @ params.aspect_DX[...])
 
 
 def _read_event(params: MemoryParams, x_D: jax.Array, sizes: MemorySizes) -> tuple[jax.Array, jax.Array]:
     """How much an event has to say to each slot, in (0, 1), and what; its last entry, 1, counts what was written."""
-    share_A = share_aspects(params, x_D)
+    share_X = share_aspects(params, x_D)
     x_D = params.norm(x_D.astype(jnp.float32))
     strength = 2 * jax.nn.sigmoid(jnp.sum(x_D * params.strength_D[...]))
-    gain_M = jnp.repeat(strength * share_A, sizes.n_scales)
+    gain_M = jnp.repeat(strength * share_X, sizes.n_scales)
     return gain_M, jnp.append(x_D @ params.value_DP[...], 1.0)
 
 
@@ -273,13 +273,13 @@ def _make(sizes: MemorySizes, kind: _Kind, chunk: int) -> Personalizer:
 
     def read_state(params: Any, state: UserState, request: ProfileRequest) -> ProfileState:
         left_X = _forget(kind.rates(params), state.time, request.time)
-        mean_WP, mass_W = kind.read(params, left_X[:, None] * state.memory_MP)
+        mean_OP, mass_O = kind.read(params, left_X[:, None] * state.memory_MP)
         field_D = None
         if offsets:
             rows_Y = request.field_Y + jnp.asarray(offsets, jnp.int32)
             field_D = jnp.sum(jnp.where(request.field_Y[:, None] > 0, params.field_XD[...][rows_Y], 0), axis=0)
         known_M = jnp.append(jnp.full(n_written, state.n_events > 0), jnp.any(request.field_Y > 0))
-        held = ProfileState(mean_WP, jnp.log1p(mass_W), field_D, jnp.zeros(sizes.d_model))
+        held = ProfileState(mean_OP, jnp.log1p(mass_O), field_D, jnp.zeros(sizes.d_model))
         summary_D = held.slots(basis(params)).read(known_M[None] / (n_written + 1))[0]
         return held._replace(summary_D=summary_D)
 

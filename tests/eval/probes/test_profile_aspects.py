@@ -44,8 +44,8 @@ def test_relevance_that_follows_the_need_is_found_and_relevance_at_random_is_cha
     world, dataset = data.world, data.dataset
     diet = list(names.ASPECTS).index("diet")
     is_diet = aspect_of_items(world, dataset) == diet
-    share_IA = np.stack([is_diet, ~is_diet], axis=1).astype(np.float32)  # aspect 0 is written by diet alone
-    monkeypatch.setattr("moerec.eval.probes.profile_aspects.share_items", lambda *_: jnp.asarray(share_IA))
+    share_IX = np.stack([is_diet, ~is_diet], axis=1).astype(np.float32)  # aspect 0 is written by diet alone
+    monkeypatch.setattr("moerec.eval.probes.profile_aspects.share_items", lambda *_: jnp.asarray(share_IX))
     rows = np.arange(dataset.log.n_events)
     about_diet = aspects_of_needs(world)[world.truth.need[rows], diet]
     knowing = np.zeros((len(rows), 7))
@@ -67,11 +67,11 @@ def test_relevance_that_follows_the_need_is_found_and_relevance_at_random_is_cha
 
 def test_items_are_shared_as_their_events_are(trained):
     data, model = trained
-    share_IA = np.asarray(share_items(model, data.catalog))[:5]
+    share_IX = np.asarray(share_items(model, data.catalog))[:5]
     x_ID = model.event_vectors(jnp.arange(5), jnp.zeros(5, int), data.catalog)
     x_ID = np.asarray(jax.vmap(model.profile.norm)(x_ID), np.float64)
-    weight = np.exp(x_ID @ np.asarray(model.profile.aspect_DA[...]))
-    np.testing.assert_allclose(share_IA, weight / weight.sum(axis=1, keepdims=True), rtol=1e-4)
+    weight = np.exp(x_ID @ np.asarray(model.profile.aspect_DX[...]))
+    np.testing.assert_allclose(share_IX, weight / weight.sum(axis=1, keepdims=True), rtol=1e-4)
 
 
 def test_other_memories_and_data_without_a_truth_have_none(trained):

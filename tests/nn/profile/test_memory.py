@@ -48,7 +48,7 @@ def remember_by_hand(name: str, params, event: Event, first: np.ndarray):
     w = {
         key: np.asarray(value[...], np.float64) for key, value in vars(params).items() if hasattr(value, "get_metadata")
     }
-    place = 1 / (1 + np.exp(-w["half_life_AS"].reshape(-1)))
+    place = 1 / (1 + np.exp(-w["half_life_XX"].reshape(-1)))
     half_life = LEAST_HOURS * (MOST_HOURS / LEAST_HOURS) ** place
     if name == "low_rank":
         half_life = np.tile(half_life, SIZES.rank)
@@ -59,9 +59,9 @@ def remember_by_hand(name: str, params, event: Event, first: np.ndarray):
         out.append((memory.copy(), NO_TIME if last is None else last, n))
         x = x / np.sqrt(np.mean(x**2) + 1e-6) * np.asarray(params.norm.scale[...], np.float64)
         if name == "low_rank":
-            gain = np.repeat([1, *(x @ w["key_DR"])], SIZES.n_scales)
+            gain = np.repeat([1, *(x @ w["key_DX"])], SIZES.n_scales)
         else:
-            share = np.exp(x @ w["aspect_DA"])
+            share = np.exp(x @ w["aspect_DX"])
             share /= share.sum()
             gain = np.repeat(2 / (1 + np.exp(-(x @ w["strength_D"]))) * share, SIZES.n_scales)
         if time != NO_TIME:
@@ -248,7 +248,7 @@ def test_without_events_a_memory_is_forgotten_at_its_half_life():
 def form_slots(personalizer, params, read_state) -> np.ndarray:
     """The memory slots as vectors `[M, D]`."""
     base_MD, mass_WD, read_PD = (part[:, 0] for part in personalizer.basis(params))
-    written = read_state.mean_WP @ read_PD + read_state.evidence_W[:, None] * mass_WD
+    written = read_state.mean_OP @ read_PD + read_state.evidence_O[:, None] * mass_WD
     return np.asarray(base_MD + np.concatenate([written, read_state.field_D[None]]))
 
 
@@ -284,12 +284,12 @@ def test_slots_are_means_of_what_was_written_by_hand(name):
     event, first = draw_row(5, (7,))
     (memory, last, _) = remember_by_hand(name, params, event, first)[-1]
     hours = 30.0
-    place = 1 / (1 + np.exp(-w["half_life_AS"]))
+    place = 1 / (1 + np.exp(-w["half_life_XX"]))
     fade = 0.5 ** (hours / (LEAST_HOURS * (MOST_HOURS / LEAST_HOURS) ** place))  # [A or 1, S]
     rows = memory.reshape(-1, 2, 4) * fade[..., None]
     mass, total = rows[..., -1], rows[..., :-1]
     if name == "low_rank":
-        mass, total = np.repeat(mass[:1], 2, axis=0), np.einsum("AR,RSP->ASP", w["mix_AR"], total)
+        mass, total = np.repeat(mass[:1], 2, axis=0), np.einsum("AR,RSP->ASP", w["mix_XX"], total)
     written = total / (mass[..., None] + 1) @ w["read_PD"]
     written = written.reshape(4, -1) + np.log1p(mass).reshape(4, 1) * w["mass_MD"]
     fields = w["field_XD"][2] + w["field_XD"][3 + 1]

@@ -133,7 +133,7 @@ def test_what_lies_before_the_window_is_still_remembered():
         ("read", "profile_router.out_DD"),
         ("prefix", "attention.personal.gate_N"),
         ("query_scale", "attention.personal.query_scale_DNH"),
-        ("time_bias", "attention.personal.time_bias_NJ"),
+        ("time_bias", "attention.personal.time_bias_NX"),
         ("pair_bias", "attention.personal.pair_NZZ"),
         ("route", "ffn.w_profile_EM"),
     ],
@@ -160,7 +160,7 @@ def draw_slots(rng, shape: tuple[int, ...], m: int, d: int, p: int = 3) -> Profi
 def form_slots(slots: ProfileMemory):
     """The memory slots as vectors `[X, M, D]`; works on JAX's arrays and numpy's."""
     base, mass, read = (part[:, 0] for part in slots.basis)
-    written = slots.mean_XWP @ read + slots.evidence_XW[..., None] * mass
+    written = slots.mean_XOP @ read + slots.evidence_XO[..., None] * mass
     concatenate = base.__array_namespace__().concatenate
     return base + concatenate([written, slots.field_XNH], axis=-2)
 
@@ -245,7 +245,7 @@ def attend_by_hand(w, q, k, v, view: ProfileContext, window: int, own_only: bool
             times = int(view.time_BT[0, j]), int(view.time_BT[0, i])
             gap = max(times[1] - times[0], 0) / 3600
             bucket = N_GAPS if NO_TIME in times else min(int(np.floor(1.5 * np.log2(1 + gap))), N_GAPS - 1)
-            bias = w["time_bias_NJ"][head, bucket]
+            bias = w["time_bias_NX"][head, bucket]
             if max(service_i, service_j) < SIZES.n_services:  # pairs of services alone have a bias
                 bias += gate * w["pair_NZZ"][head, service_i, service_j]
             turned = oracle.rope(k[j, head // (n // k.shape[1])], j - i, 10_000.0)
@@ -336,7 +336,7 @@ def test_a_control_slot_changes_no_profile(memory):
     assert worst_gap(found, expected) < 1e-5
     assert worst_gap(slopes, expected_slopes) < 1e-4
     if memory != "null":
-        assert np.abs(found[0].mean_WP[-1]).max() > 1e-3
+        assert np.abs(found[0].mean_OP[-1]).max() > 1e-3
         assert np.abs(slopes.profile.value_DP[...]).max() > 1e-3
 
 
