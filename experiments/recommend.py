@@ -10,8 +10,8 @@ Who has no event before the time, or is new (`--new_user`), is answered by the r
 profile fields.
 
 Below the list stands what the model made of the request: the services that its need may belong to (the semantic
-analyser), the mixture's weights (the answer aggregator: the softmax over the catalogue, and pointers into the user's history), and
-what of the profile matters (the profile router).
+analyser), the mixture's weights (the answer aggregator: the softmax over the catalogue, and pointers into the user's
+history), and what of the profile matters (the profile router).
 """
 
 import sys

@@ -48,8 +48,8 @@ def describe_aspects(
 
     `found` is that mean, over one target a user; `chance` the same with the relevances of other users' targets, at
     their times and in their contexts; `p_value` that of a permutation test; `best` what a router would have that always
-    picked the best memory aspect; `writes` `[aspects, aspects of the world]`, of what each memory aspect holds the share
-    of each of the world's (`names`).
+    picked the best memory aspect; `writes` `[aspects, aspects of the world]`, of what each memory aspect holds the
+    share of each of the world's (`names`).
 
     Args:
       relevance_QM: of the targets with a slot, whose rows in the log are `rows`.

@@ -167,7 +167,8 @@ def low_rank_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
 
     At each time scale the state is a matrix `[rank, P]` of fast weights, to which an event adds the outer product of
     its key and its value (Schlag et al. 2021), forgotten at the scale's half-life; the slots are `mix [aspects, rank]`
-    times that matrix times `read [P, D]`. Keys have signs, so that the mass is that of the first one, which is always 1.
+    times that matrix times `read [P, D]`. Keys have signs, so that the mass is that of the first one, which is always
+    1.
     """
     rank, n_scales = sizes.rank, sizes.n_scales
 
