@@ -202,7 +202,8 @@ def measure_profiles(model: SequenceModel, n_users: int = 4096, repeats: int = 9
     request = ProfileRequest(time_U, jnp.zeros((n_users, n_fields), jnp.int32))
     states = jax.vmap(lambda _: personalizer.init_user())(time_U)
     over_users, profile = (None, 0, 0), model.profile
-    update = jax.jit(lambda s: jax.vmap(personalizer.update, over_users)(profile, s, Event(x_UD, time_U)))
+    events = Event(x_UD, time_U, jnp.ones(n_users, bool))
+    update = jax.jit(lambda s: jax.vmap(personalizer.update, over_users)(profile, s, events))
     read = jax.jit(lambda s: jax.vmap(personalizer.read, over_users)(profile, s, request))
     states = update(states)
     seconds = {"update": lambda: update(states), "read": lambda: read(states)}
@@ -221,7 +222,7 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
     trainer = make_trainer(config, data)
     stream = iter(trainer.stream)
     batch = next(stream)
-    slots = float(batch.weight_BT.sum())
+    slots = float(batch.targets[config.tasks[0]].weight_BT.sum())
     steps = _Steps(trainer, batch)
     step_s = median_seconds(steps, repeats)
     loader = iter(make_stream(config, data, make_tasks(config)))
