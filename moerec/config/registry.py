@@ -51,7 +51,7 @@ class Registry(Generic[T]):
 
 def _origin(value: Any) -> tuple[str, str]:
     """Where a function or class was written: its file and its name in there."""
-    wrapped = getattr(value, "origin", value)
+    wrapped = getattr(value, "function", getattr(value, "__wrapped__", value))
     code = getattr(wrapped, "__code__", None)
     file = code.co_filename if code else getattr(wrapped, "__module__", "")
     return file, getattr(wrapped, "__qualname__", repr(value))

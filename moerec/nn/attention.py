@@ -35,8 +35,8 @@ def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def segment_mask(segment_BT: jax.Array, window: int = 0) -> jax.Array:
-    """`[B, T, S]`, true where slot t may attend to slot s: the same segment, s not after t, and within the window."""
+def causal_segment_mask(segment_BT: jax.Array, window: int = 0) -> jax.Array:
+    """The causal mask `[B, T, S]`, true where slot t may attend to slot s: of its segment, not after it, in the window."""
     t = segment_BT.shape[1]
     same = segment_BT[:, :, None] == segment_BT[:, None, :]
     mask = same & jnp.tril(jnp.ones((t, t), bool))
@@ -147,13 +147,13 @@ def attend_plain(
 ) -> jax.Array:
     """`[B, T, N, H]`, attention without biases: by JAX's own function where rows are short, else in blocks.
 
-    Args: queries and keys after rotation; `segment_BT` and `window` as in `segment_mask`; backend: `model.attention`.
+    Args: queries and keys after rotation; segments and window as in `causal_segment_mask`; backend: `model.attention`.
     """
     is_long = q_BTNH.shape[1] >= BLOCKED_FROM and backend == "auto"
     if is_long or backend not in ("auto", "reference"):
         return _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window, backend)[0]
     # Padding attends to padding (segment 0), so that no row of the softmax is empty.
-    mask_B1TS = segment_mask(segment_BT, window)[:, None]
+    mask_B1TS = causal_segment_mask(segment_BT, window)[:, None]
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TS, implementation="xla")
 
 

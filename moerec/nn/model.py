@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moerec.config import ModelConfig
-from moerec.nn.attention import ProfileContext, segment_mask
+from moerec.nn.attention import ProfileContext, causal_segment_mask
 from moerec.nn.block import LayerContext, run_blocks, split_layers, stack_blocks, zero_router_bias
 from moerec.nn.embeddings import ItemEncoder, SlotEncoder
 from moerec.nn.heads.item import ItemHead
@@ -17,7 +17,7 @@ from moerec.nn.moe.analyser import Analyser
 from moerec.nn.moe.experts import DomainExperts
 from moerec.nn.moe.router import RouterInputs
 from moerec.nn.profile import ProfileRequest, ProfileState, UserState, count_profile_slots, make_personalizer
-from moerec.nn.profile.profile_router import ProfileRouter, read_profiles, swap_profiles
+from moerec.nn.profile.profile_router import ProfileRouter, read_slot_profiles, swap_profiles
 from moerec.types import NO_TIME, Batch, Catalog, Outputs, Routing
 
 
@@ -89,7 +89,7 @@ class SequenceModel(nnx.Module):
         """
         event_BTD = self.event_vectors(batch.item_BT, batch.action_BT, catalog)
         personalizer = make_personalizer(self.config, self.field_sizes)
-        return read_profiles(personalizer, self.profile, batch, event_BTD, self.config.personal.fields, start_B)
+        return read_slot_profiles(personalizer, self.profile, batch, event_BTD, self.config.personal.fields, start_B)
 
     def replace_profiles(self, profile: ProfileState, profile_source_BT: jax.Array, batch: Batch) -> ProfileState:
         """Other profiles than the slots' own, see `swap_profiles`."""
@@ -144,7 +144,7 @@ class SequenceModel(nnx.Module):
         routing = Routing(*map(jnp.concatenate, zip(*routings, strict=True))) if routings else None
         state_BTD, pointers = self.final_norm(x_BTD.astype(jnp.float32)), None
         if self.head.aggregator is not None:
-            mask_BTS = segment_mask(batch.segment_BT, config.window)
+            mask_BTS = causal_segment_mask(batch.segment_BT, config.window)
             aggregate: Any = jax.checkpoint(lambda a, *x: a(*x)) if config.remat else lambda a, *x: a(*x)
             pointers = aggregate(self.head.aggregator, state_BTD, event_BTD, batch, mask_BTS)
         return Outputs(state_BTD, log_domain_BTZ, routing, relevance_BTM, pointers)

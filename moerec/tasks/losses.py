@@ -37,12 +37,12 @@ SumLoss = Callable[[TargetItems, Candidates | None, LossConfig], jax.Array]
 
 class ItemLoss(NamedTuple):
     """Attributes:
-    origin: the weighted sum of the losses of a microbatch's slots. draw: the candidates of a step, given a key.
+    function: the weighted sum of the losses of a microbatch's slots. draw: the candidates of a step, given a key.
     by_row: whether candidates `[B, T]` belong to a slot each; else `[J]` are shared by all.
     is_normalised: whether it is a function of p(item), as mixtures with pointers need.
     """
 
-    origin: SumLoss
+    function: SumLoss
     draw: Draw
     by_row: bool
     is_normalised: bool

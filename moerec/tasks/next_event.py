@@ -59,7 +59,7 @@ class NextEvent:
             options.chunk,
         )
         candidates = draws.shared if draws.by_row is None else draws.by_row
-        item = LOSSES[options.kind].origin(targets, candidates, options)
+        item = LOSSES[options.kind].function(targets, candidates, options)
         total, parts = item, {"loss": item}
         if outputs.log_domain_BTZ is not None:
             service_BT = catalog.service_I[target.label_BT]

@@ -23,10 +23,10 @@ from moerec.tasks.base import Task, render_targets
 from moerec.train.checkpoint import Checkpoints, TrainProgress
 from moerec.train.malloc import disable_malloc_trim
 from moerec.train.metric_writer import MetricWriter
-from moerec.train.restore import begin_from
 from moerec.train.run_dir import bind_catalog, make_sizes
 from moerec.train.state import TrainState, init_state, make_predictor
 from moerec.train.step import Constants, TrainStep, make_train_step
+from moerec.train.warm_start import warm_start
 from moerec.types import Batch, Catalog
 
 
@@ -114,7 +114,7 @@ def make_stream(config: Config, data: RunData, tasks: list[Task]) -> PackedStrea
 
 def _resume(config: Config, checkpoints: Checkpoints, state: TrainState, stream) -> tuple[TrainState, TrainProgress]:
     if checkpoints.last_step() is None:
-        return begin_from(state, config) if config.train.init_from else state, TrainProgress()
+        return warm_start(state, config) if config.train.init_from else state, TrainProgress()
     state, progress = checkpoints.restore_last(state)
     stream.set_state(progress.stream)
     return state, progress

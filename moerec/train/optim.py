@@ -35,8 +35,7 @@ def decay_mask(params, decay_embeddings: bool):
     def decide(leaf):
         if not isinstance(leaf, nnx.Param):
             return False
-        # Where a group of parameters is masked out, its node is empty, and stays so.
-        return leaf.replace(leaf.get_metadata()["decay"] in classes) if jax.tree.leaves(leaf) else leaf
+        return leaf.replace(leaf.get_metadata()["decay"] in classes)
 
     return jax.tree.map(decide, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

@@ -230,7 +230,7 @@ def test_history_weights_add_up_over_repeats():
     assert weight[[1, 2, 7]].tolist() == [0.5 + 0.25, 1.0, 1.0]
 
 
-SCORERS = [name for name in BASELINES.names() if hasattr(BASELINES[name], "origin")]
+SCORERS = [name for name in BASELINES.names() if hasattr(BASELINES[name], "__wrapped__")]
 
 
 def test_all_but_the_trained_ones_score_on_the_host():
@@ -247,7 +247,7 @@ def test_nothing_held_out_reaches_a_model(name, per_service):
     split_ids, _, _ = hold_out(dataset, per_service)
     targets = splits.select_targets(dataset, split_ids, splits.VALID)
     histories = splits.gather_histories(dataset, targets, False)
-    fit = BASELINES[name].origin
+    fit = BASELINES[name].__wrapped__
     before = fit(dataset, split_ids).score(dataset, targets, histories)
     item = dataset.log.item.copy()
     changed = np.flatnonzero(split_ids != splits.TRAIN)

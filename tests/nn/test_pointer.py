@@ -10,7 +10,7 @@ import pytest
 
 from moerec.config import Config, LossConfig, ModelConfig
 from moerec.errors import InputError
-from moerec.nn.attention import segment_mask
+from moerec.nn.attention import causal_segment_mask
 from moerec.nn.heads.item import Candidates, score_items
 from moerec.nn.heads.pointer import AnswerAggregator
 from moerec.tasks import Draws, NextEvent, check_loss
@@ -52,7 +52,7 @@ class Stub(NamedTuple):
         return catalog._replace(vector_ID=self.vector, bias_I=self.bias)
 
     def encode(self, batch) -> Outputs:
-        mask_BTS = segment_mask(batch.segment_BT)
+        mask_BTS = causal_segment_mask(batch.segment_BT)
         return Outputs(self.state, None, None, None, self.aggregator(self.state, self.event, batch, mask_BTS))
 
     def loss(self, batch, config: LossConfig, draws: Draws = Draws()) -> jax.Array:  # noqa: B008 - it has no state

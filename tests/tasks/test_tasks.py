@@ -10,7 +10,7 @@ import pytest
 
 from moerec.config import Config, LossConfig, ModelConfig
 from moerec.errors import InputError
-from moerec.nn.attention import segment_mask
+from moerec.nn.attention import causal_segment_mask
 from moerec.tasks import Draws, NextEvent, check_loss, draw_one_each, draw_shared, make_tasks, register_loss
 from moerec.tasks.base import find_domains, render_targets
 from moerec.tasks.losses import LOSSES, DrawInputs, sampling_cdf
@@ -46,12 +46,12 @@ def test_a_name_that_is_taken_is_refused_to_another_function_and_given_to_the_sa
         register_loss("focal")(unbounded)
     with pytest.raises(InputError, match=r"loss 'full_softmax': the name is taken"):
         register_loss("full_softmax")(focal)
-    assert LOSSES["focal"].origin is focal
+    assert LOSSES["focal"].function is focal
     # A module that is read again makes the function anew.
     again = types.FunctionType(focal.__code__, focal.__globals__, "focal")
     again.__qualname__ = focal.__qualname__
     assert register_loss("focal", draw=draw_shared)(again) is again
-    assert (LOSSES["focal"].origin, LOSSES["focal"].draw) == (again, draw_shared)
+    assert (LOSSES["focal"].function, LOSSES["focal"].draw) == (again, draw_shared)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def focal_by_hand(w, states, config) -> float:
         oracle.item_vector(oracle.part(w, "item_encoder"), i, TABLE, config.norm_eps) for i in range(SIZES.n_items)
     ]
     head, n_groups = oracle.part(w, "head.aggregator"), SIZES.n_services + 1
-    mask = np.asarray(segment_mask(BATCH.segment_BT))
+    mask = np.asarray(causal_segment_mask(BATCH.segment_BT))
     for b, t in zip(*np.nonzero(weight_BT), strict=True):
         h = states[b, t]
         seen = [s for s in range(t + 1) if mask[b, t, s] and BATCH.kind_BT[b, s] == EVENT]

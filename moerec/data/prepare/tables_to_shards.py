@@ -29,7 +29,7 @@ from moerec.data.prepare.vocab import (
     open_tables,
     read_columns,
     read_items,
-    read_profiles,
+    read_profile_columns,
 )
 from moerec.errors import InputError
 
@@ -207,7 +207,7 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
         with shards.ShardWriter(folder, len(coder.users), config.n_shards) as writer:
             lengths, counts = _write_events(events, coder, writer)
         log.check(tables.interactions)
-        profile = read_profiles(tables.users, config.schema, coder.users, log) if tables.users else {}
+        profile = read_profile_columns(tables.users, config.schema, coder.users, log) if tables.users else {}
         (folder / "spill").rmdir()
         log.write_quarantine(tables.all, folder / QUARANTINE)
         _write_tables(folder, coder, catalogue, lengths, profile)

@@ -213,7 +213,9 @@ def attribute_tokens(column: str, values: pa.Array, separator: str) -> pa.Array:
     return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets), tokens), " ")
 
 
-def read_profiles(table: SourceTable, schema: SchemaConfig, users: IdVocab, log: DefectLog) -> dict[str, pa.Array]:
+def read_profile_columns(
+    table: SourceTable, schema: SchemaConfig, users: IdVocab, log: DefectLog
+) -> dict[str, pa.Array]:
     """The profile columns of the users who have events, in their order; empty where the user table has no row."""
     columns = list(dict.fromkeys([schema.profile_id, *schema.profile]))
     codes, parts = [], []

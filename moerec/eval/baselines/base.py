@@ -56,7 +56,7 @@ def register_scorer(name: str) -> Callable[[Callable[P, S]], Callable[P, S]]:
             seen = inputs.config.eval.mask_seen
             return rank_by_scores(scorer, data.dataset, examples.targets, examples.histories, seen)
 
-        rank.origin = fit  # type: ignore[attr-defined]
+        rank.__wrapped__ = fit  # type: ignore[attr-defined]
         BASELINES.register(name)(rank)
         return fit
 

@@ -1,4 +1,6 @@
-"""p(item): a softmax over the catalogue, mixed with pointers into the history. It is computed nowhere else."""
+"""p(item): a softmax over the catalogue, mixed with pointers into the history; in `score_items` of all items, in
+`TargetItems` of the targets alone, chunk by chunk. It is computed nowhere else.
+"""
 
 from typing import NamedTuple
 

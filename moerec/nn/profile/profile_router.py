@@ -62,7 +62,7 @@ class ProfileRouter(nnx.Module):
         return Reading(relevance_BTM, log_BTM, read_BTD)
 
 
-def read_profiles(
+def read_slot_profiles(
     personalizer: Personalizer,
     params,
     batch: Batch,

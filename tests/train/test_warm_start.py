@@ -17,9 +17,9 @@ from moerec.eval.ranking import make_evaluator
 from moerec.train.checkpoint import Checkpoints
 from moerec.train.loop import fit, make_trainer
 from moerec.train.paths import flatten
-from moerec.train.restore import begin_from, join_groups, match_leaves, read_parameters, split_groups
 from moerec.train.run_dir import make_sizes
 from moerec.train.state import init_state, make_predictor
+from moerec.train.warm_start import join_groups, match_leaves, read_parameters, split_groups, warm_start
 from tests.tiny import make_config
 
 MOE = MoEConfig(layers=(1,), n_per_group=1, d_expert=8, tile=8, bias_rate=0.01)
@@ -96,7 +96,7 @@ def test_a_run_begins_with_the_averaged_parameters_of_another(dense, data, capsy
     source = best_state(dense, make_own(), data)
     for folder in (dense, dense / "checkpoints"):
         config.train.init_from = str(folder)
-        begun = begin_from(state, config)
+        begun = warm_start(state, config)
         assert_same(begun.params, source.average)
         assert_same(begun.average, source.average)
         assert_same((begun.step, begun.opt_state), (before.step, before.opt_state))
@@ -107,7 +107,7 @@ def test_a_run_begins_with_the_averaged_parameters_of_another(dense, data, capsy
 def test_without_an_average_the_last_parameters_are_taken_and_router_biases_with_them(mixture, data):
     source = best_state(mixture, make_own(moe=MOE, ema=0.0), data)
     assert np.any(source.router_bias_LE)
-    begun = begin_from(start(make_own(mixture, MOE), data), make_own(mixture, MOE))
+    begun = warm_start(start(make_own(mixture, MOE), data), make_own(mixture, MOE))
     assert_same(begun.params, source.params)
     assert_same(begun.average, source.params)
     assert_same(begun.router_bias_LE, source.router_bias_LE)
@@ -117,7 +117,7 @@ def test_biases_go_to_their_layer_whatever_place_it_has_among_the_mixtures(mixtu
     """Layer 0 becomes a mixture, too: its biases are new, and layer 1's stand in the second row."""
     config = make_own(mixture, dataclasses.replace(MOE, layers=(0, 1)))
     config.train.init_fresh, config.train.init_drop = ("layers/0/ffn",), ("layers/0/ffn",)
-    begun = begin_from(start(config, data), config)
+    begun = warm_start(start(config, data), config)
     source = best_state(mixture, make_own(moe=MOE, ema=0.0), data)
     np.testing.assert_array_equal(begun.router_bias_LE[1], source.router_bias_LE[0])
     assert not np.any(begun.router_bias_LE[0])
@@ -128,7 +128,7 @@ def test_the_first_loss_is_that_of_the_old_parameters(dense, data):
     old, new = make_trainer(make_own(), data), make_own(dense)
     new.model.group_starts = (1,)
     trainer = make_trainer(new, data)
-    begun = begin_from(trainer.state, new)
+    begun = warm_start(trainer.state, new)
     assert len(begun.params.groups) == 2
     with contextlib.closing(iter(trainer.stream)) as stream:
         batch = next(stream)
@@ -144,7 +144,7 @@ def test_a_mixture_finds_the_layers_of_a_dense_model(dense, data, capsys):
     config = make_own(dense, MOE)
     config.train.init_fresh, config.train.init_drop = ("layers/1/ffn", "analyser"), ("layers/1/ffn",)
     state = start(config, data)
-    begun = begin_from(state, config)
+    begun = warm_start(state, config)
     source = by_layer(best_state(dense, make_own(), data).average, make_own())
     fresh, found = by_layer(state.params, config), by_layer(begun.params, config)
     assert "layers/1/attention/q_DNH" in found
@@ -160,16 +160,16 @@ def test_a_mixture_finds_the_layers_of_a_dense_model(dense, data, capsys):
     ):
         other = dataclasses.replace(config.train, **{field: ()})
         with pytest.raises(InputError, match=words):
-            begin_from(state, dataclasses.replace(config, train=other))
+            warm_start(state, dataclasses.replace(config, train=other))
 
 
 def test_what_is_new_stays_as_initialised(dense, data):
     config = make_own(dense, n_layers=3)
     with pytest.raises(InputError, match=r"layers/2/\S+ is not there; init_fresh"):
-        begin_from(start(config, data), config)
+        warm_start(start(config, data), config)
     config.train.init_fresh = ("layers/[2-9]",)
     state = start(config, data)
-    found = by_layer(begin_from(state, config).params, config)
+    found = by_layer(warm_start(state, config).params, config)
     fresh, source = by_layer(state.params, config), by_layer(best_state(dense, make_own(), data).average, make_own())
     for path, leaf in found.items():
         np.testing.assert_array_equal(leaf, (source if path in source else fresh)[path], err_msg=path)
@@ -179,9 +179,9 @@ def test_layers_move_where_they_are_renamed_and_are_left_out_where_they_are_drop
     """A model of one layer, which is the other one's second."""
     config = make_own(dense, n_layers=1)
     with pytest.raises(InputError, match=r"layers/1/\S+ is not here; init_drop"):
-        begin_from(start(config, data), config)
+        warm_start(start(config, data), config)
     config.train.init_rename, config.train.init_drop = ("layers/1=layers/0",), ("layers/0",)
-    found = by_layer(begin_from(start(config, data), config).params, config)
+    found = by_layer(warm_start(start(config, data), config).params, config)
     source = by_layer(best_state(dense, make_own(), data).average, make_own())
     for path, leaf in found.items():
         np.testing.assert_array_equal(leaf, source[path.replace("layers/0/", "layers/1/")], err_msg=path)
@@ -236,7 +236,7 @@ def test_a_run_of_another_width_is_refused_by_the_leaf(dense, data):
     config = make_own(dense)
     config.model.d_ff = 28
     with pytest.raises(InputError, match=r"layers/0/ffn/\S+ is \(\S+, \S+\) there, \(\S+, \S+\) here"):
-        begin_from(start(config, data), config)
+        warm_start(start(config, data), config)
 
 
 def test_options_without_a_run_are_refused():
@@ -299,7 +299,7 @@ def test_only_a_first_start_begins_there_and_the_config_keeps_the_name(dense, da
 def test_it_works_on_a_mesh(dense, data):
     config = make_own(dense, mesh_data=2)
     trainer = make_trainer(config, data)
-    begun = begin_from(trainer.state, config)
+    begun = warm_start(trainer.state, config)
     assert_same(begun.params, best_state(dense, make_own(), data).average)
     for one, other in zip(jax.tree.leaves(begun), jax.tree.leaves(trainer.state), strict=True):
         assert one.sharding == other.sharding

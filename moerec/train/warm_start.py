@@ -1,4 +1,4 @@
-"""Training that begins with the parameters of another run: partial and renamed restore that accounts for every leaf.
+"""Warm start from the parameters of another run: partial and renamed restore that accounts for every leaf.
 
 Leaves are matched by path, and layers one by one: `layers/3/attention/q_DNH` is layer 3's in whatever group it stands,
 so that a dense model's layers are found by a mixture that groups them otherwise.
@@ -144,7 +144,7 @@ def _split_bias(bias_LE: Any, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def begin_from(state: TrainState, config: Config) -> TrainState:
+def warm_start(state: TrainState, config: Config) -> TrainState:
     """The state before the first step with the parameters of `train.init_from`; what became of each leaf is told.
 
     Parameters are placed as those of the state are; moments and the step stay those of a start.
