@@ -36,7 +36,7 @@ def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array
 
 
 def causal_segment_mask(segment_BT: jax.Array, window: int = 0) -> jax.Array:
-    """The causal mask `[B, T, S]`, true where slot t may attend to slot s: of its segment, not after it, in the window."""
+    """The causal mask `[B, T, S]`, true where slot t may attend to slot s: of its segment, not later, in the window."""
     t = segment_BT.shape[1]
     same = segment_BT[:, :, None] == segment_BT[:, None, :]
     mask = same & jnp.tril(jnp.ones((t, t), bool))

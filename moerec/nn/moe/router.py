@@ -46,8 +46,9 @@ def route_slots(
 ) -> Routed:
     """The experts of each slot, and the statistics of Z domains.
 
-    Here alone the router's logits are made; `pallas_kernels.router` takes the softmax and the top k. The logits are linear in the state, in the log-posterior over domains, in the profile's relevance and, where only
-    some groups are open, in which ones are. `bias_E` steers the choice alone (Wang et al. 2024).
+    Here alone the router's logits are made; `pallas_kernels.router` takes the softmax and the top k. The logits are
+    linear in the state, in the log-posterior over domains, in the profile's relevance and, where only some groups are
+    open, in which ones are. `bias_E` steers the choice alone (Wang et al. 2024).
     """
     features, weights = [log_domain_SZ], [w_domain_EZ]
     if w_profile_EM is not None:
