@@ -12,7 +12,8 @@ def get_config() -> Config:
     """The configuration of this file."""
     return Config(
         name="city_dense",
-        data=DataConfig(source="city", seq_len=128, history_len=128),
+        # As measured: without a control slot, from which first events are predicted.
+        data=DataConfig(source="city", seq_len=128, history_len=128, first_event=False),
         # The width makes as many parameters as are active in the mixture.
         model=ModelConfig(n_layers=2, d_model=64, d_ff=238, dropout=0.1, event_time=True),
         loss=LossConfig(kind="full_softmax"),

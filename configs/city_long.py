@@ -30,7 +30,7 @@ def get_config() -> Config:
     city = CityConfig(n_users=1000, events_per_user=2000, items_per_service=200, rho=0.0, n_closed=500)
     return Config(
         name="city_long",
-        data=DataConfig(source="city", city=city, seq_len=2048, history_len=2048),
+        data=DataConfig(source="city", city=city, seq_len=2048, history_len=2048, first_event=False),
         model=ModelConfig(
             n_layers=2,
             d_model=64,

@@ -9,7 +9,7 @@ Result: union NDCG@10 .2104; SASRec with sampled softmax .1152, ceiling .2497; 8
 import dataclasses
 
 from configs import city_moe
-from moerec.config import BASELINES, Config, PersonalConfig
+from moerec.config import DEFAULT_BASELINES, Config, PersonalConfig
 
 
 def get_config() -> Config:
@@ -18,4 +18,5 @@ def get_config() -> Config:
     # Fewer steps than the study's: the whole demo is to end in minutes.
     train = dataclasses.replace(base.train, steps=300, eval_every=150, save_every=150)
     model = dataclasses.replace(base.model, personal=PersonalConfig(layers=(1,)))
-    return dataclasses.replace(base, name="demo", model=model, train=train, baselines=BASELINES)
+    data = dataclasses.replace(base.data, first_event=True)
+    return dataclasses.replace(base, name="demo", data=data, model=model, train=train, baselines=DEFAULT_BASELINES)

@@ -49,6 +49,7 @@ def get_config() -> Config:
             seq_len=256,
             history_len=200,
             max_tokens=16,
+            first_event=False,  # the published protocols predict from a history alone
         ),
         model=ModelConfig(
             n_layers=2, d_model=64, d_ff=128, dropout=0.2, service=False, action=False, request_time=False

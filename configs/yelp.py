@@ -45,6 +45,7 @@ def get_config() -> Config:
             seq_len=128,
             history_len=50,
             max_tokens=16,
+            first_event=False,  # the published protocols predict from a history alone
         ),
         model=ModelConfig(
             n_layers=1, d_model=64, d_ff=128, dropout=0.5, service=False, action=False, request_time=False

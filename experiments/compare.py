@@ -3,7 +3,7 @@
 python -m experiments.compare --first=runs/moe_1,runs/moe_2,runs/moe_3 --second=runs/dense_1,runs/dense_2,runs/dense_3
 
 One run on each side: they are paired by target. Without `--second`: what the answers of the one configuration lose by
-each edit of `eval.interventions`.
+each intervention of `eval.interventions`.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from moerec.eval.compare import (
     render,
     render_interventions,
 )
-from moerec.eval.per_target import TargetComparison, compare_targets, render_targets
+from moerec.eval.per_target import TargetComparison, compare_targets, render_target_table
 
 EMPTY: list[str] = []
 FLAGS = {
@@ -38,7 +38,7 @@ def main(config, flags):
         print(render_interventions(result))
     elif len(first) == len(second) == 1:
         result = compare_targets(first[0], second[0])
-        print(render_targets(result))
+        print(render_target_table(result))
     else:
         result = compare(first, second)
         print(render(result))

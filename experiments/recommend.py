@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from moerec.config import cli
+from moerec.errors import InputError
 
 
 def main(_, flags):
@@ -27,6 +28,8 @@ def main(_, flags):
     from moerec.serve.request import list_unseen, read_request
     from moerec.train.run_dir import load_run
 
+    if flags.new_user and (flags.user or flags.profiles):
+        raise InputError("--new_user: has no name and no profile; leave --user and --profiles out")
     request = read_request(flags.context, flags.time, flags.service, flags.fields)
     run = load_run(Path(flags.workdir))
     for note in list_unseen(run, request.context):

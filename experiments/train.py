@@ -12,10 +12,10 @@ from moerec.config import cli
 
 def main(config, flags):
     """Runs one config and prints its table."""
-    from moerec.eval.evaluate_run import run
+    from moerec.eval.evaluate_run import run_experiment
     from moerec.eval.report import format_table
 
-    metrics = run(config, Path(flags.workdir))
+    metrics = run_experiment(config, Path(flags.workdir))
     print(format_table(metrics))
     print(f"report: {Path(flags.workdir) / 'report.html'}", flush=True)
     return metrics

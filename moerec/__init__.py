@@ -1,6 +1,6 @@
 """moerec: a multi-expert personalised language model that recommends across services.
 
-`Config` and `run` train and evaluate; `load_run`, `RecommendRequest` and `recommend` answer from what was trained.
+`Config` and `run_experiment` train and evaluate; `load_run`, `RecommendRequest` and `recommend` answer from a run.
 """
 
 import importlib
@@ -18,9 +18,9 @@ _HOMES = {
     "RecommendRequest": "moerec.serve.request",
     "load_run": "moerec.train.run_dir",
     "recommend": "moerec.serve.recommender",
-    "run": "moerec.eval.evaluate_run",
+    "run_experiment": "moerec.eval.evaluate_run",
 }
-__all__ = ["Config", "RecommendRequest", "load_run", "recommend", "run"]
+__all__ = ["Config", "RecommendRequest", "load_run", "recommend", "run_experiment"]
 
 
 def __getattr__(name: str) -> Any:

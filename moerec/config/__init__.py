@@ -11,7 +11,7 @@ from moerec.config.model import ModelConfig, MoEConfig, PersonalConfig, TimeConf
 from moerec.config.train import AuditConfig, EvalConfig, LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
-    "BASELINES",
+    "DEFAULT_BASELINES",
     "AuditConfig",
     "CityConfig",
     "Config",
@@ -30,7 +30,7 @@ __all__ = [
     "checked",
 ]
 
-BASELINES = (
+DEFAULT_BASELINES = (
     "popularity",
     "popularity_by_service",
     "popularity_recent",
@@ -54,7 +54,7 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     audit: AuditConfig = dataclasses.field(default_factory=AuditConfig)
     tasks: tuple[str, ...] = ("next_event",)  # what is learned
-    baselines: tuple[str, ...] = BASELINES
+    baselines: tuple[str, ...] = DEFAULT_BASELINES
 
     def __post_init__(self):
         require_seed(self.seed, "seed")

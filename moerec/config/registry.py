@@ -53,5 +53,12 @@ def _origin(value: Any) -> tuple[str, str]:
     """Where a function or class was written: its file and its name in there."""
     wrapped = getattr(value, "function", getattr(value, "__wrapped__", value))
     code = getattr(wrapped, "__code__", None)
+    if code is None:  # a class: any of its own functions says where it is written
+        codes = (
+            (getattr(member, "__code__", None) for member in vars(wrapped).values())
+            if isinstance(wrapped, type)
+            else ()
+        )
+        code = next((found for found in codes if found), None)
     file = code.co_filename if code else getattr(wrapped, "__module__", "")
     return file, getattr(wrapped, "__qualname__", repr(value))

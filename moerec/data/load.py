@@ -20,7 +20,7 @@ from moerec.data.tokenizer import TokenTable, tokenize
 from moerec.errors import InputError
 from moerec.types import Catalog
 
-DIGEST = "data.json"  # in the directory of a run: {"sha256": the digest of its data}
+DIGEST = "data.json"  # in the directory of a run: {"sha256": the digest of its data, "items_sha256": that of the items}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,16 @@ class RunData:
     folder: Path | None
     item_number: np.ndarray
     quarantined: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def items_digest(self) -> str:
+        """SHA-256 of the items in their numbering and of their tokens: equal where tables of items mean the same."""
+        catalogue, found = self.dataset.catalogue, hashlib.sha256()
+        for array in (catalogue.offsets, self.tokens.ids):
+            found.update(np.ascontiguousarray(array).tobytes())
+        for names in (catalogue.services, catalogue.ids.tolist()):
+            found.update("\0".join(names).encode())
+        return found.hexdigest()
 
     @functools.cached_property
     def digest(self) -> str:

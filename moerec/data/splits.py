@@ -26,7 +26,7 @@ def assign_split_ids(dataset: Dataset, split: SplitConfig, seed: int) -> np.ndar
     time: TRAIN before `valid_from`, VALID before `test_from`, then TEST. A user with an unknown time is UNUSED
     altogether, since nothing shows on which side of the split their events lie.
     user: `user_fraction` of the users with two events or more are held out for VALID and as many for TEST; their
-    last event has the role and the ones before it are UNUSED. Everybody else is TRAIN.
+    last event has that id and the ones before it are UNUSED. Everybody else is TRAIN.
 
     Raises:
       InputError: a date that is no ISO date, or dates out of order.
@@ -57,13 +57,13 @@ def _forget_future(dataset: Dataset, split_ids: np.ndarray) -> np.ndarray:
     """The split ids, UNUSED for TRAIN events that stand not before all that their user's other services hold out."""
     log, n_services = dataset.log, dataset.catalogue.n_services
     never = np.iinfo(np.int64).max
-    first_PZ = np.full((log.n_users, n_services), never)
+    first_UZ = np.full((log.n_users, n_services), never)
     held_out = np.flatnonzero(split_ids != TRAIN)
-    np.minimum.at(first_PZ, (log.user[held_out], dataset.event_service[held_out]), log.time[held_out])
-    earliest_P2 = np.sort(np.column_stack([first_PZ, np.full(log.n_users, never)]), axis=1)[:, :2]
-    own = first_PZ[log.user, dataset.event_service]
+    np.minimum.at(first_UZ, (log.user[held_out], dataset.event_service[held_out]), log.time[held_out])
+    earliest_U2 = np.sort(np.column_stack([first_UZ, np.full(log.n_users, never)]), axis=1)[:, :2]
+    own = first_UZ[log.user, dataset.event_service]
     # Of the others': the earliest of all, or, where that is the own service's, the next.
-    of_others = np.where(own == earliest_P2[log.user, 0], earliest_P2[log.user, 1], earliest_P2[log.user, 0])
+    of_others = np.where(own == earliest_U2[log.user, 0], earliest_U2[log.user, 1], earliest_U2[log.user, 0])
     is_past = (of_others == never) | ((log.time != UNKNOWN_TIME) & (log.time < of_others))
     return np.where((split_ids == TRAIN) & ~is_past, UNUSED, split_ids).astype(np.int8)
 
@@ -115,11 +115,11 @@ def shuffle_ties(dataset: Dataset, seed: int) -> Dataset:
     return dataclasses.replace(dataset, log=log.take(order, log.offsets))
 
 
-def select_targets(dataset: Dataset, split_ids: np.ndarray, role: int) -> np.ndarray:
-    """`[n]` int64, the rows of the log that have the role, ascending."""
+def select_targets(dataset: Dataset, split_ids: np.ndarray, split_id: int) -> np.ndarray:
+    """`[n]` int64, the rows of the log that have the split id, ascending."""
     if len(split_ids) != dataset.log.n_events:
         raise InputError(f"split ids: {len(split_ids)} entries for {dataset.log.n_events} events")
-    return np.flatnonzero(split_ids == role)
+    return np.flatnonzero(split_ids == split_id)
 
 
 def gather_histories(dataset: Dataset, targets: np.ndarray, per_service: bool) -> Histories:

@@ -2,7 +2,7 @@
 
 import datetime
 import zoneinfo
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,14 @@ class Zones(NamedTuple):
     of_user: np.ndarray | None = None
     of_context: np.ndarray | None = None
     feature: int = 0
+
+    def of_somebody(self, schema: SchemaConfig, fields: Mapping[str, str]) -> "Zones":
+        """The zones for one user, known or new, whose profile fields these are."""
+        if self.of_user is None:
+            return self
+        values = list(schema.zone_of)
+        value = fields.get(schema.zone_column, "")
+        return self._replace(of_user=np.array([values.index(value) + 1 if value in values else 0]))
 
     def find_utc_offsets(self, user: np.ndarray, time: np.ndarray, context: np.ndarray) -> np.ndarray:
         """`[n]` int32 seconds ahead of UTC, 0 where a time is unknown or too far off for the model.

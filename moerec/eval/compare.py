@@ -130,7 +130,7 @@ class InterventionTable(NamedTuple):
     """What the predictions of one configuration lose without the own profile and context, over several seeds.
 
     Attributes:
-      rows: the runs as they are against the same with an edit (`profile swapped`), in union NDCG@10.
+      rows: the runs as they are against the same with an intervention (`profile swapped`), in union NDCG@10.
       attainable: on the built-in world, union NDCG@10 of the exact posterior by what it knows (means over the seeds).
     """
 
@@ -183,7 +183,7 @@ def render_interventions(interventions: InterventionTable) -> str:
     lines = [
         f"{interventions.name}, union {METRIC}, means of {n} seeds"
         f" (seed/data.seed {', '.join(f'{a}/{b}' for a, b in interventions.seeds)})",
-        *format_rows(interventions.rows, ("own", "edit"), [n] * len(interventions.rows), "less"),
+        *format_rows(interventions.rows, ("own", "changed"), [n] * len(interventions.rows), "less"),
     ]
     if interventions.attainable:
         told = ", ".join(f"{name} {value:.4f}" for name, value in interventions.attainable.items())

@@ -42,12 +42,12 @@ from moerec.eval.significance import table_intervals, table_tests
 from moerec.files import to_plain, write_json
 from moerec.nn.model import count_active_params
 from moerec.nn.profile import count_profile_slots
-from moerec.tasks import check_loss, make_tasks
+from moerec.tasks import make_tasks
 from moerec.train.loop import TrainResult, fit
 from moerec.train.run_dir import CONFIG, METRICS, refuse_other_config, refuse_strange_folder
 
 
-def run(config: Config, workdir: Path) -> dict[str, Any]:
+def run_experiment(config: Config, workdir: Path) -> dict[str, Any]:
     """Loads the data, trains (or goes on), evaluates, and writes `metrics.json` and `report.html` into `workdir`.
 
     A finished run is not evaluated anew: its `metrics.json` is the result.
@@ -56,7 +56,6 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
       InputError: bad data, a name that is not registered, or a `workdir` that holds a run of another config.
     """
     make_tasks(config)
-    check_loss(config)
     if config.model.personal.layers:
         count_profile_slots(config.model)
     for name in config.baselines:
@@ -79,7 +78,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
         print(line, file=sys.stderr)
     # Only now that the data could be read: a first call that failed must not bind the directory to its mistakes.
     store_config(workdir / CONFIG, config)
-    write_json(workdir / DIGEST, {"sha256": data.digest})
+    write_json(workdir / DIGEST, {"sha256": data.digest, "items_sha256": data.items_digest})
     finished = workdir / METRICS
     if finished.exists():
         print(f"{workdir}: is finished; delete its metrics.json to have it evaluated anew", file=sys.stderr)
@@ -120,7 +119,7 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
         "slices": _slices(config, examples, data, ranks),
         "probes": {},
     }
-    _look_inside(metrics, config, data, trained, examples)
+    _probe(metrics, config, data, trained, examples)
     if config.eval.interventions:
         metrics["probes"] |= _intervene(config, data, trained, examples, ranks)
     if config.data.split.by_user and config.data.first_event:
@@ -153,9 +152,7 @@ def _slices(config: Config, examples: EvalDataset, data: RunData, ranks: Ranks) 
     return slice_table(per_target_metrics(counts), labels)
 
 
-def _look_inside(
-    metrics: dict[str, Any], config: Config, data: RunData, trained: TrainResult, examples: EvalDataset
-) -> None:
+def _probe(metrics: dict[str, Any], config: Config, data: RunData, trained: TrainResult, examples: EvalDataset) -> None:
     """Adds what experts, mixture and profile router do at the test targets, where the model has them."""
     model = config.model
     if not (model.moe.layers or model.has_pointers or count_profile_slots(model)):

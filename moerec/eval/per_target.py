@@ -125,7 +125,7 @@ def _compare(title: str, first: np.ndarray, second: np.ndarray, user: np.ndarray
     return Difference(title, *means, tested.difference, interval.low, interval.high, tested.p_value, n_better)
 
 
-def render_targets(comparison: TargetComparison) -> str:
+def render_target_table(comparison: TargetComparison) -> str:
     """The table for a terminal."""
     title = f"{METRIC}, one run each, paired by target (intervals over users, not over trainings)"
     return "\n".join([title, *format_rows(comparison.rows, comparison.names, comparison.n, "better")])

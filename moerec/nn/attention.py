@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moerec.config import ModelConfig
-from moerec.nn.layers import declare, fan_in, fan_in_heads
+from moerec.nn.layers import MASK_VALUE, declare, fan_in, fan_in_heads
 from moerec.nn.profile import ProfileMemory, count_profile_slots
 from moerec.nn.sharding import ROW_AXES
 from moerec.nn.temporal import N_GAPS
@@ -105,7 +105,7 @@ class ProfileAttention(nnx.Module):
         bias = jnp.zeros((b, t, 1, self.n_services + 1))
         if not self.other_services:
             own = jax.nn.one_hot(context.service_BT, self.n_services)
-            bias = jnp.pad(-1e9 * (1 - own)[:, :, None], ((0, 0), (0, 0), (0, 0), (0, 1)))
+            bias = jnp.pad(MASK_VALUE * (1 - own)[:, :, None], ((0, 0), (0, 0), (0, 0), (0, 1)))
         if self.pair_NZZ is not None:
             assert self.pair_gate_DN is not None
             gate_BTN = 1 + jnp.einsum("BTD,DN->BTN", context.summary_BTD, self.pair_gate_DN[...])

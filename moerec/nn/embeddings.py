@@ -67,6 +67,7 @@ class SlotEncoder(nnx.Module):
         n_services: int,
         n_actions: int,
         context_sizes: tuple[int, ...],
+        field_sizes: tuple[int, ...] = (),
         has_control: bool = False,
     ):
         keys = jax.random.split(key, 5)
@@ -89,9 +90,12 @@ class SlotEncoder(nnx.Module):
         missing = [sum(context_sizes[:c]) for c in range(n_features)]
         zero_rows = (*missing, *range(n_rows - n_features, n_rows))
         self.context = table(keys[4], n_rows, zero_rows) if config.request_context and n_features else None
-        # The vector of the control token `<|recommend|>`.
-        k_control, init = jax.random.fold_in(key, 5), normal(STDDEV)
+        # The vector of the control token `<|recommend|>`, and what it adds of the user's static fields.
+        k_control, k_field = (jax.random.fold_in(key, n) for n in (5, 6))
+        init = normal(STDDEV)
         self.control_D = declare(k_control, (d,), ("embed",), init, decay="embedding") if has_control else None
+        self.field = table(k_field, sum(field_sizes)) if has_control and field_sizes else None
+        self.field_sizes = field_sizes
         self.n_gap_services = n_services if config.time.service_gap else 0
         self.context_sizes, self.context_dropout = context_sizes, config.context_dropout
 
@@ -103,6 +107,15 @@ class SlotEncoder(nnx.Module):
         if self.action is not None:
             parts.append(self.action[...][action])
         return sum(parts, jnp.zeros((), jnp.float32))
+
+    def _control(self, field_BTY: jax.Array) -> jax.Array:
+        """What a control slot is beside the request's time and context; a field that is missing adds nothing."""
+        assert self.control_D is not None
+        if self.field is None:
+            return self.control_D[...]
+        rows_BTY = jnp.cumsum(jnp.asarray(self.field_sizes)) - jnp.asarray(self.field_sizes) + field_BTY
+        known_BTYD = jnp.where((field_BTY > 0)[..., None], self.field[...][rows_BTY], 0)
+        return self.control_D[...] + jnp.sum(known_BTYD, axis=-2)
 
     def _context_rows(self, code_BTC: jax.Array, key: jax.Array | None) -> jax.Array:
         """Rows of the context table; with a key some features are hidden, half of them as missing, half as unseen."""
@@ -134,7 +147,7 @@ class SlotEncoder(nnx.Module):
             parts.append(self.event_time(batch.time_BT, batch.utc_offset_BT, since_BT, own_BT1))
         x_BTD = jnp.where(is_event_BT1, sum(parts[1:], parts[0]), 0)
         if self.control_D is not None:
-            x_BTD += jnp.where((batch.kind_BT == RECOMMEND)[..., None], self.control_D[...], 0)
+            x_BTD += jnp.where((batch.kind_BT == RECOMMEND)[..., None], self._control(request.field_BTY), 0)
         if self.request_time is not None:
             x_BTD += self.request_time(request.time_BT, request.utc_offset_BT, batch.time_BT, last_BTZ)
         if self.context is not None:

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 Initializer = Callable[..., jax.Array]
+MASK_VALUE = -1e9  # logit of what cannot be chosen; its probability is exactly zero beside any other
 
 
 def declare(

@@ -45,9 +45,11 @@ class SequenceModel(nnx.Module):
         k_item, k_slot, k_blocks, k_head = jax.random.split(key, 4)
         items = (sizes.n_items, sizes.n_tokens)
         self.item_encoder = ItemEncoder(k_item, config, *items)
-        self.slot_encoder = SlotEncoder(
-            k_slot, config, sizes.n_services, sizes.n_actions, sizes.context_sizes, sizes.has_control
-        )
+        # Static fields are read by the profile; where there is none, by the control slot.
+        reads_fields = bool(count_profile_slots(config)) and config.personal.fields
+        field_sizes = () if reads_fields else sizes.field_sizes
+        services, shapes = (sizes.n_services, sizes.n_actions), (sizes.context_sizes, field_sizes)
+        self.slot_encoder = SlotEncoder(k_slot, config, *services, *shapes, sizes.has_control)
         self.input_norm = RMSNorm(config.d_model, config.norm_eps)
         k_layers = jax.random.split(k_blocks, config.n_layers)
         self.groups = nnx.List(
@@ -81,13 +83,21 @@ class SequenceModel(nnx.Module):
             return self.item_encoder(item, catalog)
         return catalog.vector_ID[item]
 
-    def read_profiles(self, batch: Batch, catalog: Catalog, start_B: UserState | None = None) -> ProfileState:
+    def read_profiles(
+        self,
+        batch: Batch,
+        catalog: Catalog,
+        start_B: UserState | None = None,
+        item_BTD: jax.Array | None = None,
+    ) -> ProfileState:
         """Every slot's profile `[B, T, ...]`: the state before its event, as of its request.
 
         `start_B` are the states `[B, ...]` that the past has left in the users whose sequences are the rows' first;
-        None: nothing is known of them yet.
+        None: nothing is known of them yet. `item_BTD` are the items' vectors, where they are there already.
         """
-        event_BTD = self.event_vectors(batch.item_BT, batch.action_BT, catalog)
+        if item_BTD is None:
+            item_BTD = self._item_vectors(batch.item_BT, catalog)
+        event_BTD = item_BTD + self.slot_encoder.of_event(batch.item_BT, batch.action_BT, catalog)
         personalizer = make_personalizer(self.config, self.field_sizes)
         return read_slot_profiles(personalizer, self.profile, batch, event_BTD, self.config.personal.fields, start_B)
 
@@ -132,7 +142,7 @@ class SequenceModel(nnx.Module):
             n, bias = group.last - group.first, None
             if is_trunk and (group.experts or group.personal):
                 x_BTD, context, log_domain_BTZ, relevance_BTM = self._condition(
-                    x_BTD, batch, catalog, context, profile, domain_BT
+                    x_BTD, item_BTD, batch, catalog, context, profile, domain_BT
                 )
                 is_trunk = False
             if group.experts:
@@ -152,6 +162,7 @@ class SequenceModel(nnx.Module):
     def _condition(
         self,
         x_BTD: jax.Array,
+        item_BTD: jax.Array,
         batch: Batch,
         catalog: Catalog,
         context: LayerContext,
@@ -162,7 +173,7 @@ class SequenceModel(nnx.Module):
         relevance_BTM, log_domain_BTZ = None, None
         if self.config.personal.layers:
             if profile is None:
-                profile = self.read_profiles(batch, catalog)
+                profile = self.read_profiles(batch, catalog, item_BTD=item_BTD)
             slots = profile.slots(make_personalizer(self.config, self.field_sizes).basis(self.profile))
             log_relevance_BTM = jnp.zeros((*batch.item_BT.shape, 0))
             if self.profile_router is not None:

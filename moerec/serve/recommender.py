@@ -12,7 +12,7 @@ from moerec.data.packing import Sequences, device_time, pack, place_sequences
 from moerec.data.timezones import find_zones
 from moerec.errors import InputError
 from moerec.eval.probes.profile_aspects import relevance_of_aspects
-from moerec.nn.heads.item import score_items
+from moerec.nn.heads.item import log_prob_items
 from moerec.nn.model import Predictor
 from moerec.nn.profile import MemoryParams, UserState
 from moerec.serve.profiles import observe_events
@@ -23,7 +23,7 @@ from moerec.types import NO_TIME, Batch, Catalog
 
 class Recommendation(NamedTuple):
     """Attributes:
-    item: `[K]` int64 items of the catalogue, best first. log_p: `[K]`, log-softmax of the scores over the union: logs
+    item: `[n]` int64 items of the catalogue, best first. log_p: `[n]`, log-softmax of the scores over the union: logs
     of probabilities if the loss ranks the union (not under `loss.scope=service` or `loss.kind=one_negative`).
     domain: `[Z]`, the analyser's posterior over services; None in a dense model.
     relevance: `[M]`, what each slot of the profile matters to the request; None in a model without one.
@@ -67,8 +67,8 @@ def recommend(
     if profile is not None:
         rows, profile = _continue_profile(run, rows, profile)
     batch, slot = _make_batch(run, user, rows, request, is_continued)
-    score_I, found = _score(run.predictor, batch, slot, run.catalog, profile)
-    log_p_I = np.asarray(jax.nn.log_softmax(score_I), np.float64)
+    log_p_I, found = _predict(run.predictor, batch, slot, run.catalog, profile)
+    log_p_I = np.asarray(log_p_I, np.float64)
     best = np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
     return Recommendation(best, log_p_I[best], *(None if x is None else np.asarray(x) for x in found))
 
@@ -89,11 +89,11 @@ def _continue_profile(run: Run, rows: np.ndarray, profile: UserState) -> tuple[n
 
 
 @jax.jit
-def _score(predictor: Predictor, batch: Batch, slot: jax.Array, catalog: Catalog, start_B: UserState | None):
-    """Scores `[I]` of all items of a bound catalogue at a flat slot; and what else the model says."""
+def _predict(predictor: Predictor, batch: Batch, slot: jax.Array, catalog: Catalog, start_B: UserState | None):
+    """Log-probabilities `[I]` of all items of a bound catalogue at a flat slot; and what else the model says."""
     profile = None if start_B is None else predictor.params.read_profiles(batch, catalog, start_B)
     outputs = predictor.encode(batch, catalog, profile=profile)
-    score_QI = score_items(outputs, batch, slot[None], catalog)
+    log_p_QI = log_prob_items(outputs, batch, slot[None], catalog)
 
     def pick(x_BTX, is_log):
         if x_BTX is None:
@@ -103,7 +103,7 @@ def _score(predictor: Predictor, batch: Batch, slot: jax.Array, catalog: Catalog
 
     weight_BTX = None if outputs.pointers is None else outputs.pointers.log_weight_BTX
     found = pick(outputs.log_domain_BTZ, True), pick(outputs.relevance_BTM, False), pick(weight_BTX, True)
-    return score_QI[0], found
+    return log_p_QI[0], found
 
 
 def find_user(run: Run, user: str) -> int:
@@ -136,11 +136,12 @@ def _make_batch(
     """The last events of a history in one row, and the slot whose request this is."""
     data, dataset = run.config.data, run.data.dataset
     own_Y = np.zeros(dataset.profile_codes[0].shape[1], np.int32)
-    at = np.zeros(1, np.int64)  # for the time zone, where that is a field of the user's
+    fields = dict(request.fields)
     if user is not None:
-        at = np.array([find_user(run, user)])
-        own_Y = dataset.profile_codes[0][at[0]]
-    # A sequence that is not cut, and goes on from nothing, begins with its control slot, as in training.
+        at = find_user(run, user)
+        own_Y = dataset.profile_codes[0][at]
+        fields = {name: str(values[at]) for name, values in dataset.profile.items()} | fields
+    # A sequence that leaves room for it, and goes on from nothing, begins with its control slot, as in training.
     has_control = np.array([data.first_event and not is_continued and len(rows) < data.history_len])
     events = rows[-data.history_len :]
     sequences = Sequences(
@@ -155,7 +156,10 @@ def _make_batch(
     time = np.array([UNKNOWN_TIME if request.time is None else request.time], np.int64)
     code_C = encode_context(dataset, data.schema.edges, request.context)
     zones = find_zones(dataset, data.schema)  # by what was said, be it known to the model or not
-    utc_offset = np.zeros(1, np.int32) if zones is None else zones.find_utc_offsets(at, time, code_C[None])
+    utc_offset = np.zeros(1, np.int32)
+    if zones is not None:
+        zones = zones.of_somebody(data.schema, fields)
+        utc_offset = zones.find_utc_offsets(np.zeros(1, np.int64), time, code_C[None])
     batch.request.time_BT[0, last] = device_time(time)[0]
     batch.request.utc_offset_BT[0, last] = utc_offset[0]
     batch.request.context_BTC[0, last] = hide_unknown(run, code_C)

@@ -7,6 +7,7 @@ import jax
 from moerec.config import Config
 from moerec.config.registry import Registry
 from moerec.data.packing import Packed
+from moerec.errors import InputError
 from moerec.nn.model import SequenceModel
 from moerec.types import Array, Batch, Catalog, Outputs, Target
 
@@ -38,7 +39,11 @@ class TaskSums(NamedTuple):
 class Task(Protocol):
     """What is learned from slots. Everything but `render` and `constants` runs inside the compiled step."""
 
-    name: str
+    name: str  # the one that it is registered under
+
+    def check(self, config: Config) -> None:
+        """Raises: InputError, where the config does not go with the task."""
+        ...
 
     def render(self, packed: Packed) -> Target:
         """The targets of packed slots; NumPy, in the input pipeline."""
@@ -63,7 +68,11 @@ class Task(Protocol):
     def loss(
         self, model: SequenceModel, outputs: Outputs, batch: Batch, catalog: Catalog, draws: Draws, config: Config
     ) -> TaskSums:
-        """The sums of a microbatch."""
+        """The sums of a microbatch.
+
+        `TaskSums.weight` has to be the sum of the target's weights. Names of `parts` become names of metrics; `loss` is
+        the one that is shown, and `total` stands for it where there is none.
+        """
         ...
 
 
@@ -75,17 +84,24 @@ def make_tasks(config: Config) -> list[Task]:
     """The tasks that a config names.
 
     Raises:
-      InputError: a name, or that of a part that a task uses, is not known.
+      InputError: a name is not known or given twice, or a task refuses the config.
     """
-    return [TASKS[name]() for name in config.tasks]
+    tasks = [TASKS[name]() for name in config.tasks]
+    for name, task in zip(config.tasks, tasks, strict=True):
+        if config.tasks.count(name) > 1:
+            raise InputError(f"config.tasks: {name!r} is given twice")
+        if task.name != name:
+            raise InputError(f"config.tasks: {name!r} is a task that calls itself {task.name!r}")
+        task.check(config)
+    return tasks
 
 
 def render_targets(tasks: list[Task], packed: Packed) -> dict[str, Target]:
-    """What all tasks want of packed slots."""
+    """`{task: Target}`, what all tasks want of packed slots `[B, T]`."""
     return {task.name: task.render(packed) for task in tasks}
 
 
 def find_domains(tasks: list[Task], batch: Batch, catalog: Catalog) -> Array | None:
-    """Of the first task that has them."""
+    """`[B, T]` int32 domains under which slots are counted, of the first task that has domains; None without one."""
     found = (task.domains(batch.targets[task.name], catalog) for task in tasks)
     return next((domain_BT for domain_BT in found if domain_BT is not None), None)

@@ -22,6 +22,9 @@ class NextEvent:
 
     name = "next_event"
 
+    def check(self, config: Config) -> None:
+        check_loss(config)
+
     def render(self, packed: Packed) -> Target:
         weight_BT = (packed.batch.segment_BT > 0).astype(np.float32)
         return Target(packed.next_item_BT, weight_BT)

@@ -69,14 +69,14 @@ def _told_if_damaged(folder: Path, step: int) -> Iterator[None]:
 class Checkpoints:
     """`DIR/last/STEP` and `DIR/best/STEP`; a half-written one is never seen."""
 
-    def __init__(self, folder: Path, read_only: bool = False):
-        """Args: `DIR`; read_only: for `restore_best` alone; nothing there is created, saved or tidied up."""
+    def __init__(self, folder: Path, read_only: bool = False, kind: str = "best"):
+        """Args: `DIR`; read_only: nothing there is created, saved or tidied up, and only the one `kind` is read."""
         folder = folder.resolve()
         self._folder = folder
         with _quiet() if read_only else contextlib.nullcontext():
             self._last, self._best = (
                 ocp.CheckpointManager(
-                    folder / ("best" if read_only else name),
+                    folder / (kind if read_only else name),
                     # Named, or reading the shapes of a folder warns about items that no handler is known for.
                     item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
                     options=ocp.CheckpointManagerOptions(
@@ -153,21 +153,23 @@ class Checkpoints:
             )
         return unflatten(like, restored["state"]), TrainProgress(**restored["progress"])
 
-    def read_best(self, prefixes: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Leaves of the best state by path, those that begin with a prefix, as they were written.
+    def read_leaves(self, prefixes: tuple[str, ...], step: int | None = None) -> dict[str, np.ndarray]:
+        """Leaves by path of what was opened for reading, those that begin with a prefix, as they were written.
+
+        Args: step: the newest one by default.
 
         Raises:
           InputError: there is no checkpoint, or it cannot be read.
         """
-        step = self._best.latest_step()
-        if step is None:
-            raise InputError(f"{self._folder}: holds no checkpoint")
+        step = self._best.latest_step() if step is None else step
+        if step not in self._best.all_steps():
+            raise InputError(f"{self._folder}: holds no checkpoint" + (f" of step {step}" if step is not None else ""))
         with _told_if_damaged(self._folder, step):
             saved = self._best.item_metadata(step)["state"]
             if saved is None:
                 raise InputError(f"{self._folder}: holds no checkpoint")
-            # On whatever device there is: the mesh that a state was written from may not be here.
-            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            # In the host's memory: the mesh that a state was written from may not be here, nor one device hold it.
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
             like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in saved.items()}
             restored = self._best.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
         return {name: np.asarray(x) for name, x in restored["state"].items() if name.startswith(prefixes)}

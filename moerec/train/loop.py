@@ -18,7 +18,7 @@ from moerec.data.pipeline import PackedStream, StreamOptions
 from moerec.errors import InputError, WorkError
 from moerec.nn.model import Predictor
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
-from moerec.tasks import check_loss, make_tasks
+from moerec.tasks import make_tasks
 from moerec.tasks.base import Task, render_targets
 from moerec.train.checkpoint import Checkpoints, TrainProgress
 from moerec.train.malloc import disable_malloc_trim
@@ -73,7 +73,6 @@ def make_trainer(config: Config, data: RunData) -> Trainer:
         raise InputError("training runs in one process so far (config.train.mesh_data splits it over its devices)")
     disable_malloc_trim()
     tasks = make_tasks(config)
-    check_loss(config)
     mesh = make_mesh(config.train.mesh_data, config.train.mesh_expert, config.train.mesh_model)
     sizes = make_sizes(config, data)
 
@@ -112,9 +111,11 @@ def make_stream(config: Config, data: RunData, tasks: list[Task]) -> PackedStrea
     return PackedStream(make_reader(config.data, data), data.dataset.catalogue, render, options)
 
 
-def _resume(config: Config, checkpoints: Checkpoints, state: TrainState, stream) -> tuple[TrainState, TrainProgress]:
+def _resume(
+    config: Config, data: RunData, checkpoints: Checkpoints, state: TrainState, stream
+) -> tuple[TrainState, TrainProgress]:
     if checkpoints.last_step() is None:
-        return warm_start(state, config) if config.train.init_from else state, TrainProgress()
+        return warm_start(state, config, data) if config.train.init_from else state, TrainProgress()
     state, progress = checkpoints.restore_last(state)
     stream.set_state(progress.stream)
     return state, progress
@@ -182,7 +183,7 @@ def fit(config: Config, data: RunData, workdir: Path, evaluate: Evaluator) -> Tr
         contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
         contextlib.closing(iter(trainer.stream)) as stream,
     ):
-        state, progress = _resume(config, checkpoints, trainer.state, stream)
+        state, progress = _resume(config, data, checkpoints, trainer.state, stream)
         with MetricWriter(workdir, config.train.steps, int(state.step), config.name) as writer, mesh_of(state):
             state = _run_steps(config, trainer, evaluate, state, progress, stream, checkpoints, writer)
         checkpoints.wait()

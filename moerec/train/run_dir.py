@@ -15,7 +15,7 @@ from moerec.data.load import DIGEST, RunData, reload_data
 from moerec.errors import InputError
 from moerec.nn.model import ModelSizes, Predictor
 from moerec.nn.sharding import make_mesh, param_shardings, replicated
-from moerec.tasks import check_loss, make_tasks
+from moerec.tasks import make_tasks
 from moerec.train.checkpoint import Checkpoints
 from moerec.train.state import init_state, make_predictor
 from moerec.types import Catalog
@@ -81,7 +81,6 @@ class Run:
         """Raises: InputError, where it is not of this version, or names a part that is not registered."""
         config = read_config(self.folder / CONFIG)
         make_tasks(config)
-        check_loss(config)
         return config
 
     @functools.cached_property

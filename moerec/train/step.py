@@ -42,11 +42,13 @@ def total_loss(sums: StepSums, config: Config) -> tuple[jax.Array, dict[str, jax
     """
     total = jnp.zeros(())
     metrics: dict[str, jax.Array] = {}
-    for place, (name, task) in enumerate(sums.tasks.items()):
+    for place, name in enumerate(config.tasks):  # a dict that JAX has rebuilt is in the order of its keys
+        task = sums.tasks[name]
         weight = jnp.maximum(task.weight, 1)
         total += task.total / weight
         prefix = "" if place == 0 else f"{name}/"
         metrics |= {f"{prefix}{part}": value / weight for part, value in task.parts.items()}
+        metrics.setdefault(f"{prefix}loss", task.total / weight)
         metrics[f"{prefix}slots"] = task.weight
     if sums.routing is not None:
         losses = balance_losses(sums.routing, config.model.moe)

@@ -4,6 +4,7 @@ Leaves are matched by path, and layers one by one: `layers/3/attention/q_DNH` is
 so that a dense model's layers are found by a mixture that groups them otherwise.
 """
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from moerec.config import Config, ModelConfig, TrainConfig
 from moerec.config.stored import read_config
+from moerec.data.load import DIGEST, RunData
 from moerec.errors import InputError
 from moerec.nn.block import split_layers
 from moerec.train.checkpoint import Checkpoints
-from moerec.train.paths import first_match, flatten, unflatten
+from moerec.train.paths import first_match, flatten, name_path, unflatten
 from moerec.train.state import TrainState
 
 ROUTER_BIAS, BIAS = "router_bias_LE", "router_bias_E"  # of the state, and of a layer
@@ -111,23 +114,42 @@ def match_leaves(
     return Restored({name: there[path] for name, path in names.items()}, renamed, fresh, dropped)
 
 
+def find_checkpoint(folder: Path) -> tuple[Path, str, int | None]:
+    """The run that a folder belongs to, which of its checkpoints are meant, and the step (None: the newest).
+
+    Raises:
+      InputError: it is neither a run's folder, nor `checkpoints`, `checkpoints/KIND` or `checkpoints/KIND/STEP` in one.
+    """
+    folder = folder.resolve()
+    if (folder / "config.json").is_file():
+        return folder, "best", None
+    for run in folder.parents[:3]:
+        inside = folder.relative_to(run).parts
+        is_step = len(inside) == 3 and inside[2].isdecimal()
+        if inside[0] == "checkpoints" and (len(inside) < 3 or is_step):
+            kind = inside[1] if len(inside) > 1 else "best"
+            if kind in ("best", "last") and (run / "config.json").is_file():
+                return run, kind, int(inside[2]) if is_step else None
+    raise InputError(f"config.train.init_from: {folder} is no run and no checkpoint of one")
+
+
 def read_parameters(folder: Path) -> dict[str, np.ndarray]:
-    """The best parameters of a run, by layer, those that are evaluated: the averaged ones where there are some.
+    """The parameters of a checkpoint, by layer, those that are evaluated: the averaged ones where there are some.
 
     Args:
-      folder: the run's, or that of its checkpoints.
+      folder: a run's, whose best checkpoint is meant; or of its checkpoints `checkpoints/last`, or a step there.
 
     Raises:
       InputError: it holds no run, or no checkpoint.
     """
-    run = folder.parent if (folder / "best").is_dir() else folder
+    run, kind, step = find_checkpoint(folder)
     config = read_config(run / "config.json")
-    if not (run / "checkpoints" / "best").is_dir():
+    if not (run / "checkpoints" / kind).is_dir():
         raise InputError(f"{run}: holds no checkpoint")
-    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True, kind=kind)
     try:
         prefix = "average/" if config.optim.ema_decay else "params/"
-        leaves = checkpoints.read_best((prefix, ROUTER_BIAS))
+        leaves = checkpoints.read_leaves((prefix, ROUTER_BIAS), step)
     finally:
         checkpoints.close()
     bias_LE = leaves.pop(ROUTER_BIAS, None)
@@ -144,18 +166,19 @@ def _split_bias(bias_LE: Any, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def warm_start(state: TrainState, config: Config) -> TrainState:
+def warm_start(state: TrainState, config: Config, data: RunData) -> TrainState:
     """The state before the first step with the parameters of `train.init_from`; what became of each leaf is told.
 
     Parameters are placed as those of the state are; moments and the step stay those of a start.
 
     Raises:
-      InputError: as `read_parameters` and `match_leaves`.
+      InputError: as `read_parameters` and `match_leaves`; or a table of items or tokens is of other ones there.
     """
     current = flatten(state.params)
     by_layer = split_groups(current, config.model) | _split_bias(state.router_bias_LE, config.model)
     there = read_parameters(Path(config.train.init_from))
     restored = match_leaves({path: leaf.shape for path, leaf in by_layer.items()}, there, config.train)
+    _refuse_other_items(restored, state, config, data)
     print(describe(restored, config.train.init_from), file=sys.stderr)
     by_layer |= restored.leaves
     joined = join_groups(by_layer, config.model, current)
@@ -166,6 +189,23 @@ def warm_start(state: TrainState, config: Config) -> TrainState:
         bias_LE = jax.device_put(np.stack(rows), bias_LE.sharding)
     average = None if state.average is None else jax.tree.map(jnp.copy, params)
     return state._replace(params=params, router_bias_LE=bias_LE, average=average)
+
+
+def _refuse_other_items(restored: Restored, state: TrainState, config: Config, data: RunData) -> None:
+    """Rows of items and tokens mean the same only where the items, their numbering and their texts are the same."""
+    run, _, _ = find_checkpoint(Path(config.train.init_from))
+    path = run / DIGEST
+    known = json.loads(path.read_text()).get("items_sha256") if path.is_file() else None
+    if known == data.items_digest:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(state.params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    tables = [name_path(path) for path, leaf in leaves if {"items", "vocab"} & set(leaf.get_metadata().get("axes", ()))]
+    for name in tables:
+        if name in restored.leaves:
+            raise InputError(
+                f"config.train.init_from: {name} is of other items there, or of items numbered otherwise (data.seed); "
+                "init_fresh and init_drop leave it out"
+            )
 
 
 def describe(restored: Restored, source: str) -> str:

@@ -16,7 +16,7 @@ from moerec.config.python_file import import_plugin
 from moerec.data.load import load_data
 from moerec.errors import InputError
 from moerec.eval.baselines import BASELINES, register_scorer
-from moerec.eval.evaluate_run import run
+from moerec.eval.evaluate_run import run_experiment
 from moerec.nn.profile import ema_memory, register_memory
 from moerec.nn.profile.memory import MEMORIES
 from moerec.serve.recommender import recommend
@@ -156,6 +156,9 @@ class SmallStates:
 
     name = "small_states"
 
+    def check(self, config):
+        pass
+
     def render(self, packed):
         batch = packed.batch
         return Target(np.zeros_like(batch.item_BT), (batch.service_BT == 0).astype(np.float32))
@@ -186,9 +189,9 @@ def test_a_memory_a_baseline_and_a_task_of_ones_own_are_used_by_name(registries,
     personal = PersonalConfig(layers=(1,), n_aspects=2, d_memory=4, memory="own_ema")
     model = dataclasses.replace(config.model, personal=personal, dropout=0.0)
     config = dataclasses.replace(config, model=model, baselines=("even_items",))
-    run(config, tmp_path / "plain")
+    run_experiment(config, tmp_path / "plain")
     both = dataclasses.replace(config, tasks=("next_event", "small_states"))
-    metrics = run(both, tmp_path / "both")
+    metrics = run_experiment(both, tmp_path / "both")
     n_items = load_data(config.data, tmp_path / "data").dataset.catalogue.n_items
     # Half of the items are level with the target, and none or half are above it.
     assert 0 < metrics["baselines"]["even_items"]["union"]["all"]["recall@10"] < 2 * 10 / (n_items / 2)
@@ -216,6 +219,6 @@ def test_without_them_their_names_are_refused(tmp_path):
         ("tasks", {"tasks": ("small_states",)}),
     ):
         with pytest.raises(InputError, match=rf"^config\.{field}: '\w+' is none of .*--plugin=MODULE") as error:
-            run(dataclasses.replace(config, **changes), tmp_path / "run")
+            run_experiment(dataclasses.replace(config, **changes), tmp_path / "run")
         assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()

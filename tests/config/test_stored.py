@@ -11,7 +11,7 @@ import pytest
 from moerec.config import Config
 from moerec.config.stored import FORMAT, list_differences, read_config, read_stored, store_config
 from moerec.errors import InputError
-from moerec.eval.evaluate_run import run
+from moerec.eval.evaluate_run import run_experiment
 from moerec.files import to_plain
 from moerec.serve.recommender import recommend
 from moerec.serve.request import RecommendRequest
@@ -116,7 +116,7 @@ def test_a_run_of_an_older_field_set_goes_on_and_answers(tmp_path, monkeypatch):
     """Interrupted, and begun when some fields were not there yet: it ends as the same run does undisturbed."""
     config = make_config(steps=4, eval_every=2, save_every=2)
     config.baselines = ()
-    whole = run(config, tmp_path / "whole")
+    whole = run_experiment(config, tmp_path / "whole")
     save_last = Checkpoints.save_last
 
     def save_and_fail(self, step, state, progress):
@@ -126,7 +126,7 @@ def test_a_run_of_an_older_field_set_goes_on_and_answers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "save_last", save_and_fail)
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "parts")
+        run_experiment(config, tmp_path / "parts")
     monkeypatch.setattr(Checkpoints, "save_last", save_last)
     stored = tmp_path / "parts" / "config.json"
     values = json.loads(stored.read_text())
@@ -134,7 +134,7 @@ def test_a_run_of_an_older_field_set_goes_on_and_answers(tmp_path, monkeypatch):
     for name in [name for name in values["train"] if name.startswith("init_")]:
         del values["train"][name]
     stored.write_text(json.dumps(values))
-    found = run(config, tmp_path / "parts")
+    found = run_experiment(config, tmp_path / "parts")
     assert (found["steps"], found["test"], found["valid"]) == (4, whole["test"], whole["valid"])
     del values["model"]["group_starts"]
     stored.write_text(json.dumps(values))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.load import load_data, make_reader
-from moerec.data.timezones import find_utc_offsets_in
+from moerec.data.timezones import find_utc_offsets_in, find_zones
 from moerec.errors import InputError
 
 ZONES = ("UTC", "Europe/Moscow", "Asia/Yekaterinburg", "Europe/Berlin", "Asia/Kathmandu", "Australia/Lord_Howe")
@@ -79,6 +79,16 @@ def test_zones_go_by_the_city_of_the_event_or_of_the_user_or_are_everybodys(conf
     everybody = load(config, tmp_path, zone="Asia/Kathmandu").dataset.log
     assert everybody.utc_offset.tolist() == [20700] * 5 + [0] * 2
     assert load(config, tmp_path).dataset.log.utc_offset.tolist() == [0] * 7
+
+
+def test_the_clock_of_a_new_user_is_that_of_their_fields_and_nobody_elses(config, tmp_path):
+    zones = ("berlin=Europe/Berlin", "moscow=Europe/Moscow")
+    schema = dataclasses.replace(config.schema, zone_column="home", zones=zones)
+    found = find_zones(load(config, tmp_path, zone_column="home", zones=zones).dataset, schema)
+    winter, somebody, no_context = np.array([1704067200]), np.zeros(1, int), np.zeros((1, 1), int)
+    for fields, hours in (({}, 0), ({"home": "berlin"}, 1), ({"home": "moscow"}, 3), ({"home": "oslo"}, 0)):
+        own = found.of_somebody(schema, fields)
+        assert own.find_utc_offsets(somebody, winter, no_context).tolist() == [3600 * hours]
 
 
 @pytest.mark.parametrize("column", ["city", "home"])

@@ -62,7 +62,7 @@ def finished(tmp_path_factory):
         patch.setattr(load, "hashlib", CountingHashlib)
         patch.setattr(load, "Catalog", count_catalog)
         patch.setattr(evaluate_run, "build_table", note_table)
-        metrics = evaluate_run.run(config, folder)
+        metrics = evaluate_run.run_experiment(config, folder)
         yield folder, config, metrics, made, tables
 
 
@@ -122,7 +122,7 @@ def test_a_finished_run_is_not_evaluated_anew(finished, monkeypatch):
 
     monkeypatch.setattr(evaluate_run, "fit", refuse)
     monkeypatch.setattr(evaluate_run, "make_results", refuse)
-    again = evaluate_run.run(config, folder)
+    again = evaluate_run.run_experiment(config, folder)
     assert again["test"] == metrics["test"]
     assert again["baselines"] == metrics["baselines"]
 
@@ -130,5 +130,5 @@ def test_a_finished_run_is_not_evaluated_anew(finished, monkeypatch):
 def test_an_unknown_baseline_is_refused_before_anything_is_made(tmp_path):
     config = dataclasses.replace(make_config(), baselines=("popularity", "popularty"))
     with pytest.raises(InputError, match=r"^config\.baselines: 'popularty' is none of .*--plugin=MODULE.*$"):
-        evaluate_run.run(config, tmp_path / "run")
+        evaluate_run.run_experiment(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ import pytest
 from experiments import compare as command
 from moerec.config import SplitConfig, cli
 from moerec.errors import InputError
-from moerec.eval.evaluate_run import run
+from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.per_target import compare_targets, read_ranks
 from tests.tiny import make_config
 
@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
     split = SplitConfig(kind="leave_one_out", per_service=True)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, split=split), baselines=())
     for seed in (0, 1):
-        run(dataclasses.replace(config, seed=seed), root / str(seed))
+        run_experiment(dataclasses.replace(config, seed=seed), root / str(seed))
     return root / "0", root / "1"
 
 

@@ -125,7 +125,7 @@ def test_the_text_table_holds_the_numbers_in_their_places():
     assert [line.count("*") for line in lines[2:6]] == [9, 0, 0, 0]
     low, reached, high = (0.03 * 1.3, 0.1 * 1.3, 0.14 * 1.3)
     assert f"{100 * (reached - low) / (high - low):.0f} % of the gap" in lines[-1]
-    assert lines[-2].startswith("130 targets; seen items are no candidates; * best but for the ceiling")
+    assert lines[-2].startswith("130 targets; seen items are no candidates; * best except the oracle")
 
 
 def test_many_services_wrap_and_none_is_lost():

@@ -9,6 +9,7 @@ import numpy as np
 from moerec.types import EVENT, NO_TIME, RECOMMEND
 
 EPOCH = datetime.datetime(2000, 1, 1)
+FIELD_SIZES = (3, 2)  # of the models in these tests
 Weights = dict[str, np.ndarray]
 
 
@@ -208,6 +209,10 @@ def slot_vector(w: Weights, batch, table, b, t, context_sizes, harmonics=None, i
             parts.append(time_vector(part(w, "event_time"), time, offset, before, last, harmonics))
     elif kind == RECOMMEND:
         parts.append(w["control_D"])
+        if "field" in w:
+            sizes = FIELD_SIZES
+            codes = batch.request.field_BTY[b, t]
+            parts += [w["field"][sum(sizes[:y]) + code] for y, code in enumerate(codes) if code]
     request = batch.request
     if any(name.startswith("request_time") for name in w):
         last = [last_in_service(batch, table, b, t, z) for z in range(int(table.service_I.max()) + 1)]

@@ -35,7 +35,7 @@ def make_items(row: bool, text: bool) -> ItemEncoder:
 @functools.cache
 def make_slots(*on: str, time: tuple[tuple[str, object], ...] = ()) -> SlotEncoder:
     config = make_config(**{name: name in on for name in SWITCHES}, time=TimeConfig(**dict(time)))
-    sizes = (SIZES.n_services, SIZES.n_actions, SIZES.context_sizes, SIZES.has_control)
+    sizes = (SIZES.n_services, SIZES.n_actions, SIZES.context_sizes, SIZES.field_sizes, SIZES.has_control)
     return fill(jax.eval_shape(lambda: SlotEncoder(jax.random.key(0), config, *sizes)))
 
 
@@ -151,8 +151,13 @@ def test_slot_vector_with_every_feature_of_times(kind, batch):
 def test_with_all_switches_off_an_event_is_its_item_and_a_control_slot_its_token(batch):
     slots = make_slots()
     kind_BT1 = batch.kind_BT[..., None]
-    expected = np.where(kind_BT1 == EVENT, ITEM, 0) + np.where(kind_BT1 == RECOMMEND, slots.control_D[...], 0)
-    np.testing.assert_array_equal(slots(batch, ITEM, TABLE), expected)
+    fields = np.zeros((*batch.item_BT.shape, 8), np.float32)
+    for b, t, y in np.ndindex(batch.request.field_BTY.shape):
+        code = batch.request.field_BTY[b, t, y]
+        fields[b, t] += slots.field[...][sum(SIZES.field_sizes[:y]) + code] if code else 0
+    control = slots.control_D[...] + fields
+    expected = np.where(kind_BT1 == EVENT, ITEM, 0) + np.where(kind_BT1 == RECOMMEND, control, 0)
+    np.testing.assert_allclose(slots(batch, ITEM, TABLE), expected, atol=1e-6)
     # And the item has a gradient where there is an event, alone.
     pulled = jax.grad(lambda item: jnp.sum(slots(batch, item, TABLE)))(jnp.asarray(ITEM))
     np.testing.assert_array_equal(pulled, np.broadcast_to(kind_BT1 == EVENT, ITEM.shape))

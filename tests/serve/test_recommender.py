@@ -12,7 +12,7 @@ from experiments import recommend as recommend_command
 from moerec.config import MoEConfig, PersonalConfig, cli
 from moerec.data.splits import TEST
 from moerec.errors import InputError
-from moerec.eval.evaluate_run import run
+from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.metrics import per_target_metrics
 from moerec.eval.probes.interventions import evaluate_interventions
 from moerec.eval.ranking import EvalDataset, rank_targets
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     model = dataclasses.replace(config.model, moe=moe, personal=personal, pointer="services")
     folder = tmp_path_factory.mktemp("trained")
     evaluation = dataclasses.replace(config.eval, interventions=True)
-    run(dataclasses.replace(config, model=model, eval=evaluation, baselines=()), folder)
+    run_experiment(dataclasses.replace(config, model=model, eval=evaluation, baselines=()), folder)
     return folder
 
 
@@ -303,6 +303,8 @@ def test_the_command(folder, capsys):
     assert capsys.readouterr().out != nobody
     assert execute("--new_user", f"--fields={field}={value}") == 0
     assert capsys.readouterr().out != nobody
+    assert execute("--new_user", "--user=p000000") == 2
+    assert capsys.readouterr().err.startswith("error: --new_user: ")
     for wrong in ("--top_k=0", "--user=nobody", "--service=post", "--time=soon", "--context=sky", "--fields=mood=good"):
         assert execute(wrong) == 2
         assert capsys.readouterr().err.startswith(f"error: {wrong.partition('=')[0]}: ")

@@ -1,5 +1,6 @@
 """Tasks and losses of one's own: what the registries take and refuse, and a loss in a model with pointers."""
 
+import dataclasses
 import re
 import types
 
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.config import Config, LossConfig, ModelConfig
+from moerec.config import Config, LossConfig, ModelConfig, TrainConfig
 from moerec.errors import InputError
 from moerec.nn.attention import causal_segment_mask
 from moerec.tasks import Draws, NextEvent, check_loss, draw_one_each, draw_shared, make_tasks, register_loss
-from moerec.tasks.base import find_domains, render_targets
+from moerec.tasks.base import TASKS, find_domains, render_targets
 from moerec.tasks.losses import LOSSES, DrawInputs, sampling_cdf
+from moerec.train.state import start_state
+from moerec.train.step import make_train_step, sum_losses
 from moerec.types import EVENT
 from tests.nn import numpy_model as oracle
 from tests.small_model import SIZES, make_batch, make_config, make_model, make_table, target_of
@@ -200,3 +203,73 @@ def test_the_targets_are_the_next_items_of_all_slots_but_padding():
     np.testing.assert_array_equal(target.label_BT, packed.next_item_BT)
     np.testing.assert_array_equal(target.weight_BT, BATCH.segment_BT > 0)
     assert target.weight_BT.dtype == np.float32
+
+
+class Renamed(NextEvent):
+    """A task under another name than its own."""
+
+
+class Quiet(NextEvent):
+    """Next items under another name, without a part that is called `loss`."""
+
+    name = "quiet"
+
+    def loss(self, *arguments):
+        sums = super().loss(*arguments)
+        return sums._replace(parts={"items": sums.parts["loss"]})
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    monkeypatch.setattr(TASKS, "_found", {**TASKS._found, "renamed": Renamed, "quiet": Quiet})
+
+
+@pytest.mark.usefixtures("tasks")
+def test_tasks_have_their_own_names_and_each_stands_once():
+    assert [task.name for task in make_tasks(Config(tasks=("next_event", "quiet")))] == ["next_event", "quiet"]
+    with pytest.raises(InputError, match=r"config\.tasks: 'next_event' is given twice"):
+        make_tasks(Config(tasks=("next_event", "quiet", "next_event")))
+    with pytest.raises(InputError, match=r"config\.tasks: 'renamed' is a task that calls itself 'next_event'"):
+        make_tasks(Config(tasks=("renamed",)))
+
+
+@pytest.mark.usefixtures("tasks")
+@pytest.mark.parametrize("names", [("quiet",), ("next_event", "quiet"), ("quiet", "next_event")])
+@pytest.mark.parametrize("n_microbatches", [1, 2])
+def test_losses_of_tasks_are_added_each_over_its_own_weight_whatever_the_microbatches(names, n_microbatches):
+    """`quiet` has half of the weight in half of the rows: its mean is another one than that of `next_event`."""
+    small = {"n_layers": 1, "item_text": False, "event_time": False, "dropout": 0.0}
+    train = TrainConfig(batch_size=4, n_microbatches=n_microbatches)
+    config = Config(model=make_config(**small), loss=LossConfig(chunk=4), train=train, tasks=names)
+    batch = make_batch(5, [[6, 2], [7], [3], [0]], 8, control=True)
+    target = target_of(batch)
+    less = target._replace(weight_BT=target.weight_BT * np.array([[0.5], [1], [0], [1]], np.float32))
+    batch = batch._replace(targets={"next_event": target, "quiet": less})
+    state = start_state(config, make_model(config.model, seed=2))
+    found = make_tasks(config)
+    constants = {task.name: task.constants(TABLE, config) for task in found}
+    _, metrics = jax.jit(make_train_step(config, found))(state, batch, ON_DEVICE, constants)
+
+    def mean(name):
+        own = batch._replace(targets={"next_event": batch.targets[name]})
+        alone = dataclasses.replace(config, tasks=("next_event",), train=TrainConfig(batch_size=4))
+        sums = sum_losses(state.params, own, ON_DEVICE, [NextEvent()], {"next_event": Draws()}, alone)
+        return float(sums.tasks["next_event"].total / sums.tasks["next_event"].weight)
+
+    assert float(metrics["loss"]) == pytest.approx(mean(names[0]), rel=1e-5)
+    if len(names) == 2:
+        assert float(metrics[f"{names[1]}/loss"]) == pytest.approx(mean(names[1]), rel=1e-5)
+
+    # The norm of the gradient is that of the sum of the means.
+    def total(params):
+        parts = []
+        for name in names:
+            own = batch._replace(targets={"next_event": batch.targets[name]})
+            sums = sum_losses(params, own, ON_DEVICE, [NextEvent()], {"next_event": Draws()}, config).tasks[
+                "next_event"
+            ]
+            parts.append(sums.total / sums.weight)
+        return sum(parts)
+
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(jax.grad(total)(state.params))))
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)

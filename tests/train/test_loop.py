@@ -19,7 +19,7 @@ from moerec.data.dataset import permute_items
 from moerec.data.load import load_data
 from moerec.data.splits import TEST
 from moerec.errors import InputError, WorkError
-from moerec.eval.evaluate_run import run
+from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.ranking import make_evaluator, make_valid_set
 from moerec.train.checkpoint import Checkpoints, TrainProgress
 from moerec.train.loop import TrainResult, fit, make_trainer
@@ -35,8 +35,8 @@ RUN = f"""
 import sys
 from pathlib import Path
 from tests.tiny import make_config
-from moerec.eval.evaluate_run import run
-run(make_config(**{LONG_RUN}), Path(sys.argv[1]))
+from moerec.eval.evaluate_run import run_experiment
+run_experiment(make_config(**{LONG_RUN}), Path(sys.argv[1]))
 """
 
 
@@ -66,7 +66,7 @@ def wait_for_line(path: Path, step: int, process: subprocess.Popen, limit_s: flo
 
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    run(make_config(**LONG_RUN), undisturbed)
+    run_experiment(make_config(**LONG_RUN), undisturbed)
     step = int(np.random.default_rng(time.time_ns()).integers(9, 28))
     print("killed at", step)
     process = start_run(killed)
@@ -274,10 +274,10 @@ def test_a_loss_that_is_not_finite_fails_with_its_step(tmp_path, tiny_data, monk
 
 def test_a_directory_of_another_config_is_refused(tmp_path):
     config = make_config()
-    run(config, tmp_path)
+    run_experiment(config, tmp_path)
     before = (tmp_path / "metrics.json").read_text()
     with pytest.raises(InputError, match=r"config.model.n_layers was 2 and is 1"):
-        run(dataclasses.replace(config, model=dataclasses.replace(config.model, n_layers=1)), tmp_path)
+        run_experiment(dataclasses.replace(config, model=dataclasses.replace(config.model, n_layers=1)), tmp_path)
     assert (tmp_path / "metrics.json").read_text() == before
 
 
@@ -285,8 +285,8 @@ def test_a_first_start_that_failed_leaves_the_directory_free(tmp_path):
     config = make_config()
     missing = dataclasses.replace(config.data, source="prepared", prepared=str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="nothing"):
-        run(dataclasses.replace(config, data=missing), tmp_path / "run")
-    assert run(config, tmp_path / "run")["steps"] == 12
+        run_experiment(dataclasses.replace(config, data=missing), tmp_path / "run")
+    assert run_experiment(config, tmp_path / "run")["steps"] == 12
 
 
 def test_metrics_are_read_when_the_next_step_is_under_way(tmp_path, tiny_data, monkeypatch):
@@ -333,7 +333,7 @@ def finished(tmp_path_factory):
     config = make_config()
     config.baselines = ("popularity", "item_knn", "sasrec_one_negative", "sasrec_sampled")
     config.loss.n_negatives = 16
-    return config, folder, run(config, folder)
+    return config, folder, run_experiment(config, folder)
 
 
 def test_a_run_directory_holds_what_is_promised(finished):
@@ -391,18 +391,18 @@ def test_a_directory_is_not_reused_for_other_data(finished, monkeypatch):
     before = (folder / "metrics.json").read_bytes()
     monkeypatch.setattr("moerec.data.load.permute_items", lambda dataset, seed: permute_items(dataset, seed + 1))
     with pytest.raises(InputError, match="this directory holds a run on other data"):
-        run(config, folder)
+        run_experiment(config, folder)
     assert (folder / "metrics.json").read_bytes() == before
 
 
 def test_a_run_is_not_written_among_other_things(tmp_path):
     (tmp_path / "prices.csv").write_text("a,b\n")
     with pytest.raises(InputError, match=r"no directory of a run \(there is prices.csv\)"):
-        run(make_config(steps=1, eval_every=0), tmp_path)
+        run_experiment(make_config(steps=1, eval_every=0), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["prices.csv"]
     (tmp_path / "prices.csv").unlink()
     for name in ("data.partial-99", ".DS_Store", "job.log"):  # what a killed call, a file browser and a scheduler leave
         (tmp_path / name).touch()
     tables = DataConfig(source="tables", tables=TablesConfig(folder=str(tmp_path / "nowhere")))
     with pytest.raises(InputError, match="no such file"):
-        run(dataclasses.replace(make_config(steps=1, eval_every=0), data=tables), tmp_path)
+        run_experiment(dataclasses.replace(make_config(steps=1, eval_every=0), data=tables), tmp_path)

@@ -11,9 +11,11 @@ import pytest
 
 from moerec.config import Config, MoEConfig, TrainConfig
 from moerec.config.stored import store_config
-from moerec.data.load import load_data
+from moerec.data.dataset import permute_items
+from moerec.data.load import DIGEST, load_data
 from moerec.errors import InputError
 from moerec.eval.ranking import make_evaluator
+from moerec.files import write_json
 from moerec.train.checkpoint import Checkpoints
 from moerec.train.loop import fit, make_trainer
 from moerec.train.paths import flatten
@@ -40,6 +42,7 @@ def data(tmp_path_factory):
 def train(config: Config, data, folder):
     folder.mkdir(exist_ok=True)
     store_config(folder / "config.json", config)
+    write_json(folder / DIGEST, {"sha256": data.digest, "items_sha256": data.items_digest})
     return fit(config, data, folder, make_evaluator(config, data))
 
 
@@ -94,9 +97,10 @@ def test_a_run_begins_with_the_averaged_parameters_of_another(dense, data, capsy
     config = make_own(dense)
     state, before = start(config, data), start(config, data)
     source = best_state(dense, make_own(), data)
-    for folder in (dense, dense / "checkpoints"):
+    best = dense / "checkpoints" / "best"
+    for folder in (dense, dense / "checkpoints", best, best / "3", dense / "checkpoints" / "last"):
         config.train.init_from = str(folder)
-        begun = warm_start(state, config)
+        begun = warm_start(state, config, data)
         assert_same(begun.params, source.average)
         assert_same(begun.average, source.average)
         assert_same((begun.step, begun.opt_state), (before.step, before.opt_state))
@@ -107,7 +111,7 @@ def test_a_run_begins_with_the_averaged_parameters_of_another(dense, data, capsy
 def test_without_an_average_the_last_parameters_are_taken_and_router_biases_with_them(mixture, data):
     source = best_state(mixture, make_own(moe=MOE, ema=0.0), data)
     assert np.any(source.router_bias_LE)
-    begun = warm_start(start(make_own(mixture, MOE), data), make_own(mixture, MOE))
+    begun = warm_start(start(make_own(mixture, MOE), data), make_own(mixture, MOE), data)
     assert_same(begun.params, source.params)
     assert_same(begun.average, source.params)
     assert_same(begun.router_bias_LE, source.router_bias_LE)
@@ -117,7 +121,7 @@ def test_biases_go_to_their_layer_whatever_place_it_has_among_the_mixtures(mixtu
     """Layer 0 becomes a mixture, too: its biases are new, and layer 1's stand in the second row."""
     config = make_own(mixture, dataclasses.replace(MOE, layers=(0, 1)))
     config.train.init_fresh, config.train.init_drop = ("layers/0/ffn",), ("layers/0/ffn",)
-    begun = warm_start(start(config, data), config)
+    begun = warm_start(start(config, data), config, data)
     source = best_state(mixture, make_own(moe=MOE, ema=0.0), data)
     np.testing.assert_array_equal(begun.router_bias_LE[1], source.router_bias_LE[0])
     assert not np.any(begun.router_bias_LE[0])
@@ -128,7 +132,7 @@ def test_the_first_loss_is_that_of_the_old_parameters(dense, data):
     old, new = make_trainer(make_own(), data), make_own(dense)
     new.model.group_starts = (1,)
     trainer = make_trainer(new, data)
-    begun = warm_start(trainer.state, new)
+    begun = warm_start(trainer.state, new, data)
     assert len(begun.params.groups) == 2
     with contextlib.closing(iter(trainer.stream)) as stream:
         batch = next(stream)
@@ -144,7 +148,7 @@ def test_a_mixture_finds_the_layers_of_a_dense_model(dense, data, capsys):
     config = make_own(dense, MOE)
     config.train.init_fresh, config.train.init_drop = ("layers/1/ffn", "analyser"), ("layers/1/ffn",)
     state = start(config, data)
-    begun = warm_start(state, config)
+    begun = warm_start(state, config, data)
     source = by_layer(best_state(dense, make_own(), data).average, make_own())
     fresh, found = by_layer(state.params, config), by_layer(begun.params, config)
     assert "layers/1/attention/q_DNH" in found
@@ -160,16 +164,16 @@ def test_a_mixture_finds_the_layers_of_a_dense_model(dense, data, capsys):
     ):
         other = dataclasses.replace(config.train, **{field: ()})
         with pytest.raises(InputError, match=words):
-            warm_start(state, dataclasses.replace(config, train=other))
+            warm_start(state, dataclasses.replace(config, train=other), data)
 
 
 def test_what_is_new_stays_as_initialised(dense, data):
     config = make_own(dense, n_layers=3)
     with pytest.raises(InputError, match=r"layers/2/\S+ is not there; init_fresh"):
-        warm_start(start(config, data), config)
+        warm_start(start(config, data), config, data)
     config.train.init_fresh = ("layers/[2-9]",)
     state = start(config, data)
-    found = by_layer(warm_start(state, config).params, config)
+    found = by_layer(warm_start(state, config, data).params, config)
     fresh, source = by_layer(state.params, config), by_layer(best_state(dense, make_own(), data).average, make_own())
     for path, leaf in found.items():
         np.testing.assert_array_equal(leaf, (source if path in source else fresh)[path], err_msg=path)
@@ -179,9 +183,9 @@ def test_layers_move_where_they_are_renamed_and_are_left_out_where_they_are_drop
     """A model of one layer, which is the other one's second."""
     config = make_own(dense, n_layers=1)
     with pytest.raises(InputError, match=r"layers/1/\S+ is not here; init_drop"):
-        warm_start(start(config, data), config)
+        warm_start(start(config, data), config, data)
     config.train.init_rename, config.train.init_drop = ("layers/1=layers/0",), ("layers/0",)
-    found = by_layer(warm_start(start(config, data), config).params, config)
+    found = by_layer(warm_start(start(config, data), config, data).params, config)
     source = by_layer(best_state(dense, make_own(), data).average, make_own())
     for path, leaf in found.items():
         np.testing.assert_array_equal(leaf, source[path.replace("layers/0/", "layers/1/")], err_msg=path)
@@ -236,7 +240,7 @@ def test_a_run_of_another_width_is_refused_by_the_leaf(dense, data):
     config = make_own(dense)
     config.model.d_ff = 28
     with pytest.raises(InputError, match=r"layers/0/ffn/\S+ is \(\S+, \S+\) there, \(\S+, \S+\) here"):
-        warm_start(start(config, data), config)
+        warm_start(start(config, data), config, data)
 
 
 def test_options_without_a_run_are_refused():
@@ -260,7 +264,7 @@ def damage_leaves(folder):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (shutil.rmtree, "no such file"),
+        (shutil.rmtree, "is no run and no checkpoint"),
         (damage_config, "not a JSON file"),
         (lambda folder: shutil.rmtree(folder / "checkpoints"), "holds no checkpoint"),
         (lambda folder: shutil.rmtree(next((folder / "checkpoints" / "best").iterdir())), "holds no checkpoint"),
@@ -299,7 +303,29 @@ def test_only_a_first_start_begins_there_and_the_config_keeps_the_name(dense, da
 def test_it_works_on_a_mesh(dense, data):
     config = make_own(dense, mesh_data=2)
     trainer = make_trainer(config, data)
-    begun = warm_start(trainer.state, config)
+    begun = warm_start(trainer.state, config, data)
     assert_same(begun.params, best_state(dense, make_own(), data).average)
     for one, other in zip(jax.tree.leaves(begun), jax.tree.leaves(trainer.state), strict=True):
         assert one.sharding == other.sharding
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(dense, data):
+    config = make_own(dense)
+    for inside in ("tensorboard", "checkpoints/best/4", "checkpoints/worst", "checkpoints/best/3/state"):
+        config.train.init_from = str(dense / inside)
+        with pytest.raises(InputError, match=r"is no run and no checkpoint|holds no checkpoint of step 4"):
+            warm_start(start(config, data), config, data)
+
+
+def test_rows_of_items_are_not_taken_from_a_run_whose_items_are_others(dense, data):
+    """Items that are numbered otherwise: every row would stand for another item, and no shape would tell."""
+    other = dataclasses.replace(data, dataset=permute_items(data.dataset, 5)[0])
+    config = make_own(dense)
+    with pytest.raises(InputError, match=r"item_encoder/row_ID is of other items there"):
+        warm_start(start(config, other), config, other)
+    tables = ("item_encoder", "head/bias_I")
+    config.train = dataclasses.replace(config.train, init_fresh=tables, init_drop=tables)
+    before = by_layer(start(config, other).params, config)
+    found = by_layer(warm_start(start(config, other), config, other).params, config)
+    np.testing.assert_array_equal(found["item_encoder/row_ID"], before["item_encoder/row_ID"])
+    assert np.any(found["layers/0/attention/q_DNH"] != before["layers/0/attention/q_DNH"])

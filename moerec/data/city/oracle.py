@@ -61,7 +61,7 @@ def predict_targets(
         raise InputError(f"oracle: targets must lie in [0, {log.n_events})")
     problem = _Filter(world, dataset)
     order = np.argsort(targets, kind="stable")
-    users = np.searchsorted(log.offsets, targets[order], side="right") - 1
+    users = log.users_of(targets[order])
     asked, first, count = np.unique(users, return_index=True, return_counts=True)
     steps = targets[order[first + count - 1]] - log.offsets[asked]  # the last one asked for
     longest = np.argsort(-steps, kind="stable")

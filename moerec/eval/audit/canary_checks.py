@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from moerec.config import AuditConfig, Config, DataConfig
@@ -20,11 +21,11 @@ def check_future_canary(subject: Subject, limits: AuditConfig) -> Iterator[Audit
     The user's future is written anew with other items, other actions and later times, and the evaluation batches
     are built from the true and from the rewritten log; only the targets may differ.
     """
-    for role, name in ((TEST, "test"), (VALID, "valid")):
-        targets = _one_a_user(subject, select_targets(subject.dataset, subject.split_ids, role))
+    for split_id, name in ((TEST, "test"), (VALID, "valid")):
+        targets = _one_a_user(subject, select_targets(subject.dataset, subject.split_ids, split_id))
         if not len(targets):
             continue
-        visible = subject.split_ids != TEST if role == VALID else None
+        visible = subject.split_ids != TEST if split_id == VALID else None
         changed = find_changed_inputs(subject, targets, plant_future(subject.dataset, targets), visible)
         text = f"of {len(targets)} {name} events, those whose inputs change with what is planted after them"
         yield make_row(f"future_canary_{name}", "all", changed.mean(), limits.max_future_canary, text)
@@ -84,22 +85,14 @@ def find_changed_inputs(
 
 
 def _differs(batch: Batch, other: Batch, asked: RankQueries, other_asked: RankQueries) -> np.ndarray:
-    """`[Q]` bool; a question's inputs are the slots of its segment, the slot itself and the masked items."""
-    pairs = (
-        (batch.item_BT, other.item_BT),
-        (batch.action_BT, other.action_BT),
-        (batch.time_BT, other.time_BT),
-        (batch.segment_BT, other.segment_BT),
-        (batch.position_BT, other.position_BT),
-        (batch.request.time_BT, other.request.time_BT),
-        (batch.utc_offset_BT, other.utc_offset_BT),
-        (batch.request.utc_offset_BT, other.request.utc_offset_BT),
-        *zip(*(np.moveaxis(x.request.context_BTC, 2, 0) for x in (batch, other)), strict=True),
-    )
-    slot_changed = np.any([np.asarray(a) != np.asarray(b) for a, b in pairs], axis=0).reshape(-1)
+    """`[Q]` bool; a query's inputs are the slots of its segment, the slot itself and the masked items."""
+    inputs = (x._replace(targets={}) for x in (batch, other))
+    pairs = zip(*(jax.tree.leaves(x) for x in inputs), strict=True)
+    shape = batch.segment_BT.shape
+    slot_changed = np.any([(a != b).reshape(*shape, -1).any(axis=2) for a, b in pairs], axis=0).reshape(-1)
     segment = np.asarray(batch.segment_BT)
     label = (np.arange(segment.shape[0])[:, None] * (segment.max() + 1) + segment).reshape(-1)
     n_changed = np.bincount(label, weights=slot_changed)
     in_history = n_changed[label[np.maximum(asked.slot, 0)]] > 0
-    same_question = (asked.slot == other_asked.slot) & np.all(asked.seen == other_asked.seen, axis=1)
-    return np.where(asked.slot >= 0, in_history, False) | ~same_question
+    same_query = (asked.slot == other_asked.slot) & np.all(asked.seen == other_asked.seen, axis=1)
+    return np.where(asked.slot >= 0, in_history, False) | ~same_query

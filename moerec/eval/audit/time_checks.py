@@ -13,8 +13,11 @@ from moerec.eval.audit.subject import Subject
 
 def check_ties(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Test and validation events at the very time of the event before them: their order is the file's, not time's."""
-    for role, name, limit in ((TEST, "tied_test", limits.max_tied_test), (VALID, "tied_valid", limits.max_tied_valid)):
-        rows = np.flatnonzero((subject.split_ids == role) & (subject.previous >= 0))
+    for split_id, name, limit in (
+        (TEST, "tied_test", limits.max_tied_test),
+        (VALID, "tied_valid", limits.max_tied_valid),
+    ):
+        rows = np.flatnonzero((subject.split_ids == split_id) & (subject.previous >= 0))
         for service, own in subject.split_by_service(rows):
             text = f"of {len(own)} events with another before, those at its very time"
             yield make_row(name, service, subject.tied[own].mean(), limit, text)

@@ -96,7 +96,7 @@ def rank_by_scores(
         if mask_seen:
             own_part = histories.slice(start, stop)
             masked = (own_part.offsets, item[own_part.rows])
-        service = np.searchsorted(catalogue.offsets, answer, side="right") - 1
+        service = catalogue.service[answer]
         ranges = (catalogue.offsets[service], catalogue.offsets[service + 1])
         own.append(count_ranks(scores, answer, masked, ranges, first_row=start))
         union.append(own[-1] if catalogue.n_services == 1 else count_ranks(scores, answer, masked, first_row=start))

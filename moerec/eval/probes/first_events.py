@@ -12,8 +12,6 @@ from moerec.eval.significance import paired_test
 from moerec.nn.model import Predictor
 from moerec.types import Catalog
 
-METRIC = "recall@10"
-
 
 def evaluate_first_events(
     config: Config, data: RunData, examples: EvalDataset, predictor: Predictor, catalog: Catalog
@@ -32,7 +30,7 @@ def evaluate_first_events(
     popular = fit_hour_popularity(dataset, data.split_ids)
     others = rank_by_scores(popular, dataset, targets, first.histories, seen)
     services = dataset.catalogue.services
-    a, b = (per_target_metrics(ranks.union)[METRIC] for ranks in (own, others))
+    a, b = (per_target_metrics(ranks.union)["recall@10"] for ranks in (own, others))
     tested = paired_test(a, b, config.seed, first.user)
     return {
         "model": build_table(own, first.target_service, services),

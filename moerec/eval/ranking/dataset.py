@@ -24,7 +24,7 @@ class RankQueries(NamedTuple):
       slot: int32 flat slot whose state answers, or -1 where the user has no slot.
       target: int32 item, -1 for padding.
       low, high: int32 range of the target's service in the catalogue.
-      seen: `[Q, W]` int32 distinct items that are no candidates, -1 is padding.
+      seen: `[Q, X]` int32 distinct items that are no candidates, -1 is padding.
     """
 
     slot: Array
@@ -58,7 +58,7 @@ class EvalDataset:
             keep &= is_own if history == "own" else ~is_own
         self.histories = histories if keep.all() else histories.keep(keep)
         data = config.data
-        # A sequence that is not cut begins with its control slot, as in training.
+        # A sequence that leaves room for it begins with its control slot, as in training.
         self._has_control = data.first_event & (self.histories.length < data.history_len)
         self._events = self.histories.last(data.history_len)
         self._length = self._events.length + self._has_control

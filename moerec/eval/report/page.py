@@ -177,7 +177,7 @@ def _probe(metrics: Mapping[str, Any], name: str) -> Any:
 
 
 def _list_interventions(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(what was taken away, union NDCG@10 then, what is lost, p-value) of each edit of `eval.interventions`."""
+    """(what was taken away, union NDCG@10 then, what is lost, p-value) of each intervention (`eval.interventions`)."""
     return [
         (f"{part}: {intervention}", format_value(e["ndcg@10"]), f"{e['difference']:+.4f}", f"{e['p_value']:.4f}")
         for part, interventions in _probe(metrics, "interventions").items()

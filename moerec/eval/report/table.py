@@ -188,7 +188,7 @@ def _caption(metrics: Mapping[str, Any], has_best: bool) -> str:
     parts = [] if n is None else [f"{n:,.0f} targets"]
     parts += [seen_rule(metrics)] if seen_rule(metrics) else []
     if has_best:
-        parts.append("* best but for the ceiling" if metrics.get("ceiling") else "* best")
+        parts.append("* best except the oracle" if metrics.get("ceiling") else "* best")
     text = "; ".join(parts)
     share = gap_closed(metrics)
     if share is not None:

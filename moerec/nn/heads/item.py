@@ -70,6 +70,11 @@ def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Cata
     return jnp.logaddexp(jax.nn.log_softmax(score_QI) + log_share_Q1, jnp.log(copied_QI))
 
 
+def log_prob_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
+    """`[Q, I]`, log p(item) of all items of a bound catalogue at flat slots."""
+    return jax.nn.log_softmax(score_items(outputs, batch, slot_Q, catalog))
+
+
 def _mix_targets(pointers: PointerMixture, batch: Batch, target_BT: jax.Array) -> Mixture:
     """What the pointers give to each slot's target: their shares of the events that are of that item."""
     hit_BTS = batch.item_BT[:, None] == target_BT[..., None]

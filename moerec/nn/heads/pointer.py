@@ -13,10 +13,9 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.attention import rotate
-from moerec.nn.layers import declare, fan_in
+from moerec.nn.layers import MASK_VALUE, declare, fan_in
 from moerec.types import EVENT, Batch, PointerMixture
 
-MASK_VALUE = -1e30  # logit of what cannot be chosen
 CATALOGUE_BIAS = 2.0  # what the softmax's logit has ahead of each pointer's at first
 
 

@@ -24,7 +24,7 @@ class TransferPlan(NamedTuple):
     Attributes:
       sent_n, received_n: int32 rows to and from each device.
       from_n: int32 first place of the rows for each device, in the sender's plan.
-      there_n: int32 place on each device where they go. here_n: int32 place on this one of what each device sends.
+      target_n: int32 place on each device where they go. source_n: int32 place on this one of what each device sends.
       origin_n: int32 place in each sender's plan from which this device's rows come.
       sender_drops, receiver_drops: int32 rows of this device that a bound keeps from being sent, or being taken.
     """
@@ -32,8 +32,8 @@ class TransferPlan(NamedTuple):
     sent_n: jax.Array
     received_n: jax.Array
     from_n: jax.Array
-    there_n: jax.Array
-    here_n: jax.Array
+    target_n: jax.Array
+    source_n: jax.Array
     origin_n: jax.Array
     sender_drops: jax.Array
     receiver_drops: jax.Array
@@ -71,8 +71,8 @@ class AllToAll:
             sent_n=taken[me],
             received_n=taken[:, me],
             from_n=from_n,
-            there_n=start[me],
-            here_n=start[:, me],
+            target_n=start[me],
+            source_n=start[:, me],
             origin_n=origin[:, me],
             sender_drops=jnp.sum(demand_n - capped_n),
             receiver_drops=jnp.sum(capped_n - taken[me]),
@@ -91,18 +91,18 @@ def _is_float(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _send(transport: AllToAll, dispatch: bool, rows: jax.Array, transfers: TransferPlan) -> jax.Array:
-    out_size = transport.n_receive if dispatch else transport.n_places
+def _send(transport: AllToAll, is_dispatch: bool, rows: jax.Array, transfers: TransferPlan) -> jax.Array:
+    out_size = transport.n_receive if is_dispatch else transport.n_places
     sides = (
-        (transfers.from_n, transfers.sent_n, transfers.there_n),
-        (transfers.here_n, transfers.received_n, transfers.origin_n),
+        (transfers.from_n, transfers.sent_n, transfers.target_n),
+        (transfers.source_n, transfers.received_n, transfers.origin_n),
     )
-    (start_n, size_n, target_n), (out_start_n, out_size_n, _) = sides if dispatch else sides[::-1]
+    (start_n, size_n, place_n), (out_start_n, out_size_n, _) = sides if is_dispatch else sides[::-1]
     if transport.ragged:
         out = zeros_like_all((out_size, *rows.shape[1:]), rows.dtype, rows)
-        return jax.lax.ragged_all_to_all(rows, out, start_n, size_n, target_n, out_size_n, axis_name=transport.axis)
-    step_C = jnp.arange(transport.n_send, dtype=jnp.int32)
-    blocks = _take(rows, start_n[:, None] + step_C, step_C < size_n[:, None])
+        return jax.lax.ragged_all_to_all(rows, out, start_n, size_n, place_n, out_size_n, axis_name=transport.axis)
+    step_X = jnp.arange(transport.n_send, dtype=jnp.int32)
+    blocks = _take(rows, start_n[:, None] + step_X, step_X < size_n[:, None])
     blocks = jax.lax.all_to_all(blocks, transport.axis, 0, 0, tiled=True)
     place = jnp.arange(out_size, dtype=jnp.int32)
     # The last device whose rows start at or before the place; devices of no rows share a start with the next.
@@ -112,17 +112,17 @@ def _send(transport: AllToAll, dispatch: bool, rows: jax.Array, transfers: Trans
     return _take(flat, source * transport.n_send + step, step < out_size_n[source])
 
 
-def _take(rows: jax.Array, index: jax.Array, dispatch: jax.Array) -> jax.Array:
-    found = rows[jnp.where(dispatch, index, 0)]
-    return jnp.where(dispatch.reshape(*dispatch.shape, *(1,) * (rows.ndim - 1)), found, 0)
+def _take(rows: jax.Array, index: jax.Array, is_there: jax.Array) -> jax.Array:
+    found = rows[jnp.where(is_there, index, 0)]
+    return jnp.where(is_there.reshape(*is_there.shape, *(1,) * (rows.ndim - 1)), found, 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _move(transport: AllToAll, dispatch: bool, rows: jax.Array, transfers: TransferPlan) -> jax.Array:
-    return _send(transport, dispatch, rows, transfers)
+def _move(transport: AllToAll, is_dispatch: bool, rows: jax.Array, transfers: TransferPlan) -> jax.Array:
+    return _send(transport, is_dispatch, rows, transfers)
 
 
 _move.defvjp(
-    lambda transport, dispatch, rows, transfers: (_send(transport, dispatch, rows, transfers), transfers),
-    lambda transport, dispatch, transfers, g: (_send(transport, not dispatch, g, transfers), None),
+    lambda transport, is_dispatch, rows, transfers: (_send(transport, is_dispatch, rows, transfers), transfers),
+    lambda transport, is_dispatch, transfers, g: (_send(transport, not is_dispatch, g, transfers), None),
 )

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from moerec.config import MoEConfig
+from moerec.nn.layers import MASK_VALUE
 from pallas_kernels.router import Routed, route
-
-MASK_VALUE = -1e9  # logit of a group that a slot may not use; its probability is exactly zero
 
 
 class RouterInputs(NamedTuple):

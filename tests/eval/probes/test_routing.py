@@ -10,7 +10,7 @@ import pytest
 
 from moerec.config import MoEConfig
 from moerec.data.load import load_data
-from moerec.eval.evaluate_run import run
+from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.probes.routing import calibration_error, collect_routing, describe_mixture, fit_temperature, macro_f1
 from moerec.eval.ranking import EvalDataset, make_test_set
 from moerec.eval.report import write_report
@@ -60,7 +60,7 @@ def mixture(tmp_path_factory):
     config = dataclasses.replace(make_config(steps=4), baselines=("popularity", "sasrec_sampled"))
     moe = MoEConfig(layers=(1,), n_per_group=2, d_expert=8, n_active=2, tile=8)
     folder = tmp_path_factory.mktemp("mixture")
-    return folder, run(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), folder)
+    return folder, run_experiment(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), folder)
 
 
 def test_a_run_of_a_mixture_reports_its_routing(mixture):
