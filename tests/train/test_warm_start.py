@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import shutil
 
@@ -272,6 +273,8 @@ def damage_leaves(folder):
     ],
     ids=["missing", "config", "no checkpoints", "no best", "damaged"],
 )
+# What orbax leaves behind when a read fails midway is collected with complaints about its event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_that_is_not_whole_is_refused_in_a_line(dense, data, tmp_path, damage, words):
     folder = tmp_path / "run"
     shutil.copytree(dense, folder)
@@ -283,6 +286,7 @@ def test_a_run_that_is_not_whole_is_refused_in_a_line(dense, data, tmp_path, dam
             best_state(folder, make_own(), data)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+    gc.collect()
 
 
 def test_only_a_first_start_begins_there_and_the_config_keeps_the_name(dense, data, tmp_path, capsys):
@@ -321,7 +325,7 @@ def test_rows_of_items_are_not_taken_from_a_run_whose_items_are_others(dense, da
     """Items that are numbered otherwise: every row would stand for another item, and no shape would tell."""
     other = dataclasses.replace(data, dataset=permute_items(data.dataset, 5)[0])
     config = make_own(dense)
-    with pytest.raises(InputError, match=r"item_encoder/row_ID is of other items there"):
+    with pytest.raises(InputError, match=r"(head/bias_I|item_encoder/\w+) is of other items there"):
         warm_start(start(config, other), config, other)
     tables = ("item_encoder", "head/bias_I")
     config.train = dataclasses.replace(config.train, init_fresh=tables, init_drop=tables)
