@@ -4,7 +4,8 @@ The first event of each held-out user is predicted from the control slot, that i
 
 Command: python -m experiments.train --config=configs/city_new_users.py --workdir=runs/city_new_users
 Hardware: two CPU cores.
-Result: not measured yet.
+Result: recall@10 of first events .1735 over the union, popularity by service and hour .0825, mean of five worlds
+(results/new_users.json).
 """
 
 import dataclasses

@@ -9,14 +9,14 @@ import tempfile
 from pathlib import Path
 
 from moerec.config import cli
-from moerec.eval.bench.prepare import measure
+from moerec.eval.bench.prepare import measure_preparation
 
 
 def main(_, flags):
     """Prints a line for each format."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in measure(Path(flags.workdir or folder), flags.events):
+        for row in measure_preparation(Path(flags.workdir or folder), flags.events):
             rows.append(row)
             cost = f"{row['wall_s']:8.1f} s {row['cpu_s']:8.1f} s of CPU {row['peak_gib']:6.2f} GiB"
             print(f"{row['file']:16s} {row['events']:12,} events {cost}", flush=True)

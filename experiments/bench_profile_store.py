@@ -9,13 +9,13 @@ import tempfile
 from pathlib import Path
 
 from moerec.config import cli
-from moerec.serve.profile_store.bench import measure
+from moerec.serve.profile_store.bench import measure_store
 
 
 def main(_, flags):
     """Prints a line for each figure."""
     with tempfile.TemporaryDirectory(dir=flags.workdir or None) as folder:
-        figures = measure(Path(folder) / "store", flags.users)
+        figures = measure_store(Path(folder) / "store", flags.users)
     print(f"{figures['users']:12,} users with states of {figures['state_bytes']:,} bytes")
     print(f"{figures['added_per_s']:12,.0f} new users a second, in batches of 10,000")
     print(f"{figures['updated_per_s']:12,.0f} users a second updated, in batches of 1,000 random ones")

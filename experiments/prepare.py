@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from moerec.config import cli
-from moerec.data.prepare.tables_to_shards import describe, prepare
+from moerec.data.prepare.tables_to_shards import describe_report, prepare
 from moerec.errors import InputError
 
 
@@ -20,7 +20,7 @@ def main(config, flags) -> dict:
     if not out:
         raise InputError("--out is missing: the folder to write")
     report = prepare(config.data, Path(out))
-    print(describe(report))
+    print(describe_report(report))
     return dataclasses.asdict(report)
 
 

@@ -6,8 +6,7 @@ python -m experiments.recommend --workdir=runs/demo --user=NAME [--context=weath
 Without `--time` and `--context` they are not known; `--time` is UTC. `p` is the probability that the item is what the
 user takes next, of all items of all services, if that is what the model was trained for (`loss.scope=union`). With
 `--profiles`, a store that `experiments.observe` filled, the user's whole past counts, and not only what a row holds.
-Who has no event before the time, or is new (`--new_user`), is answered by the request alone: its time, context and
-profile fields.
+Who has no event before the time, or is new (`--new_user`), is answered by the request alone, its fields included.
 
 Below the list stands what the model made of the request: the services that its need may belong to (the semantic
 analyser), the mixture's weights (the answer aggregator: the softmax over the catalogue, and pointers into the user's
@@ -42,9 +41,8 @@ def main(_, flags):
         if not is_stored:
             print(f"{user}: no profile in the store; the last events alone count", file=sys.stderr)
     found = describe_answer(run, recommend(run, user, request, flags.top_k, profile))
-    for line in found["lines"]:
-        print(line)
-    return {name: value for name, value in found.items() if name != "lines"}
+    print("\n".join(found.pop("lines")))
+    return found
 
 
 FLAGS = {

@@ -179,7 +179,7 @@ def warm_start(state: TrainState, config: Config, data: RunData) -> TrainState:
     there = read_parameters(Path(config.train.init_from))
     restored = match_leaves({path: leaf.shape for path, leaf in by_layer.items()}, there, config.train)
     _refuse_other_items(restored, state, config, data)
-    print(describe(restored, config.train.init_from), file=sys.stderr)
+    print(describe_restored(restored, config.train.init_from), file=sys.stderr)
     by_layer |= restored.leaves
     joined = join_groups(by_layer, config.model, current)
     placed = {path: jax.device_put(joined[path].astype(leaf.dtype), leaf.sharding) for path, leaf in current.items()}
@@ -208,7 +208,7 @@ def _refuse_other_items(restored: Restored, state: TrainState, config: Config, d
             )
 
 
-def describe(restored: Restored, source: str) -> str:
+def describe_restored(restored: Restored, source: str) -> str:
     """What became of the leaves, in a line."""
     parts = [f"{len(restored.leaves)} parameters from {source}"]
     for title, paths in (

@@ -67,7 +67,7 @@ def finished(tmp_path_factory):
 
 
 def test_digest_and_catalogue_are_made_once(finished):
-    assert finished[3] == {"digest": 1, "catalog": 1}
+    assert finished[3] == {"digest": 2, "catalog": 1}  # of the items, and of all data
 
 
 def test_every_table_is_that_of_ranks(finished):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from moerec.errors import InputError, WorkError
 from moerec.serve.profile_store import ProfileStore, VersionConflict, journal, shards
-from moerec.serve.profile_store.bench import measure
+from moerec.serve.profile_store.bench import measure_store
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = {"memory": np.zeros((2, 3), np.float32), "seen": np.zeros((), np.int32), "on": np.zeros(5, bool)}
@@ -570,7 +570,7 @@ def test_a_journal_writes_nowhere_else(store, tmp_path):
 
 
 def test_the_benchmark_measures_what_it_says(tmp_path):
-    figures = measure(tmp_path / "s", n_users=300, batch_size=100, n_read=50)
+    figures = measure_store(tmp_path / "s", n_users=300, batch_size=100, n_read=50)
     assert (figures["users"], figures["state_bytes"]) == (300, 4096)
     assert all(value > 0 for value in figures.values()), figures
     assert len(ProfileStore.open(tmp_path / "s")) == 300

@@ -60,7 +60,19 @@ def decays(name: str, embeddings: bool) -> bool:
         return False
     if kind in {"q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD", "gate_DD", "out_DD"}:
         return True
-    embedded = {"row_ID", "table_VD", "control_D", "service", "action", "context", "hour", "weekday", "season", "gap"}
+    embedded = {
+        "row_ID",
+        "table_VD",
+        "control_D",
+        "service",
+        "action",
+        "context",
+        "field",
+        "hour",
+        "weekday",
+        "season",
+        "gap",
+    }
     assert kind in embedded, name
     return embeddings
 

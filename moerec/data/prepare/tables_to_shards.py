@@ -159,7 +159,7 @@ class _ServiceCounts:
         self.events += pairs.sum(0)
 
 
-def describe(report: PrepareReport) -> str:
+def describe_report(report: PrepareReport) -> str:
     """The report as lines of text."""
     lines = [f"{'service':<16}{'users':>12}{'items':>12}{'events':>14}"]
     rows = [*report.services.items()]

@@ -18,7 +18,7 @@ from moerec.data.prepare.tables_to_shards import prepare
 FORMATS = ("tsv", "tsv.gz", "parquet")
 
 
-def measure(folder: Path, n_events: int) -> Iterator[dict[str, Any]]:
+def measure_preparation(folder: Path, n_events: int) -> Iterator[dict[str, Any]]:
     """A line for each format: wall and processor seconds, and the peak memory in GiB, of preparing it."""
     for ending in FORMATS:
         path = folder / f"events.{ending}"

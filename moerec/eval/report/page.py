@@ -63,6 +63,7 @@ def write_report(workdir: Path | str) -> Path:
         slices=_draw_slices(metrics.get("slices") or {}),
         mixture=_draw_mixture(metrics),
         routing=_describe_routing(metrics),
+        first_events=_describe_first_events(metrics),
         interventions=_list_interventions(metrics),
         transfer=_list_transfer(metrics),
         aspects=_probe(metrics, "profile_aspects"),
@@ -183,6 +184,25 @@ def _list_interventions(metrics: Mapping[str, Any]) -> list[tuple[str, str, str,
         for part, interventions in _probe(metrics, "interventions").items()
         for intervention, e in interventions.items()
     ]
+
+
+def _describe_first_events(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Recall@10 of the model and of popularity by service and hour; None where the split is not by user."""
+    found = _probe(metrics, "first_events")
+    if not found:
+        return None
+    titles = {"model": config_name(metrics), "popularity_by_hour": row_label("popularity_by_hour")}
+    services = list(found["model"]["in_service"])
+    rows = []
+    for name, title in titles.items():
+        cells = [found[name]["union"]["all"], *(found[name]["in_service"][service] for service in services)]
+        rows.append((title, [format_value(cell["recall@10"]) for cell in cells]))
+    return {
+        "columns": ["union", *services],
+        "rows": rows,
+        "difference": f"{found['difference']:+.4f}",
+        "p": f"{found['p_value']:.4f}",
+    }
 
 
 def _list_transfer(metrics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:

@@ -18,7 +18,7 @@ TEMPLATE = {
 _REPEATS = 5
 
 
-def measure(folder: Path, n_users: int, batch_size: int = 1000, n_read: int = 10_000) -> dict[str, float]:
+def measure_store(folder: Path, n_users: int, batch_size: int = 1000, n_read: int = 10_000) -> dict[str, float]:
     """Fills a store at `folder`, updates random users, reads random users; medians, from the page cache.
 
     Rates are users a second of batches that are on disk; `memory_bytes` is what a user costs an open store.

@@ -54,7 +54,7 @@ class StoreLayout:
         """Chunks get as near to 4 KiB as they can. Raises InputError for what cannot be stored."""
         if users_per_shard < 1:
             raise InputError(f"users_per_shard is {users_per_shard}; at least 1 is needed")
-        leaves = describe(template)
+        leaves = list_leaves_of(template)
         wanted = max(_CHUNK_BYTES // sum(leaf.n_bytes for leaf in leaves), 1)
         return cls(leaves, users_per_shard, math.gcd(users_per_shard, 1 << (wanted.bit_length() - 1)), label)
 
@@ -115,7 +115,7 @@ class StoreLayout:
 
     def check_template(self, template: Any, place: str) -> None:
         """Raises InputError, which names `place` and the leaf, where `template` is not a state of this store."""
-        own, other = ({leaf.name: leaf for leaf in leaves} for leaves in (self.leaves, describe(template)))
+        own, other = ({leaf.name: leaf for leaf in leaves} for leaves in (self.leaves, list_leaves_of(template)))
         for name in {**own, **other}:
             if name not in other:
                 raise InputError(f"{place}: leaf {name} of the store is not in the template")
@@ -130,7 +130,7 @@ class StoreLayout:
         Raises InputError, which names the leaf, where they do not fit the store, or the user, where they are not
         finite.
         """
-        given = flatten(states)
+        given = flatten_state(states)
         unknown = given.keys() - {leaf.name for leaf in self.leaves}
         if unknown:
             raise InputError(f"leaf {min(unknown)} of the states is not in the store")
@@ -147,7 +147,7 @@ class StoreLayout:
         return found
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten_state(tree: Any) -> dict[str, Any]:
     """`{name: leaf}`; a name is the path with slashes, or `state` where the tree is one leaf.
 
     Raises InputError where two leaves have one name.
@@ -161,13 +161,13 @@ def flatten(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def describe(template: Any) -> tuple[Leaf, ...]:
+def list_leaves_of(template: Any) -> tuple[Leaf, ...]:
     """The leaves of one user's state: a tree of arrays, or of anything else with a shape and a dtype.
 
     Raises InputError, which names the leaf, where one is no array of numbers or has no elements.
     """
     leaves = []
-    for name, value in flatten(template).items():
+    for name, value in flatten_state(template).items():
         if not hasattr(value, "shape") or not hasattr(value, "dtype"):
             raise InputError(f"leaf {name} of the template is {type(value).__name__}, not an array")
         leaf = Leaf(name, tuple(map(int, value.shape)), np.dtype(value.dtype).name)

@@ -21,7 +21,7 @@ from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.prepare import spill, tables
 from moerec.data.prepare.shards import load_dataset
-from moerec.data.prepare.tables_to_shards import describe, prepare
+from moerec.data.prepare.tables_to_shards import describe_report, prepare
 from moerec.errors import InputError
 
 COLUMNS = ("user", "service", "item", "action", "time", "weather", "city")
@@ -384,7 +384,7 @@ def test_real_tables_have_the_published_counts_and_sequences(data_dir, tmp_path,
     assert {z: tuple(n.values()) for z, n in report.services.items()} == counts
     assert report.quarantined == {}
     assert report.n_events == sum(n[2] for n in counts.values())
-    assert "written in" in describe(report)
+    assert "written in" in describe_report(report)
     dataset = load_dataset(tmp_path / "out")
     with gzip.open(data_dir / name / files.interactions, "rt", encoding="utf-8") as file:
         names, *rows = (line.rstrip("\n").split("\t") for line in file)

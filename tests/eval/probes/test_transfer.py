@@ -29,7 +29,10 @@ def trained(tmp_path_factory):
 
 
 def delete(dataset, row: int, own: bool):
-    """The user of a target alone, with the events of strictly earlier times of its service, or of the others."""
+    """The user of a target alone has events: those of strictly earlier times, of its service or of the others.
+
+    The other users stay, for the codes of profile fields are numbered over all of them.
+    """
     log, service = dataset.log, dataset.event_service
     user = log.user[row]
     rows = [
@@ -37,9 +40,8 @@ def delete(dataset, row: int, own: bool):
         for r in range(log.offsets[user], row)
         if (service[r] == service[row]) == own and (own or log.time[r] < log.time[row])
     ]
-    kept = log.take(np.array([*rows, row]), np.array([0, len(rows) + 1]))
-    profile = {name: values[[user]] for name, values in dataset.profile.items()}
-    return dataclasses.replace(dataset, log=kept, users=dataset.users[[user]], profile=profile), len(rows)
+    offsets = np.where(np.arange(log.n_users + 1) > user, len(rows) + 1, 0)
+    return dataclasses.replace(dataset, log=log.take(np.array([*rows, row]), offsets)), len(rows)
 
 
 def test_metrics_are_those_of_data_without_the_other_or_the_own_events(trained):
