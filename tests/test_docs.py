@@ -101,7 +101,7 @@ def test_fields_in_the_text_are_of_the_config(page):
 @pytest.mark.parametrize("page", DOCS, ids=name_page)
 def test_python_in_the_text_compiles(page):
     for block in re.findall(r"^```python\n(.*?)^```$", read(page), re.DOTALL | re.MULTILINE):
-        compile(block, page.name, "exec")
+        assert compile(block, page.name, "exec")
 
 
 def test_the_config_of_own_data_is_one():
