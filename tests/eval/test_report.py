@@ -275,3 +275,22 @@ def test_the_command(tmp_path, capsys):
     assert json.loads(lines[-1]) == {"report": str(run / "report.html")}
     assert cli.execute(report.main, ["report", f"--workdir={tmp_path}"], config_type=None) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/metrics.json: no such file")
+
+
+def test_first_events_stand_beside_popularity(tmp_path):
+    metrics = full_metrics()
+    assert "First events" not in write_report(make_run(tmp_path / "without", metrics)).read_text()
+    first = {"model": result(0.21), "popularity_by_hour": result(0.07), "difference": 0.0912, "p_value": 0.0006}
+    metrics["probes"] = {"first_events": first}
+    page = write_report(make_run(tmp_path / "with", metrics)).read_text()
+    table = page[page.index("First events") :].split("</table>")[0]
+    assert "+0.0912, p = 0.0006" in table
+    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+    assert rows[0] == ["", "union", *SERVICES]
+    for name, title, cells in (
+        ("model", "demo", rows[1]),
+        ("popularity_by_hour", "popularity by service and hour", rows[2]),
+    ):
+        found = [first[name]["union"]["all"], *(first[name]["in_service"][service] for service in SERVICES)]
+        assert cells[0] == title
+        assert [float(cell) for cell in cells[1:]] == pytest.approx([x["recall@10"] for x in found], abs=1e-4)

@@ -12,6 +12,7 @@ _LABELS = {
     "item_knn_cross": "item kNN (all services)",
     "popularity_by_service": "popularity by service",
     "popularity_recent": "popularity (recent)",
+    "popularity_by_hour": "popularity by service and hour",
     "markov": "Markov",
     "item_knn": "item kNN",
     "sasrec_one_negative": "SASRec (one negative)",
