@@ -134,6 +134,14 @@ def with_request(batch: Batch, **fields) -> Batch:
     return batch._replace(request=batch.request._replace(**fields))
 
 
+def replace_slot(batch: Batch, name: str, place: tuple[int, int], value) -> Batch:
+    """The batch with one value changed; `name` may be that of a part of the request."""
+    name, is_request = name.removeprefix("request."), name.startswith("request.")
+    column = getattr(batch.request if is_request else batch, name).copy()
+    column[place] = value
+    return with_request(batch, **{name: column}) if is_request else batch._replace(**{name: column})
+
+
 def assert_packed_is_alone(packed, alone, rows: list[list[dict]], atol: float) -> None:
     """Of arrays `[rows, T, ...]` of sequences laid into rows, and `[sequences, T, ...]` of each in a row of its own."""
     row = 0

@@ -25,6 +25,7 @@ from tests.small_model import (
     make_sequence,
     make_table,
     random_like,
+    replace_slot,
     target_of,
     with_request,
     with_target,
@@ -119,14 +120,6 @@ def test_packed_sequences_have_the_states_loss_and_gradients_of_each_alone(contr
     assert loss == pytest.approx(float(alone_loss), rel=1e-5)
     size = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
     assert worst_gap(gradients, alone_gradients) < 1e-5 * size
-
-
-def replace_slot(batch, name: str, place: tuple[int, int], value):
-    """The batch with one value changed; `name` may be that of a part of the request."""
-    name, is_request = name.removeprefix("request."), name.startswith("request.")
-    column = getattr(batch.request if is_request else batch, name).copy()
-    column[place] = value
-    return with_request(batch, **{name: column}) if is_request else batch._replace(**{name: column})
 
 
 def test_a_slot_reaches_only_later_states_of_its_sequence():

@@ -29,6 +29,7 @@ from tests.small_model import (
     make_model,
     make_sequence,
     make_table,
+    replace_slot,
     with_request,
     worst_gap,
 )
@@ -98,12 +99,7 @@ def test_a_slot_reaches_only_later_states_of_its_user():
         "request.field_BTY": (batch.request.field_BTY[b, t] + 1) % np.array(SIZES.field_sizes),
     }
     for name, value in changes.items():
-        part = batch.request if name.startswith("request.") else batch
-        column = getattr(part, name.removeprefix("request.")).copy()
-        column[b, t] = value
-        replaced = part._replace(**{name.removeprefix("request."): column})
-        other = batch._replace(request=replaced) if part is batch.request else replaced
-        after = np.asarray(encode(model, other).state_BTD)
+        after = np.asarray(encode(model, replace_slot(batch, name, (b, t), value)).state_BTD)
         np.testing.assert_array_equal(after[~reached], before[~reached], err_msg=name)
         # A static field is read where it stands; what a slot did is read by all that follow.
         changed = np.abs(after - before)[reached].max(axis=-1) > 1e-6
