@@ -89,13 +89,13 @@ def test_what_is_installed_is_what_is_locked():
     assert not needed - installed.keys(), "not installed"
     pins = read_pins("{}.{}".format(*sys.version_info))
     assert not installed.keys() - pins.keys(), "in no line of the lock"
-    # A local build (2.13.0+cpu) is its public version.
+    # A local build (1.0+cpu) is its public version.
     wrong = {name: str(v) for name, v in installed.items() if not pins[name][0].specifier.contains(v, prereleases=True)}
     assert not wrong, "other versions than the lock's"
 
 
 def test_every_package_that_the_code_imports_is_asked_for():
-    lines = PROJECT["dependencies"] + [x for name in ("hf", "tokamax") for x in PROJECT["optional-dependencies"][name]]
+    lines = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["tokamax"]
     asked = {canonicalize_name(Requirement(line).name) for line in lines}
     holders = importlib.metadata.packages_distributions()
     breaches = set()
@@ -243,6 +243,23 @@ def test_continuous_integration_is_the_one_command():
     lines = [line for line in read(".ci/run").splitlines() if line and not line.startswith("#")]
     assert lines[-1] == "make test"
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_actions_of_continuous_integration_are_fixed_by_commit():
+    """A tag can be moved to other code; the version stands in a comment."""
+    uses = [line.split("uses:")[1].strip() for line in read(".github/workflows/ci.yml").splitlines() if "uses:" in line]
+    assert uses
+    for action in uses:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+
+
+def test_every_package_that_is_asked_for_is_imported():
+    """What nothing imports is only one more package to install, and one more that may be attacked."""
+    names = {re.split(r"[\[<>=]", line)[0] for line in PROJECT["dependencies"]}
+    code = "".join(read(name) for name in list_files(".py") if name.startswith(("moerec/", "experiments/")))
+    imported = {canonicalize_name(name) for name in re.findall(r"^\s*(?:from|import) (\w+)", code, re.MULTILINE)}
+    modules = {"orbax-checkpoint": "orbax", "absl-py": "absl", "tzdata": "zoneinfo"}
+    assert not {name for name in names if canonicalize_name(modules.get(name, name)) not in imported}
 
 
 def test_the_config_of_the_readme_is_one():
