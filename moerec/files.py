@@ -1,15 +1,22 @@
-"""Files that are whole or not there: JSON, JSON lines and any other file, written atomically."""
+"""Files that are whole or not there, written atomically; JSON that is checked when it is read; a folder's lock."""
 
 import contextlib
 import dataclasses
+import datetime
+import fcntl
 import json
 import math
 import os
+import socket
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moerec.errors import WorkError
+from moerec.errors import InputError, WorkError
+
+_MOST_NESTED = 100  # levels of a JSON file; ours have ten
+_INT64 = range(-(2**63), 2**63)
 
 
 def to_plain(value: Any, refuse_nonfinite: bool = False, where: str = "") -> Any:
@@ -40,12 +47,27 @@ def to_plain(value: Any, refuse_nonfinite: bool = False, where: str = "") -> Any
 
 
 @contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Within it an error of the operating system (a full disk, a limit on sizes) that names no file is about `path`.
+
+    Raises WorkError in its place, with the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        reason = os.strerror(error.errno) if error.errno else str(error).split("\n")[0]
+        raise WorkError(f"{path}: cannot be written: {reason}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """A file to write what `path` is to hold: whoever reads that sees the old file or the whole new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -66,10 +88,73 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, all of whose numbers and strings can be worked with.
+
+    Raises:
+      ValueError: it is none, or is nested too deeply; NaN, an infinity, a number beyond 64 bits or half of a surrogate
+        pair is in it.
+    """
+    text = text.decode("utf-8") if isinstance(text, bytes) else text
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_int64)
+    except RecursionError:
+        raise ValueError(f"is nested more than {_MOST_NESTED} levels deep") from None
+    level, n_levels = [value], 0
+    while level := [x for part in level for x in (part.values() if isinstance(part, dict) else part) if _is_nest(x)]:
+        n_levels += 1
+        if n_levels >= _MOST_NESTED:
+            raise ValueError(f"is nested more than {_MOST_NESTED} levels deep")
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs have no UTF-8
+    return value
+
+
+def _is_nest(value: Any) -> bool:
+    return isinstance(value, (dict, list))
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _refuse_constant(digits)
+
+
+def _int64(digits: str) -> int:
+    value = int(digits) if len(digits) < 21 else 2**63
+    if value not in _INT64:
+        raise ValueError(f"a number of {len(digits)} digits is beyond 64 bits")
+    return value
+
+
+def read_json(path: Path | str, missing: str = "no such file") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args: missing: what to say where there is none.
+
+    Raises:
+      InputError: there is no such file, or it is damaged: cut off, no UTF-8, no JSON (`parse_json`), no object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'is no file' if path.exists() else missing}")
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: is no JSON file ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return value
+
+
 def read_lines(path: Path | str) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, in order; a last line that a killed run left half-written is dropped.
 
-    Raises WorkError on any other line that is not a JSON object.
+    Raises:
+      InputError: any other line is no JSON object.
     """
     lines = Path(path).read_bytes().split(b"\n")
     objects = []
@@ -77,10 +162,63 @@ def read_lines(path: Path | str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise WorkError(f"{path}:{number}: is no JSON object")
+            raise InputError(f"{path}:{number}: is no JSON object")
         objects.append(value)
     return objects
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone, among those that ask; whoever only reads need not.
+
+    The lock is the kernel's (`flock`): it ends with the process that holds it, however that ends, and a file that is
+    left over blocks nobody. What the file holds, `{"host", "pid", "start"}`, is only for the message.
+
+    Raises:
+      InputError: another process, or another call in this one, has it.
+    """
+    path = folder / ".lock"
+    file = _take(path)
+    try:
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": _now()}
+        os.truncate(file, 0)
+        os.pwrite(file, json.dumps(owner).encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: `_take` sees that the one it has opened is gone
+        os.close(file)
+
+
+def _take(path: Path) -> int:
+    """The locked file. Where another process has removed it in the meantime, the next one is tried."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            told = _describe_owner(os.pread(file, 1000, 0))
+            os.close(file)
+            raise InputError(f"{path.parent}: another process is at work here ({told})") from None
+        except OSError as error:
+            print(f"{path.parent}: cannot be locked ({error.strerror}); one process at a time, please", file=sys.stderr)
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        os.close(file)
+
+
+def _describe_owner(content: bytes) -> str:
+    try:
+        owner = parse_json(content)
+        return f"process {owner['pid']} on {owner['host']}, since {owner['start']}"
+    except (ValueError, KeyError, TypeError):  # it has only just begun
+        return "which has not written its name yet"
+
+
+def _now() -> str:
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -26,6 +26,7 @@ from moerec.config.python_file import did_you_mean, import_plugin, list_leaves, 
 from moerec.config.value_types import list_groups, require_types
 from moerec.errors import InputError, WorkError
 from moerec.files import to_plain
+from moerec.terminal import safe_output
 
 Main = Callable[[Any, flags.FlagValues], Mapping[str, Any] | None]
 INTERRUPTED = 130
@@ -82,8 +83,20 @@ def execute(
     workdir: bool = True,
 ) -> int:
     """`run` in process, on `argv` (the program's name first): returns the exit code."""
+    with safe_output():
+        return _execute(main, argv, default_config, extra_flags or {}, config_type, workdir)
+
+
+def _execute(
+    main: Main,
+    argv: Sequence[str],
+    default_config: str | None,
+    extra_flags: ExtraFlags,
+    config_type: type | None,
+    workdir: bool,
+) -> int:
     try:
-        values = _define_flags(config_type, default_config, extra_flags or {})
+        values = _define_flags(config_type, default_config, extra_flags)
         if any(arg in ("-h", "-help", "--help", "--helpfull") for arg in argv[1:]):
             print(_help(main, values, config_type if "--helpfull" in argv else None))
             return 0

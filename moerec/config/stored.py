@@ -5,7 +5,6 @@ readable; one that nothing is known of is named. Where a field changes its meani
 """
 
 import dataclasses
-import json
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from moerec.config import Config
 from moerec.config.value_types import require_type
 from moerec.errors import InputError
-from moerec.files import to_plain, write_json
+from moerec.files import read_json, to_plain, write_json
 
 FORMAT = 1
 
@@ -37,15 +36,10 @@ def read_config(path: Path) -> Config:
     """The configuration in a run's `config.json`; its checks run anew.
 
     Raises:
-      InputError: the file is missing, is no JSON, is of another format, or has an unknown field or one of a wrong type.
+      InputError: the file is missing or damaged, is of another format, or has an unknown field or one of a wrong type.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; is this the directory of a run?") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON file ({error})") from error
-    found = values.pop("format", None) if isinstance(values, dict) else None
+    values = read_json(path, "no such file; is this the directory of a run?")
+    found = values.pop("format", None)
     if found is None:
         raise InputError(f"{path}: has no format number; runs from before format {FORMAT} cannot be read")
     if found != FORMAT:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties
 from moerec.data.timezones import find_zones
 from moerec.data.tokenizer import TokenTable, tokenize
 from moerec.errors import InputError
+from moerec.files import read_json
 from moerec.types import Catalog
 
 DIGEST = "data.json"  # in the directory of a run: {"sha256": the digest of its data, "items_sha256": that of the items}
@@ -107,9 +107,24 @@ def reload_data(config: DataConfig, workdir: Path) -> RunData:
     return data
 
 
+def read_digests(workdir: Path) -> dict[str, str]:
+    """`DIGEST` of a run; empty where it has none yet.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    path = workdir / DIGEST
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    if not isinstance(found.get("sha256"), str):
+        raise InputError(f"{path}: names no digest of the run's data")
+    return found
+
+
 def _require_same(data: RunData, workdir: Path) -> None:
-    known = workdir / DIGEST
-    if known.exists() and json.loads(known.read_text())["sha256"] != data.digest:
+    known = read_digests(workdir)
+    if known and known["sha256"] != data.digest:
         raise InputError(
             f"{workdir}: this directory holds a run on other data; the tables or their preparation have changed"
         )

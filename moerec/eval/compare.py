@@ -1,6 +1,5 @@
 """Two configurations over several seeds: differences of their runs, paired by seed, and how sure they are."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from scipy import stats
 
 from moerec.config.stored import list_differences
 from moerec.errors import InputError
+from moerec.eval.report.result import blamed_on, read_result
 from moerec.eval.report.table import config_name
 
 METRIC = "ndcg@10"
@@ -50,16 +50,22 @@ class Comparison(NamedTuple):
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """`metrics.json` of a finished run. Raises InputError where there is none, or it is of no use."""
+    """`metrics.json` of a finished run, as far as it is compared. Raises InputError where there is none, or damaged."""
     path = folder / "metrics.json"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; is the run finished?")
-    try:
-        metrics = json.loads(path.read_text())
-        _ = metrics["test"]["union"]["all"][METRIC], metrics["config"]["data"]["seed"], metrics["seed"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is no result of a run ({type(error).__name__}: {error})") from None
+    metrics = read_result(path)
+    with blamed_on(path):
+        seeds = metrics["seed"], metrics["config"]["data"]["seed"]
+        if not all(isinstance(seed, int) for seed in seeds):
+            raise TypeError(f"the seeds are {seeds}")
+        _ = metrics["dataset"]
     return metrics
+
+
+def _require_compared(folder: Path, metrics: dict[str, Any]) -> None:
+    """Raises: InputError, where a part of what a table of two configurations is made of is missing."""
+    with blamed_on(folder / "metrics.json"):
+        _ = [metrics[name] + 0 for name in ("n_active_params", "steps", "wall_s")]
+        _ = [row[METRIC] + 0 for row in metrics["test"]["in_service"].values()], metrics["test"]["union"]["all"]["n"]
 
 
 def compare(first: Sequence[Path], second: Sequence[Path]) -> Comparison:
@@ -79,7 +85,11 @@ def compare(first: Sequence[Path], second: Sequence[Path]) -> Comparison:
         raise InputError(f"{next(iter(sides[0].values()))[0]}: a comparison needs at least two seeds")
     pairs = [(sides[0][s][1], sides[1][s][1]) for s in seeds]
     for s, (a, b) in zip(seeds, pairs, strict=True):
-        if a["test"]["union"]["all"]["n"] != b["test"]["union"]["all"]["n"] or a["dataset"] != b["dataset"]:
+        for side, metrics in zip(sides, (a, b), strict=True):
+            _require_compared(side[s][0], metrics)
+        n_a, n_b = (run["test"]["union"]["all"]["n"] for run in (a, b))
+        is_same = n_a == n_b and a["dataset"] == b["dataset"]
+        if not is_same or a["test"]["in_service"].keys() != b["test"]["in_service"].keys():
             raise InputError(f"{sides[0][s][0]}: another data set than {sides[1][s][0]}")
     rows = [_compare_part("union all", pairs, "union", "all")]
     rows += [_compare_part(service, pairs, "in_service", service) for service in pairs[0][0]["test"]["in_service"]]
@@ -145,23 +155,31 @@ def compare_interventions(folders: Sequence[Path]) -> InterventionTable:
     found = _by_seed(folders)
     if len(found) < 2:
         raise InputError(f"{folders[0]}: a comparison needs at least two seeds")
-    runs = [found[seeds][1] for seeds in sorted(found)]
-    for folder, metrics in found.values():
-        if not metrics.get("probes", {}).get("interventions"):
-            raise InputError(f"{folder}: measured no interventions; train it with --config.eval.interventions=true")
-    own = [metrics["test"]["union"]["all"][METRIC] for metrics in runs]
-    interventions = {
-        f"{part} {intervention}": (part, intervention)
-        for part, interventions in runs[0]["probes"]["interventions"].items()
-        for intervention in interventions
-    }
-    rows = []
-    for title, (part, intervention) in interventions.items():
-        changed = [metrics["probes"]["interventions"][part][intervention][METRIC] for metrics in runs]
-        rows.append(_test(title, np.stack([own, changed], axis=1)))
-    known = [metrics["probes"].get("attainable", {}) for metrics in runs]
+    runs = [found[seeds] for seeds in sorted(found)]
+    changed = [_read_interventions(*run) for run in runs]
+    for (folder, _), values in zip(runs, changed, strict=True):
+        if values.keys() != changed[0].keys():
+            raise InputError(f"{folder}: measured other interventions than {runs[0][0]}")
+    own = [metrics["test"]["union"]["all"][METRIC] for _, metrics in runs]
+    rows = [_test(title, np.stack([own, [x[title] for x in changed]], axis=1)) for title in changed[0]]
+    known = [_read_attainable(*run) for run in runs]
     attainable = {name: float(np.mean([k[name] for k in known])) for name in known[0] if all(name in k for k in known)}
-    return InterventionTable(config_name(runs[0]), sorted(found), rows, attainable)
+    return InterventionTable(config_name(runs[0][1]), sorted(found), rows, attainable)
+
+
+def _read_interventions(folder: Path, metrics: dict[str, Any]) -> dict[str, float]:
+    """`METRIC` with each intervention, by its title (`profile swapped`)."""
+    probes = metrics.get("probes") or {}
+    if not probes.get("interventions"):
+        raise InputError(f"{folder}: measured no interventions; train it with --config.eval.interventions=true")
+    with blamed_on(folder / "metrics.json"):
+        parts = probes["interventions"].items()
+        return {f"{part} {name}": row[METRIC] + 0.0 for part, measured in parts for name, row in measured.items()}
+
+
+def _read_attainable(folder: Path, metrics: dict[str, Any]) -> dict[str, float]:
+    with blamed_on(folder / "metrics.json"):
+        return {name: value + 0.0 for name, value in (metrics["probes"].get("attainable") or {}).items()}
 
 
 def format_rows(rows: Sequence[Difference], names: tuple[str, str], counts: Sequence[int], last: str) -> list[str]:

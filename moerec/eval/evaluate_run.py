@@ -3,7 +3,6 @@ ceiling, over the same targets.
 """
 
 import dataclasses
-import json
 import resource
 import sys
 from pathlib import Path
@@ -37,14 +36,15 @@ from moerec.eval.probes.routing import collect_routing, describe_mixture, macro_
 from moerec.eval.probes.transfer import describe_transfer
 from moerec.eval.ranking import EvalDataset, make_evaluator, make_test_set, make_valid_set, rank_targets
 from moerec.eval.report import write_report
+from moerec.eval.report.result import read_result
 from moerec.eval.report.table import gap_closed
 from moerec.eval.significance import table_intervals, table_tests
-from moerec.files import to_plain, write_json
+from moerec.files import locked, to_plain, write_json
 from moerec.nn.model import count_active_params
 from moerec.nn.profile import count_profile_slots
 from moerec.tasks import make_tasks
 from moerec.train.loop import TrainResult, fit
-from moerec.train.run_dir import CONFIG, METRICS, refuse_other_config, refuse_strange_folder
+from moerec.train.run_dir import CONFIG, METRICS, REPORT, refuse_other_config, refuse_strange_folder
 
 
 def run_experiment(config: Config, workdir: Path) -> dict[str, Any]:
@@ -53,7 +53,8 @@ def run_experiment(config: Config, workdir: Path) -> dict[str, Any]:
     A finished run is not evaluated anew: its `metrics.json` is the result.
 
     Raises:
-      InputError: bad data, a name that is not registered, or a `workdir` that holds a run of another config.
+      InputError: bad data, a name that is not registered, or a `workdir` that holds a run of another config, is damaged,
+        or that another process is at work in.
     """
     make_tasks(config)
     if config.model.personal.layers:
@@ -63,7 +64,8 @@ def run_experiment(config: Config, workdir: Path) -> dict[str, Any]:
     is_new = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     try:
-        return _run(config, workdir)
+        with locked(workdir):
+            return _run(config, workdir)
     except InputError:
         if is_new and not any(workdir.iterdir()):
             workdir.rmdir()  # a refused call leaves nothing behind
@@ -82,7 +84,10 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     finished = workdir / METRICS
     if finished.exists():
         print(f"{workdir}: is finished; delete its metrics.json to have it evaluated anew", file=sys.stderr)
-        return json.loads(finished.read_text())
+        metrics = read_result(finished)
+        if not (workdir / REPORT).exists():  # killed between the two
+            write_report(workdir)
+        return metrics
     trained = fit(config, data, workdir, make_evaluator(config, data))
     metrics = make_results(config, data, trained, workdir)
     write_json(finished, metrics)

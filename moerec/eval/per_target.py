@@ -12,6 +12,7 @@ from moerec.data.dataset import Dataset, find_multi_service_users
 from moerec.errors import InputError
 from moerec.eval.compare import METRIC, Difference, format_rows, read_run
 from moerec.eval.metrics import RankCounts, Ranks, per_target_metrics
+from moerec.eval.report.result import blamed_on
 from moerec.eval.significance import bootstrap_intervals, paired_test
 from moerec.files import replacing
 
@@ -93,7 +94,10 @@ def compare_targets(first: Path, second: Path) -> TargetComparison:
       InputError: a run has no ranks, or the two were tested on other targets or by another rule.
     """
     runs = [read_run(folder) for folder in (first, second)]
-    rules = [(run["dataset"], run["config"]["eval"]["mask_seen"]) for run in runs]
+    rules = []
+    for folder, run in zip((first, second), runs, strict=True):
+        with blamed_on(folder / "metrics.json"):
+            rules.append((run["dataset"], run["config"]["eval"]["mask_seen"]))
     if rules[0] != rules[1]:
         raise InputError(f"{first}: another data set or eval.mask_seen than {second}")
     a, b = read_ranks(first), read_ranks(second)

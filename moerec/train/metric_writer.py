@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moerec.files import read_lines, to_plain, write_text
+from moerec.errors import InputError
+from moerec.files import naming, read_lines, to_plain, write_text
+from moerec.terminal import printable
 
 _PLAIN_EVERY_S = 15.0  # between two progress lines where standard error is no terminal
 _TTY_EVERY_S = 0.2
@@ -43,6 +45,23 @@ def _format_scalar(name: str, value: float) -> str:
     return f"{short} {value:.4g}"
 
 
+def read_metric_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`: each has a step, and numbers or nulls.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    lines = read_lines(path)
+    for number, line in enumerate(lines, 1):
+        for name, value in {"step": None, **line}.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name == "step" and not (isinstance(value, int) and 0 <= value < 2**53 and is_number):
+                raise InputError(f"{path}:{number}: its step is {value!r}, and no count of steps")
+            if not is_number and value is not None:
+                raise InputError(f"{path}:{number}: {name} is {value!r}, and no number")
+    return lines
+
+
 class MetricWriter:
     """Writes the scalars of a run to `metrics.jsonl` and TensorBoard, and a progress line to standard error.
 
@@ -57,7 +76,7 @@ class MetricWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in read_lines(path) if resume_step and line.get("step", 0) <= resume_step]
+            kept = [line for line in read_metric_lines(path) if resume_step and line["step"] <= resume_step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         purge_step = resume_step + 1 if resume_step else 0  # step 0 is written anew by a run that starts over
@@ -68,7 +87,7 @@ class MetricWriter:
         self._since: tuple[int, float] | None = None  # the first step shown, and when: the step's compilation is over
         self._last_line, self._width = -math.inf, 0
         self._tty = sys.stderr.isatty()
-        self._label = f"{name}  " if name else ""
+        self._label = f"{printable(name)}  " if name else ""
         if 0 < resume_step < total_steps:
             print(f"{self._label}goes on from step {resume_step}/{total_steps}", file=sys.stderr)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from moerec.config import Config
 from moerec.config.stored import list_differences, read_config, read_stored
 from moerec.data.load import DIGEST, RunData, reload_data
 from moerec.errors import InputError
+from moerec.files import read_json
 from moerec.nn.model import ModelSizes, Predictor
 from moerec.nn.sharding import make_mesh, param_shardings, replicated
 from moerec.tasks import make_tasks
@@ -85,11 +85,11 @@ class Run:
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
-        """Raises: InputError, where the run is not finished."""
+        """Raises: InputError, where the run is not finished, or the file is damaged."""
         path = self.folder / METRICS
         if not path.exists():
             raise InputError(f"{self.folder}: this run is not finished; the command that began it goes on with it")
-        return json.loads(path.read_text())
+        return read_json(path)
 
     @functools.cached_property
     def data(self) -> RunData:

@@ -4,7 +4,6 @@ Leaves are matched by path, and layers one by one: `layers/3/attention/q_DNH` is
 so that a dense model's layers are found by a mixture that groups them otherwise.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from flax import nnx
 
 from moerec.config import Config, ModelConfig, TrainConfig
 from moerec.config.stored import read_config
-from moerec.data.load import DIGEST, RunData
+from moerec.data.load import RunData, read_digests
 from moerec.errors import InputError
 from moerec.nn.block import split_layers
 from moerec.train.checkpoint import Checkpoints
@@ -194,9 +193,7 @@ def warm_start(state: TrainState, config: Config, data: RunData) -> TrainState:
 def _refuse_other_items(restored: Restored, state: TrainState, config: Config, data: RunData) -> None:
     """Rows of items and tokens mean the same only where the items, their numbering and their texts are the same."""
     run, _, _ = find_checkpoint(Path(config.train.init_from))
-    path = run / DIGEST
-    known = json.loads(path.read_text()).get("items_sha256") if path.is_file() else None
-    if known == data.items_digest:
+    if read_digests(run).get("items_sha256") == data.items_digest:
         return
     leaves = jax.tree_util.tree_leaves_with_path(state.params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     tables = [name_path(path) for path, leaf in leaves if {"items", "vocab"} & set(leaf.get_metadata().get("axes", ()))]

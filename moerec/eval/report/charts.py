@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moerec.eval.report.table import format_value
+from moerec.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,4 +151,5 @@ def _to_svg(figure: "Figure", title: str) -> str:
 
 
 def _shorten(label: str) -> str:
+    label = printable(label)
     return label if len(label) <= 20 else label[:19] + "…"

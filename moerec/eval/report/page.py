@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moerec.errors import InputError
 from moerec.eval.report.charts import draw_bars, draw_curves, draw_shares
+from moerec.eval.report.result import blamed_on, read_result
 from moerec.eval.report.table import (
     build_report_table,
     config_name,
@@ -17,8 +17,9 @@ from moerec.eval.report.table import (
     row_label,
     seen_rule,
 )
-from moerec.files import read_lines, write_text
-from moerec.train.metric_writer import format_count, format_duration
+from moerec.files import read_json, write_text
+from moerec.terminal import printable
+from moerec.train.metric_writer import format_count, format_duration, read_metric_lines
 
 _CURVES = (  # title, then the scalars of metrics.jsonl and their labels
     ("Training loss", {"loss": "loss"}),
@@ -39,19 +40,27 @@ def write_report(workdir: Path | str) -> Path:
     """Renders `report.html` from `metrics.json`, `metrics.jsonl` and `config.json` of a run, and returns its path.
 
     Raises:
-      InputError: `metrics.json` is missing or lacks the test result.
+      InputError: `metrics.json` is missing or lacks the test result; one of the files is damaged.
     """
+    workdir = Path(workdir)
+    metrics = read_result(workdir / "metrics.json")
+    lines = read_metric_lines(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").is_file() else []
+    config = read_json(workdir / "config.json") if (workdir / "config.json").is_file() else metrics.get("config")
+    with blamed_on(workdir / "metrics.json"):
+        page = _render(metrics, lines, config if isinstance(config, Mapping) else {})
+    path = workdir / "report.html"
+    write_text(path, printable(page, keep="\n\t"))
+    return path
+
+
+def _render(metrics: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined  # only reports need it
 
-    workdir = Path(workdir)
-    metrics = _read_json(workdir / "metrics.json")
-    lines = read_lines(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").is_file() else []
-    config = _read_json(workdir / "config.json") if (workdir / "config.json").is_file() else metrics.get("config")
     environment = Environment(
         loader=PackageLoader("moerec.eval.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["metric"] = format_value
-    page = environment.get_template("page.html").render(
+    return environment.get_template("page.html").render(
         name=config_name(metrics),
         summary=_summarise(metrics),
         facts=_list_facts(metrics),
@@ -69,23 +78,8 @@ def write_report(workdir: Path | str) -> Path:
         aspects=_probe(metrics, "profile_aspects"),
         slice_ranking=_slice_ranking(metrics),
         full=_list_all_metrics(metrics),
-        config=_list_config(config if isinstance(config, Mapping) else {}),
+        config=_list_config(config),
     )
-    path = workdir / "report.html"
-    write_text(path, page)
-    return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; a run directory holds one once its training has ended")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds no JSON object")
-    return value
 
 
 def _summarise(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moerec.errors import InputError
+from moerec.terminal import printable
 
 UNION_METRICS = ("ndcg@10", "recall@10", "mrr")
 SERVICE_METRICS = ("ndcg@10", "recall@10")
@@ -154,7 +155,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     column (the ceiling aside, and where there is another), and the first row is the model.
     """
     table = build_report_table(metrics)
-    label_width = min(max(len(row.label) for row in table.rows), 28)
+    label_width = min(max(len(printable(row.label)) for row in table.rows), 28)
     blocks: list[list[int]] = [[]]
     for group in dict.fromkeys(column.group for column in table.columns):
         members = [c for c, column in enumerate(table.columns) if column.group == group]
@@ -198,4 +199,5 @@ def _caption(metrics: Mapping[str, Any], has_best: bool) -> str:
 
 
 def _shorten(text: str, width: int) -> str:
+    text = printable(text)
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,71 @@
+"""`metrics.json` of a run, read again: what tables are made of must be what it is taken for."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moerec.errors import InputError
+from moerec.files import read_json
+
+_GROUPS = ("dataset", "valid", "slices", "probes", "routing", "intervals", "baseline_intervals", "paired")
+_NUMBERS = ("seed", "steps", "best_step", "wall_s", "tokens_per_s", "n_params", "n_active_params", "gap_closed")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The result of a run, its tables checked.
+
+    Raises:
+      InputError: there is none; it is damaged; a field of it is of another type than those that runs write.
+    """
+    metrics = read_json(path, "no such file; is the run finished?")
+    with blamed_on(path):
+        _check(metrics)
+    return metrics
+
+
+@contextlib.contextmanager
+def blamed_on(path: Path) -> Iterator[None]:
+    """Around what is computed from the content of one file alone: where that fails, the file is no result of a run.
+
+    Raises:
+      InputError: with the file and what was stumbled over.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        raise InputError(f"{path}: is no result of a run ({reason})") from error
+
+
+def _check(metrics: dict[str, Any]) -> None:
+    """Raises: TypeError, with the first field of another type; KeyError, where there is no figure of the test."""
+    for name in _NUMBERS:
+        _require_number(metrics.get(name, 0), name)
+    for name in _GROUPS:
+        _require_group(metrics.get(name, {}), name)
+    _check_table(metrics["test"], "test")
+    _ = metrics["test"]["union"]["all"]["ndcg@10"]
+    tables = {"ceiling": metrics.get("ceiling", {}), **_require_group(metrics.get("baselines", {}), "baselines")}
+    for name, table in tables.items():
+        _check_table(table, name)
+
+
+def _check_table(table: Any, place: str) -> None:
+    for part in ("in_service", "union"):
+        for key, row in _require_group(_require_group(table, place).get(part, {}), f"{place}.{part}").items():
+            for metric, value in _require_group(row, f"{place}.{part}.{key}").items():
+                _require_number(value, f"{place}.{part}.{key}.{metric}")
+
+
+def _require_group(value: Any, place: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{place} is no object")
+    return value
+
+
+def _require_number(value: Any, place: str) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{place} is {value!r}, and no number")
