@@ -12,19 +12,20 @@ from moerec.config import cli
 from moerec.data.load import load_data
 from moerec.data.prepare.tables_to_shards import describe_quarantine
 from moerec.eval.audit import run_audit
-from moerec.files import write_json
+from moerec.files import locked, write_json
 
 
 def main(config, flags):
     """Loads the data as training would and prints the audit."""
     workdir = Path(flags.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    data = load_data(config.data, workdir)
-    for line in describe_quarantine(data.quarantined):
-        print(line)
-    report = run_audit(data.dataset, config.data.split, config.audit, config.data.seed)
-    print(report.to_text())
-    write_json(workdir / "audit.json", report.to_dict())
+    with locked(workdir):
+        data = load_data(config.data, workdir)
+        for line in describe_quarantine(data.quarantined):
+            print(line)
+        report = run_audit(data.dataset, config.data.split, config.audit, config.data.seed)
+        print(report.to_text())
+        write_json(workdir / "audit.json", report.to_dict())
     return report.to_dict()
 
 

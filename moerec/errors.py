@@ -1,4 +1,4 @@
-"""The two ways in which a command may end badly without a traceback."""
+"""The ways in which a command may end badly without a traceback."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,10 @@ class InputError(ValueError):
 
 class WorkError(RuntimeError):
     """The work was well defined and failed, with the reason in one line. Exit code 1."""
+
+
+class Terminated(RuntimeError):
+    """The process was asked to end (SIGTERM), and what was done is saved. Exit code `TERMINATED`."""
+
+
+TERMINATED = 143  # as shells tell of a process that SIGTERM ended

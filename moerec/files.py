@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -86,6 +87,17 @@ def write_json(path: Path | str, value: Any) -> None:
     """Writes `value` (see `to_plain`) atomically. Raises WorkError on NaN and infinities; `path` is then untouched."""
     plain = to_plain(value, refuse_nonfinite=True, where=f"{Path(path).name}: ")
     write_text(path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def require_plain_path(folder: Path) -> None:
+    """Refuses what the libraries that write checkpoints take for a pattern, an escape or the address of a bucket.
+
+    Raises:
+      InputError: such a character is in the name of the folder, or of one above it.
+    """
+    found = re.search(r"[*?\[\]\\]|:(?=/)|[\ud800-\udfff]", f"{folder.resolve()}/")
+    if found:
+        raise InputError(f"{folder}: {found[0]!a} may not be in the name of a run's directory, or of one above it")
 
 
 def parse_json(text: str | bytes) -> Any:

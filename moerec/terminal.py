@@ -19,7 +19,7 @@ _CONTROLS = re.compile(
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with control characters as JSON writes them (`\\u001b`), so that JSON remains what it was.
+    """`text` with control characters as JSON writes them (backslash, u, four digits), so that JSON remains what it was.
 
     Args: keep: control characters that stay, such as line ends.
     """
@@ -35,7 +35,7 @@ def _write_out(text: str) -> str:
 class SafeStream:
     """A text stream to which only printable text, line ends and tabs are written, whatever it is given.
 
-    A carriage return stays where a `write` begins with it: so a progress line goes back to its beginning.
+    A carriage return stays where nothing else is written with it: so a progress line goes back to its beginning.
     """
 
     def __init__(self, stream: TextIO):
@@ -43,14 +43,13 @@ class SafeStream:
 
     def write(self, text: str) -> int:
         """As the stream's own; what its encoding lacks is written out, too."""
-        head, tail = ("\r", text[1:]) if text.startswith("\r") else ("", text)
-        shown = printable(tail, keep="\n\t")
+        shown = printable(text, keep="\n\t" if text != "\r" else "\r")
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         try:
             shown.encode(encoding)
         except UnicodeEncodeError:
             shown = "".join(c if c.encode(encoding, "ignore") else _write_out(c) for c in shown)
-        self._stream.write(head + shown)
+        self._stream.write(shown)
         return len(text)
 
     def writelines(self, lines: Any) -> None:

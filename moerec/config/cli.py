@@ -1,8 +1,8 @@
 """The shell around every command: flags, the typed configuration with its overrides, exit codes, `--json`.
 
 A command is `python -m experiments.NAME --config=configs/X.py [--config.field=value …] --workdir=DIR`. Exit codes:
-0 done, 1 the work failed, 2 wrong use or bad input (one line each, on standard error), 130 interrupted. A traceback is
-a defect of ours.
+0 done, 1 the work failed, 2 wrong use or bad input (one line each, on standard error), 130 interrupted, 143 terminated.
+A traceback is a defect of ours.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from absl import flags
 from moerec.config import Config, checked
 from moerec.config.python_file import did_you_mean, import_plugin, list_leaves, load_config
 from moerec.config.value_types import list_groups, require_types
-from moerec.errors import InputError, WorkError
+from moerec.errors import TERMINATED, InputError, Terminated, WorkError
 from moerec.files import to_plain
 from moerec.terminal import safe_output
 
@@ -52,7 +52,7 @@ def run(
     """
     sys.unraisablehook = _interrupt_again
     code = execute(main, sys.argv, default_config, extra_flags, config_type=config_type, workdir=workdir)
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, TERMINATED):
         # Loader and checkpoint threads may be in the middle of something: what they hold is not needed, and a
         # half-written checkpoint is never read, but taking them down in order can take long, or crash.
         sys.stdout.flush()
@@ -114,6 +114,8 @@ def _execute(
         return _fail(2, error)
     except WorkError as error:
         return _fail(1, error)
+    except Terminated as error:
+        return _fail(TERMINATED, error)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted")
     except MemoryError:
@@ -123,7 +125,7 @@ def _execute(
     except (FileExistsError, NotADirectoryError) as error:
         return _fail(2, f"{error.filename}: {error.strerror}; a directory is needed there")
     except OSError as error:  # the machine's answer (no space, no permission), not a defect of ours
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
         return _fail(1, f"{place}{error.strerror}")

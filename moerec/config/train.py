@@ -91,6 +91,9 @@ class TrainConfig:
     mesh_data: int = 1  # devices over which the batch is split
     mesh_expert: int = 1  # devices over which the batch and the experts are split
     mesh_model: int = 1  # devices over which the feed-forward width and the heads are split
+    grace_s: float = (
+        25.0  # seconds after SIGTERM in which the state is saved; then, or at a second one, the process ends
+    )
 
     def __post_init__(self):
         for name in (
@@ -105,7 +108,7 @@ class TrainConfig:
             "mesh_model",
         ):
             require(getattr(self, name) >= 1, f"train.{name}", "must be at least 1")
-        for name in ("eval_every", "patience"):
+        for name in ("eval_every", "patience", "grace_s"):
             require(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
         renamed = all(there and here for there, _, here in (entry.partition("=") for entry in self.init_rename))
         require(renamed, "train.init_rename", 'entries are of the form "THERE=HERE"')

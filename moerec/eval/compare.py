@@ -12,6 +12,7 @@ from moerec.config.stored import list_differences
 from moerec.errors import InputError
 from moerec.eval.report.result import blamed_on, read_result
 from moerec.eval.report.table import config_name
+from moerec.terminal import printable
 
 METRIC = "ndcg@10"
 
@@ -184,12 +185,14 @@ def _read_attainable(folder: Path, metrics: dict[str, Any]) -> dict[str, float]:
 
 def format_rows(rows: Sequence[Difference], names: tuple[str, str], counts: Sequence[int], last: str) -> list[str]:
     """Lines of a table: a head, and a line a row; `counts` of pairs, of which `last` says what is counted."""
-    width = max(16, *(len(row.part) for row in rows))
-    lines = [f"{'':{width}}  {names[0]:>12}  {names[1]:>12}  difference      95 % interval       p  {last}"]
-    for row, n in zip(rows, counts, strict=True):
+    parts = [printable(row.part) for row in rows]
+    width = max(16, *map(len, parts))
+    first, second = map(printable, names)
+    lines = [f"{'':{width}}  {first:>12}  {second:>12}  difference      95 % interval       p  {last}"]
+    for part, row, n in zip(parts, rows, counts, strict=True):
         interval = f"{row.low:+.4f} to {row.high:+.4f}"
         lines.append(
-            f"{row.part:{width}}  {row.first:12.4f}  {row.second:12.4f}  {row.difference:+10.4f}"
+            f"{part:{width}}  {row.first:12.4f}  {row.second:12.4f}  {row.difference:+10.4f}"
             f"  {interval:>18}  {row.p_value:6.4f}  {row.n_better} of {n}"
         )
     return lines
@@ -199,12 +202,12 @@ def render_interventions(interventions: InterventionTable) -> str:
     """The table for a terminal."""
     n = len(interventions.seeds)
     lines = [
-        f"{interventions.name}, union {METRIC}, means of {n} seeds"
+        f"{printable(interventions.name)}, union {METRIC}, means of {n} seeds"
         f" (seed/data.seed {', '.join(f'{a}/{b}' for a, b in interventions.seeds)})",
         *format_rows(interventions.rows, ("own", "changed"), [n] * len(interventions.rows), "less"),
     ]
     if interventions.attainable:
-        told = ", ".join(f"{name} {value:.4f}" for name, value in interventions.attainable.items())
+        told = ", ".join(f"{printable(name)} {value:.4f}" for name, value in interventions.attainable.items())
         lines.append(f"the exact posterior, by what it knows: {told}")
     return "\n".join(lines)
 
@@ -216,7 +219,7 @@ def render(comparison: Comparison) -> str:
         f"{METRIC}, means of {n} seeds (seed/data.seed {', '.join(f'{a}/{b}' for a, b in comparison.seeds)})",
         *format_rows(comparison.rows, comparison.names, [n] * len(comparison.rows), "better"),
     ]
-    width = max(16, *(len(row.part) for row in comparison.rows))
+    width = max(16, *(len(printable(row.part)) for row in comparison.rows))
     budgets = (comparison.n_active_params, comparison.steps, comparison.wall_s)
     for title, (a, b) in zip(("active params", "steps", "seconds"), budgets, strict=True):
         a, b = round(a), round(b)

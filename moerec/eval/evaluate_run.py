@@ -39,7 +39,7 @@ from moerec.eval.report import write_report
 from moerec.eval.report.result import read_result
 from moerec.eval.report.table import gap_closed
 from moerec.eval.significance import table_intervals, table_tests
-from moerec.files import locked, to_plain, write_json
+from moerec.files import locked, require_plain_path, to_plain, write_json
 from moerec.nn.model import count_active_params
 from moerec.nn.profile import count_profile_slots
 from moerec.tasks import make_tasks
@@ -53,14 +53,15 @@ def run_experiment(config: Config, workdir: Path) -> dict[str, Any]:
     A finished run is not evaluated anew: its `metrics.json` is the result.
 
     Raises:
-      InputError: bad data, a name that is not registered, or a `workdir` that holds a run of another config, is damaged,
-        or that another process is at work in.
+      InputError: bad data, a name that is not registered; or a `workdir` that holds another config's run, is damaged,
+        or is another process's place of work.
     """
     make_tasks(config)
     if config.model.personal.layers:
         count_profile_slots(config.model)
     for name in config.baselines:
         _ = BASELINES[name]
+    require_plain_path(workdir)
     is_new = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     try:

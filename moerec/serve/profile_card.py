@@ -18,6 +18,7 @@ from moerec.nn.profile.memory import decay_rates, evidence
 from moerec.serve.profiles import observe_events, start_profile
 from moerec.serve.recommender import find_history, recommend
 from moerec.serve.request import RecommendRequest
+from moerec.terminal import printable
 from moerec.train.run_dir import Run
 from moerec.types import Catalog
 
@@ -220,6 +221,7 @@ def describe_card(card: ProfileCard) -> dict[str, Any]:
 
 def render_card(card: ProfileCard) -> str:
     """The profile card for a terminal."""
+    card = _make_printable(card)
     services = ", ".join(f"{name} {n}" for name, n in card.n_events.items())
     fields = ", ".join(f"{name} {value}" for name, value in card.fields.items()) or "no fields"
     context = ", ".join(f"{name}={value}" for name, value in card.context.items()) or "context not known"
@@ -247,6 +249,17 @@ def render_card(card: ProfileCard) -> str:
         cells = "".join(f"{effect.rank[value]:6d} {effect.p[value]:7.4f}" for value in values)
         lines.append(f"{cells}  {effect.service:<12s} {effect.id:<10s} {effect.text}".rstrip())
     return "\n".join(lines)
+
+
+def _make_printable(value: Any) -> Any:
+    """The same with all text printable; named tuples, dictionaries and lists are gone through."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_make_printable(key): _make_printable(inner) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*map(_make_printable, value))
+    return [_make_printable(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _say_hours(hours: float) -> str:

@@ -17,6 +17,7 @@ from moerec.nn.model import Predictor
 from moerec.nn.profile import MemoryParams, UserState
 from moerec.serve.profiles import observe_events
 from moerec.serve.request import RecommendRequest, encode_context, encode_fields, hide_unknown
+from moerec.terminal import printable
 from moerec.train.run_dir import Run
 from moerec.types import NO_TIME, Batch, Catalog
 
@@ -185,7 +186,8 @@ def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:
     ]
     found: dict[str, Any] = {"items": items}
     lines = [f"{'p':>7s}  {'service':<12s} {'id':<10s} text"]
-    lines += [f"{x['p']:7.4f}  {x['service']:<12s} {x['id']:<10s} {x['text']}" for x in items]
+    shown = [[printable(x[key]) for key in ("service", "id", "text")] for x in items]
+    lines += [f"{x['p']:7.4f}  {z:<12s} {i:<10s} {text}" for x, (z, i, text) in zip(items, shown, strict=True)]
     if answer.domain is not None:
         found["domain"] = dict(zip(catalogue.services, map(float, answer.domain), strict=True))
         shares = ", ".join(f"{name} {p:.2f}" for name, p in found["domain"].items())
@@ -200,4 +202,4 @@ def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:
         lines.append(
             "relevance of the profile: " + ", ".join(f"{name} {x:.2f}" for name, x in found["relevance"].items())
         )
-    return {**found, "lines": lines}
+    return {**found, "lines": [printable(line) for line in lines]}

@@ -11,6 +11,7 @@ from moerec.data.dataset import Dataset
 from moerec.data.prepare.binning import NUMBER, find_ranges, name_ranges
 from moerec.data.splits import parse_date
 from moerec.errors import InputError
+from moerec.terminal import printable
 from moerec.train.run_dir import Run
 
 NOTHING: Mapping[str, str] = types.MappingProxyType({})
@@ -109,7 +110,7 @@ def list_unseen(run: Run, context: Mapping[str, str]) -> list[str]:
     dataset, edges = run.data.dataset, run.config.data.schema.edges
     code_C = hide_unknown(run, encode_context(dataset, edges, context))
     return [
-        f"{name}={context[name]}: never seen in training; there are {', '.join(values)}"
+        f"{printable(name)}={printable(context[name])}: never seen in training; there are {', '.join(values)}"
         for (name, values), code in zip(dataset.context.items(), code_C, strict=True)
         if code == len(values) + 1
     ]

@@ -7,6 +7,8 @@ classes. Beside it goes a small JSON record: the position of the data stream, an
 import contextlib
 import dataclasses
 import logging
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moerec.errors import InputError
+from moerec.errors import InputError, WorkError
+from moerec.files import require_plain_path
 from moerec.train.paths import flatten, unflatten
 
 
@@ -27,6 +30,7 @@ class TrainProgress:
       best: the best validation score so far, at `best_step`; `evals_since_best` evaluations have passed since.
       wall_s: time so far, over all interrupted runs; train_s of it without validation, in which n_slots were trained.
       stream: position of the data stream.
+      is_eval_due: the state is one that is to be evaluated, and the process ended before that was done.
     """
 
     best: float = -1.0
@@ -36,6 +40,7 @@ class TrainProgress:
     train_s: float = 0.0
     n_slots: float = 0.0
     stream: dict[str, Any] = dataclasses.field(default_factory=dict)
+    is_eval_due: bool = False
 
     @property
     def slots_per_s(self) -> float:
@@ -61,9 +66,33 @@ def _told_if_damaged(folder: Path, step: int) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).split("\n")[0][:200]
         raise InputError(f"{folder}: the checkpoint of step {step} cannot be read ({reason})") from error
+
+
+def _drop_told_twice(record: logging.LogRecord) -> bool:
+    """Not what orbax says of a write that failed in the background: it is raised to whoever waits for it."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+class _FailedWrite:
+    """While one may fail in the background: what is said of it besides the error that is raised, hundreds of lines."""
+
+    def __init__(self) -> None:
+        self._before = sys.unraisablehook
+        logging.getLogger("absl").addFilter(_drop_told_twice)
+        sys.unraisablehook = self._hook
+
+    def _hook(self, unraisable: Any) -> None:
+        """Those of its writes that are still under way tell a loop that is no longer there."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._before(unraisable)
+
+    def close(self) -> None:
+        logging.getLogger("absl").removeFilter(_drop_told_twice)
+        if sys.unraisablehook == self._hook:
+            sys.unraisablehook = self._before
 
 
 class Checkpoints:
@@ -72,7 +101,10 @@ class Checkpoints:
     def __init__(self, folder: Path, read_only: bool = False, kind: str = "best"):
         """Args: `DIR`; read_only: nothing there is created, saved or tidied up, and only the one `kind` is read."""
         folder = folder.resolve()
+        require_plain_path(folder)
         self._folder = folder
+        self._is_failed = False
+        self._quiet_failure = None if read_only else _FailedWrite()
         with _quiet() if read_only else contextlib.nullcontext():
             self._last, self._best = (
                 ocp.CheckpointManager(
@@ -91,7 +123,24 @@ class Checkpoints:
             )
         self._named_best = 0  # the best step that the last state on disk names
 
+    @contextlib.contextmanager
+    def _told_if_full(self) -> Iterator[None]:
+        """Raises: WorkError, where a checkpoint cannot be written."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            self._is_failed = True
+            of_system = re.search(r": ([^:]*) \[os_error_code", str(error))
+            reason = of_system[1] if of_system else str(error).split("\n")[0][:200]
+            raise WorkError(
+                f"{self._folder}: a checkpoint cannot be written ({reason}); what was saved before stays"
+            ) from error
+
     def save_last(self, step: int, state, progress: TrainProgress) -> None:
+        with self._told_if_full():
+            self._save_last(step, state, progress)
+
+    def _save_last(self, step: int, state, progress: TrainProgress) -> None:
         # The progress saved here names the best step, which must be on disk first; and an older best may go only when
         # the last state on disk does not name it.
         self._best.wait_until_finished()
@@ -103,9 +152,10 @@ class Checkpoints:
 
     def save_best(self, step: int, state, progress: TrainProgress) -> None:
         # A run that was killed before its first `save_last` starts anew, and comes by its own best again.
-        for stale in [s for s in self._best.all_steps() if s >= step]:
-            self._best.delete(stale)
-        self._save(self._best, step, state, progress)
+        with self._told_if_full():
+            for stale in [s for s in self._best.all_steps() if s >= step]:
+                self._best.delete(stale)
+            self._save(self._best, step, state, progress)
 
     @staticmethod
     def _save(manager: ocp.CheckpointManager, step: int, state, progress: TrainProgress) -> None:
@@ -151,7 +201,8 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
             )
-        return unflatten(like, restored["state"]), TrainProgress(**restored["progress"])
+            progress = TrainProgress(**restored["progress"])
+        return unflatten(like, restored["state"]), progress
 
     def read_leaves(self, prefixes: tuple[str, ...], step: int | None = None) -> dict[str, np.ndarray]:
         """Leaves by path of what was opened for reading, those that begin with a prefix, as they were written.
@@ -175,10 +226,15 @@ class Checkpoints:
         return {name: np.asarray(x) for name, x in restored["state"].items() if name.startswith(prefixes)}
 
     def wait(self) -> None:
-        """Until everything asked for is on disk."""
-        self._last.wait_until_finished()
-        self._best.wait_until_finished()
+        """Until everything asked for is on disk. Raises: WorkError, where it cannot be written."""
+        with self._told_if_full():
+            self._last.wait_until_finished()
+            self._best.wait_until_finished()
 
     def close(self) -> None:
-        self._last.close()
-        self._best.close()
+        """Raises: WorkError, where what is asked for cannot be written, and nobody was told."""
+        for manager in (self._last, self._best):
+            with contextlib.suppress(WorkError) if self._is_failed else contextlib.nullcontext(), self._told_if_full():
+                manager.close()
+        if self._quiet_failure and not self._is_failed:
+            self._quiet_failure.close()

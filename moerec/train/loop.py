@@ -15,7 +15,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 from moerec.config import Config
 from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
-from moerec.errors import InputError, WorkError
+from moerec.errors import InputError, Terminated, WorkError
 from moerec.nn.model import Predictor
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
 from moerec.tasks import make_tasks
@@ -26,6 +26,7 @@ from moerec.train.metric_writer import MetricWriter
 from moerec.train.run_dir import bind_catalog, make_sizes
 from moerec.train.state import TrainState, init_state, make_predictor
 from moerec.train.step import Constants, TrainStep, make_train_step
+from moerec.train.termination import StopRequest
 from moerec.train.warm_start import warm_start
 from moerec.types import Batch, Catalog
 
@@ -183,17 +184,23 @@ def fit(config: Config, data: RunData, workdir: Path, evaluate: Evaluator) -> Tr
     the step, and the position of the data stream is part of the checkpoint.
 
     Raises:
-      WorkError: the loss is not finite. InputError: `workdir` holds checkpoints of another model.
+      WorkError: the loss is not finite, or the disk is full. InputError: `workdir` holds checkpoints of another model.
+      Terminated: SIGTERM came, and the state is saved.
     """
-    trainer = make_trainer(config, data)
+    trainer, stop = make_trainer(config, data), StopRequest()
     with (
+        stop.catch(config.train.grace_s),
         contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints,
         contextlib.closing(iter(trainer.stream)) as stream,
     ):
         state, progress = _resume(config, data, checkpoints, trainer.state, stream)
         with MetricWriter(workdir, config.train.steps, int(state.step), config.name) as writer, mesh_of(state):
-            state = _run_steps(config, trainer, evaluate, state, progress, stream, checkpoints, writer)
+            state = _run_steps(config, trainer, evaluate, state, progress, stream, checkpoints, writer, stop)
         checkpoints.wait()
+        if stop.is_made:
+            raise Terminated(
+                f"{workdir}: terminated, saved at step {int(state.step)}; the same command goes on from there"
+            )
         best, at_best = checkpoints.restore_best(state)
     if at_best.best_step != progress.best_step:
         raise WorkError(f"{workdir}: the best step is {progress.best_step}, but {at_best.best_step} was kept")
@@ -215,37 +222,52 @@ def _run_steps(
     stream: grain.DatasetIterator,
     checkpoints: Checkpoints,
     writer: MetricWriter,
+    stop: StopRequest,
 ) -> TrainState:
     options, step = config.train, int(state.step)
-    started, earlier_s = time.monotonic(), progress.wall_s
+    started, earlier_s, saved_step = time.monotonic(), progress.wall_s, step
     logger = MetricLogger(writer, progress, options.log_every)
     stopped = bool(options.patience) and progress.evals_since_best >= options.patience
-    while step < options.steps and not stopped:
-        state, metrics = trainer.step(state, next(stream))
-        step += 1
-        logger.add(step, metrics)
-        last = step == options.steps
-        is_eval = last or (bool(options.eval_every) and step % options.eval_every == 0)
-        if not is_eval and step % options.save_every:
-            continue
-        logger.sync(step, metrics)
-        progress.stream = stream.get_state()
-        progress.wall_s = earlier_s + time.monotonic() - started
-        if is_eval:
-            predictor = make_predictor(state)
-            score, valid = evaluate(predictor, bind_catalog(predictor, trainer.catalog))
+    while progress.is_eval_due or (step < options.steps and not stopped):
+        if stop.is_made and step == saved_step:
+            break
+        if not progress.is_eval_due:
+            state, metrics = trainer.step(state, next(stream))
+            step += 1
+            logger.add(step, metrics)
+            is_due = bool(options.eval_every) and step % options.eval_every == 0
+            progress.is_eval_due = is_due or step == options.steps
+            if not (progress.is_eval_due or step % options.save_every == 0 or stop.is_made):
+                continue
+            logger.sync(step, metrics)
+            progress.stream = stream.get_state()
+            progress.wall_s = earlier_s + time.monotonic() - started
+        # What is given up, because the process is to end, is done by the one that goes on.
+        found = (
+            stop.unless_made(functools.partial(_validate, trainer, evaluate, state)) if progress.is_eval_due else None
+        )
+        if found is not None:
+            score, valid = found
             writer.write(step, valid)
             is_ndcg = "valid/union/ndcg@10" in valid  # an evaluator of one's own measures anything
             logger.shown["valid/ndcg@10" if is_ndcg else "valid/score"] = score
-            progress.wall_s = earlier_s + time.monotonic() - started
+            progress.wall_s, progress.is_eval_due = earlier_s + time.monotonic() - started, False
             if score > progress.best:
                 progress.best, progress.best_step, progress.evals_since_best = score, step, 0
                 checkpoints.save_best(step, state, progress)
             else:
                 progress.evals_since_best += 1
                 stopped = bool(options.patience) and progress.evals_since_best >= options.patience
-        if last or stopped or step % options.save_every == 0:
+        last = step == options.steps or stopped
+        # One that was saved before its validation is not replaced: whoever goes on from there validates it again.
+        if step != saved_step and (last or step % options.save_every == 0 or stop.is_made):
             checkpoints.save_last(step, state, progress)
-        logger.show(step, last or stopped)
+            saved_step = step
+        logger.show(step, last)
         logger.pause()
     return state
+
+
+def _validate(trainer: Trainer, evaluate: Evaluator, state: TrainState) -> tuple[float, dict[str, float]]:
+    predictor = make_predictor(state)
+    return evaluate(predictor, bind_catalog(predictor, trainer.catalog))

@@ -1,5 +1,7 @@
 """What a run writes while it works: `metrics.jsonl`, TensorBoard events and the progress line."""
 
+import contextlib
+import datetime
 import json
 import math
 import shutil
@@ -9,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moerec.errors import InputError
+from moerec.errors import InputError, WorkError
 from moerec.files import naming, read_lines, to_plain, write_text
 from moerec.terminal import printable
 
@@ -62,6 +64,42 @@ def read_metric_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+class EventWriter:
+    """Scalars in a file of TensorBoard events, written at once: the thread of tensorboardX's own writer dies on a full
+    disk, and whoever gives it more then waits for ever.
+    """
+
+    def __init__(self, folder: Path, purge_step: int, suffix: str):
+        from tensorboardX.event_file_writer import EventsWriter  # slow to import, and only runs need it
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        folder.mkdir(exist_ok=True)
+        self._folder = folder
+        self._writer = EventsWriter(str(folder / "events"), suffix)
+        self._add(purge_step, file_version="brain.Event:2")
+        self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        wall_time = datetime.datetime.now().timestamp()
+        self._writer.write_event(Event(wall_time=wall_time, step=step, **content))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Raises: WorkError, where the disk is full."""
+        from tensorboardX.summary import scalar
+
+        with naming(self._folder):
+            for name, value in scalars.items():
+                self._add(step, summary=scalar(name, value))
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Raises: WorkError, where the disk is full."""
+        with naming(self._folder):
+            self._writer.close()
+
+
 class MetricWriter:
     """Writes the scalars of a run to `metrics.jsonl` and TensorBoard, and a progress line to standard error.
 
@@ -70,8 +108,6 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path | str, total_steps: int, resume_step: int = 0, name: str = ""):
-        from tensorboardX import SummaryWriter  # slow to import, and only runs need it
-
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
@@ -81,8 +117,7 @@ class MetricWriter:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         purge_step = resume_step + 1 if resume_step else 0  # step 0 is written anew by a run that starts over
         suffix = f".{resume_step:09d}"  # else a second start within one second overwrites the first one's file
-        folder = str(workdir / "tensorboard")
-        self._events = SummaryWriter(folder, purge_step=purge_step, flush_secs=30, filename_suffix=suffix)
+        self._events = EventWriter(workdir / "tensorboard", purge_step, suffix)
         self._total_steps = total_steps
         self._since: tuple[int, float] | None = None  # the first step shown, and when: the step's compilation is over
         self._last_line, self._width = -math.inf, 0
@@ -94,11 +129,10 @@ class MetricWriter:
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Adds one line, flushed. A scalar that is not finite is written as null, and not at all to TensorBoard."""
         plain = to_plain(scalars)
-        self._file.write(json.dumps({"step": int(step), **plain}, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in plain.items():
-            if isinstance(value, (int, float)):
-                self._events.add_scalar(name, value, int(step))
+        with naming(self._file.name):
+            self._file.write(json.dumps({"step": int(step), **plain}, allow_nan=False) + "\n")
+            self._file.flush()
+        self._events.write(int(step), {name: x for name, x in plain.items() if isinstance(x, (int, float))})
 
     def progress(self, step: int, scalars: Mapping[str, Any], is_last: bool = False) -> None:
         """Shows the step, the scalars (`*_per_s` as rates) and from the second time on the time left.
@@ -120,7 +154,8 @@ class MetricWriter:
         line = "  ".join(parts)
         if self._tty:
             line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be overwritten
-            sys.stderr.write("\r" + line.ljust(self._width) + ("\n" if is_last else ""))
+            sys.stderr.write("\r")
+            sys.stderr.write(line.ljust(self._width) + ("\n" if is_last else ""))
             self._width = 0 if is_last else len(line)
         else:
             sys.stderr.write(line + "\n")
@@ -138,5 +173,6 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with contextlib.suppress(*[OSError, WorkError] if kind else []):  # a full disk is told once
+            self.close()

@@ -33,6 +33,8 @@ def blamed_on(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except InputError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
         raise InputError(f"{path}: is no result of a run ({reason})") from error
