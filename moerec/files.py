@@ -112,7 +112,7 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_int64)
     except RecursionError:
         raise ValueError(f"is nested more than {_MOST_NESTED} levels deep") from None
-    level, n_levels = [value], 0
+    level, n_levels = [value] if _is_nest(value) else [], 0
     while level := [x for part in level for x in (part.values() if isinstance(part, dict) else part) if _is_nest(x)]:
         n_levels += 1
         if n_levels >= _MOST_NESTED:

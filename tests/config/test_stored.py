@@ -53,9 +53,11 @@ def test_a_file_without_a_format_is_of_earlier_runs_which_cannot_be_read(path):
     store_config(path, make_config())
     change(path, format=None)
     assert refusal(path) == f"has no format number; runs from before format {FORMAT} cannot be read"
-    for text in ("[]", "3", '"x"', "{}"):
+    path.write_text("{}")
+    assert "has no format number" in refusal(path)
+    for text in ("[]", "3", '"x"'):
         path.write_text(text)
-        assert "has no format number" in refusal(path)
+        assert refusal(path) == "holds no JSON object"
 
 
 @pytest.mark.parametrize("number", [0, FORMAT + 1, "1", 1.5])
@@ -101,7 +103,7 @@ def test_what_is_not_known_or_of_another_type_is_named(path, values, words):
 def test_nothing_and_no_number_are_no_values(path, value):
     store_config(path, make_config())
     path.write_text(re.sub(r'"seed": \d+', f'"seed": {value}', path.read_text()))
-    assert "config.seed: " in refusal(path)
+    assert ("config.seed: " if value == "null" else "is no JSON file (NaN is no JSON number)") in refusal(path)
     path.write_text(json.dumps({"format": FORMAT, "baselines": None}))
     assert refusal(path).startswith("config.baselines: None is not of type")
 
@@ -109,7 +111,7 @@ def test_nothing_and_no_number_are_no_values(path, value):
 def test_what_is_no_json_and_what_is_not_there_is_told(path):
     assert "no such file" in refusal(path)
     path.write_text("{")
-    assert "not a JSON file" in refusal(path)
+    assert "is no JSON file" in refusal(path)
 
 
 def test_a_run_of_an_older_field_set_goes_on_and_answers(tmp_path, monkeypatch):

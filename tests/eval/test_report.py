@@ -252,9 +252,9 @@ def test_a_long_curve_keeps_its_end_and_stays_small(tmp_path):
     ("content", "words"),
     [
         (None, r"metrics\.json: no such file"),
-        ("{", r"metrics\.json: is not JSON"),
+        ("{", r"metrics\.json: is no JSON file"),
         ("[]", r"metrics\.json: holds no JSON object"),
-        ('{"test": {}}', r"metrics\.json: test\.union\.all\.ndcg@10 is missing"),
+        ('{"test": {}}', r"metrics\.json: is no result of a run \(test\.union\.all\.ndcg@10 is missing\)"),
     ],
 )
 def test_a_defective_run_is_refused_with_the_field(content, words, tmp_path):

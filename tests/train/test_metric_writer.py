@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moerec.errors import WorkError
+from moerec.errors import InputError, WorkError
 from moerec.files import read_lines, replacing, to_plain, write_json
 from moerec.train import metric_writer as writer
 from moerec.train.metric_writer import MetricWriter, format_count, format_duration
@@ -78,7 +78,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_pa
 
 def test_a_broken_line_in_the_middle_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(WorkError, match=r"metrics\.jsonl:2: is no JSON object"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: is no JSON object"):
         MetricWriter(tmp_path, 10, 3)
 
 
@@ -147,7 +147,7 @@ def test_an_interrupted_write_leaves_no_half_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(WorkError, match=r"config\.json: cannot be written: No space"):
         write_json(path, {"seed": 2})
     assert json.loads(path.read_text()) == {"seed": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]

@@ -36,26 +36,32 @@ def blamed_on(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        own = "" if isinstance(error, _Misfit) else f"{type(error).__name__}: "
+        reason = f"{own}{error}".split("\n")[0][:200]
         raise InputError(f"{path}: is no result of a run ({reason})") from error
 
 
+class _Misfit(ValueError):
+    """A field that is missing, or of another type."""
+
+
 def _check(metrics: dict[str, Any]) -> None:
-    """Raises: TypeError, with the first field of another type; KeyError, where there is no figure of the test."""
     for name in _NUMBERS:
-        _require_number(metrics.get(name, 0), name)
+        _require_number(metrics.get(name), name)
     for name in _GROUPS:
-        _require_group(metrics.get(name, {}), name)
-    _check_table(metrics["test"], "test")
-    _ = metrics["test"]["union"]["all"]["ndcg@10"]
-    tables = {"ceiling": metrics.get("ceiling", {}), **_require_group(metrics.get("baselines", {}), "baselines")}
-    for name, table in tables.items():
-        _check_table(table, name)
+        _require_group(metrics.get(name), name)
+    for name in ("test", "ceiling"):
+        _check_table(metrics.get(name), name)
+    for name, table in _require_group(metrics.get("baselines"), "baselines").items():
+        _check_table(table, f"baselines.{name}")
+    union = (metrics.get("test") or {}).get("union") or {}
+    if (union.get("all") or {}).get("ndcg@10") is None:
+        raise _Misfit("test.union.all.ndcg@10 is missing")
 
 
 def _check_table(table: Any, place: str) -> None:
     for part in ("in_service", "union"):
-        for key, row in _require_group(_require_group(table, place).get(part, {}), f"{place}.{part}").items():
+        for key, row in _require_group(_require_group(table, place).get(part), f"{place}.{part}").items():
             for metric, value in _require_group(row, f"{place}.{part}.{key}").items():
                 _require_number(value, f"{place}.{part}.{key}.{metric}")
 
@@ -64,10 +70,10 @@ def _require_group(value: Any, place: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise TypeError(f"{place} is no object")
+        raise _Misfit(f"{place} is no object")
     return value
 
 
 def _require_number(value: Any, place: str) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"{place} is {value!r}, and no number")
+        raise _Misfit(f"{place} is {value!r}, and no number")
