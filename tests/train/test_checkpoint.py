@@ -2,6 +2,9 @@
 
 import dataclasses
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from moerec.train.paths import flatten, unflatten
 from moerec.train.state import init_state
 from tests.tiny import make_config
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = ModelSizes(n_items=16, n_tokens=9, n_services=2, n_actions=2, context_sizes=(3,))
 PROGRESS = TrainProgress(0.1 + 0.2, 4, 1, 1 / 3, 1e9, {"epoch": 3, "window": 2**40})
 
@@ -246,3 +250,45 @@ def test_an_empty_folder_holds_no_checkpoint(state, checkpoints):
     for restore in (empty.restore_last, empty.restore_best):
         with pytest.raises(InputError, match="run: holds no checkpoint"):
             restore(state)
+
+
+FULL_DISK = """
+import contextlib, resource
+from pathlib import Path
+import jax.numpy as jnp
+import numpy as np
+from moerec.config import cli
+from moerec.train.checkpoint import Checkpoints, TrainProgress
+
+def save(config, flags):
+    with contextlib.closing(Checkpoints(Path(flags.workdir))) as checkpoints:
+        noise = np.random.default_rng(0)
+        for step, size in ((3, 9), (6, 40_000)):
+            leaves = {f"a{k}": jnp.asarray(noise.standard_normal(size), jnp.float32) for k in range(20)}
+            checkpoints.save_last(step, leaves, TrainProgress(best_step=step))
+            checkpoints.save_best(step, leaves, TrainProgress(best_step=step))
+            checkpoints.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+cli.run(save, config_type=None)
+"""
+
+
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path):
+    """A limit on the size of files fails as a full disk does: in the background, in the middle of a file."""
+    command = [sys.executable, "-c", FULL_DISK, f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == (
+        f"error: {tmp_path}: a checkpoint cannot be written (File too large); what was saved before stays\n"
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    noise = np.random.default_rng(0)
+    leaves = {f"a{k}": jnp.asarray(noise.standard_normal(9), jnp.float32) for k in range(20)}
+    checkpoints = Checkpoints(tmp_path)
+    assert (checkpoints.last_step(), checkpoints.best_step()) == (3, 3)
+    assert_same(checkpoints.restore_last(leaves)[0], leaves)
+    assert_same(checkpoints.restore_best(leaves)[0], leaves)
+    checkpoints.save_last(6, leaves, PROGRESS)  # and once there is room, it goes on
+    checkpoints.wait()
+    assert checkpoints.last_step() == 6
+    checkpoints.close()

@@ -1,4 +1,4 @@
-"""The directory of a run: what is damaged is named and left as it is, one process works there, what is missing is made."""
+"""The directory of a run: what is damaged is named and left as it is, one process works there, a lost page is made."""
 
 import hashlib
 import json
@@ -100,7 +100,8 @@ def test_a_damaged_file_is_named_and_nothing_is_written(run, name, damage):
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"step": "word"}', b'{"step": -1}', b"{}", b'{"step": 2, "loss": "low"}', b'{"step": 1e400}', b"[]", b"\xff"]
+    "line",
+    [b'{"step": "word"}', b'{"step": -1}', b"{}", b'{"step": 2, "loss": "low"}', b'{"step": 1e400}', b"[]", b"\xff"],
 )
 def test_a_damaged_line_of_the_metrics_is_named(run, line):
     path = run / "metrics.jsonl"
@@ -146,7 +147,8 @@ def test_a_result_of_other_types_is_told_by_its_field(run, change, words):
 
 
 @pytest.mark.parametrize(
-    "text", ["NaN", "[Infinity]", "-Infinity", "1e999", "9" * 20, '"\\ud800"', "[" * 150 + "]" * 150, "", "nul", "\ufeff1"]
+    "text",
+    ["NaN", "[Infinity]", "-Infinity", "1e999", "9" * 20, '"\\ud800"', "[" * 150 + "]" * 150, "", "nul", "\ufeff1"],
 )
 def test_what_cannot_be_worked_with_is_no_json(text):
     with pytest.raises(ValueError):  # noqa: PT011 (any)
