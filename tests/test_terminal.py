@@ -87,6 +87,17 @@ def test_a_command_prints_messages_results_and_errors_safely(capsys):
     assert err.count("\n") == 1
 
 
+def test_a_long_name_does_not_fill_the_screen(capsys):
+    def fail(config, flags):
+        raise InputError(f"events.csv:3: {'x' * 100_000}: no such user")
+
+    assert cli.execute(fail, ["command"], config_type=None, workdir=False) == 2
+    err = capsys.readouterr().err
+    assert len(err) < 2000
+    assert err.startswith("error: events.csv:3: xxx")
+    assert err.endswith("xxx: no such user\n")
+
+
 def make_card(text: str) -> ProfileCard:
     effect = ContextEffect(text, text, text, {text: 1}, {text: 0.5})
     aspect = Aspect(0, 1.0, [2.0], {text: 1.5}, [0.5])

@@ -30,6 +30,7 @@ from moerec.terminal import safe_output
 
 Main = Callable[[Any, flags.FlagValues], Mapping[str, Any] | None]
 INTERRUPTED = 130
+_MOST_TOLD = 1500  # characters of an error
 ExtraFlags = Mapping[str, tuple[Any, str]]  # name: (default, help); the default gives the type
 
 
@@ -149,7 +150,10 @@ def _reader_left() -> bool:
 
 def _fail(code: int, reason: object) -> int:
     _reader_left()
-    print("error:", " ".join(str(reason).split("\n")).strip(), file=sys.stderr, flush=True)
+    told = " ".join(str(reason).split("\n")).strip()
+    if len(told) > _MOST_TOLD:  # with a name or a value of the input in it
+        told = f"{told[: _MOST_TOLD - 300]} … {told[-300:]}"
+    print("error:", told, file=sys.stderr, flush=True)
     return code
 
 

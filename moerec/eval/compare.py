@@ -93,7 +93,9 @@ def compare(first: Sequence[Path], second: Sequence[Path]) -> Comparison:
         if not is_same or a["test"]["in_service"].keys() != b["test"]["in_service"].keys():
             raise InputError(f"{sides[0][s][0]}: another data set than {sides[1][s][0]}")
     rows = [_compare_part("union all", pairs, "union", "all")]
-    rows += [_compare_part(service, pairs, "in_service", service) for service in pairs[0][0]["test"]["in_service"]]
+    services = pairs[0][0]["test"]["in_service"]  # under another data.seed one may have no targets
+    shared = [service for service in services if all(service in a["test"]["in_service"] for a, _ in pairs)]
+    rows += [_compare_part(service, pairs, "in_service", service) for service in shared]
 
     def most(name: str) -> tuple[int, int]:
         return max(a[name] for a, _ in pairs), max(b[name] for _, b in pairs)

@@ -18,6 +18,7 @@ from moerec.files import replacing
 
 FILE = "ranks.npz"
 N_BOOT = 2000
+_COLUMNS = (("U", 1), ("U", 1), ("U", 1), ("b", 1), ("iu", 2), ("iu", 2))  # of `TargetRanks`: numpy's kinds, and axes
 
 
 class TargetRanks(NamedTuple):
@@ -70,9 +71,11 @@ def read_ranks(folder: Path) -> TargetRanks:
         raise InputError(f"{path}: no such file; the run is not finished, or older than this file") from None
     except Exception as error:  # a damaged archive is found out by zipfile, zlib, numpy or the parser of its headers
         raise InputError(f"{path}: holds no ranks ({type(error).__name__}: {error})") from None
-    n = len(ranks.user)
-    if any(column.shape != (n, 2)[: column.ndim] for column in ranks):
+    n = ranks.user.size
+    if not n or any(column.shape != (n, 2)[:n_axes] for column, (_, n_axes) in zip(ranks, _COLUMNS, strict=True)):
         raise InputError(f"{path}: holds no ranks (its columns are not of one length)")
+    if any(column.dtype.kind not in kinds for column, (kinds, _) in zip(ranks, _COLUMNS, strict=True)):
+        raise InputError(f"{path}: holds no ranks (its columns are of other types)")
     return ranks
 
 

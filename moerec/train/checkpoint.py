@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import re
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moerec.config.value_types import describe_misfit, fits
 from moerec.errors import InputError, WorkError
 from moerec.files import require_plain_path
 from moerec.train.paths import flatten, unflatten
@@ -45,6 +47,9 @@ class TrainProgress:
     @property
     def slots_per_s(self) -> float:
         return self.n_slots / self.train_s if self.train_s else 0.0
+
+
+_PROGRESS_TYPES = typing.get_type_hints(TrainProgress)
 
 
 @contextlib.contextmanager
@@ -102,7 +107,7 @@ class Checkpoints:
         """Args: `DIR`; read_only: nothing there is created, saved or tidied up, and only the one `kind` is read."""
         folder = folder.resolve()
         require_plain_path(folder)
-        self._folder = folder
+        self.folder = folder
         self._is_failed = False
         self._quiet_failure = None if read_only else _FailedWrite()
         with _quiet() if read_only else contextlib.nullcontext():
@@ -133,7 +138,7 @@ class Checkpoints:
             of_system = re.search(r": ([^:]*) \[os_error_code", str(error))
             reason = of_system[1] if of_system else str(error).split("\n")[0][:200]
             raise WorkError(
-                f"{self._folder}: a checkpoint cannot be written ({reason}); what was saved before stays"
+                f"{self.folder}: a checkpoint cannot be written ({reason}); what was saved before stays"
             ) from error
 
     def save_last(self, step: int, state, progress: TrainProgress) -> None:
@@ -188,20 +193,24 @@ class Checkpoints:
     def _restore(self, manager: ocp.CheckpointManager, like) -> tuple[Any, TrainProgress]:
         step = manager.latest_step()
         if step is None:
-            raise InputError(f"{self._folder}: holds no checkpoint")
+            raise InputError(f"{self.folder}: holds no checkpoint")
         abstract = flatten(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-        with _told_if_damaged(self._folder, step):
+        with _told_if_damaged(self.folder, step):
             saved = manager.item_metadata(step)["state"]
             wanted, shapes = ({name: tuple(x.shape) for name, x in (tree or {}).items()} for tree in (abstract, saved))
             for name in {**wanted, **shapes} if saved is not None else ():
                 if shapes.get(name) != wanted.get(name):
                     found = f"{name} is {shapes.get(name)}, not {wanted.get(name)}"
-                    raise InputError(f"{self._folder}: was written with another model: {found}")
+                    raise InputError(f"{self.folder}: was written with another model: {found}")
             restored = manager.restore(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
             )
             progress = TrainProgress(**restored["progress"])
+            for field in dataclasses.fields(progress):
+                value, hint = getattr(progress, field.name), _PROGRESS_TYPES[field.name]
+                if not fits(value, hint):
+                    raise ValueError(describe_misfit(field.name, value, hint))
         return unflatten(like, restored["state"]), progress
 
     def read_leaves(self, prefixes: tuple[str, ...], step: int | None = None) -> dict[str, np.ndarray]:
@@ -214,11 +223,11 @@ class Checkpoints:
         """
         step = self._best.latest_step() if step is None else step
         if step not in self._best.all_steps():
-            raise InputError(f"{self._folder}: holds no checkpoint" + (f" of step {step}" if step is not None else ""))
-        with _told_if_damaged(self._folder, step):
+            raise InputError(f"{self.folder}: holds no checkpoint" + (f" of step {step}" if step is not None else ""))
+        with _told_if_damaged(self.folder, step):
             saved = self._best.item_metadata(step)["state"]
             if saved is None:
-                raise InputError(f"{self._folder}: holds no checkpoint")
+                raise InputError(f"{self.folder}: holds no checkpoint")
             # In the host's memory: the mesh that a state was written from may not be here, nor one device hold it.
             here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
             like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in saved.items()}

@@ -118,7 +118,10 @@ def _resume(
     if checkpoints.last_step() is None:
         return warm_start(state, config, data) if config.train.init_from else state, TrainProgress()
     state, progress = checkpoints.restore_last(state)
-    stream.set_state(progress.stream)
+    try:
+        stream.set_state(progress.stream)
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{checkpoints.folder}: its position in the data cannot be read ({error!r})") from None
     return state, progress
 
 

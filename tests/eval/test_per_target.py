@@ -100,6 +100,16 @@ def test_other_targets_and_what_is_no_file_of_ranks_are_refused(folders, tmp_pat
         (tmp_path / "ranks.npz").write_bytes(content)
         with pytest.raises(InputError, match="holds no ranks"):
             read_ranks(tmp_path)
+    for other in (
+        stored._replace(**{name: getattr(stored, name)[:0] for name in stored._fields}),
+        stored._replace(user=stored.user[0]),
+        stored._replace(union=stored.union[:, 0]),
+        stored._replace(union=stored.union + 0.5),
+        stored._replace(service=np.arange(len(stored.user))),
+    ):
+        np.savez(tmp_path / "ranks.npz", allow_pickle=False, **other._asdict())
+        with pytest.raises(InputError, match="holds no ranks"):
+            read_ranks(tmp_path)
     for content in damaged:
         (tmp_path / "ranks.npz").write_bytes(content)
         with contextlib.suppress(InputError):  # and nothing else

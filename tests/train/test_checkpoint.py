@@ -21,7 +21,7 @@ from tests.tiny import make_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ModelSizes(n_items=16, n_tokens=9, n_services=2, n_actions=2, context_sizes=(3,))
-PROGRESS = TrainProgress(0.1 + 0.2, 4, 1, 1 / 3, 1e9, {"epoch": 3, "window": 2**40})
+PROGRESS = TrainProgress(0.1 + 0.2, 4, 1, 1 / 3, 1e9, 7.0, {"epoch": 3, "window": 2**40})
 
 
 def make_state(sizes=SIZES):
@@ -292,3 +292,13 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path):
     checkpoints.wait()
     assert checkpoints.last_step() == 6
     checkpoints.close()
+
+
+@pytest.mark.parametrize("record", ["{", '{"best": "high"}', '{"step_of_old": 3}', '{"stream": [1]}', "[]"])
+def test_a_damaged_record_is_named(small, checkpoints, tmp_path, record):
+    writer = checkpoints()
+    writer.save_last(3, small, PROGRESS)
+    writer.wait()
+    (tmp_path / "checkpoints" / "last" / "3" / "progress" / "metadata").write_text(record)
+    with pytest.raises(InputError, match=r"checkpoints: the checkpoint of step 3 cannot be read \("):
+        checkpoints().restore_last(small)

@@ -83,7 +83,8 @@ def draw_bars(bars: Mapping[str, tuple[float, int | None]], title: str) -> str:
         figure, axes = _new_figure(4.6, 0.4 + 0.3 * len(bars))
         values = [value for value, _ in bars.values()]
         axes.barh(range(len(bars)), values, height=0.62, color=_ACCENT)
-        most = max(values, default=0) or 1
+        most = max(values, default=0)
+        most = most if most > 1e-9 else 1
         for place, (value, n) in enumerate(bars.values()):
             axes.text(value + 0.015 * most, place, format_value(value), va="center", color=_INK)
             if n is not None:

@@ -54,32 +54,36 @@ def write_report(workdir: Path | str) -> Path:
 
 
 def _render(metrics: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # only reports need it
+    from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError  # only reports need it
 
     environment = Environment(
         loader=PackageLoader("moerec.eval.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["metric"] = format_value
-    return environment.get_template("page.html").render(
-        name=config_name(metrics),
-        summary=_summarise(metrics),
-        facts=_list_facts(metrics),
-        seen_rule=seen_rule(metrics),
-        share=gap_closed(metrics),
-        table=build_report_table(metrics),
-        curves=_draw_training(metrics, lines),
-        best_step=(metrics.get("valid") or {}).get("step"),
-        slices=_draw_slices(metrics.get("slices") or {}),
-        mixture=_draw_mixture(metrics),
-        routing=_describe_routing(metrics),
-        first_events=_describe_first_events(metrics),
-        interventions=_list_interventions(metrics),
-        transfer=_list_transfer(metrics),
-        aspects=_probe(metrics, "profile_aspects"),
-        slice_ranking=_slice_ranking(metrics),
-        full=_list_all_metrics(metrics),
-        config=_list_config(config),
-    )
+    content = {
+        "name": config_name(metrics),
+        "summary": _summarise(metrics),
+        "facts": _list_facts(metrics),
+        "seen_rule": seen_rule(metrics),
+        "share": gap_closed(metrics),
+        "table": build_report_table(metrics),
+        "curves": _draw_training(metrics, lines),
+        "best_step": (metrics.get("valid") or {}).get("step"),
+        "slices": _draw_slices(metrics.get("slices") or {}),
+        "mixture": _draw_mixture(metrics),
+        "routing": _describe_routing(metrics),
+        "first_events": _describe_first_events(metrics),
+        "interventions": _list_interventions(metrics),
+        "transfer": _list_transfer(metrics),
+        "aspects": _probe(metrics, "profile_aspects"),
+        "slice_ranking": _slice_ranking(metrics),
+        "full": _list_all_metrics(metrics),
+        "config": _list_config(config),
+    }
+    try:
+        return environment.get_template("page.html").render(content)
+    except UndefinedError as error:
+        raise KeyError(str(error)) from error
 
 
 def _summarise(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moerec.errors import InputError
+from moerec.eval.report.table import build_report_table, gap_closed, seen_rule
 from moerec.files import read_json
 
 _GROUPS = ("dataset", "valid", "slices", "probes", "routing", "intervals", "baseline_intervals", "paired")
@@ -21,6 +22,7 @@ def read_result(path: Path) -> dict[str, Any]:
     metrics = read_json(path, "no such file; is the run finished?")
     with blamed_on(path):
         _check(metrics)
+        _ = build_report_table(metrics), gap_closed(metrics), seen_rule(metrics)
     return metrics
 
 
