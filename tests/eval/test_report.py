@@ -233,6 +233,8 @@ def test_the_page_holds_the_same_numbers_and_marks_the_best(tmp_path):
     assert rows["demo"][0] == ".1300.0981–.1099"
     assert rows["item kNN"][-2] == ".5000"
     assert rows["ceiling"][2] == four_digits(0.14 * 1.3 * 0.7)
+    note = next(part for part in text.split("<p") if "attainable" in part)
+    assert "no candidates. The last row has the p-value" in note
     assert "item kNN, reaches .1040 (paired over the targets of this one seed, p = .0321)." in text
     assert [len(row) for row in rows.values()] == [9] * 4
     assert ".5000" in page.bold
