@@ -142,7 +142,7 @@ def build_report_table(metrics: Mapping[str, Any]) -> ReportTable:
             is_best = kind != "ceiling" and bool(tested) and tested["row"] == name and tested["p_holm"] < LEVEL
             cells.append(Cell(metric_at(row, column.part, column.key, column.metric), low, high, is_best))
         rows.append(Row(label, kind, cells, name))
-    return ReportTable(columns, rows, [tested.get("p_holm") for tested in tests])
+    return ReportTable(columns, rows, [float(tested["p_holm"]) if tested else None for tested in tests])
 
 
 def _test_of(metrics: Mapping[str, Any], column: Column) -> Mapping[str, Any]:
