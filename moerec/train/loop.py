@@ -140,10 +140,16 @@ class MetricLogger:
 
     def sync(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Waits for the step, so that what is evaluated or saved after it is whole and finite."""
-        self._flush()
+        self._flush(is_shown=False)
         self._count_slots()
-        if not np.isfinite(float(metrics["loss"])):
-            raise WorkError(f"step {step}: the loss is {float(metrics['loss'])}")
+        loss = float(metrics["loss"])
+        if not np.isfinite(loss):
+            raise WorkError(f"step {step}: the loss is {loss}")
+        self.shown.update(loss=loss, slots_per_s=self._progress.slots_per_s)
+
+    def show(self, step: int, is_last: bool) -> None:
+        """The progress line of a step that was waited for, with the figures of the validation after it."""
+        self._writer.progress(step, self.shown, is_last)
 
     def pause(self) -> None:
         """Leaves out the time since `sync`, in which nothing was trained."""
@@ -156,7 +162,7 @@ class MetricLogger:
         self._progress.train_s += now - self._clock
         self._clock = now
 
-    def _flush(self) -> None:
+    def _flush(self, is_shown: bool = True) -> None:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
@@ -166,7 +172,8 @@ class MetricLogger:
             raise WorkError(f"step {step}: the loss is {values['loss']}")
         self.shown.update(loss=values["loss"], slots_per_s=self._progress.slots_per_s)
         self._writer.write(step, {**values, "slots_per_s": self._progress.slots_per_s})
-        self._writer.progress(step, self.shown)
+        if is_shown:
+            self._writer.progress(step, self.shown)
 
 
 def fit(config: Config, data: RunData, workdir: Path, evaluate: Evaluator) -> TrainResult:
@@ -228,7 +235,8 @@ def _run_steps(
             predictor = make_predictor(state)
             score, valid = evaluate(predictor, bind_catalog(predictor, trainer.catalog))
             writer.write(step, valid)
-            logger.shown["valid/ndcg@10"] = score
+            is_ndcg = "valid/union/ndcg@10" in valid  # an evaluator of one's own measures anything
+            logger.shown["valid/ndcg@10" if is_ndcg else "valid/score"] = score
             progress.wall_s = earlier_s + time.monotonic() - started
             if score > progress.best:
                 progress.best, progress.best_step, progress.evals_since_best = score, step, 0
@@ -238,5 +246,6 @@ def _run_steps(
                 stopped = bool(options.patience) and progress.evals_since_best >= options.patience
         if last or stopped or step % options.save_every == 0:
             checkpoints.save_last(step, state, progress)
+        logger.show(step, last or stopped)
         logger.pause()
     return state

@@ -81,29 +81,28 @@ class MetricWriter:
             if isinstance(value, (int, float)):
                 self._events.add_scalar(name, value, int(step))
 
-    def progress(self, step: int, scalars: Mapping[str, Any]) -> None:
+    def progress(self, step: int, scalars: Mapping[str, Any], is_last: bool = False) -> None:
         """Shows the step, the scalars (`*_per_s` as rates) and from the second time on the time left.
 
-        Lines come at a rate that a reader can follow.
+        Lines come at a rate that a reader can follow; the last one always comes.
         """
         now = time.monotonic()
-        last = step >= self._total_steps
         if self._since is None:
             self._since = (step, now)
         first_step, started = self._since
-        if now - self._last_line < (_TTY_EVERY_S if self._tty else _PLAIN_EVERY_S) and not last:
+        if now - self._last_line < (_TTY_EVERY_S if self._tty else _PLAIN_EVERY_S) and not is_last:
             return
         self._last_line = now
         parts = [f"{self._label}step {step}/{self._total_steps}"]
         parts += [_format_scalar(name, float(value)) for name, value in scalars.items()]
-        if step > first_step:
+        if step > first_step and not is_last:
             per_step = (now - started) / (step - first_step)
             parts.append(f"{format_duration(per_step * (self._total_steps - step))} left")
         line = "  ".join(parts)
         if self._tty:
             line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be overwritten
-            sys.stderr.write("\r" + line.ljust(self._width) + ("\n" if last else ""))
-            self._width = 0 if last else len(line)
+            sys.stderr.write("\r" + line.ljust(self._width) + ("\n" if is_last else ""))
+            self._width = 0 if is_last else len(line)
         else:
             sys.stderr.write(line + "\n")
         sys.stderr.flush()

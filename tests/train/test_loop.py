@@ -255,6 +255,39 @@ def test_an_evaluator_of_ones_own_picks_the_step(tmp_path, tiny_data):
     assert [(x["step"], x["valid/mine"]) for x in lines if "valid/mine" in x] == [(4, 1.0), (8, 2.0), (12, 3.0)]
 
 
+@pytest.mark.parametrize(
+    "train_fields",
+    [
+        {"log_every": 5},
+        {"eval_every": 0},  # one validation, after the last step
+        {"steps": 60, "eval_every": 2, "patience": 1},  # stops early
+    ],
+)
+def test_the_last_progress_line_shows_the_last_validation(tmp_path, tiny_data, capsys, train_fields):
+    config = make_config(**train_fields)
+    scores = iter([0.111, 0.222, 0.333, 0.321, 0.123])
+    given = []
+
+    def evaluate(predictor, catalog):
+        given.append(next(scores))
+        return given[-1], {"valid/union/ndcg@10": given[-1]}
+
+    fitted = fit(config, tiny_data, tmp_path, evaluate)
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tiny  step")]
+    last_valid = given[-2]  # after it the best parameters are measured once more
+    assert shown[-1].startswith(f"tiny  step {fitted.steps}/{config.train.steps}  loss ")
+    assert f"  ndcg@10 {last_valid:.3f}".replace(" 0.", " .") in shown[-1]
+    assert sum(f"step {fitted.steps}/" in line for line in shown) == 1
+    assert "left" not in shown[-1]
+
+
+def test_what_an_evaluator_of_ones_own_measures_is_not_called_ndcg(tmp_path, tiny_data, capsys):
+    fit(make_config(), tiny_data, tmp_path, lambda *_: (0.25, {"valid/mine": 3.0}))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "score 0.25" in last
+    assert "ndcg" not in last
+
+
 def test_a_loss_that_is_not_finite_fails_with_its_step(tmp_path, tiny_data, monkeypatch):
     config = make_config()
     trainer = make_trainer(config, tiny_data)

@@ -99,16 +99,18 @@ def test_tensorboard_purges_what_the_resumed_run_writes_again(tmp_path):
 
 
 def test_progress_line(tmp_path, capsys, monkeypatch):
-    clock = iter([10.0, 11.0, 40.0, 50.0])
+    clock = iter([10.0, 11.0, 40.0, 41.0])
     monkeypatch.setattr(writer, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     with MetricWriter(tmp_path, 500, resume_step=100) as out:
         for step in (200, 210, 400, 500):
-            out.progress(step, {"loss": 5.3123, "valid/union/ndcg@10": 0.0421, "slots_per_s": 38_123.0})
+            scalars = {"loss": 5.3123, "valid/union/ndcg@10": 0.0421, "slots_per_s": 38_123.0}
+            out.progress(step, scalars, is_last=step == 500)
     lines = capsys.readouterr().err.splitlines()
     assert lines.pop(0) == "goes on from step 100/500"
     assert lines[0] == "step 200/500  loss 5.312  ndcg@10 .042  38k slots/s"  # what it compiled for says nothing
     assert lines[1] == "step 400/500  loss 5.312  ndcg@10 .042  38k slots/s  15s left"
     assert [line.split()[1] for line in lines] == ["200/500", "400/500", "500/500"]  # 210 came too soon
+    assert lines[2] == "step 500/500  loss 5.312  ndcg@10 .042  38k slots/s"  # the last one always comes
 
 
 def test_progress_on_a_terminal_overwrites_its_line(tmp_path, capsys, monkeypatch):
@@ -118,7 +120,7 @@ def test_progress_on_a_terminal_overwrites_its_line(tmp_path, capsys, monkeypatc
         patched.setattr(writer.shutil, "get_terminal_size", lambda: os.terminal_size((40, 20)))
         out.progress(1, {"loss": 1e-9, "a_long_name_of_a_metric": 3.0})
         out.progress(2, {})
-        out.progress(20, {"loss": 1.0})
+        out.progress(20, {"loss": 1.0}, is_last=True)
     frames = capsys.readouterr().err.split("\r")[1:]
     assert max(map(len, frames[:2])) <= 39
     assert len(frames[1]) == len(frames[0])  # nothing of the longer line stays visible
