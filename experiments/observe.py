@@ -9,6 +9,7 @@ profile what was before. A later call goes on from where the profiles are. Who i
 or the next call begins a new profile for them; whoever has none is named.
 """
 
+import sys
 from pathlib import Path
 
 from moerec.config import cli
@@ -27,7 +28,7 @@ FLAGS = {
 def main(_, flags):
     """Prints what was done."""
     from moerec.data.splits import parse_date
-    from moerec.serve.profiles import count_recent, feed, forget, open_profiles
+    from moerec.serve.profiles import count_recent, describe_feed, explain_difference, feed, forget, open_profiles
     from moerec.train.run_dir import load_run
 
     if not flags.profiles:
@@ -45,9 +46,9 @@ def main(_, flags):
     else:
         recent = count_recent(run.config) if flags.recent < 0 else flags.recent
         done = feed(store, params, run.data.dataset, run.catalog, recent, before)
-        print(f"{done.n_events:,} events of {done.n_users:,} users taken in; {len(store):,} users in the store")
-        if done.n_too_recent:
-            print(f"{done.n_too_recent:,} users have no events but the last {recent:,}, which stay out (--recent)")
+        print("\n".join(describe_feed(done, recent, len(store))))
+        if reason := explain_difference(run.config, recent) if len(store) else "":
+            print(f"answers by these profiles are not those of whole histories: {reason}", file=sys.stderr)
         found = done._asdict()
     if flags.export:
         store.export(flags.export)

@@ -22,8 +22,7 @@ from moerec.errors import InputError
 
 def main(_, flags):
     """Prints the list, and what the analyser and the profile router say of the request."""
-    from moerec.serve.profiles import open_profiles, read_profile
-    from moerec.serve.recommender import describe_answer, recommend
+    from moerec.serve.recommender import describe_answer, recall_profile, recommend
     from moerec.serve.request import list_unseen, read_request
     from moerec.train.run_dir import load_run
 
@@ -31,16 +30,14 @@ def main(_, flags):
         raise InputError("--new_user: has no name and no profile; leave --user and --profiles out")
     request = read_request(flags.context, flags.time, flags.service, flags.fields)
     run = load_run(Path(flags.workdir))
-    for note in list_unseen(run, request.context):
-        print(note, file=sys.stderr)
     user = None if flags.new_user else flags.user or str(run.data.dataset.users[0])
-    profile = None
-    if flags.profiles and user is not None:
-        params = run.predictor.params
-        profile, is_stored = read_profile(open_profiles(Path(flags.profiles), params), params, run.data.dataset, user)
-        if not is_stored:
-            print(f"{user}: no profile in the store; the last events alone count", file=sys.stderr)
-    found = describe_answer(run, recommend(run, user, request, flags.top_k, profile))
+    profile, notes = recall_profile(run, user, request, Path(flags.profiles) if flags.profiles else None)
+    for note in [*list_unseen(run, request.context), *notes]:
+        print(note, file=sys.stderr)
+    answer = recommend(run, user, request, flags.top_k, profile)
+    if flags.profiles and profile is None:
+        answer = answer._replace(relevance=None)
+    found = describe_answer(run, answer)
     print("\n".join(found.pop("lines")))
     return found
 

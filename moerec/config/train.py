@@ -141,7 +141,7 @@ class AuditConfig:
 
     A limit of 1 is never exceeded, and the value is only reported.
 
-    The orders and the canary of ids must exceed theirs by three standard errors of chance.
+    The orders and the canary of ids and the identical users must also exceed what chance gives (.00135 of the time).
     """
 
     max_tied_test: float = 0.1  # test events at the very time of the event before them

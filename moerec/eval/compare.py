@@ -12,6 +12,7 @@ from moerec.config.stored import list_differences
 from moerec.errors import InputError
 from moerec.eval.report.result import blamed_on, read_result
 from moerec.eval.report.table import config_name
+from moerec.eval.significance import LEVEL, correct_holm
 from moerec.terminal import printable
 
 METRIC = "ndcg@10"
@@ -24,6 +25,7 @@ class Difference(NamedTuple):
       first, second: means over the pairs. difference: mean of first - second, with its 95 % interval `low` to `high`
         and two-sided p-value: of Student's t over pairs of runs, or over pairs of targets (`moerec.eval.per_target`).
       n_better: pairs in which the first is better.
+      p_holm: the p-value, corrected for the number of rows of its table.
     """
 
     part: str
@@ -34,6 +36,13 @@ class Difference(NamedTuple):
     high: float
     p_value: float
     n_better: int
+    p_holm: float = 1.0
+
+
+def correct_rows(rows: Sequence[Difference]) -> list[Difference]:
+    """The rows of one table with p-values that are corrected for their number."""
+    corrected = correct_holm([row.p_value for row in rows])
+    return [row._replace(p_holm=p_holm) for row, p_holm in zip(rows, corrected, strict=True)]
 
 
 class Comparison(NamedTuple):
@@ -102,7 +111,7 @@ def compare(first: Sequence[Path], second: Sequence[Path]) -> Comparison:
 
     names = (config_name(pairs[0][0]), config_name(pairs[0][1]))
     wall_s = tuple(float(np.mean([pair[side]["wall_s"] for pair in pairs])) for side in (0, 1))
-    return Comparison(names, seeds, rows, most("n_active_params"), most("steps"), (wall_s[0], wall_s[1]))
+    return Comparison(names, seeds, correct_rows(rows), most("n_active_params"), most("steps"), (wall_s[0], wall_s[1]))
 
 
 def _by_seed(folders: Sequence[Path]) -> dict[tuple[int, int], tuple[Path, dict[str, Any]]]:
@@ -167,7 +176,7 @@ def compare_interventions(folders: Sequence[Path]) -> InterventionTable:
     rows = [_test(title, np.stack([own, [x[title] for x in changed]], axis=1)) for title in changed[0]]
     known = [_read_attainable(*run) for run in runs]
     attainable = {name: float(np.mean([k[name] for k in known])) for name in known[0] if all(name in k for k in known)}
-    return InterventionTable(config_name(runs[0][1]), sorted(found), rows, attainable)
+    return InterventionTable(config_name(runs[0][1]), sorted(found), correct_rows(rows), attainable)
 
 
 def _read_interventions(folder: Path, metrics: dict[str, Any]) -> dict[str, float]:
@@ -186,18 +195,23 @@ def _read_attainable(folder: Path, metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def format_rows(rows: Sequence[Difference], names: tuple[str, str], counts: Sequence[int], last: str) -> list[str]:
-    """Lines of a table: a head, and a line a row; `counts` of pairs, of which `last` says what is counted."""
+    """Lines of a table: a head, a line a row, and what marks a row's better side; `counts` of pairs, of which `last`
+    says what is counted.
+    """
     parts = [printable(row.part) for row in rows]
     width = max(16, *map(len, parts))
     first, second = map(printable, names)
-    lines = [f"{'':{width}}  {first:>12}  {second:>12}  difference      95 % interval       p  {last}"]
+    heads = f"{'':{width}}  {first:>12}   {second:>12}   difference      95 % interval       p  p, Holm  {last}"
+    lines = [heads]
     for part, row, n in zip(parts, rows, counts, strict=True):
         interval = f"{row.low:+.4f} to {row.high:+.4f}"
+        is_sure = row.p_holm < LEVEL
+        marks = ["*" if is_sure and better else " " for better in (row.difference > 0, row.difference < 0)]
         lines.append(
-            f"{part:{width}}  {row.first:12.4f}  {row.second:12.4f}  {row.difference:+10.4f}"
-            f"  {interval:>18}  {row.p_value:6.4f}  {row.n_better} of {n}"
+            f"{part:{width}}  {row.first:12.4f}{marks[0]}  {row.second:12.4f}{marks[1]}  {row.difference:+10.4f}"
+            f"  {interval:>18}  {row.p_value:6.4f}   {row.p_holm:6.4f}  {row.n_better} of {n}"
         )
-    return lines
+    return [*lines, f"* p < {LEVEL:g} after Holm's correction for the number of rows, {len(rows)}"]
 
 
 def render_interventions(interventions: InterventionTable) -> str:
@@ -225,5 +239,5 @@ def render(comparison: Comparison) -> str:
     budgets = (comparison.n_active_params, comparison.steps, comparison.wall_s)
     for title, (a, b) in zip(("active params", "steps", "seconds"), budgets, strict=True):
         a, b = round(a), round(b)
-        lines.append(f"{title:{width}}  {a:12,}  {b:12,}")
+        lines.append(f"{title:{width}}  {a:12,}   {b:12,}")
     return "\n".join(lines)

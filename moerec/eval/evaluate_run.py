@@ -37,8 +37,8 @@ from moerec.eval.probes.transfer import describe_transfer
 from moerec.eval.ranking import EvalDataset, make_evaluator, make_test_set, make_valid_set, rank_targets
 from moerec.eval.report import write_report
 from moerec.eval.report.result import read_result
-from moerec.eval.report.table import gap_closed
-from moerec.eval.significance import table_intervals, table_tests
+from moerec.eval.report.table import gap_closed, list_columns
+from moerec.eval.significance import compare_best_rows, table_intervals, table_tests
 from moerec.files import locked, require_plain_path, to_plain, write_json
 from moerec.nn.model import count_active_params
 from moerec.nn.profile import count_profile_slots
@@ -140,6 +140,8 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
     metrics["intervals"] = intervals.pop("")
     metrics["baseline_intervals"] = intervals
     metrics["paired"] = table_tests(ranks, baselines, service, services, examples.user, config.seed)
+    columns = [(column.part, column.key, column.metric) for column in list_columns(metrics["test"])]
+    metrics["best"] = compare_best_rows(ranks, baselines, columns, service, services, examples.user, config.seed)
     if data.world is not None:
         _add_ceiling(metrics, config, data, examples)
     metrics["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

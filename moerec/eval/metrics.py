@@ -13,6 +13,7 @@ import numpy as np
 from moerec.errors import WorkError
 
 CUTOFFS = (5, 10, 20)
+MRR_CUTOFF = 10
 
 Seen = tuple[np.ndarray, np.ndarray] | np.ndarray | None
 
@@ -125,7 +126,10 @@ def _seen_pairs(seen: Seen, n: int, n_items: int) -> tuple[np.ndarray, np.ndarra
 
 
 def per_target_metrics(counts: RankCounts) -> dict[str, np.ndarray]:
-    """`{"recall@5": [n] float64, ..., "ndcg@5": ..., "mrr": ...}`, expectations over the order of ties."""
+    """`{"recall@5": [n] float64, ..., "ndcg@5": ..., "mrr@10": ..., "mrr": ...}`, expectations over the order of ties.
+
+    `mrr@10` counts a target below the tenth place as 0; `mrr` is the reciprocal rank wherever the target stands.
+    """
     first, last = counts.greater, counts.greater + counts.equal  # zero-based ranks first <= r < last
     metrics = {f"recall@{k}": (np.minimum(last, k) - np.minimum(first, k)) / counts.equal for k in CUTOFFS}
     for k in CUTOFFS:
@@ -133,6 +137,8 @@ def per_target_metrics(counts: RankCounts) -> dict[str, np.ndarray]:
         metrics[f"ndcg@{k}"] = (gain[np.minimum(last, k)] - gain[np.minimum(first, k)]) / counts.equal
     first, last = (np.where(counts.greater < MISS, place, 0) for place in (first, last))
     reciprocal = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, last.max(initial=0) + 1))])
+    within = [np.minimum(place, MRR_CUTOFF) for place in (first, last)]
+    metrics[f"mrr@{MRR_CUTOFF}"] = (reciprocal[within[1]] - reciprocal[within[0]]) / counts.equal
     metrics["mrr"] = (reciprocal[last] - reciprocal[first]) / counts.equal
     return metrics
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from moerec.data.dataset import Dataset, find_multi_service_users
 from moerec.errors import InputError
-from moerec.eval.compare import METRIC, Difference, format_rows, read_run
+from moerec.eval.compare import METRIC, Difference, correct_rows, format_rows, read_run
 from moerec.eval.metrics import RankCounts, Ranks, per_target_metrics
 from moerec.eval.report.result import blamed_on
 from moerec.eval.significance import bootstrap_intervals, paired_test
@@ -120,7 +120,9 @@ def compare_targets(first: Path, second: Path) -> TargetComparison:
     for title, part, chosen in parts:
         own, other = values[part]
         rows.append(_compare(title, own[chosen], other[chosen], user[chosen]))
-    return TargetComparison((first.name, second.name), rows, [int(chosen.sum()) for _, _, chosen in parts])
+    return TargetComparison(
+        (first.name, second.name), correct_rows(rows), [int(chosen.sum()) for _, _, chosen in parts]
+    )
 
 
 def _compare(title: str, first: np.ndarray, second: np.ndarray, user: np.ndarray) -> Difference:

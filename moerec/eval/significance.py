@@ -1,6 +1,6 @@
 """How sure a mean or a difference of means is, with whole users as the unit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from moerec.eval.metrics import RankCounts, Ranks, per_target_metrics
 
 INTERVAL_METRICS = ("ndcg@10", "recall@10")
+LEVEL = 0.05  # a row is called the best where the corrected p-value is below
 
 _MOST_DRAWS = 1 << 22  # random numbers held at once
 
@@ -57,7 +58,7 @@ def paired_test(
     difference = float(np.mean(first) - np.mean(second))
     if not len(size):
         return PairedResult(difference, 1.0, len(total))
-    observed = abs(total.sum()) * (1 - 1e-9)  # the sums are taken in another order below
+    observed = abs(total.sum()) - 1e-9 * np.abs(total).sum()  # the sums are taken in another order below
     rng = np.random.default_rng(seed)
     extreme = 0
     for draws in _draw_sizes(n_perm, len(size)):
@@ -116,6 +117,63 @@ def table_tests(
         in_service = {z: test(own_service, other, rows) for z, rows in subsets.items() if rows.any()}
         out[name] = {**test(own_union, ndcg(ranks.union), everything), "in_service": in_service}
     return out
+
+
+def correct_holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number by Holm's step-down method (Holm, 1979): the chance of one or more below a
+    level, where nothing differs, is at most the level, however they depend on each other.
+    """
+    values = np.asarray(p_values, np.float64)
+    order = np.argsort(values, kind="stable")
+    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(stepped, 1.0)
+    return corrected.tolist()
+
+
+def compare_best_rows(
+    model: Ranks,
+    baselines: Mapping[str, Ranks],
+    columns: Sequence[tuple[str, str, str]],
+    service: np.ndarray,
+    services: tuple[str, ...],
+    user: np.ndarray,
+    seed: int,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The best row of each column against the next best, paired over the same targets.
+
+    With more than two rows the test is conservative: the best and the next best of equals are nearer to each other than
+    two rows that were chosen beforehand.
+
+    Args:
+      columns: `(part, key, metric)`; the key is a service or "all".
+
+    Returns:
+      `{part: {key: {metric: {"row", "next", "difference", "p_value", "p_holm"}}}}`; rows by the baselines' names, the
+      model as None; `p_holm` is corrected for all columns. Empty where there is no baseline.
+    """
+    if not baselines:
+        return {}
+    rows: dict[str | None, Ranks] = {None: model}
+    for name, ranks in baselines.items():
+        rows[name] = ranks
+    values = {part: {name: per_target_metrics(getattr(r, part)) for name, r in rows.items()} for part in Ranks._fields}
+    found: dict[str, dict[str, dict[str, Any]]] = {part: {} for part in Ranks._fields}
+    tests = []
+    for part, key, metric in columns:
+        chosen = np.ones(len(user), bool) if key == "all" else service == services.index(key)
+        column = {name: table[metric][chosen] for name, table in values[part].items()}
+        best, *others = sorted(column, key=lambda name: -column[name].mean())
+        nearest = [name for name in others if column[name].mean() == column[others[0]].mean()]
+        results = {name: paired_test(column[best], column[name], seed, user[chosen]) for name in nearest}
+        other = max(results, key=lambda name: results[name].p_value)
+        test = {"row": best, "next": other, **results[other]._asdict()}
+        del test["n_users"]
+        found[part].setdefault(key, {})[metric] = test
+        tests.append(test)
+    for test, p_holm in zip(tests, correct_holm([test["p_value"] for test in tests]), strict=True):
+        test["p_holm"] = p_holm
+    return found
 
 
 def _cluster_sums(values: np.ndarray, user: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -41,11 +41,27 @@ def count_recent(config: Config) -> int:
 
     With a window those that a prediction reaches by attention, and one more, whose gap to the event before is not
     known; as many as a row holds without one, and where each event knows the last ones in all services. Predictions are
-    then what they would be if the row held the whole past.
+    then what they would be if the row held the whole past, but for what `explain_difference` says.
     """
-    model, most = config.model, config.data.history_len
-    looks_far_back = not model.window or model.time.service_gap
-    return most if looks_far_back else min(model.n_layers * (model.window - 1) + 2, most)
+    return min(_count_reached(config) or config.data.history_len, config.data.history_len)
+
+
+def _count_reached(config: Config) -> int | None:
+    """The last events that a prediction depends on otherwise than by the profile; None where these are all."""
+    model = config.model
+    return None if not model.window or model.time.service_gap else model.n_layers * (model.window - 1) + 2
+
+
+def explain_difference(config: Config, n_given: int) -> str:
+    """Why a prediction from a profile and the last `n_given` events is not that from the whole past in one row; empty
+    where it is.
+    """
+    n_reached = _count_reached(config)
+    if n_reached is not None:
+        return "" if n_given >= n_reached else f"attention reaches the last {n_reached} events, not {n_given} alone"
+    if config.model.window:
+        return "model.time.service_gap knows the last event in each service, which may be in the profile alone"
+    return "without model.window attention reaches all events, and those in a profile no longer"
 
 
 def start_profile(model: SequenceModel) -> UserState:
@@ -156,6 +172,14 @@ def feed(
         store.update([name for name, new in zip(names, is_new, strict=True) if new], moved, versions[is_new])
         done = done._replace(n_users=done.n_users + int(is_new.sum()), n_events=done.n_events + int(n_new.sum()))
     return done
+
+
+def describe_feed(done: FeedResult, recent: int, n_stored: int) -> list[str]:
+    """What was done, in a line or two."""
+    lines = [f"{done.n_events:,} events of {done.n_users:,} users taken in; {n_stored:,} users in the store"]
+    if done.n_too_recent:
+        lines.append(f"{done.n_too_recent:,} users have no events but the last {recent:,}, which stay out (--recent)")
+    return lines
 
 
 def observe_events(

@@ -1,5 +1,6 @@
 """A trained run that answers: what one user wants next, at some time and in some context, and why."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from moerec.eval.probes.profile_aspects import relevance_of_aspects
 from moerec.nn.heads.item import log_prob_items
 from moerec.nn.model import Predictor
 from moerec.nn.profile import MemoryParams, UserState
-from moerec.serve.profiles import observe_events
+from moerec.serve.profiles import explain_difference, observe_events, open_profiles, read_profile
 from moerec.serve.request import RecommendRequest, encode_context, encode_fields, hide_unknown
 from moerec.terminal import printable
 from moerec.train.run_dir import Run
@@ -27,7 +28,8 @@ class Recommendation(NamedTuple):
     item: `[n]` int64 items of the catalogue, best first. log_p: `[n]`, log-softmax of the scores over the union: logs
     of probabilities if the loss ranks the union (not under `loss.scope=service` or `loss.kind=one_negative`).
     domain: `[Z]`, the analyser's posterior over services; None in a dense model.
-    relevance: `[M]`, what each slot of the profile matters to the request; None in a model without one.
+    relevance: `[M]`, what each slot of the profile matters to the request; None in a model without one, and where
+      nothing is known of a user that a profile could hold.
     weight: `[X]`, weights of the mixture's components; None where there is one.
     """
 
@@ -71,7 +73,31 @@ def recommend(
     log_p_I, found = _predict(run.predictor, batch, slot, run.catalog, profile)
     log_p_I = np.asarray(log_p_I, np.float64)
     best = np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
+    domain, relevance, weight = found
+    if not (is_continued or len(rows) or batch.request.field_BTY[0, slot].any()):
+        relevance = None
+    found = domain, relevance, weight
     return Recommendation(best, log_p_I[best], *(None if x is None else np.asarray(x) for x in found))
+
+
+def recall_profile(
+    run: Run, user: str | None, request: RecommendRequest, folder: Path | None
+) -> tuple[UserState | None, list[str]]:
+    """A user's profile in a store, None where it has none, and in a line each what is to be known of an answer by it.
+
+    Raises:
+      InputError: there is no such store, or it is another run's; the profile has seen other events than the user's.
+    """
+    if user is None or folder is None:
+        return None, []
+    params, dataset = run.predictor.params, run.data.dataset
+    profile, is_stored = read_profile(open_profiles(folder, params), params, dataset, user)
+    if not is_stored:
+        return None, [f"{user}: no profile in the store; the last events alone count"]
+    n_seen = int(profile.n_events)
+    n_given = min(len(find_history(run, user, request)) - n_seen, run.config.data.history_len)
+    reason = explain_difference(run.config, n_given) if n_seen and n_given > 0 else ""
+    return profile, [f"{user}: not the answer that the whole history would give: {reason}"] if reason else []
 
 
 def _continue_profile(run: Run, rows: np.ndarray, profile: UserState) -> tuple[np.ndarray, UserState]:

@@ -19,7 +19,7 @@ from moerec.errors import InputError, WorkError
 from moerec.eval.audit import prepare_subject, run_audit
 from moerec.eval.audit.canary_checks import find_changed_inputs, plant_future
 from moerec.eval.audit.copy_checks import digest_sequences
-from moerec.eval.audit.id_checks import number_ids, rank_by_arithmetic
+from moerec.eval.audit.id_checks import guess_by_arithmetic, number_ids
 from moerec.eval.audit.report import AuditReport, make_row
 from moerec.eval.ranking import dataset as evaluated
 from tests.amazon3_tables import read_amazon3
@@ -131,7 +131,7 @@ def test_the_canary_guesses_as_by_hand(data):
         if p[-1][0] < len(ids):
             history = [ids[i] for i, _ in p[:-1] if i < len(ids)]
             expected.append(guess_by_hand(history, ids, ids[p[-1][0]]) if history else None)
-    found = [int(rank) if rank < 100 else None for rank in rank_by_arithmetic(subject, 0)]
+    found = [int(rank) if rank < 100 else None for rank in guess_by_arithmetic(subject, 0).rank]
     assert found == expected
 
 
@@ -349,7 +349,7 @@ def test_digests_are_equal_exactly_where_sequences_are(sequences):
 def test_report_shows_and_counts_what_exceeds_its_limit():
     rows = (
         make_row("one", "all", 0.2, 0.1, "too much"),
-        make_row("two", "s0", 0.2, 0.1, "by chance", margin=0.15),
+        make_row("two", "s0", 0.2, 0.1, "by chance", chance=0.25),
         make_row("three", "s0", 1.0, 1.0, "reported"),
     )
     report = AuditReport(rows)

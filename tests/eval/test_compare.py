@@ -1,6 +1,7 @@
 """The comparison over seeds: pairing, Student's t against a closed form, and what it refuses."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -47,10 +48,33 @@ def test_differences_are_those_of_the_paired_t_test(tmp_path):
     assert text.splitlines()[-1].split() == ["seconds", "3", "3"]
 
 
+def marked_cells(line):
+    """The values of both sides in a line of the table, as written."""
+    return re.findall(r"\d\.\d{4}\*?", line)[:2]
+
+
+@pytest.mark.parametrize(("t", "is_starred"), [(0.0, False), (2.5, False), (3.1, False), (3.6, True), (9.0, True)])
+def test_a_star_needs_a_p_value_that_is_low_after_correction(tmp_path, t, is_starred):
+    """Student's t with four degrees of freedom is 2.78 at .05, and 3.50 at half of it, as one of two rows needs."""
+    noise = 0.001 * np.arange(-2, 3)
+    shift = t * noise.std(ddof=1) / np.sqrt(5)
+    first = {s: (0.30 + shift + x, 0.5 + x) for s, x in zip(range(1, 6), noise.tolist(), strict=True)}
+    second = dict.fromkeys(range(1, 6), (0.3, 0.5))
+    runs = write_runs(tmp_path, first), write_runs(tmp_path, second, "b")
+    for sides, marks in ((runs, [is_starred, False]), (runs[::-1], [False, is_starred])):
+        result = compare(*sides)
+        assert (result.rows[0].p_value < 0.05) == (t > 2.78)
+        assert result.rows[0].p_holm == pytest.approx(min(1, 2 * result.rows[0].p_value))
+        lines = render(result).splitlines()
+        assert "p, Holm" in lines[1]
+        assert [[cell.endswith("*") for cell in marked_cells(line)] for line in lines[2:4]] == [marks, [False, False]]
+        assert lines[4] == "* p < 0.05 after Holm's correction for the number of rows, 2"
+
+
 def test_equal_runs_differ_by_nothing(tmp_path):
     first, second = write_runs(tmp_path, FIRST), write_runs(tmp_path, FIRST, "b")
     row = compare(first, second).rows[0]
-    assert (row.difference, row.low, row.high, row.p_value, row.n_better) == (0, 0, 0, 1, 0)
+    assert (row.difference, row.low, row.high, row.p_value, row.p_holm, row.n_better) == (0, 0, 0, 1, 1, 0)
 
 
 def test_equal_differences_that_are_not_zero_are_certain(tmp_path):

@@ -99,6 +99,26 @@ def test_tables_are_those_of_the_ranks_of_the_targets(finished):
             assert metrics["test"][part][name] == pytest.approx(row)
 
 
+def test_each_column_of_the_table_has_the_test_of_its_best_row(finished):
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    rows, best = {None: metrics["test"], **metrics["baselines"]}, metrics["best"]
+    columns = [("union", "all", metric) for metric in ("ndcg@10", "recall@10", "mrr@10")]
+    columns += [("in_service", z, m) for z in metrics["test"]["in_service"] for m in ("ndcg@10", "recall@10")]
+    assert [
+        (part, key, m) for part in ("union", "in_service") for key in best[part] for m in best[part][key]
+    ] == columns
+    for part, key, metric in columns:
+        values = {name: row[part][key][metric] for name, row in rows.items()}
+        test = best[part][key][metric]
+        assert values[test["row"]] == max(values.values())
+        assert test["difference"] == pytest.approx(values[test["row"]] - values[test["next"]])
+        others = [value for name, value in values.items() if name != test["row"]]
+        assert values[test["next"]] == pytest.approx(max(others))
+        assert 0 < test["p_value"] <= test["p_holm"] <= 1
+    for row in (*metrics["test"]["union"].values(), *metrics["test"]["in_service"].values()):
+        assert 0 <= row["mrr@10"] <= row["mrr"] <= row["mrr@10"] + 1 / 11
+
+
 def test_a_split_by_user_reports_first_events(finished):
     folder, _, metrics, _, _ = finished
     first = metrics["probes"]["first_events"]

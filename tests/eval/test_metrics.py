@@ -15,7 +15,8 @@ from moerec.eval import metrics
 def brute_force(scores, target, excluded, low, high):
     """Mean over all orders of the candidates that keep higher scores first: a dict of metrics."""
     if target in excluded:
-        return {f"{name}@{k}": 0.0 for name in ("recall", "ndcg") for k in metrics.CUTOFFS} | {"mrr": 0.0}
+        missed = {f"{name}@{k}": 0.0 for name in ("recall", "ndcg") for k in metrics.CUTOFFS}
+        return {**missed, "mrr@10": 0.0, "mrr": 0.0}
     candidates = [i for i in range(low, high) if i not in excluded]
     above = [i for i in candidates if scores[i] > scores[target]]
     level = [i for i in candidates if scores[i] == scores[target]]
@@ -23,7 +24,8 @@ def brute_force(scores, target, excluded, low, high):
     result = {f"recall@{k}": np.mean([r <= k for r in ranks]) for k in metrics.CUTOFFS}
     for k in metrics.CUTOFFS:
         result[f"ndcg@{k}"] = np.mean([1 / math.log2(r + 1) if r <= k else 0.0 for r in ranks])
-    return {**result, "mrr": np.mean([1 / r for r in ranks])}
+    cut = np.mean([1 / r if r <= 10 else 0.0 for r in ranks])
+    return {**result, "mrr@10": cut, "mrr": np.mean([1 / r for r in ranks])}
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,8 +45,9 @@ def test_metrics_equal_the_mean_over_all_orders_of_ties(data):
         (np.array([0, len(excluded)]), np.array(excluded, np.int64)),
         (np.array([low]), np.array([high])),
     )
-    found = metrics.per_target_metrics(counts)
-    for name, value in brute_force(scores, target, set(excluded), low, high).items():
+    found, expected = metrics.per_target_metrics(counts), brute_force(scores, target, set(excluded), low, high)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
         assert found[name][0] == pytest.approx(value, abs=1e-12), name
 
 
@@ -55,6 +58,16 @@ def test_a_constant_model_scores_k_over_n(n_items):
     found = metrics.per_target_metrics(counts)
     for k in metrics.CUTOFFS:
         assert np.all(found[f"recall@{k}"] == min(k, n_items) / n_items)
+
+
+def test_only_what_says_so_is_cut_off():
+    """Of a target at each of the first thirty places: NDCG, recall and MRR by the places that they count."""
+    found = metrics.per_target_metrics(metrics.RankCounts(np.arange(30), np.ones(30, np.int64)))
+    for name, values in found.items():
+        cutoff = int(name.partition("@")[2] or 30)
+        assert np.count_nonzero(values) == cutoff, name
+        assert np.all(values[:cutoff] > 0), name
+    np.testing.assert_allclose(found["mrr"], 1 / np.arange(1, 31))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -54,6 +54,7 @@ def test_differences_are_those_of_the_two_tables(folders):
         assert (row.first, row.second) == pytest.approx((first, second))
         assert row.difference == pytest.approx(first - second)
         assert row.low <= row.difference <= row.high
+        assert row.p_value <= row.p_holm <= len(result.rows) * row.p_value
     for row, opposite in zip(result.rows, turned.rows, strict=True):
         assert row.difference == pytest.approx(-opposite.difference)
         assert row.p_value == pytest.approx(opposite.p_value)

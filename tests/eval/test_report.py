@@ -1,6 +1,5 @@
 """The text table and the offline page, against the numbers they were made from."""
 
-import copy
 import html.parser
 import json
 import re
@@ -25,12 +24,27 @@ def result(scale, services=SERVICES):
             "recall@10": x * 1.9,
             "ndcg@5": x * 0.9,
             "ndcg@10": x,
+            "mrr@10": x * 0.7,
             "mrr": x * 0.8,
             "n": 100 + k,
         }
 
     union = {name: row(20 + k) for k, name in enumerate(services)}
     return {"in_service": {name: row(k) for k, name in enumerate(services)}, "union": {**union, "all": row(30)}}
+
+
+def add_tests(metrics, p_holm=0.004):
+    """The tests of the best rows, all with this p-value or with that of their column (`(part, key, metric)`)."""
+    rows = {None: metrics["test"], **metrics["baselines"]}
+    best = {"union": {"all": {}}, "in_service": {name: {} for name in metrics["test"]["in_service"]}}
+    for part, keys in best.items():
+        for key, tests in keys.items():
+            for metric in ("ndcg@10", "recall@10", "mrr@10")[: 3 if key == "all" else 2]:
+                values = {name: row[part][key][metric] for name, row in rows.items()}
+                first, second = sorted(values, key=lambda name: -values[name])[:2]
+                p = p_holm if isinstance(p_holm, float) else p_holm[part, key, metric]
+                tests[metric] = {"row": first, "next": second, "difference": 0.1, "p_value": p / 2, "p_holm": p}
+    return {**metrics, "best": best}
 
 
 def make_metrics(services=SERVICES):
@@ -113,19 +127,63 @@ def four_digits(value):
 
 
 def test_the_text_table_holds_the_numbers_in_their_places():
-    metrics = full_metrics()
+    metrics = add_tests(full_metrics())
     lines = format_table(metrics).splitlines()
     assert max(map(len, lines)) <= 100
     assert [line.split("  ")[0] for line in lines[2:6]] == ["demo", "popularity", "item kNN", "ceiling"]
     named = {"demo": metrics["test"], "ceiling": metrics["ceiling"], **metrics["baselines"]}
     for line, row in zip(lines[2:6], (named[k] for k in ("demo", "popularity", "item_knn", "ceiling")), strict=True):
-        want = [row["union"]["all"][name] for name in ("ndcg@10", "recall@10", "mrr")]
+        want = [row["union"]["all"][name] for name in ("ndcg@10", "recall@10", "mrr@10")]
         want += [row["in_service"][name][metric] for name in SERVICES for metric in ("ndcg@10", "recall@10")]
         assert re.findall(r"\.\d{4}", line) == [four_digits(value) for value in want]
     assert [line.count("*") for line in lines[2:6]] == [9, 0, 0, 0]
+    assert lines[6].startswith("p, best to next")
+    assert re.findall(r"\.\d{4}", lines[6]) == [".0040"] * 9
     low, reached, high = (0.03 * 1.3, 0.1 * 1.3, 0.14 * 1.3)
     assert f"{100 * (reached - low) / (high - low):.0f} % of the gap" in lines[-1]
-    assert lines[-2].startswith("130 targets; seen items are no candidates; * best except the oracle")
+    assert lines[-4:-1] == [
+        "130 targets; seen items are no candidates",
+        "p: best row except the oracle against the next best, paired over targets only (one seed); * p < .05",
+        "   after Holm's correction for 9 columns",
+    ]
+
+
+def test_stars_and_bold_stand_where_the_test_is_below_the_level_alone(tmp_path):
+    """Values that lie apart are no reason: .198 of the union's NDCG, and .05, are not below."""
+    metrics = full_metrics()
+    columns = [("union", "all", metric) for metric in ("ndcg@10", "recall@10", "mrr@10")]
+    columns += [("in_service", name, metric) for name in SERVICES for metric in ("ndcg@10", "recall@10")]
+    p_values = dict(zip(columns, (0.198, 0.0499, 0.05, 0.0009, 1.0, 0.051, 0.0333, 0.2, 0.3), strict=True))
+    metrics["baselines"]["item_knn"]["in_service"]["kuper"]["recall@10"] = 0.9
+    metrics["baselines"]["item_knn"]["in_service"]["megamarket"]["recall@10"] = 0.9
+    p_values["in_service", "megamarket", "recall@10"] = 0.0123
+    metrics = add_tests(metrics, p_values)
+    demo, _, knn, ceiling, p_row = format_table(metrics).splitlines()[2:7]
+    cells = {"demo": demo.split()[1:], "knn": knn.split()[2:]}
+    assert [cell.endswith("*") for cell in cells["demo"]] == [p < 0.05 for p in p_values.values()][:6] + [False] * 3
+    assert [cell.endswith("*") for cell in cells["knn"]] == [False] * 6 + [True, False, False]
+    assert "*" not in ceiling
+    assert [float(cell) for cell in p_row.split()[4:]] == list(p_values.values())
+    page = Page(write_report(make_run(tmp_path / "run", metrics)).read_text())
+    bold = {value.rstrip("*") for row in cells.values() for value in row if value.endswith("*")}
+    assert bold == set(page.bold) - {demo.split()[1].rstrip("*")}  # the first sentence has the model's in bold
+    row = next(row for row in page.rows if row[0] == "p, best to next")
+    assert [float(cell) for cell in row[1:]] == list(p_values.values())
+
+
+def test_a_run_that_is_older_than_its_tests_marks_nothing_and_says_so(tmp_path):
+    metrics = full_metrics()
+    for row in (metrics["test"], metrics["ceiling"], *metrics["baselines"].values()):
+        del row["union"]["all"]["mrr@10"]
+    text = format_table(metrics)
+    assert "*" not in text
+    assert "no row is marked: this run is older than the tests of the best row" in text
+    assert four_digits(metrics["test"]["union"]["all"]["mrr"]) in text
+    assert "MRR is not cut off" in text
+    page = write_report(make_run(tmp_path / "run", metrics)).read_text()
+    assert "No row is bold: this run is older than the tests of the best row." in page
+    assert "MRR is not cut off." in page
+    assert "MRR is not cut off" not in format_table(full_metrics())
 
 
 def test_many_services_wrap_and_none_is_lost():
@@ -142,27 +200,31 @@ def test_many_services_wrap_and_none_is_lost():
 
 def test_a_model_without_rivals_is_not_the_best():
     metrics = full_metrics()
-    metrics["baselines"] = {}
+    metrics["baselines"], metrics["best"] = {}, {}
     text = format_table(metrics)
     assert "*" not in text
+    assert "p, best" not in text
+    assert "marked" not in text
     assert "130 targets; seen items are no candidates" in text
 
 
-def test_missing_numbers_are_dashes_and_ties_are_both_best():
+def test_missing_numbers_are_dashes_and_so_are_tests_that_were_not_made():
     metrics = make_metrics()
     metrics["config"] = "demo"
-    metrics["baselines"] = {"twin": copy.deepcopy(metrics["test"]), "other": {"union": {"all": {"ndcg@10": 1.0}}}}
-    del metrics["baselines"]["twin"]["in_service"]["kuper"]
-    demo, twin, other = format_table(metrics).splitlines()[2:5]
-    assert demo.count("*") == 6  # where nobody else has a value, nobody is best
-    assert twin.count("*") == 6
-    assert twin.split()[-2:] == ["–", "–"]
-    assert other.split()[1:3] == ["1.000*", "–"]
+    metrics["baselines"] = {"other": {"union": {"all": {"ndcg@10": 1.0}}}}
+    test = {"row": "other", "next": None, "difference": 0.9, "p_value": 0.001, "p_holm": 0.001}
+    metrics["best"] = {"union": {"all": {"ndcg@10": test}}}
+    demo, other, p_row = format_table(metrics).splitlines()[2:5]
+    assert "*" not in demo
+    assert other.split()[1:] == ["1.000*", *["–"] * 8]
+    assert p_row.split()[4:] == [".0010", *["–"] * 8]
 
 
 def test_the_page_holds_the_same_numbers_and_marks_the_best(tmp_path):
     metrics = full_metrics()
     metrics["baselines"]["item_knn"]["in_service"]["kuper"]["ndcg@10"] = 0.5
+    metrics["paired"] = {"item_knn": {"difference": 0.026, "p_value": 0.0321}, "popularity": {"p_value": 0.0001}}
+    metrics = add_tests(metrics)
     text = write_report(make_run(tmp_path / "run", metrics)).read_text()
     page = Page(text)
     assert page.open == []
@@ -170,7 +232,10 @@ def test_the_page_holds_the_same_numbers_and_marks_the_best(tmp_path):
     assert list(rows) == ["demo", "popularity", "item kNN", "ceiling"]
     assert rows["demo"][0] == ".1300.0981–.1099"
     assert rows["item kNN"][-2] == ".5000"
-    assert rows["ceiling"][2] == four_digits(0.14 * 1.3 * 0.8)
+    assert rows["ceiling"][2] == four_digits(0.14 * 1.3 * 0.7)
+    note = next(part for part in text.split("<p") if "attainable" in part)
+    assert "no candidates. The last row has the p-value" in note
+    assert "item kNN, reaches .1040 (paired over the targets of this one seed, p = .0321)." in text
     assert [len(row) for row in rows.values()] == [9] * 4
     assert ".5000" in page.bold
     assert four_digits(metrics["test"]["in_service"]["kuper"]["ndcg@10"]) not in page.bold

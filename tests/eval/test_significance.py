@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moerec.eval import significance
+from moerec.eval.metrics import RankCounts, Ranks, per_target_metrics
 
 
 def interval_of(values, *args, **kwargs):
@@ -73,3 +74,89 @@ def test_no_difference_gives_one_and_a_plain_one_is_small():
     values = np.random.default_rng(0).random(200)
     assert significance.paired_test(values, values, 0).p_value == 1.0
     assert significance.paired_test(values + 0.1, values, 0, n_perm=999).p_value == pytest.approx(1e-3)
+
+
+def reject_by_holm(p_values, level):
+    """Which hypotheses the step-down procedure rejects: the smallest p-value at level / m, the next at level / (m - 1),
+    and so on until one is not rejected.
+    """
+    rejected = [False] * len(p_values)
+    for n_done, k in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
+        if p_values[k] > level / (len(p_values) - n_done):
+            break
+        rejected[k] = True
+    return rejected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_corrected_p_values_reject_as_the_step_down_procedure_does(seed):
+    rng = np.random.default_rng(seed)
+    p_values = (rng.random(7) ** 3).tolist()
+    p_values[2] = p_values[4]
+    corrected = significance.correct_holm(p_values)
+    for level in rng.random(50) ** 2:
+        assert [p <= level for p in corrected] == reject_by_holm(p_values, level)
+    assert significance.correct_holm([0.03]) == [0.03]
+    assert significance.correct_holm([]) == []
+
+
+COLUMNS = [("union", "all", "ndcg@10"), ("union", "all", "recall@10")]
+COLUMNS += [("in_service", z, metric) for z in ("a", "b") for metric in ("ndcg@10", "recall@10")]
+
+
+def draw_ranks(rng, n, places=(0, 2, 50)):
+    """Ranks at a few places, so that a test has few sizes of differences."""
+    return Ranks(*(RankCounts(rng.choice(places, n), np.ones(n, np.int64)) for _ in range(2)))
+
+
+def compare_rows(rows, n):
+    service, user = np.arange(n) % 2, np.arange(n) // 2
+    others = {name: ranks for name, ranks in rows.items() if name is not None}
+    return significance.compare_best_rows(rows[None], others, COLUMNS, service, ("a", "b"), user, 0)
+
+
+def list_tests(found):
+    return [found[part][key][metric] for part, key, metric in COLUMNS]
+
+
+@pytest.mark.parametrize("n_rows", [2, 5])
+def test_on_noise_any_row_is_called_the_best_in_one_table_of_twenty_at_most(n_rows):
+    rng, n_tables = np.random.default_rng(0), 150
+    raw, corrected = 0, 0
+    for _ in range(n_tables):
+        rows = {name: draw_ranks(rng, 80) for name in (None, *range(1, n_rows))}
+        tests = list_tests(compare_rows(rows, 80))
+        raw += any(test["p_value"] < significance.LEVEL for test in tests)
+        corrected += any(test["p_holm"] < significance.LEVEL for test in tests)
+    assert corrected / n_tables <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / n_tables)
+    if n_rows == 2:
+        assert corrected < raw / 2  # what is not corrected calls one the best far more often
+
+
+def test_the_best_row_is_tested_against_the_next_best_of_its_own_column():
+    rng = np.random.default_rng(1)
+    rows = {None: draw_ranks(rng, 400), "worst": draw_ranks(rng, 400, (50,)), "good": draw_ranks(rng, 400, (0, 2, 2))}
+    found = compare_rows(rows, 400)
+    for part, key, metric in COLUMNS:
+        chosen = np.isin(np.arange(400) % 2, [0, 1] if key == "all" else ["ab".index(key)])
+        values = {name: per_target_metrics(getattr(ranks, part))[metric][chosen] for name, ranks in rows.items()}
+        first, second, _ = sorted(values, key=lambda name: -values[name].mean())
+        test = found[part][key][metric]
+        expected = significance.paired_test(values[first], values[second], 0, (np.arange(400) // 2)[chosen])
+        assert (test["row"], test["next"]) == (first, second) == ("good", None)
+        assert (test["difference"], test["p_value"]) == (expected.difference, expected.p_value)
+        assert test["p_value"] <= test["p_holm"] < significance.LEVEL
+
+
+def test_equal_rows_and_one_row_have_no_best():
+    rng = np.random.default_rng(2)
+    ranks = draw_ranks(rng, 60)
+    order = rng.permutation(60 // 4).repeat(4) * 4 + np.tile(np.arange(4), 15)  # whole users of both services
+    moved = Ranks(*(RankCounts(counts.greater[order], counts.equal[order]) for counts in ranks))
+    for other in (ranks, moved):  # to the target, and in the mean alone
+        tests = list_tests(compare_rows({None: ranks, "other": other}, 60))
+        assert all(test["difference"] == pytest.approx(0, abs=1e-12) for test in tests)
+        assert all(test["p_value"] == test["p_holm"] == 1 for test in tests)
+    assert compare_rows({None: ranks}, 60) == {}
+    rows = {"twin": ranks, None: ranks, "worst": draw_ranks(rng, 60, (50,))}
+    assert all(test["p_holm"] == 1 for test in list_tests(compare_rows(rows, 60)))

@@ -114,10 +114,10 @@ def test_progress_line(tmp_path, capsys, monkeypatch):
 
 
 def test_progress_on_a_terminal_overwrites_its_line(tmp_path, capsys, monkeypatch):
-    with MetricWriter(tmp_path, 20) as out:
-        monkeypatch.setattr(out, "_tty", True)
-        monkeypatch.setattr(writer, "_TTY_EVERY_S", 0)
-        monkeypatch.setattr(writer.shutil, "get_terminal_size", lambda: os.terminal_size((40, 20)))
+    with MetricWriter(tmp_path, 20) as out, monkeypatch.context() as patched:  # pytest asks for the size, too
+        patched.setattr(out, "_tty", True)
+        patched.setattr(writer, "_TTY_EVERY_S", 0)
+        patched.setattr(writer.shutil, "get_terminal_size", lambda: os.terminal_size((40, 20)))
         out.progress(1, {"loss": 1e-9, "a_long_name_of_a_metric": 3.0})
         out.progress(2, {})
         out.progress(20, {"loss": 1.0}, is_last=True)

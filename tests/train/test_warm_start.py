@@ -287,9 +287,9 @@ READ = """
 import sys
 from pathlib import Path
 from moerec.errors import InputError
-from moerec.train.run_dir import load_run
+from moerec.train.run_dir import Run
 from moerec.train.warm_start import read_parameters
-for read in (read_parameters, load_run):
+for read in (read_parameters, lambda folder: Run(folder).predictor):
     try:
         read(Path(sys.argv[1]))
     except InputError as error:

@@ -6,6 +6,7 @@ import numpy as np
 
 from moerec.config import AuditConfig
 from moerec.data.dataset import UNKNOWN_TIME, Dataset
+from moerec.eval.audit.chance import bound_shared, expect_shared, fit_popularity
 from moerec.eval.audit.report import AuditRow, make_row
 from moerec.eval.audit.subject import Subject
 
@@ -22,18 +23,40 @@ def check_duplicates(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow
 
 
 def check_identical_users(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
-    """Users whose whole sequence of items in a service, of two or more, is also somebody else's."""
-    catalogue = subject.dataset.catalogue
-    for code, service in enumerate(catalogue.services):
-        digest, length = digest_sequences(subject.dataset, code)
-        digest = digest[length >= 2]
-        if not len(digest):
+    """Users whose whole sequence of items in a service is also somebody else's.
+
+    Who has one item alone, once or again and again, is left out. Few and popular items are shared by chance: that of a
+    sequence is that of its different items, among the users of as many items and as many events.
+    """
+    dataset = subject.dataset
+    for code, service in enumerate(dataset.catalogue.services):
+        digest, n_events = digest_sequences(dataset, code)
+        n_items, popularity = _count_items(dataset, code)
+        is_asked = n_items >= 2
+        n = int(is_asked.sum())
+        if not n:
             continue
-        _, which, count = np.unique(digest, axis=0, return_inverse=True, return_counts=True)
+        _, which, count = np.unique(digest[is_asked], axis=0, return_inverse=True, return_counts=True)
         n_copied = int(np.sum(count[which.ravel()] > 1))
-        n_extra = int(np.sum(count - 1))
-        text = f"{n_copied} of {len(digest)} users share their sequence with somebody ({n_extra} beyond the first)"
-        yield make_row("identical_users", service, n_copied / len(digest), limits.max_identical_users, text)
+        groups, size = np.unique(np.stack([n_items, n_events])[:, is_asked], axis=1, return_counts=True)
+        mean, variance = expect_shared(popularity, {int(k): size[groups[0] == k] for k in np.unique(groups[0])})
+        text = (
+            f"{n_copied} of {n} users share their sequence with somebody ({int(np.sum(count - 1))} beyond the first);"
+            f" {mean:.1f} by chance"
+        )
+        chance, most = bound_shared(mean, variance) / n, float(n > 1)
+        limit = limits.max_identical_users
+        yield make_row("identical_users", service, n_copied / n, limit, text, chance=chance, most=most)
+
+
+def _count_items(dataset: Dataset, service: int) -> tuple[np.ndarray, np.ndarray]:
+    """`([users], [I])`: how many different items of a service a user has, and how popular these are."""
+    log, n_items = dataset.log, dataset.catalogue.n_items
+    rows = np.flatnonzero(dataset.event_service == service)
+    _, first = np.unique(log.user[rows].astype(np.int64) * n_items + log.item[rows], return_index=True)
+    rows = rows[np.sort(first)]
+    popularity = fit_popularity(log.user[rows], log.item[rows], n_items)
+    return np.bincount(log.user[rows], minlength=log.n_users), popularity
 
 
 def digest_sequences(dataset: Dataset, service: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,13 @@
 """Ids that give the answer away: their order against time, and a canary that only counts upwards."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from moerec.config import AuditConfig
 from moerec.data.dataset import ItemTable
+from moerec.eval.audit.chance import bound_agreement, bound_hits, bound_order
 from moerec.eval.audit.report import AuditRow, make_row
 from moerec.eval.audit.subject import Subject
 
@@ -41,15 +43,18 @@ def _drop_common_stem(ids: np.ndarray) -> np.ndarray:
 
 def check_id_order(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Whether the id of a test item tends to lie on one side of the id before it; and so within ties."""
-    number = number_ids(subject.dataset.catalogue)[subject.dataset.log.item]
+    item = subject.dataset.log.item
+    number = number_ids(subject.dataset.catalogue)[item]
     for name, rows, limit in (
         ("id_order", subject.targets, limits.max_id_order),
         ("id_order_in_ties", np.flatnonzero(subject.tied), limits.max_id_order_in_ties),
     ):
         for service, own in subject.split_by_service(_with_other_item_before(subject, rows)):
-            larger = float(np.mean(number[own] > number[subject.previous[own]]))
+            before = subject.previous[own]
+            larger = float(np.mean(number[own] > number[before]))
             text = f"larger part of {len(own)} pairs by order of ids; the later id is the larger in {larger:.4f}"
-            yield make_row(name, service, max(larger, 1 - larger), limit, text, 1.5 / np.sqrt(len(own)))
+            chance = bound_order(item[before], item[own])
+            yield make_row(name, service, max(larger, 1 - larger), limit, text, chance=chance)
 
 
 def check_tie_order(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
@@ -65,12 +70,14 @@ def check_tie_order(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]
         rising = np.bincount(which, weights=after > before)
         comparisons = float(np.sum(count * (count - 1) / 2))
         if not comparisons:
+            text = f"no two items stand tied twice among {len(own)} tied neighbours"
+            yield make_row("tie_order", service, None, limits.max_tie_order, text)
             continue
         falling = count - rising
         agree = float(np.sum(rising * (rising - 1) + falling * (falling - 1)) / 2) / comparisons
         text = f"of {comparisons:.0f} comparisons of tied neighbours with the same two items elsewhere, same order"
-        margin = 1.5 / np.sqrt(np.count_nonzero(count > 1))
-        yield make_row("tie_order", service, agree, limits.max_tie_order, text, margin)
+        chance = bound_agreement(count[count > 1])
+        yield make_row("tie_order", service, agree, limits.max_tie_order, text, chance=chance)
 
 
 def _with_other_item_before(subject: Subject, rows: np.ndarray) -> np.ndarray:
@@ -81,20 +88,38 @@ def _with_other_item_before(subject: Subject, rows: np.ndarray) -> np.ndarray:
 
 def check_id_canary(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Recall of guessing the largest id so far + 1, the last id + 1, the largest + 2, … among unseen items."""
-    catalogue = subject.dataset.catalogue
-    for code, service in enumerate(catalogue.services):
-        rank = rank_by_arithmetic(subject, code)
-        if not len(rank):
+    for code, service in enumerate(subject.dataset.catalogue.services):
+        rank, chance, repeats = guess_by_arithmetic(subject, code)
+        n = len(rank)
+        if not n:
             continue
         hit5, hit10 = (float(np.mean(rank <= k)) for k in (5, 10))
-        chance = min(5 / int(catalogue.offsets[code + 1] - catalogue.offsets[code]), 1.0)
-        text = f"recall@5 above chance ({chance:.4f}) of arithmetic on ids: recall@5 {hit5:.4f}, recall@10 {hit10:.4f}"
-        margin = 3 * np.sqrt(chance * (1 - chance) / len(rank))
-        yield make_row("id_canary", service, max(hit5 - chance, 0.0), limits.max_id_canary, text, margin)
+        by_chance, possible = float(chance.mean()), np.count_nonzero(chance) / n
+        text = (
+            f"recall@5 above chance ({by_chance:.4f}) of arithmetic on ids: recall@5 {hit5:.4f}, recall@10 {hit10:.4f}"
+        )
+        bound = bound_hits(*repeats) / n - by_chance
+        value, most = max(hit5 - by_chance, 0.0), possible - by_chance
+        yield make_row("id_canary", service, value, limits.max_id_canary, text, chance=bound, most=most)
 
 
-def rank_by_arithmetic(subject: Subject, code: int) -> np.ndarray:
-    """1-based place of each test item of the service among the canary's guesses; a huge number if it is none.
+class Guesses(NamedTuple):
+    """What the canary makes of the test events of a service.
+
+    Attributes:
+      rank: `[n]`, 1-based place of each item among the guesses; a huge number if it is none.
+      chance: `[n]`, of a hit among the first five by ids that mean nothing: the guesses, of all unseen items.
+      repeats: `([groups], [groups])`, how many events have the same item before them and the same one as their own, and
+        their chance. They are hit or missed together.
+    """
+
+    rank: np.ndarray
+    chance: np.ndarray
+    repeats: tuple[np.ndarray, np.ndarray]
+
+
+def guess_by_arithmetic(subject: Subject, code: int) -> Guesses:
+    """The guesses at the test events of the service.
 
     Guesses that are no item, are in the history or were made before take no place.
     """
@@ -106,9 +131,9 @@ def rank_by_arithmetic(subject: Subject, code: int) -> np.ndarray:
     own = asked[owner] & (subject.service[rows] == code)
     seen = numbers[item[rows[own]]]
     with_history, start, place = np.unique(owner[own], return_index=True, return_inverse=True)
-    rank = np.full(len(asked), _NO_GUESS)
+    rank, chance = np.full(len(asked), _NO_GUESS), np.zeros(len(asked))
     if not len(seen):
-        return rank[asked]
+        return Guesses(rank[asked], chance[asked], (np.zeros(0), np.zeros(0)))
     largest = np.maximum.reduceat(seen, start)[:, None]
     last = seen[np.append(start[1:], len(seen)) - 1][:, None]
     step = np.arange(1, _REACH + 1)
@@ -116,8 +141,24 @@ def rank_by_arithmetic(subject: Subject, code: int) -> np.ndarray:
     counts = np.isin(guess, existing)
     counts[:, 1::2] &= guess[:, 1::2] <= largest  # above it the first rule has guessed already
     key = np.arange(len(start))[:, None] * len(existing) + np.searchsorted(existing, guess)
-    counts &= ~np.isin(key, place * len(existing) + np.searchsorted(existing, seen))
-    hit = counts & (guess == numbers[item[subject.targets[with_history]]][:, None])
+    seen_key = np.unique(place * len(existing) + np.searchsorted(existing, seen))
+    counts &= ~np.isin(key, seen_key)
+    answer = numbers[item[subject.targets[with_history]]]
+    hit = counts & (guess == answer[:, None])
     found = hit.any(axis=1)
     rank[with_history[found]] = np.cumsum(counts, axis=1)[found, hit.argmax(axis=1)[found]]
-    return rank[asked]
+    n_unseen = len(existing) - np.bincount(seen_key // len(existing), minlength=len(start))
+    answer_key = np.arange(len(start)) * len(existing) + np.searchsorted(existing, answer)
+    is_new = ~np.isin(answer_key, seen_key)  # what is in the history is never guessed
+    chance[with_history] = np.where(is_new, np.minimum(counts.sum(axis=1), 5) / np.maximum(n_unseen, 1), 0)
+    groups = [_group(before[:, 0][is_new], answer[is_new], chance[with_history][is_new]) for before in (largest, last)]
+    count, half = (np.concatenate(parts) for parts in zip(*groups, strict=True))
+    return Guesses(rank[asked], chance[asked], (count, half))
+
+
+def _group(before: np.ndarray, answer: np.ndarray, chance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How often each pair occurs, and half its mean chance: of two rules each makes half the guesses."""
+    known, code = np.unique(np.concatenate([before, answer]), return_inverse=True)
+    key = code[: len(before)] * len(known) + code[len(before) :]
+    _, which, count = np.unique(key, return_inverse=True, return_counts=True)
+    return count, np.bincount(which.ravel(), chance) / (2 * count)

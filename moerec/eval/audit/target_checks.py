@@ -17,7 +17,7 @@ def check_repeats(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     repeated[subject.targets[owner[item[rows] == item[subject.targets][owner]]]] = True
     for service, own in subject.split_by_service(subject.targets):
         text = f"of {len(own)} test events, those whose item is in their history"
-        yield make_row("repeats", service, repeated[own].mean(), limits.max_repeats, text)
+        yield make_row("repeats", service, repeated[own].mean(), limits.max_repeats, text, n=len(own))
 
 
 def check_service(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
@@ -41,7 +41,8 @@ def check_service(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
         ("service_last", last, limits.max_service_last, "the service of the event before"),
         ("service_markov", likeliest[last], limits.max_service_markov, "the service that most often follows it"),
     ):
-        yield make_row(check, "all", np.mean(guess == answer), limit, f"accuracy of guessing {text}")
+        text = f"accuracy of guessing {text}"
+        yield make_row(check, "all", np.mean(guess == answer), limit, text, n=len(answer))
 
 
 def check_unseen(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
@@ -54,7 +55,7 @@ def check_unseen(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     for service, own in subject.split_by_service(subject.targets):
         value = 1 - trained_item[log.item[own]].mean()
         text = f"of {len(own)} test events, those whose item is not in training"
-        yield make_row("unseen_items", service, value, limits.max_unseen_items, text)
+        yield make_row("unseen_items", service, value, limits.max_unseen_items, text, n=len(own))
     value = 1 - trained_user[subject.user[subject.targets]].mean()
     text = f"of {len(subject.targets)} test events, those whose user is not in training"
-    yield make_row("unseen_users", "all", value, limits.max_unseen_users, text)
+    yield make_row("unseen_users", "all", value, limits.max_unseen_users, text, n=len(subject.targets))

@@ -9,6 +9,7 @@ from typing import Any
 from moerec.eval.report.charts import draw_bars, draw_curves, draw_shares
 from moerec.eval.report.result import blamed_on, read_result
 from moerec.eval.report.table import (
+    P_LABEL,
     build_report_table,
     config_name,
     format_value,
@@ -17,6 +18,7 @@ from moerec.eval.report.table import (
     row_label,
     seen_rule,
 )
+from moerec.eval.significance import LEVEL
 from moerec.files import read_json, write_text
 from moerec.terminal import printable
 from moerec.train.metric_writer import format_count, format_duration, read_metric_lines
@@ -67,6 +69,8 @@ def _render(metrics: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], conf
         "seen_rule": seen_rule(metrics),
         "share": gap_closed(metrics),
         "table": build_report_table(metrics),
+        "p_label": P_LABEL,
+        "level": f"{LEVEL:g}".removeprefix("0"),
         "curves": _draw_training(metrics, lines),
         "best_step": (metrics.get("valid") or {}).get("step"),
         "slices": _draw_slices(metrics.get("slices") or {}),
@@ -87,11 +91,14 @@ def _render(metrics: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], conf
 
 
 def _summarise(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The first sentence: the model's union NDCG@10 and the best baseline's."""
+    """The first sentence: the model's union NDCG@10, the best baseline's, and the p-value of the two."""
     rows = build_report_table(metrics).rows
     baselines = [row for row in rows if row.kind == "baseline" and row.cells[0].value is not None]
     best = max(baselines, key=lambda row: row.cells[0].value or 0.0, default=None)
-    return {"model": rows[0].cells[0], "best": best and best.label, "best_value": best and best.cells[0].value}
+    if best is None:
+        return {"model": rows[0].cells[0], "best": None}
+    p_value = ((metrics.get("paired") or {}).get(best.name) or {}).get("p_value")
+    return {"model": rows[0].cells[0], "best": best.label, "best_value": best.cells[0].value, "p_value": p_value}
 
 
 def _list_facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moerec.errors import InputError
+from moerec.eval.significance import LEVEL
 from moerec.terminal import printable
 
-UNION_METRICS = ("ndcg@10", "recall@10", "mrr")
+UNION_METRICS = ("ndcg@10", "recall@10", "mrr@10")
 SERVICE_METRICS = ("ndcg@10", "recall@10")
-_TITLES = {"ndcg@10": "NDCG", "recall@10": "Recall", "mrr": "MRR"}
+_TITLES = {"ndcg@10": "NDCG", "recall@10": "Recall", "mrr@10": "MRR", "mrr": "MRR"}
 _LABELS = {
     "item_knn_cross": "item kNN (all services)",
     "popularity_by_service": "popularity by service",
@@ -21,6 +22,9 @@ _LABELS = {
 }
 _TEXT_WIDTH = 100
 _CELL = 8
+
+
+P_LABEL = "p, best to next"
 
 
 class Column(NamedTuple):
@@ -40,23 +44,35 @@ class Cell(NamedTuple):
     value: float | None
     low: float | None = None  # 95 % bootstrap interval, where the metric has one
     high: float | None = None
-    best: bool = False  # of two rows or more, the ceiling's aside
+    best: bool = False  # above the next row, the ceiling aside, by more than chance gives
 
 
 class Row(NamedTuple):
     label: str
     kind: str  # model, baseline or ceiling
     cells: list[Cell]
+    name: str | None = None  # of a baseline
 
 
 class ReportTable(NamedTuple):
+    """Attributes:
+    p_values: of each column, of the paired test of its best row against the next best, corrected for all columns; None
+      where it was not tested.
+    """
+
     columns: list[Column]
     rows: list[Row]
+    p_values: list[float | None]
 
     @property
-    def has_best(self) -> bool:
-        """Whether any cell is marked."""
-        return any(cell.best for row in self.rows for cell in row.cells)
+    def n_tested(self) -> int:
+        """The number of columns that were tested, for which the p-values are corrected."""
+        return sum(p_value is not None for p_value in self.p_values)
+
+    @property
+    def is_untested(self) -> bool:
+        """Whether rows could be compared, but the run is older than the tests."""
+        return self.n_tested == 0 and any(row.kind == "baseline" for row in self.rows)
 
 
 def config_name(metrics: Mapping[str, Any]) -> str:
@@ -88,8 +104,21 @@ def metric_at(result: Mapping[str, Any], part: str, key: str, metric: str) -> fl
     return value if isinstance(value, (int, float)) else None
 
 
+def list_columns(test: Mapping[str, Any]) -> list[Column]:
+    """Those of the table of a test result: the union first, then each service among its own items.
+
+    MRR is that of the whole ranking in results that are older than `mrr@10`.
+    """
+    known = (test.get("union") or {}).get("all") or {}
+    union = [metric if metric in known or metric != "mrr@10" else "mrr" for metric in UNION_METRICS]
+    columns = [Column("union", "union", "all", metric) for metric in union]
+    for service in test.get("in_service") or {}:
+        columns += [Column(service, "in_service", service, metric) for metric in SERVICE_METRICS]
+    return columns
+
+
 def build_report_table(metrics: Mapping[str, Any]) -> ReportTable:
-    """The table of `metrics.json`: the union first, then each service among its own items.
+    """The table of `metrics.json`.
 
     Raises:
       InputError: the metrics have no test result of the union.
@@ -97,31 +126,30 @@ def build_report_table(metrics: Mapping[str, Any]) -> ReportTable:
     test = metrics.get("test") or {}
     if metric_at(test, "union", "all", "ndcg@10") is None:
         raise InputError("metrics.json: test.union.all.ndcg@10 is missing")
-    columns = [Column("union", "union", "all", metric) for metric in UNION_METRICS]
-    for service in test.get("in_service") or {}:
-        columns += [Column(service, "in_service", service, metric) for metric in SERVICE_METRICS]
+    columns = list_columns(test)
+    baselines = metrics.get("baselines") or {}
     ranges = metrics.get("baseline_intervals") or {}
-    results = [(config_name(metrics), "model", test, metrics.get("intervals") or {})]
-    for name, row in (metrics.get("baselines") or {}).items():
-        results.append((row_label(name), "baseline", row, ranges.get(name) or {}))
+    results = [(config_name(metrics), "model", None, test, metrics.get("intervals") or {})]
+    for name, row in baselines.items():
+        results.append((row_label(name), "baseline", name, row, ranges.get(name) or {}))
     if metrics.get("ceiling"):
-        results.append(("ceiling", "ceiling", metrics["ceiling"], {}))
-    values = [
-        [metric_at(row, column.part, column.key, column.metric) for column in columns] for _, _, row, _ in results
-    ]
-    attained = [row for row, (_, kind, _, _) in zip(values, results, strict=True) if kind != "ceiling"]
-    best: list[float | None] = []
-    for c in range(len(columns)):
-        known = [value for row in attained if (value := row[c]) is not None]
-        best.append(max(known) if len(known) > 1 else None)
+        results.append(("ceiling", "ceiling", None, metrics["ceiling"], {}))
+    tests = [_test_of(metrics, column) for column in columns]
     rows = []
-    for (label, kind, _, intervals), row in zip(results, values, strict=True):
+    for label, kind, name, row, intervals in results:
         cells = []
-        for column, value, top in zip(columns, row, best, strict=True):
+        for column, tested in zip(columns, tests, strict=True):
             low, high = _interval(intervals, column)
-            cells.append(Cell(value, low, high, kind != "ceiling" and value is not None and value == top))
-        rows.append(Row(label, kind, cells))
-    return ReportTable(columns, rows)
+            is_best = kind != "ceiling" and bool(tested) and tested["row"] == name and tested["p_holm"] < LEVEL
+            cells.append(Cell(metric_at(row, column.part, column.key, column.metric), low, high, is_best))
+        rows.append(Row(label, kind, cells, name))
+    return ReportTable(columns, rows, [float(tested["p_holm"]) if tested else None for tested in tests])
+
+
+def _test_of(metrics: Mapping[str, Any], column: Column) -> Mapping[str, Any]:
+    """That of the best row of a column; empty where there is none."""
+    of_part = (metrics.get("best") or {}).get(column.part) or {}
+    return (of_part.get(column.key) or {}).get(column.metric) or {}
 
 
 def _interval(intervals: Mapping[str, Any], column: Column) -> Sequence[float | None]:
@@ -151,11 +179,13 @@ def format_value(value: float | None) -> str:
 def format_table(metrics: Mapping[str, Any]) -> str:
     """The table as text, at most 100 columns wide: services that do not fit side by side follow below.
 
-    Metrics are at 10 over full rankings; a service's columns rank its own items only. `*` marks the best row in each
-    column (the ceiling aside, and where there is another), and the first row is the model.
+    Metrics are at 10 over full rankings; a service's columns rank its own items only. `*` marks the best row of a
+    column (the ceiling aside) where it is better than the next best by more than chance gives. The first row is the
+    model, and the last one the p-value of each column.
     """
     table = build_report_table(metrics)
-    label_width = min(max(len(printable(row.label)) for row in table.rows), 28)
+    labels = [printable(label) for label in (P_LABEL, *(row.label for row in table.rows))]
+    label_width = min(max(map(len, labels)), 28)
     blocks: list[list[int]] = [[]]
     for group in dict.fromkeys(column.group for column in table.columns):
         members = [c for c, column in enumerate(table.columns) if column.group == group]
@@ -166,7 +196,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     for block in blocks:
         lines += [""] * bool(lines) + _format_block(table, block, label_width)
     lines.append("")
-    lines.append(_caption(metrics, table.has_best))
+    lines += _caption(metrics, table)
     return "\n".join(lines)
 
 
@@ -179,23 +209,35 @@ def _format_block(table: ReportTable, block: Sequence[int], label_width: int) ->
     titles = "@10".ljust(label_width) + "".join(column.title.rjust(_CELL - 1) + " " for column in columns)
     lines = [heads.rstrip(), titles.rstrip()]
     for row in table.rows:
-        cells = (row.cells[c] for c in block)
-        text = "".join(format_value(cell.value).rjust(_CELL - 1) + (" ", "*")[cell.best] for cell in cells)
-        lines.append((_shorten(row.label, label_width).ljust(label_width) + text).rstrip())
+        cells = [(row.cells[c].value, row.cells[c].best) for c in block]
+        lines.append(_format_row(row.label, cells, label_width))
+    if table.n_tested:
+        lines.append(_format_row(P_LABEL, [(table.p_values[c], False) for c in block], label_width))
     return lines
 
 
-def _caption(metrics: Mapping[str, Any], has_best: bool) -> str:
+def _format_row(label: str, cells: Sequence[tuple[float | None, bool]], label_width: int) -> str:
+    text = "".join(format_value(value).rjust(_CELL - 1) + (" ", "*")[is_best] for value, is_best in cells)
+    return (_shorten(label, label_width).ljust(label_width) + text).rstrip()
+
+
+def _caption(metrics: Mapping[str, Any], table: ReportTable) -> list[str]:
     n = metric_at(metrics["test"], "union", "all", "n")
     parts = [] if n is None else [f"{n:,.0f} targets"]
     parts += [seen_rule(metrics)] if seen_rule(metrics) else []
-    if has_best:
-        parts.append("* best except the oracle" if metrics.get("ceiling") else "* best")
-    text = "; ".join(parts)
+    parts += ["MRR is not cut off"] if table.columns[2].metric == "mrr" else []
+    lines = ["; ".join(parts)] if parts else []
+    if table.n_tested:
+        level = f"{LEVEL:g}".removeprefix("0")
+        best = "best row except the oracle" if metrics.get("ceiling") else "best row"
+        lines.append(f"p: {best} against the next best, paired over targets only (one seed); * p < {level}")
+        lines += [f"   after Holm's correction for {table.n_tested} columns"] if table.n_tested > 1 else []
+    elif table.is_untested:
+        lines.append("no row is marked: this run is older than the tests of the best row")
     share = gap_closed(metrics)
     if share is not None:
-        text += f"\n{100 * share:.0f} % of the gap from popularity to the ceiling is closed (union NDCG@10)"
-    return text
+        lines.append(f"{100 * share:.0f} % of the gap from popularity to the ceiling is closed (union NDCG@10)")
+    return lines
 
 
 def _shorten(text: str, width: int) -> str:
