@@ -76,40 +76,42 @@ def _told_if_damaged(folder: Path, step: int) -> Iterator[None]:
         raise InputError(f"{folder}: the checkpoint of step {step} cannot be read ({reason})") from error
 
 
-def _drop_told_twice(record: logging.LogRecord) -> bool:
-    """Not what orbax says of a write that failed in the background: it is raised to whoever waits for it."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
-
-
-class _FailedWrite:
-    """While one may fail in the background: what is said of it besides the error that is raised, hundreds of lines."""
+class _QuietFailure:
+    """While a write may fail in the background: drops what is said of it, in hundreds of lines, besides the error that
+    whoever waits for it gets.
+    """
 
     def __init__(self) -> None:
         self._before = sys.unraisablehook
-        logging.getLogger("absl").addFilter(_drop_told_twice)
+        logging.getLogger("absl").addFilter(self._is_kept)
         sys.unraisablehook = self._hook
 
+    def _is_kept(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
     def _hook(self, unraisable: Any) -> None:
-        """Those of its writes that are still under way tell a loop that is no longer there."""
+        """Writes that are still under way tell an event loop that is no longer there."""
         if str(unraisable.exc_value) != "Event loop is closed":
             self._before(unraisable)
 
     def close(self) -> None:
-        logging.getLogger("absl").removeFilter(_drop_told_twice)
+        logging.getLogger("absl").removeFilter(self._is_kept)
         if sys.unraisablehook == self._hook:
             sys.unraisablehook = self._before
 
 
 class Checkpoints:
-    """`DIR/last/STEP` and `DIR/best/STEP`; a half-written one is never seen."""
+    """`DIR/last/STEP` and `DIR/best/STEP`; a half-written one is never seen.
+
+    Attributes:
+      folder: `DIR`, absolute.
+    """
 
     def __init__(self, folder: Path, read_only: bool = False, kind: str = "best"):
         """Args: `DIR`; read_only: nothing there is created, saved or tidied up, and only the one `kind` is read."""
         folder = folder.resolve()
         require_plain_path(folder)
         self.folder = folder
-        self._is_failed = False
-        self._quiet_failure = None if read_only else _FailedWrite()
         with _quiet() if read_only else contextlib.nullcontext():
             self._last, self._best = (
                 ocp.CheckpointManager(
@@ -127,6 +129,8 @@ class Checkpoints:
                 for name, keep in (("last", 2), ("best", None))
             )
         self._named_best = 0  # the best step that the last state on disk names
+        self._is_failed = False
+        self._quiet_failure = None if read_only else _QuietFailure()
 
     @contextlib.contextmanager
     def _told_if_full(self) -> Iterator[None]:
