@@ -40,12 +40,27 @@ def to_plain(value: Any, refuse_nonfinite: bool = False, where: str = "") -> Any
 
 
 @contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Within it an error of the operating system (a full disk, a limit on sizes) that names no file is about `path`.
+
+    Raises WorkError in its place, with the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        reason = os.strerror(error.errno) if error.errno else str(error).split("\n")[0]
+        raise WorkError(f"{path}: cannot be written: {reason}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """A file to write what `path` is to hold: whoever reads that sees the old file or the whole new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
