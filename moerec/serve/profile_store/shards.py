@@ -134,9 +134,13 @@ class Shards:
         """Writes a file anew: `data` behind `offset` zeros. Raises WorkError where the disk is full."""
         temporary, path = f"{name}.tmp", self._folder / name
         with open_parent(self._folder, name) as (parent, base):
-            with open_file(self._folder, temporary, os.O_WRONLY | os.O_CREAT) as handle, naming(path):
-                os.ftruncate(handle, 0)
-                write_all(handle, memoryview(data), offset)
-                os.fsync(handle)
+            try:
+                with open_file(self._folder, temporary, os.O_WRONLY | os.O_CREAT) as handle, naming(path):
+                    os.ftruncate(handle, 0)
+                    write_all(handle, memoryview(data), offset)
+                    os.fsync(handle)
+            except WorkError:
+                os.unlink(f"{base}.tmp", dir_fd=parent)
+                raise
             os.rename(f"{base}.tmp", base, src_dir_fd=parent, dst_dir_fd=parent)
             os.fsync(parent)
