@@ -229,8 +229,9 @@ def _parse(values: flags.FlagValues, argv: list[str], default_config: str | None
 
 
 def _expand_home(arg: str) -> str:
-    """`--workdir=~/x` as the shell gives `--workdir ~/x`: it leaves what stands behind `=` alone, and a folder called `~`
-    is not what was meant.
+    """`--workdir=~/x` as the shell gives `--workdir ~/x`: it leaves alone what stands behind `=`.
+
+    Nobody means a folder that is called `~`.
     """
     name, equals, value = arg.partition("=")
     return name + equals + re.sub(r"(^|,)~(?=/)", lambda found: found[1] + os.path.expanduser("~"), value)

@@ -101,23 +101,38 @@ def rank_by_arithmetic(subject: Subject, code: int) -> np.ndarray:
     catalogue, item = subject.dataset.catalogue, subject.dataset.log.item
     numbers = number_ids(catalogue)
     existing = np.sort(numbers[catalogue.offsets[code] : catalogue.offsets[code + 1]])
-    rows, owner = subject.histories.rows, subject.histories.owner
     asked = subject.service[subject.targets] == code
-    own = asked[owner] & (subject.service[rows] == code)
-    seen = numbers[item[rows[own]]]
-    with_history, start, place = np.unique(owner[own], return_index=True, return_inverse=True)
+    own = subject.histories.keep_group(subject.service, np.full(len(asked), code))
+    last = np.zeros(len(asked), np.int64)
+    last[own.length > 0] = numbers[item[own.last(1).rows]]
     rank = np.full(len(asked), _NO_GUESS)
+    for which, part in own.distinct(item).blocks():
+        answered = np.flatnonzero(asked[which] & (part.length > 0))
+        targets = which.start + answered
+        seen = (numbers[item[part.rows]], part.offsets[:-1][answered], part.length[answered])
+        rank[targets] = _rank_guesses(existing, *seen, last[targets], numbers[item[subject.targets[targets]]])
+    return rank[asked]
+
+
+def _rank_guesses(
+    existing: np.ndarray, seen: np.ndarray, start: np.ndarray, length: np.ndarray, last: np.ndarray, answer: np.ndarray
+) -> np.ndarray:
+    """`[n]` places of `answer` [n] among the guesses from the numbers `seen[start[i] : start[i] + length[i]]`, of which
+    `last` [n] is the newest. Args: `existing`, the numbers of all items, ascending.
+    """
+    places = np.repeat(start - np.cumsum(length) + length, length) + np.arange(length.sum())
+    seen, owner = seen[places], np.repeat(np.arange(len(length)), length)
+    rank = np.full(len(answer), _NO_GUESS)
     if not len(seen):
-        return rank[asked]
-    largest = np.maximum.reduceat(seen, start)[:, None]
-    last = seen[np.append(start[1:], len(seen)) - 1][:, None]
+        return rank
+    largest = np.maximum.reduceat(seen, np.cumsum(length) - length)[:, None]
     step = np.arange(1, _REACH + 1)
-    guess = np.stack([largest + step, last + step], axis=2).reshape(len(start), 2 * _REACH)
+    guess = np.stack([largest + step, last[:, None] + step], axis=2).reshape(len(answer), 2 * _REACH)
     counts = np.isin(guess, existing)
     counts[:, 1::2] &= guess[:, 1::2] <= largest  # above it the first rule has guessed already
-    key = np.arange(len(start))[:, None] * len(existing) + np.searchsorted(existing, guess)
-    counts &= ~np.isin(key, place * len(existing) + np.searchsorted(existing, seen))
-    hit = counts & (guess == numbers[item[subject.targets[with_history]]][:, None])
+    key = np.arange(len(answer))[:, None] * len(existing) + np.searchsorted(existing, guess)
+    counts &= ~np.isin(key, owner * len(existing) + np.searchsorted(existing, seen))
+    hit = counts & (guess == answer[:, None])
     found = hit.any(axis=1)
-    rank[with_history[found]] = np.cumsum(counts, axis=1)[found, hit.argmax(axis=1)[found]]
-    return rank[asked]
+    rank[found] = np.cumsum(counts, axis=1)[found, hit.argmax(axis=1)[found]]
+    return rank
