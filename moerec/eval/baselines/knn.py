@@ -43,18 +43,29 @@ class Similarity:
         """
         self._ranges = ranges
         self._users = [scipy.sparse.csr_matrix(unit.T) for unit in ranges]
-        self._kept = []
+        self._kept = None
         if _is_small(ranges):
-            self._kept = [users @ unit for users, unit in zip(self._users, ranges, strict=True)]
+            self._kept = _join([users @ unit for users, unit in zip(self._users, ranges, strict=True)])
 
     def multiply(self, weight: scipy.sparse.csr_matrix) -> np.ndarray:
         """`[n, I]`: the weights of items, `[n, I]`, times the similarities."""
+        if self._kept is not None:
+            return (weight @ self._kept).toarray()
         columns, lo = [], 0
-        for k, unit in enumerate(self._ranges):
-            own = weight[:, lo : lo + unit.shape[1]]
-            columns.append((own @ self._kept[k]).toarray() if self._kept else _multiply(own, self._users[k], unit))
+        for users, unit in zip(self._users, self._ranges, strict=True):
+            columns.append(_multiply(weight[:, lo : lo + unit.shape[1]], users, unit))
             lo += unit.shape[1]
         return np.concatenate(columns, axis=1)
+
+
+def _join(squares: list[scipy.sparse.csr_matrix]) -> scipy.sparse.csr_matrix:
+    """The squares along the diagonal of one matrix. scipy's own way takes five times the room of the result."""
+    first = np.cumsum([0, *(square.shape[0] for square in squares)])
+    before = np.cumsum([0, *(square.nnz for square in squares)])
+    columns = [square.indices + lo for square, lo in zip(squares, first[:-1].astype(np.int32), strict=True)]
+    ends = [square.indptr[1:] + lo for square, lo in zip(squares, before[:-1].astype(np.int32), strict=True)]
+    parts = np.concatenate([s.data for s in squares]), np.concatenate(columns), np.concatenate([[0], *ends])
+    return scipy.sparse.csr_matrix(parts, (first[-1], first[-1]))
 
 
 def _is_small(ranges: list[scipy.sparse.csr_matrix]) -> bool:
