@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moerec.errors import WorkError
+from moerec.errors import InputError, WorkError
 
 
 def to_plain(value: Any, refuse_nonfinite: bool = False, where: str = "") -> Any:
@@ -52,6 +52,14 @@ def naming(path: Path | str) -> Iterator[None]:
             raise
         reason = os.strerror(error.errno) if error.errno else str(error).split("\n")[0]
         raise WorkError(f"{path}: cannot be written: {reason}") from error
+
+
+def require_utf8(path: Path | str) -> None:
+    """Refuses a path that the libraries for Zarr, ArrayRecord and Parquet cannot be given. Raises InputError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{os.fsencode(path)!r}: the name of this folder must be UTF-8") from None
 
 
 @contextlib.contextmanager

@@ -304,4 +304,4 @@ def test_a_link_to_a_store_is_a_way_to_it(folder, tmp_path):
 
 def test_a_path_that_is_no_utf8_is_told(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
-    assert "a store's path must be UTF-8" in assert_told(ProfileStore.create, path, TEMPLATE)
+    assert "the name of this folder must be UTF-8" in assert_told(ProfileStore.create, path, TEMPLATE)

@@ -30,7 +30,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from moerec.data.dataset import Dataset, EventLog, ItemTable
 from moerec.data.prepare.checksums import describe_file, require_intact
 from moerec.errors import InputError, WorkError
-from moerec.files import naming
+from moerec.files import naming, require_utf8
 
 FORMAT_VERSION = 2
 META = "meta.json"
@@ -78,6 +78,7 @@ class Meta:
     @classmethod
     def load(cls, folder: Path) -> "Meta":
         """Raises InputError where the folder is not a whole prepared one of this version."""
+        require_utf8(folder)
         path = Path(folder) / META
         if not path.is_file():
             raise InputError(f"{folder}: not a prepared folder, or not a whole one: it has no {META}")
@@ -115,6 +116,7 @@ def replace_folder(out: Path) -> Iterator[Path]:
     Where `out` is a link, the folder that it points to is replaced, and the link stays. What dead runs left of earlier
     attempts is removed. Refuses to replace a folder that is not a prepared one.
     """
+    require_utf8(out)
     out = Path(os.path.realpath(out))
     if out.exists() and not (out / META).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not a prepared folder, so it is not replaced")
@@ -331,7 +333,7 @@ def _lengths(records: Sequence[bytes], dtype: np.dtype) -> np.ndarray:
 
 def _read_parquet(path: Path) -> pa.Table:
     try:
-        return pq.read_table(path)
+        return pq.read_table(path.absolute())  # Arrow takes `~` and `gs:` at the beginning for what they are elsewhere
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 

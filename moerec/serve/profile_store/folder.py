@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moerec.errors import InputError
+from moerec.files import require_utf8
 
 META = "profile_store.json"
 STATES = "states"
@@ -28,12 +29,8 @@ def find_folder(folder: Path | str) -> Path:
 
     Raises InputError where it is not UTF-8.
     """
-    found = Path(os.path.realpath(folder))
-    try:
-        str(found).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{os.fsencode(found)!r}: a store's path must be UTF-8") from None
-    return found
+    require_utf8(folder)
+    return Path(os.path.realpath(folder))
 
 
 def name_shard(number: int) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog, ItemTable
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, read_users, replace_folder, write_dataset
 from moerec.errors import InputError, WorkError
 from tests.full_disk import file_size_limit
+from tests.random_dataset import make_dataset
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=5)
 
@@ -256,3 +258,23 @@ def test_what_dead_runs_left_is_removed_and_what_they_moved_aside_comes_back(pre
         raise RuntimeError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prepared", f"prepared.partial-{alive}"]
     assert load_dataset(prepared).log.n_events == 5
+
+
+@pytest.mark.parametrize("name", ["../up", "~", "gs:", "file:", "50% %41", "a?b#c", "a|b", "[0:1]", "a@2", "*", " é\n"])
+def test_a_folder_may_be_called_anything(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    dataset = make_dataset([2, 3])
+    write_dataset(dataset, Path(name), 2)
+    assert_same(load_dataset(Path(name)), dataset)
+    events, lengths = read_users(open_source(Path(name)), [1])
+    assert lengths.tolist() == [3]
+    assert events["item"].tolist() == dataset.log.item[2:].tolist()
+
+
+def test_a_folder_whose_name_is_no_utf8_is_told(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    for call in (lambda: write_dataset(make_dataset([2]), path, 1), lambda: load_dataset(path)):
+        with pytest.raises(InputError, match="the name of this folder must be UTF-8"):
+            call()
+    assert not list(tmp_path.iterdir())
