@@ -62,6 +62,14 @@ def naming(path: Path | str) -> Iterator[None]:
         raise WorkError(f"{path}: cannot be written: {reason}") from error
 
 
+def require_utf8(path: Path | str) -> None:
+    """Refuses a path that the libraries for Zarr, ArrayRecord and Parquet cannot be given. Raises InputError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{os.fsencode(path)!r}: the name of this folder must be UTF-8") from None
+
+
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """A file to write what `path` is to hold: whoever reads that sees the old file or the whole new one."""

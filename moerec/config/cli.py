@@ -213,7 +213,7 @@ def _parse(values: flags.FlagValues, argv: list[str], default_config: str | None
 
     config = None
     try:
-        args = values.read_flags_from_files(argv[1:], force_gnu=False)
+        args = [_expand_home(arg) for arg in values.read_flags_from_files(argv[1:], force_gnu=False)]
         if config_type is not None:
             path, args = _split_config(args)
             path = path or default_config
@@ -245,6 +245,15 @@ def _parse(values: flags.FlagValues, argv: list[str], default_config: str | None
         return None
     require_types(values.config)
     return checked(values.config)
+
+
+def _expand_home(arg: str) -> str:
+    """`--workdir=~/x` as the shell gives `--workdir ~/x`: it leaves alone what stands behind `=`.
+
+    Nobody means a folder that is called `~`.
+    """
+    name, equals, value = arg.partition("=")
+    return name + equals + re.sub(r"(^|,)~(?=/)", lambda found: found[1] + os.path.expanduser("~"), value)
 
 
 def _refuse_repeated_lists(args: list[str], values: flags.FlagValues) -> None:

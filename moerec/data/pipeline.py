@@ -68,6 +68,7 @@ class ShardReader:
         self.fields = np.zeros((len(offsets) - 1, 0), np.int32) if fields is None else fields
 
     def fetch(self, users: np.ndarray) -> tuple[EventLog, np.ndarray]:
+        users, which = np.unique(users, return_inverse=True)  # one of many windows would be read many times
         rows, n_events = read_users(self._source, users)
         first = np.repeat(self._offsets[users] - np.concatenate([[0], np.cumsum(n_events)[:-1]]), n_events)
         event = first + np.arange(len(rows))
@@ -76,7 +77,7 @@ class ShardReader:
         start = np.concatenate([[0], np.cumsum(self.lengths[users])])
         utc_offset = self._utc_offset[event[kept]]
         columns = (self._item_numbers[rows["item"]], rows["action"], rows["time"], rows["context"], utc_offset)
-        return EventLog(start, *columns), start[:-1]
+        return EventLog(start, *columns), start[:-1][which]
 
 
 class EpochPlan(NamedTuple):

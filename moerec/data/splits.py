@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import itertools
 
 import numpy as np
 
@@ -12,8 +11,6 @@ from moerec.data.histories import Histories, make_histories
 from moerec.errors import InputError
 
 TRAIN, VALID, TEST, UNUSED = 0, 1, 2, 3
-
-_MOST_CANDIDATES = 1 << 23  # rows expanded at once while histories are filtered
 
 
 def assign_split_ids(dataset: Dataset, split: SplitConfig, seed: int) -> np.ndarray:
@@ -134,24 +131,18 @@ def gather_histories(dataset: Dataset, targets: np.ndarray, per_service: bool) -
         return make_histories(first, targets)
     service = dataset.event_service
     lengths, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for chunk in _bounded_chunks(targets - first):
-        n_kept, kept = _visible_rows(log.time, service, first[chunk], targets[chunk])
+    candidates = make_histories(first, targets)
+    for chunk, part in candidates.blocks():
+        n_kept, kept = _visible_rows(log.time, service, part, targets[chunk])
         lengths.append(n_kept)
         rows.append(kept)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     return Histories(offsets.astype(np.int64), np.concatenate(rows))
 
 
-def _bounded_chunks(sizes: np.ndarray) -> list[slice]:
-    chunk = np.cumsum(sizes) // _MOST_CANDIDATES
-    edges = np.concatenate([[0], np.flatnonzero(np.diff(chunk)) + 1, [len(sizes)]])
-    return [slice(lo, hi) for lo, hi in itertools.pairwise(edges) if hi > lo]
-
-
 def _visible_rows(
-    time: np.ndarray, service: np.ndarray, first: np.ndarray, targets: np.ndarray
+    time: np.ndarray, service: np.ndarray, candidates: Histories, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    candidates = make_histories(first, targets)
     row, owner = candidates.rows, candidates.owner
     target = targets[owner]
     visible = (service[row] == service[target]) | ((time[row] < time[target]) & (time[row] != UNKNOWN_TIME))

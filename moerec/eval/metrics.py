@@ -120,6 +120,11 @@ def _seen_pairs(seen: Seen, n: int, n_items: int) -> tuple[np.ndarray, np.ndarra
         row, item = np.nonzero(seen)
         return row, item
     offsets, items = seen
+    if len(items) > n * n_items // 8:  # long histories: a table is smaller than what a sort of them takes
+        table = np.zeros((n, n_items), bool)
+        table[np.repeat(np.arange(n), np.diff(offsets)), items] = True
+        row, item = np.nonzero(table)
+        return row, item
     pair = np.repeat(np.arange(n, dtype=np.int64), np.diff(offsets)) * n_items + items
     pair = np.unique(pair)
     return pair // n_items, pair % n_items

@@ -122,9 +122,9 @@ def _check_seen(dataset: Dataset, users: np.ndarray, states: UserState) -> None:
     known = np.where(log.time == UNKNOWN_TIME, -1, np.arange(log.n_events))
     latest = np.maximum.accumulate(known) if log.n_events else known  # the last row up to each whose time is known
     start = log.offsets[users]
-    row = np.where(seen > 0, latest[np.minimum(start + seen, log.n_events) - 1], -1)
+    row = np.where(seen > 0, latest[np.clip(start + seen, 1, log.n_events) - 1], -1)
     time = np.where(row >= start, device_time(log.time[np.maximum(row, 0)]), NO_TIME)
-    wrong = (seen > log.offsets[users + 1] - start) | (time != states.time)
+    wrong = (seen < 0) | (seen > log.offsets[users + 1] - start) | (time != states.time)
     if wrong.any():
         name = str(dataset.users[users[np.argmax(wrong)]])
         raise InputError(f"--profiles: the profile of {name!r} has seen other events than those in the data")

@@ -239,6 +239,16 @@ def test_extra_flags_take_the_type_of_their_default(config_file, seen):
     assert [flags.k, flags.rate, flags.dry, flags.names, flags.out] == [3, 2.0, True, ["b", "c"], "y"]
 
 
+def test_a_home_behind_the_equals_sign_is_the_user_s(config_file, seen, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    extra = {"out": ("", "a folder"), "user": ("", "a name"), "runs": ([], "folders")}
+    options = [f"--config=~/{config_file.name}", "--workdir=~/run", "--out=a~/b", "--user=~", "--runs=~/a,b/~/c,~/d"]
+    assert call(seen, *options, extra_flags=extra) == 0
+    flags = seen[0][1]
+    assert (flags.workdir, flags.out, flags.user) == (f"{tmp_path}/run", "a~/b", "~")
+    assert flags.runs == [f"{tmp_path}/a", "b/~/c", f"{tmp_path}/d"]
+
+
 def test_help_shows_the_docstring_and_the_own_flags_only(seen, capsys):
     assert call(seen, "--help", extra_flags={"top_k": (10, "items of a list")}) == 0
     out = capsys.readouterr().out

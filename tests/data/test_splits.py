@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moerec.config import SplitConfig
-from moerec.data import splits
+from moerec.data import histories, splits
 from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog, ItemTable
 from moerec.errors import InputError
 
@@ -152,11 +152,11 @@ def test_shuffled_ties_are_uniform():
 @given(datasets(), st.booleans(), st.sampled_from([1, 5, 1 << 23]))
 def test_histories_equal_a_loop(dataset, per_service, most):
     targets = np.arange(dataset.log.n_events)[::2]
-    before, splits._MOST_CANDIDATES = splits._MOST_CANDIDATES, most
+    before, histories.MOST_ROWS = histories.MOST_ROWS, most
     try:
         found = splits.gather_histories(dataset, targets, per_service)
     finally:
-        splits._MOST_CANDIDATES = before
+        histories.MOST_ROWS = before
     time, service, user = dataset.log.time, dataset.event_service, dataset.log.user
     offsets, rows = found.offsets, found.rows
     assert len(found) == len(targets) == len(offsets) - 1

@@ -249,8 +249,9 @@ def test_a_canary_is_seen_where_a_history_holds_what_is_tied_behind_its_target(m
         behind = np.minimum(targets + 1, last)
         tied = dataset.log.time[behind] == dataset.log.time[targets]
         found = whole(dataset, targets, per_service)
-        found.rows[found.offsets[1:][tied] - 1] = behind[tied]
-        return found
+        rows = found.rows.copy()
+        rows[found.offsets[1:][tied] - 1] = behind[tied]
+        return Histories(found.offsets, rows)
 
     monkeypatch.setattr("moerec.eval.ranking.dataset.gather_histories", leaky)
     split = SplitConfig(kind="time", valid_from="1970-01-03", test_from="1970-01-04")

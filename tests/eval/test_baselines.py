@@ -222,6 +222,35 @@ def test_item_knn_equals_sets(within_service, last_n):
             assert scores[t, j] == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("within_service", [False, True])
+@pytest.mark.parametrize("last_n", [None, 2])
+def test_similarities_that_are_not_kept_are_computed_the_same(monkeypatch, within_service, last_n):
+    dataset = make_world()
+    split_ids, targets, histories = hold_out(dataset)
+    kept = baselines.fit_item_knn(dataset, split_ids, 0.6, last_n, within_service)
+    monkeypatch.setattr("moerec.eval.baselines.knn._MOST_KEPT", -1)
+    n_rows = 2 if last_n is None else 4  # of similarities at once: four are what two items of two services need
+    monkeypatch.setattr("moerec.eval.baselines.knn._MOST_AT_ONCE", n_rows * dataset.catalogue.n_items)
+    other = baselines.fit_item_knn(dataset, split_ids, 0.6, last_n, within_service)
+    scores, others = (model.score(dataset, targets, histories) for model in (kept, other))
+    assert scores.dtype == others.dtype == np.float32
+    if last_n is None:  # the sum over a request's items is taken in parts
+        np.testing.assert_allclose(others, scores, rtol=1e-5)
+    else:
+        np.testing.assert_array_equal(others, scores)
+
+
+@pytest.mark.parametrize("per_service", [False, True])
+@pytest.mark.parametrize("within_service", [False, True])
+def test_weights_are_the_same_however_long_the_histories_are(monkeypatch, within_service, per_service):
+    dataset = make_world()
+    _, _, histories = hold_out(dataset, per_service)
+    plain = weigh_histories(dataset, Histories(histories.offsets, histories.rows), 0.5, 2, within_service)
+    monkeypatch.setattr("moerec.eval.baselines.item_to_item._MANY_ROWS", 0)
+    found = weigh_histories(dataset, histories, 0.5, 2, within_service)
+    np.testing.assert_array_equal(found.toarray(), plain.toarray())
+
+
 def test_history_weights_add_up_over_repeats():
     dataset = make_world()
     rows = np.arange(4)

@@ -88,15 +88,16 @@ def test_targets_outside_their_range_are_refused():
         metrics.count_ranks(np.zeros((1, 4)), np.array([3]), ranges=(np.array([0]), np.array([3])))
 
 
-def test_boolean_and_sparse_masks_agree_and_a_seen_target_is_a_miss():
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_boolean_and_sparse_masks_agree_and_a_seen_target_is_a_miss(share):
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 4, (20, 9)).astype(np.float64)
     target = rng.integers(0, 9, 20)
-    mask = rng.random((20, 9)) < 0.5
+    mask = rng.random((20, 9)) < share
     row, item = np.nonzero(mask)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=20))])
+    offsets = np.concatenate([[0], np.cumsum(2 * np.bincount(row, minlength=20))])
     dense = metrics.count_ranks(scores, target, mask)
-    sparse = metrics.count_ranks(scores, target, (offsets, item))
+    sparse = metrics.count_ranks(scores, target, (offsets, np.repeat(item, 2)))
     missed = mask[np.arange(20), target]
     assert missed.any()
     assert not missed.all()

@@ -334,8 +334,9 @@ def test_nothing_to_rank(model, dataset, table, first_event):
 def test_pad_seen(rows, more):
     width = max([len(set(row)) for row in rows] + [1]) + more
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    histories = Histories(offsets, np.arange(offsets[-1]))
-    padded = pad_seen(histories, np.array([item for row in rows for item in row], np.int32), width)
+    item = np.array([item for row in rows for item in row], np.int32)
+    seen = Histories(offsets, np.arange(offsets[-1])).distinct(item)
+    padded = pad_seen(seen, item[seen.rows], width)
     assert padded.shape == (len(rows), width)
     assert padded.dtype == np.int32
     for row, got in zip(rows, padded.tolist(), strict=True):

@@ -146,6 +146,13 @@ def test_a_store_belongs_to_one_run_and_one_log(trained, tmp_path):
     with pytest.raises(InputError, match="has seen other events"):
         read_profile(store, model, changed, str(dataset.users[3]))
     assert read_profile(store, model, changed, str(dataset.users[4]))[0].n_events
+    user = str(dataset.users[6])
+    states, _, _ = store.read([user])
+    for damaged in (-3, -(2**31), 2**31 - 1):  # what no model has written
+        store.update([user], states._replace(n_events=np.full(1, damaged, np.int32)))
+        with pytest.raises(InputError, match=f"{user!r} has seen other events"):
+            read_profile(store, model, dataset, user)
+    store.update([user], states)
     with pytest.raises(InputError, match="has seen other events"):
         feed(store, model, changed, trained.catalog, 0)
 

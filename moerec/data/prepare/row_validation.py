@@ -17,6 +17,7 @@ from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.prepare.binning import NUMBER
 from moerec.data.prepare.tables import RowBatch, SourceTable, as_binary, read_batches
 from moerec.errors import InputError
+from moerec.files import naming
 
 RAGGED = "wrong number of fields"
 BROKEN = "value of several lines"
@@ -108,7 +109,7 @@ class DefectLog:
         tables = [table for table in tables if table.label in self._rows]
         if not tables:
             return
-        with path.open("w", encoding="utf-8") as out:
+        with naming(path), path.open("w", encoding="utf-8") as out:
             for table in tables:
                 for row in self._quarantined(table):
                     out.write(json.dumps({"file": table.label, **row}, ensure_ascii=False) + "\n")

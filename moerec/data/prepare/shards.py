@@ -1,6 +1,6 @@
 """The prepared folder: a catalogue, the users, and ArrayRecord shards with one record per user.
 
-    meta.json          what is in the folder; written last
+    meta.json          what is in the folder, with a checksum of each of the following files; written last
     items.parquet      service, id, text, attributes, in catalogue order
     users.parquet      id, n_events, and the profile fields as `profile.NAME`
     events-0000k-of-0000n.array_record
@@ -13,9 +13,11 @@ are those of users.parquet. The folder appears under its name only when it is wh
 import bisect
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,11 +28,18 @@ import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from moerec.data.dataset import Dataset, EventLog, ItemTable
-from moerec.errors import InputError
+from moerec.data.prepare.checksums import describe_file, require_intact
+from moerec.errors import InputError, WorkError
+from moerec.files import naming, require_utf8
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META = "meta.json"
+ITEMS, USERS = "items.parquet", "users.parquet"
 _PROFILE = "profile."
+
+
+class OtherVersion(InputError):
+    """A prepared folder of another version of the program."""
 
 
 def record_dtype(n_context: int) -> np.dtype:
@@ -40,7 +49,11 @@ def record_dtype(n_context: int) -> np.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What meta.json holds; `shards` names each file with its number of users and bytes."""
+    """What meta.json holds, beside a checksum of its own.
+
+    `shards` names each file with its number of users, bytes and CRC-32; `files` has the latter two of the tables, and
+    is filled in by `write_meta`.
+    """
 
     services: tuple[str, ...]
     actions: tuple[str, ...]
@@ -51,6 +64,7 @@ class Meta:
     n_items: int
     shards: tuple[dict, ...]
     extra: dict = dataclasses.field(default_factory=dict)
+    files: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -59,11 +73,12 @@ class Meta:
 
     def to_json(self) -> str:
         fields = dataclasses.asdict(self) | {"record": [list(part) for part in self.dtype.descr]}
-        return json.dumps(fields, ensure_ascii=False, indent=1) + "\n"
+        return json.dumps(fields | {"crc32": _sum_fields(fields)}, ensure_ascii=False, indent=1) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> "Meta":
         """Raises InputError where the folder is not a whole prepared one of this version."""
+        require_utf8(folder)
         path = Path(folder) / META
         if not path.is_file():
             raise InputError(f"{folder}: not a prepared folder, or not a whole one: it has no {META}")
@@ -71,25 +86,38 @@ class Meta:
             fields = json.loads(path.read_text(encoding="utf-8"))
             version = fields["format_version"]
             if version != FORMAT_VERSION:
-                raise InputError(f"{path}: format version {version}, not {FORMAT_VERSION}; prepare again")
+                raise OtherVersion(f"{path}: format version {version}, not {FORMAT_VERSION}; prepare again")
+            if fields.pop("crc32") != _sum_fields(fields):
+                raise InputError(f"{path}: is damaged: its checksum is not its own; prepare the folder again")
             fields.pop("record")
             for name in ("services", "actions", "profile", "shards"):
                 fields[name] = tuple(fields[name])
             fields["context"] = {name: tuple(values) for name, values in fields["context"].items()}
             return cls(**fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not a description of a prepared folder ({error!r})") from error
+
+    def require_intact(self, folder: Path) -> None:
+        """Checks all files, each once in a process. Raises InputError, which names the one that is not as written."""
+        require_intact(folder, {shard["file"]: shard for shard in self.shards} | self.files, META)
+
+
+def _sum_fields(fields: dict) -> int:
+    """CRC-32 of the fields of meta.json, in whatever order they stand."""
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 @contextlib.contextmanager
 def replace_folder(out: Path) -> Iterator[Path]:
     """Gives a folder to fill and puts it in the place of `out` at the end; `out` stays as it was if anything fails.
 
-    What dead runs left of earlier attempts is removed. Refuses to replace a folder that is not a prepared one.
+    Where `out` is a link, the folder that it points to is replaced, and the link stays. What dead runs left of earlier
+    attempts is removed. Refuses to replace a folder that is not a prepared one.
     """
-    out = Path(out).absolute()
+    require_utf8(out)
+    out = Path(os.path.realpath(out))
     if out.exists() and not (out / META).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not a prepared folder, so it is not replaced")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -101,9 +129,15 @@ def replace_folder(out: Path) -> Iterator[Path]:
         for path in (*partial.iterdir(), partial):
             _sync(path)
         old = out.with_name(f"{out.name}.replaced-{os.getpid()}")
-        if out.exists():
+        replaces = out.exists()
+        if replaces:
             out.rename(old)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError:
+            if replaces:
+                old.rename(out)
+            raise
         _sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
@@ -134,50 +168,65 @@ class ShardWriter:
             for end in ends[k : k + n]:
                 self._writer.write(data[start:end])  # type: ignore[union-attr]
                 start = end
+            if not self._writer.ok():  # type: ignore[union-attr] # `write` alone tells nothing of a full disk
+                self._close()
             self._done += n
             k += n
 
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, *error):
-        self._close()
+    def __exit__(self, kind, *error):
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(WorkError):
+            self._close()
 
     @property
     def shards(self) -> tuple[dict, ...]:
         return tuple(
-            {"file": path.name, "n_users": hi - lo, "n_bytes": path.stat().st_size}
+            {"file": path.name, "n_users": hi - lo, **describe_file(path)}
             for path, lo, hi in zip(self._paths, self._bounds[:-1], self._bounds[1:], strict=True)
         )
 
     def _open(self, shard: int):
         self._close()
+        self._path = self._paths[shard]
         # grain reads single records only from groups of one
-        self._writer = ArrayRecordWriter(str(self._paths[shard]), "group_size:1,uncompressed")
+        self._writer = ArrayRecordWriter(str(self._path), "group_size:1,uncompressed")
 
     def _close(self):
-        if self._writer is not None:
-            self._writer.close()
-        self._writer = None
+        """Raises WorkError where not all could be written."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            try:
+                writer.close()
+            except RuntimeError as error:
+                raise WorkError(f"{self._path}: cannot be written: {str(error).split(';')[0]}") from error
 
 
 def write_items(folder: Path, services: Sequence[str], offsets: np.ndarray, columns: dict[str, pa.Array]):
     """Writes items.parquet; `columns` are id, text and attributes in catalogue order."""
     codes = np.repeat(np.arange(len(services), dtype=np.int32), np.diff(offsets))
     names = pa.array(list(services), pa.string()).take(pa.array(codes))
-    pq.write_table(pa.table({"service": names, **columns}), folder / "items.parquet")
+    _write_parquet(folder / ITEMS, {"service": names, **columns})
 
 
 def write_users(folder: Path, ids: pa.Array, n_events: np.ndarray, profile: dict[str, pa.Array]):
     """Writes users.parquet."""
     fields = {"id": ids, "n_events": pa.array(n_events, pa.int64())}
     fields |= {_PROFILE + name: values for name, values in profile.items()}
-    pq.write_table(pa.table(fields), folder / "users.parquet")
+    _write_parquet(folder / USERS, fields)
+
+
+def _write_parquet(path: Path, columns: dict[str, pa.Array]):
+    with naming(path):
+        pq.write_table(pa.table(columns), path)
 
 
 def write_meta(folder: Path, meta: Meta):
     """Writes meta.json; whatever it tells of must be there already."""
-    (folder / META).write_text(meta.to_json(), encoding="utf-8")
+    meta = dataclasses.replace(meta, files={name: describe_file(folder / name) for name in (ITEMS, USERS)})
+    with naming(folder / META):
+        (folder / META).write_text(meta.to_json(), encoding="utf-8")
 
 
 def write_dataset(dataset: Dataset, folder: Path, n_shards: int):
@@ -210,12 +259,13 @@ def write_dataset(dataset: Dataset, folder: Path, n_shards: int):
 
 
 def load_dataset(folder: Path) -> Dataset:
-    """Reads a prepared folder into memory. Raises InputError, naming the file, where something is missing or cut."""
+    """Reads a prepared folder into memory. Raises InputError, naming the file, where something is not as written."""
     folder = Path(folder)
     meta = Meta.load(folder)
+    meta.require_intact(folder)
     records: list[bytes] = []
-    for path in _shard_paths(folder, meta):
-        reader = ArrayRecordReader(str(path))
+    for shard in meta.shards:
+        reader = ArrayRecordReader(str(folder / shard["file"]))
         records += reader.read_all()
         reader.close()
     lengths = _lengths(records, meta.dtype)
@@ -223,7 +273,7 @@ def load_dataset(folder: Path) -> Dataset:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     if len(lengths) != meta.n_users or len(events) != meta.n_events:
         raise InputError(f"{folder}: the shards hold {len(lengths)} users and {len(events)} events, unlike {META}")
-    items, users = _read_parquet(folder / "items.parquet"), _read_parquet(folder / "users.parquet")
+    items, users = _read_parquet(folder / ITEMS), _read_parquet(folder / USERS)
     if len(items) != meta.n_items or len(users) != meta.n_users:
         raise InputError(f"{folder}: {len(items)} items and {len(users)} users in the tables, unlike {META}")
     code = {name: k for k, name in enumerate(meta.services)}
@@ -263,10 +313,11 @@ class UserSource:
 
 
 def open_source(folder: Path) -> UserSource:
-    """Opens the shards of a prepared folder. Raises InputError where one is missing or cut."""
+    """Opens the shards of a prepared folder. Raises InputError, naming the file, where something is not as written."""
     folder = Path(folder)
     meta = Meta.load(folder)
-    paths = [str(path) for path in _shard_paths(folder, meta)]
+    meta.require_intact(folder)
+    paths = [str(folder / shard["file"]) for shard in meta.shards]
     return UserSource(grain.sources.ArrayRecordDataSource(paths), meta.dtype)
 
 
@@ -280,17 +331,9 @@ def _lengths(records: Sequence[bytes], dtype: np.dtype) -> np.ndarray:
     return np.fromiter(map(len, records), np.int64, len(records)) // dtype.itemsize
 
 
-def _shard_paths(folder: Path, meta: Meta) -> list[Path]:
-    for shard in meta.shards:
-        path = folder / shard["file"]
-        if not path.is_file() or path.stat().st_size != shard["n_bytes"]:
-            raise InputError(f"{path}: missing or not of the {shard['n_bytes']} bytes that {META} tells")
-    return [folder / shard["file"] for shard in meta.shards]
-
-
 def _read_parquet(path: Path) -> pa.Table:
     try:
-        return pq.read_table(path)
+        return pq.read_table(path.absolute())  # Arrow takes `~` and `gs:` at the beginning for what they are elsewhere
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -309,8 +352,11 @@ def _objects(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _clear_stale(out: Path):
-    for stale in (*out.parent.glob(f"{out.name}.replaced-*"), *out.parent.glob(f"{out.name}.partial-*")):
-        if _is_running(stale.name.rpartition("-")[2]):
+    name = glob.escape(out.name)
+    for stale in (*out.parent.glob(f"{name}.replaced-*"), *out.parent.glob(f"{name}.partial-*")):
+        if stale.is_symlink():  # a link that an earlier version moved aside; what it points to is not ours
+            stale.unlink()
+        if not stale.is_dir() or _is_running(stale.name.rpartition("-")[2]):
             continue
         if ".replaced-" in stale.name and not out.exists() and (stale / META).is_file():
             stale.rename(out)  # that run died between its two renames
@@ -323,7 +369,7 @@ def _is_running(pid: str) -> bool:
         return False
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
@@ -333,6 +379,7 @@ def _is_running(pid: str) -> bool:
 def _sync(path: Path):
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moerec.data.dataset import UNKNOWN_TIME
+from moerec.files import naming
 
 USERS_PER_BLOCK = 1 << 14
 
@@ -43,7 +44,8 @@ class Spill:
         order = np.argsort(block, kind="stable")
         blocks, starts = np.unique(block[order], return_index=True)
         for number, part in zip(blocks, np.split(events[order], starts[1:]), strict=True):
-            with self._path(number).open("ab") as file:
+            path = self._path(number)
+            with naming(path), path.open("ab") as file:
                 file.write(part.tobytes())
 
     def read(self, block: int) -> np.ndarray:

@@ -244,8 +244,17 @@ def describe_source(config: DataConfig) -> dict:
 
 
 def is_current(config: DataConfig, folder: Path) -> bool:
-    """Whether the folder was prepared whole, from these files, with this config."""
-    return (folder / "meta.json").exists() and shards.Meta.load(folder).extra.get("source") == describe_source(config)
+    """Whether the folder was prepared whole, by this version, from these files, with this config.
+
+    Raises:
+      InputError: its description is damaged.
+    """
+    if not (folder / shards.META).exists():
+        return False
+    try:
+        return shards.Meta.load(folder).extra.get("source") == describe_source(config)
+    except shards.OtherVersion:
+        return False
 
 
 def _write_events(

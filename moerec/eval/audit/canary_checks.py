@@ -94,5 +94,7 @@ def _differs(batch: Batch, other: Batch, asked: RankQueries, other_asked: RankQu
     label = (np.arange(segment.shape[0])[:, None] * (segment.max() + 1) + segment).reshape(-1)
     n_changed = np.bincount(label, weights=slot_changed)
     in_history = n_changed[label[np.maximum(asked.slot, 0)]] > 0
-    same_query = (asked.slot == other_asked.slot) & np.all(asked.seen == other_asked.seen, axis=1)
+    width = max(asked.seen.shape[1], other_asked.seen.shape[1])
+    seen, other_seen = (np.pad(x.seen, ((0, 0), (0, width - x.seen.shape[1]))) for x in (asked, other_asked))
+    same_query = (asked.slot == other_asked.slot) & np.all(seen == other_seen, axis=1)
     return np.where(asked.slot >= 0, in_history, False) | ~same_query

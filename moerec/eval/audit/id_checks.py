@@ -126,34 +126,48 @@ def guess_by_arithmetic(subject: Subject, code: int) -> Guesses:
     catalogue, item = subject.dataset.catalogue, subject.dataset.log.item
     numbers = number_ids(catalogue)
     existing = np.sort(numbers[catalogue.offsets[code] : catalogue.offsets[code + 1]])
-    rows, owner = subject.histories.rows, subject.histories.owner
     asked = subject.service[subject.targets] == code
-    own = asked[owner] & (subject.service[rows] == code)
-    seen = numbers[item[rows[own]]]
-    with_history, start, place = np.unique(owner[own], return_index=True, return_inverse=True)
+    own = subject.histories.keep_group(subject.service, np.full(len(asked), code))
+    last, largest = np.zeros((2, len(asked)), np.int64)
+    last[own.length > 0] = numbers[item[own.last(1).rows]]
+    answer = numbers[item[subject.targets]]
     rank, chance = np.full(len(asked), _NO_GUESS), np.zeros(len(asked))
-    if not len(seen):
-        return Guesses(rank[asked], chance[asked], (np.zeros(0), np.zeros(0)))
-    largest = np.maximum.reduceat(seen, start)[:, None]
-    last = seen[np.append(start[1:], len(seen)) - 1][:, None]
-    step = np.arange(1, _REACH + 1)
-    guess = np.stack([largest + step, last + step], axis=2).reshape(len(start), 2 * _REACH)
-    counts = np.isin(guess, existing)
-    counts[:, 1::2] &= guess[:, 1::2] <= largest  # above it the first rule has guessed already
-    key = np.arange(len(start))[:, None] * len(existing) + np.searchsorted(existing, guess)
-    seen_key = np.unique(place * len(existing) + np.searchsorted(existing, seen))
-    counts &= ~np.isin(key, seen_key)
-    answer = numbers[item[subject.targets[with_history]]]
-    hit = counts & (guess == answer[:, None])
-    found = hit.any(axis=1)
-    rank[with_history[found]] = np.cumsum(counts, axis=1)[found, hit.argmax(axis=1)[found]]
-    n_unseen = len(existing) - np.bincount(seen_key // len(existing), minlength=len(start))
-    answer_key = np.arange(len(start)) * len(existing) + np.searchsorted(existing, answer)
-    is_new = ~np.isin(answer_key, seen_key)  # what is in the history is never guessed
-    chance[with_history] = np.where(is_new, np.minimum(counts.sum(axis=1), 5) / np.maximum(n_unseen, 1), 0)
-    groups = [_group(before[:, 0][is_new], answer[is_new], chance[with_history][is_new]) for before in (largest, last)]
+    for which, part in own.distinct(item).blocks():
+        answered = np.flatnonzero(asked[which] & (part.length > 0))
+        at = which.start + answered
+        seen = (numbers[item[part.rows]], part.offsets[:-1][answered], part.length[answered])
+        if len(at):
+            rank[at], chance[at], largest[at] = _rank_guesses(existing, *seen, last[at], answer[at])
+    groups = [_group(before[chance > 0], answer[chance > 0], chance[chance > 0]) for before in (largest, last)]
     count, half = (np.concatenate(parts) for parts in zip(*groups, strict=True))
     return Guesses(rank[asked], chance[asked], (count, half))
+
+
+def _rank_guesses(
+    existing: np.ndarray, seen: np.ndarray, start: np.ndarray, length: np.ndarray, last: np.ndarray, answer: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`[n]` places of `answer` [n] among the guesses from the numbers `seen[start[i] : start[i] + length[i]]`, of which
+    `last` [n] is the newest; the chance of a hit among five, and the largest number seen. Args: `existing`, the numbers
+    of all items, ascending; `length` is at least 1.
+    """
+    places = np.repeat(start - np.cumsum(length) + length, length) + np.arange(length.sum())
+    seen, owner = seen[places], np.repeat(np.arange(len(length)), length)
+    rank = np.full(len(answer), _NO_GUESS)
+    largest = np.maximum.reduceat(seen, np.cumsum(length) - length)[:, None]
+    step = np.arange(1, _REACH + 1)
+    guess = np.stack([largest + step, last[:, None] + step], axis=2).reshape(len(answer), 2 * _REACH)
+    counts = np.isin(guess, existing)
+    counts[:, 1::2] &= guess[:, 1::2] <= largest  # above it the first rule has guessed already
+    row = np.arange(len(answer)) * len(existing)
+    seen_key = np.unique(owner * len(existing) + np.searchsorted(existing, seen))
+    counts &= ~np.isin(row[:, None] + np.searchsorted(existing, guess), seen_key)
+    hit = counts & (guess == answer[:, None])
+    found = hit.any(axis=1)
+    rank[found] = np.cumsum(counts, axis=1)[found, hit.argmax(axis=1)[found]]
+    n_unseen = len(existing) - np.bincount(seen_key // len(existing), minlength=len(answer))
+    is_new = ~np.isin(row + np.searchsorted(existing, answer), seen_key)  # what is in the history is never guessed
+    chance = np.where(is_new, np.minimum(counts.sum(axis=1), 5) / np.maximum(n_unseen, 1), 0)
+    return rank, chance, largest[:, 0]
 
 
 def _group(before: np.ndarray, answer: np.ndarray, chance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,14 +7,14 @@ import numpy as np
 from moerec.config import AuditConfig
 from moerec.eval.audit.report import AuditRow, make_row
 from moerec.eval.audit.subject import Subject
+from moerec.eval.ranking.dataset import find_repeated
 
 
 def check_repeats(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Test items that the history holds already; masking seen items makes each of them a miss."""
-    rows, owner = subject.histories.rows, subject.histories.owner
     item = subject.dataset.log.item
     repeated = np.zeros(subject.dataset.log.n_events, bool)
-    repeated[subject.targets[owner[item[rows] == item[subject.targets][owner]]]] = True
+    repeated[subject.targets] = find_repeated(subject.histories.distinct(item), item, item[subject.targets])
     for service, own in subject.split_by_service(subject.targets):
         text = f"of {len(own)} test events, those whose item is in their history"
         yield make_row("repeats", service, repeated[own].mean(), limits.max_repeats, text, n=len(own))
@@ -31,7 +31,7 @@ def check_service(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     majority = int(np.bincount(subject.service[train], minlength=n).argmax())
     known = histories.length > 0
     last = np.full(len(answer), majority)
-    last[known] = subject.service[histories.rows[histories.offsets[1:][known] - 1]]
+    last[known] = subject.service[histories.last(1).rows]
     follows = user[train[1:]] == user[train[:-1]]
     pair = subject.service[train[:-1]][follows].astype(np.int64) * n + subject.service[train[1:]][follows]
     likeliest = np.bincount(pair, minlength=n * n).reshape(n, n).argmax(axis=1)

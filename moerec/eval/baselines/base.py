@@ -79,22 +79,23 @@ def rank_by_scores(
       targets: `[n]` rows of the log.
       histories: what the model may see.
       mask_seen: whether items of the user's history are no candidates; a target among them is a miss.
-      chunk: targets scored at once.
+      chunk: targets scored at once, at most; fewer where their histories are very long.
 
     Raises:
       WorkError: a score is not finite, or the scores have another shape than `[targets, items]`.
     """
     catalogue, item = dataset.catalogue, dataset.log.item
     own, union = [], []
-    for start in range(0, len(targets), chunk):
-        stop = min(start + chunk, len(targets))
-        answer = item[targets[start:stop]]
-        scores = model.score(dataset, targets[start:stop], histories.slice(start, stop))
+    seen = histories.distinct(item) if mask_seen else None
+    for which, part in histories.blocks(chunk):
+        start, stop = which.start, which.stop
+        answer = item[targets[which]]
+        scores = model.score(dataset, targets[which], part)
         if scores.shape != (stop - start, catalogue.n_items):
             raise WorkError(f"scores of shape {scores.shape} for {stop - start} targets and {catalogue.n_items} items")
         masked = None
-        if mask_seen:
-            own_part = histories.slice(start, stop)
+        if seen is not None:
+            own_part = seen.slice(start, stop)
             masked = (own_part.offsets, item[own_part.rows])
         service = catalogue.service[answer]
         ranges = (catalogue.offsets[service], catalogue.offsets[service + 1])

@@ -6,6 +6,8 @@ import scipy.sparse
 from moerec.data.dataset import Dataset
 from moerec.data.histories import Histories
 
+_MANY_ROWS = 1 << 20
+
 
 def weigh_histories(
     dataset: Dataset, histories: Histories, decay: float, last_n: int | None, within_service: bool
@@ -14,9 +16,17 @@ def weigh_histories(
 
     Places are counted over the whole history, or with `within_service` over the events of the item's service.
     """
-    item, owner = dataset.log.item[histories.rows].astype(np.int64), histories.owner
+    n_services = dataset.catalogue.n_services
+    parts = [histories]
+    if last_n is not None and not within_service:
+        parts = [histories.last(last_n)]
+    elif last_n is not None and histories.length.sum() > _MANY_ROWS:  # which would all be sorted for a few
+        ones = np.ones(len(histories), np.int64)
+        parts = [histories.keep_group(dataset.event_service, z * ones).last(last_n) for z in range(n_services)]
+    item = np.concatenate([dataset.log.item[part.rows] for part in parts]).astype(np.int64)
+    owner = np.concatenate([part.owner for part in parts])
     if within_service:
-        group = owner * dataset.catalogue.n_services + dataset.catalogue.service[item]
+        group = owner * n_services + dataset.catalogue.service[item]
         order = np.argsort(group, kind="stable")
         group, item, owner = group[order], item[order], owner[order]
     else:

@@ -48,7 +48,7 @@ class ServicePopularity:
         service = dataset.catalogue.service
         last = np.full(len(targets), dataset.catalogue.n_services)
         known = histories.length > 0
-        last[known] = service[dataset.log.item[histories.rows[histories.offsets[1:][known] - 1]]]
+        last[known] = service[dataset.log.item[histories.last(1).rows]]
         return (self.transition[:, service] * self.item_given_service).astype(np.float32)[last]
 
 

@@ -51,19 +51,21 @@ class EvalDataset:
         per_service = config.data.split.is_per_service
         self.dataset, self.targets, self.config = dataset, targets, config
         histories = gather_histories(dataset, targets, per_service)
-        keep = np.ones(len(histories.rows), bool) if visible is None else visible[histories.rows]
+        if visible is not None and not visible.all():
+            histories = histories.keep_events(visible)
         if history != "all":
             service = dataset.event_service
-            is_own = service[histories.rows] == service[targets][histories.owner]
-            keep &= is_own if history == "own" else ~is_own
-        self.histories = histories if keep.all() else histories.keep(keep)
+            histories = histories.keep_group(service, service[targets], same=history == "own")
+        self.histories = histories
         data = config.data
         # A sequence that leaves room for it begins with its control slot, as in training.
         self._has_control = data.first_event & (self.histories.length < data.history_len)
         self._events = self.histories.last(data.history_len)
         self._length = self._events.length + self._has_control
-        longest = self.histories.length.max(initial=1)
-        self._seen_width = 1 << int(max(longest - 1, 1)).bit_length() if config.eval.mask_seen else 1
+        # Each item once: else the mask would be as wide as the longest history, and not at most as the catalogue.
+        self._seen = self.histories.distinct(dataset.log.item) if config.eval.mask_seen else None
+        most = self._seen.length.max(initial=1) if self._seen is not None else 1
+        self._seen_width = 1 << int(max(most - 1, 1)).bit_length() if config.eval.mask_seen else 1
         # Enough rows for an average batch; a batch of long histories simply holds fewer queries. In steps of an
         # eighth, so that what is compiled for the validation targets mostly serves for the test targets too.
         mean = max(float(self._length.mean()) if len(targets) else 1.0, 1.0)
@@ -89,8 +91,9 @@ class EvalDataset:
         """The share of the targets that stand in their own history; where seen items are masked, each is a miss."""
         if not len(self.targets):
             return 0.0
-        hits = self.dataset.log.item[self.histories.rows] == self.target_item[self.histories.owner]
-        return len(np.unique(self.histories.owner[hits])) / len(self.targets)
+        item = self.dataset.log.item
+        seen = self.histories.distinct(item) if self._seen is None else self._seen
+        return float(find_repeated(seen, item, self.target_item).mean())
 
     def batches(self) -> Iterator[tuple[slice, Batch, RankQueries]]:
         """Consecutive targets: which, their packed histories, and the queries."""
@@ -124,8 +127,8 @@ class EvalDataset:
         service = self.target_service[which]
         ranges = self.dataset.catalogue.offsets
         seen = np.full((n, self._seen_width), -1, np.int32)
-        if self.config.eval.mask_seen:
-            histories = self.histories.slice(which.start, which.stop)
+        if self._seen is not None:
+            histories = self._seen.slice(which.start, which.stop)
             seen = pad_seen(histories, self.dataset.log.item[histories.rows], self._seen_width)
 
         def pad(x, empty):
@@ -141,12 +144,19 @@ class EvalDataset:
 
 
 def pad_seen(histories: Histories, items: np.ndarray, width: int) -> np.ndarray:
-    """`[n, width]` int32: each history's distinct items, then -1. Args: the items of the histories' rows."""
-    pairs = np.unique(np.stack([histories.owner, items], axis=1), axis=0) if len(items) else np.zeros((0, 2), np.int64)
-    place = np.arange(len(pairs)) - np.searchsorted(pairs[:, 0], pairs[:, 0])
+    """`[n, width]` int32: each history's items, then -1. Args: distinct events (`Histories.distinct`); their items."""
+    place = np.arange(len(items)) - histories.offsets[histories.owner]
     out = np.full((len(histories), width), -1, np.int32)
-    out[pairs[:, 0], place] = pairs[:, 1]
+    out[histories.owner, place] = items
     return out
+
+
+def find_repeated(seen: Histories, item: np.ndarray, target_item: np.ndarray) -> np.ndarray:
+    """`[n]` bool, which targets' items their histories hold. Args: distinct events; `[events]` items; `[n]` items."""
+    found = np.zeros(len(seen), bool)
+    for which, part in seen.blocks():
+        found[which.start + part.owner[item[part.rows] == target_item[which][part.owner]]] = True
+    return found
 
 
 def make_valid_set(config: Config, data: RunData) -> EvalDataset:

@@ -9,9 +9,10 @@
 
 Why so. TensorStore's OCDBT driver commits many keys atomically, but only appends: what is deleted stays in its data
 files, so it cannot keep the promise of `delete`. Its Zarr driver writes a whole shard anew for one user, and each
-shard for itself. So the array is Zarr v3, which TensorStore makes, grows and reads, but a batch is written by us, in
-place: the rows lie uncompressed at fixed places, and a shard's index never changes. A batch goes to a journal first,
-whose renaming is the commit, and then into the files; whoever next takes the lock finishes what a killed writer left.
+shard for itself. So the array is Zarr v3, which TensorStore makes and reads, but it is made longer, and a batch is
+written, by us, in place: the rows lie uncompressed at fixed places, and a shard's index never changes. A batch goes to
+a journal first, whose renaming is the commit, and then into the files; whoever next takes the lock finishes what a
+killed writer left. No link in the folder is followed: nothing outside is ever written.
 Nothing is kept of what was overwritten or deleted, and a batch costs twice its own bytes, however large the store is.
 
 The lock is `flock`: the folder must be on one machine's file system. Memory: about 200 bytes a user, for the ids.

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import jax
 import numpy as np
 
 from moerec.errors import InputError
+from moerec.serve.profile_store.folder import META, open_file
 
 FORMAT_VERSION = 1
-META = "profile_store.json"
+_MOST_SHARD_BYTES = 1 << 46
 _CHUNK_BYTES = 1 << 12
+_LONGEST_NAME = 1000
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 DTYPES = ("bool", *_INTEGERS, "bfloat16", "float16", "float32", "float64")
 
@@ -85,10 +89,13 @@ class StoreLayout:
     def load(cls, folder: Path) -> "StoreLayout":
         """Raises InputError where the folder is not a profile store of this version."""
         path = folder / META
-        if not path.is_file():
-            raise InputError(f"{folder}: not a profile store: it has no {META}")
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            with open_file(folder, META, os.O_RDONLY) as handle, open(handle, "rb", closefd=False) as file:
+                data = file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{folder}: not a profile store: it has no {META}") from None
+        try:
+            fields = json.loads(data.decode())
             version = fields["format_version"]
             if version != FORMAT_VERSION:
                 raise InputError(f"{path}: format version {version!r} is unknown; this program knows {FORMAT_VERSION}")
@@ -96,7 +103,7 @@ class StoreLayout:
             layout = cls(leaves, fields["users_per_shard"], fields["users_per_chunk"], fields.get("label", ""))
             if not layout._is_sound():
                 raise ValueError("a leaf, or the number of users in a shard or chunk, makes no sense")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not a description of a profile store ({error!r})") from error
@@ -105,12 +112,16 @@ class StoreLayout:
     def _is_sound(self) -> bool:
         sizes = [self.users_per_shard, self.users_per_chunk]
         sizes += [size for leaf in self.leaves for size in leaf.shape]
+        names = [leaf.name for leaf in self.leaves]
         return (
-            len(self.leaves) > 0
-            and all(isinstance(size, int) and size > 0 for size in sizes)
-            and all(isinstance(leaf.name, str) and leaf.dtype in DTYPES for leaf in self.leaves)
+            len(names) > 0
+            and all(type(size) is int and size > 0 for size in sizes)
+            and all(isinstance(leaf.dtype, str) and leaf.dtype in DTYPES for leaf in self.leaves)
+            and all(isinstance(name, str) and is_leaf_name(name) for name in names)
+            and len(set(names)) == len(names)
             and isinstance(self.label, str)
             and self.users_per_shard % self.users_per_chunk == 0
+            and self.users_per_shard * self.n_bytes < _MOST_SHARD_BYTES
         )
 
     def check_template(self, template: Any, place: str) -> None:
@@ -147,6 +158,13 @@ class StoreLayout:
         return found
 
 
+def is_leaf_name(name: str) -> bool:
+    """Whether a leaf's name can be that of a member of an archive, wherever that is unpacked: it leads nowhere else."""
+    parts = name.split("/")
+    is_inside = all(part not in ("", ".", "..") for part in parts) and not re.match("[A-Za-z]:", name)
+    return is_inside and name.isprintable() and "\\" not in name and len(name) <= _LONGEST_NAME
+
+
 def flatten_state(tree: Any) -> dict[str, Any]:
     """`{name: leaf}`; a name is the path with slashes, or `state` where the tree is one leaf.
 
@@ -168,6 +186,8 @@ def list_leaves_of(template: Any) -> tuple[Leaf, ...]:
     """
     leaves = []
     for name, value in flatten_state(template).items():
+        if not is_leaf_name(name):
+            raise InputError(f"leaf {name!r} of the template: such a name cannot be stored")
         if not hasattr(value, "shape") or not hasattr(value, "dtype"):
             raise InputError(f"leaf {name} of the template is {type(value).__name__}, not an array")
         leaf = Leaf(name, tuple(map(int, value.shape)), np.dtype(value.dtype).name)

@@ -14,7 +14,8 @@ import numpy as np
 from moerec.errors import InputError
 from moerec.files import write_text
 from moerec.serve.profile_store import export, journal
-from moerec.serve.profile_store.layout import META, StoreLayout
+from moerec.serve.profile_store.folder import META, find_folder, refuse_links, remove_leftovers
+from moerec.serve.profile_store.layout import StoreLayout
 from moerec.serve.profile_store.shards import Shards
 from moerec.serve.profile_store.users import Change, Users, check_ids, check_unique_ids
 
@@ -47,7 +48,7 @@ class ProfileStore:
         label: what the states are, such as the model that they belong to; `label` gives it back.
         Raises InputError for a template that cannot be stored, and where the folder is taken.
         """
-        folder = Path(folder).absolute()
+        folder = find_folder(folder)
         layout = StoreLayout.of(template, users_per_shard, label)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder}: exists and is not empty")
@@ -74,18 +75,19 @@ class ProfileStore:
 
         Reads the ids and versions, and no state. With a `template`, which must fit, states are trees like it; without
         one they are `{name: array}`, a name being the leaf's path with slashes.
-        Raises InputError where the folder is not a store of a known version, or not one of such states.
+        Raises InputError where the folder is not a store of a known version, or not one of such states, or holds a
+        link; WorkError where it is damaged.
         """
-        folder = Path(folder).absolute()
+        folder = find_folder(folder)
         layout = StoreLayout.load(folder)
         if template is None:
             template = {leaf.name: 0 for leaf in layout.leaves}
         else:
             layout.check_template(template, str(folder))
         store = cls(folder, layout, jax.tree.structure(template))
+        refuse_links(folder)
         with store._locked(exclusive=True):
-            for leftover in (*folder.rglob("*.tmp"), *folder.rglob("*.__lock")):  # ours, and TensorStore's
-                leftover.unlink()
+            remove_leftovers(folder)
             store._shards.check(store._users.n_rows)
         return store
 
@@ -166,8 +168,8 @@ class ProfileStore:
         Needs the memory of few states only. bfloat16, which .npz does not know, becomes float32. Writers wait.
         Raises InputError for a path within the store, where `delete` would have to keep its promise.
         """
-        path = Path(path).absolute()
-        if path.resolve().is_relative_to(self._folder.resolve()):
+        path = Path(os.path.realpath(path))
+        if path.is_relative_to(self._folder):
             raise InputError(f"{path}: is inside the store; an export goes elsewhere")
         with self._locked():
             names, rows = self._users.list_users()

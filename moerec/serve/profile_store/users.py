@@ -4,6 +4,7 @@ A row is a user's place in every array. A deleted user's row, and room in ids.bi
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from moerec.errors import InputError, WorkError
+from moerec.files import naming
+from moerec.serve.profile_store.folder import IDS, USERS, open_file
 from moerec.serve.profile_store.journal import FileWrite
 
-USERS = "users.bin"
-IDS = "ids.bin"
 _HEAD_BYTES = 64
+_MOST_BATCHES = 1 << 62
 # `sequence` counts the committed batches; `n_rows` rows are or were in use; the ids take `n_id_bytes`.
 _HEAD = np.dtype([("sequence", "<u8"), ("n_rows", "<u8"), ("n_id_bytes", "<u8")])
 # `birth` is the sequence number that the user came with, 0 in a free row: it tells another process that a row has
@@ -57,8 +59,9 @@ class Users:
 
     @staticmethod
     def create(folder: Path) -> None:
-        (folder / USERS).write_bytes(bytes(_HEAD_BYTES))
-        (folder / IDS).write_bytes(b"")
+        with naming(folder / USERS):
+            (folder / USERS).write_bytes(bytes(_HEAD_BYTES))
+            (folder / IDS).write_bytes(b"")
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -83,22 +86,51 @@ class Users:
         return [name for name in self._ids if name is not None], rows
 
     def refresh(self) -> None:
-        """Takes over what other processes have changed. Raises WorkError where the files are cut."""
-        with (self._folder / USERS).open("rb") as file:
+        """Takes over what other processes have changed.
+
+        Raises:
+          WorkError: the files are cut, or say what no batch would have written.
+          InputError: one is a link.
+        """
+        with open_file(self._folder, USERS, os.O_RDONLY) as handle, open(handle, "rb", closefd=False) as file:
             head = np.fromfile(file, _HEAD, 1)
             if len(head) and head[0]["sequence"] == self._head["sequence"]:
                 return
+            # Looked at before it is believed: a damaged number would ask for more memory than there is.
+            n_left = max(os.fstat(handle).st_size - _HEAD_BYTES, 0) // _ROW.itemsize
+            if not len(head) or head[0]["n_rows"] > n_left:
+                raise WorkError(f"{self._folder / USERS}: is cut short")
             file.seek(_HEAD_BYTES)
-            table = np.fromfile(file, _ROW, int(head[0]["n_rows"]) if len(head) else 0)
-        if not len(head) or len(table) != head[0]["n_rows"]:
-            raise WorkError(f"{self._folder / USERS}: is cut short")
+            table = np.fromfile(file, _ROW, int(head[0]["n_rows"]))
+        self._check(head[0], table)
         before = np.zeros(len(table), np.uint64)
         n_known = min(self.n_rows, len(table))
         before[:n_known] = self._table["birth"][:n_known]
         changed = np.flatnonzero(before != table["birth"])
         self._take_ids(changed, self._read_ids(table[changed]), len(table))
+        if len(self._row_of) != np.count_nonzero(table["version"]):
+            raise WorkError(f"{self._folder / USERS}: is damaged: two users have one id")
         self._table = table
         self._head = head[0].copy()  # last: an interruption before it has everything done once more
+
+    def _check(self, head: np.void, table: np.ndarray) -> None:
+        """Raises WorkError where the numbers of the table contradict each other."""
+        start, length, room = table["start"], table["length"], table["room"]
+        n_id_bytes, used = head["n_id_bytes"], table["birth"] > 0
+        with open_file(self._folder, IDS, os.O_RDONLY) as handle:
+            if n_id_bytes > os.fstat(handle).st_size:
+                raise WorkError(f"{self._folder / IDS}: is cut short")
+        sound = (
+            (head["sequence"] <= _MOST_BATCHES)
+            & (table["birth"] <= head["sequence"])
+            & (used == (table["version"] > 0))
+            & (table["version"] <= head["sequence"])
+            & (length <= room)
+            & (room <= n_id_bytes)
+            & (start <= n_id_bytes - np.minimum(room, n_id_bytes))
+        )
+        if not sound.all():
+            raise WorkError(f"{self._folder / USERS}: is damaged (row {int(np.argmin(sound))})")
 
     def plan_update(self, ids: Sequence[str], expected: np.ndarray | None) -> tuple[Change, np.ndarray]:
         """The change that gives each of `ids` the next version, and the order of `ids` that its rows have, int64 [P].
@@ -192,14 +224,17 @@ class Users:
             return []
         first = int(records["start"].min())
         ends = records["start"] + records["length"]
-        with (self._folder / IDS).open("rb") as file:
+        with open_file(self._folder, IDS, os.O_RDONLY) as handle, open(handle, "rb", closefd=False) as file:
             file.seek(first)
             heap = file.read(int(ends.max()) - first)
         if len(heap) < int(ends.max()) - first:
             raise WorkError(f"{self._folder / IDS}: is cut short")
         bounds = zip((records["start"] - first).tolist(), (ends - first).tolist(), strict=True)
         births = records["birth"].tolist()
-        return [heap[lo:hi].decode() if birth else None for (lo, hi), birth in zip(bounds, births, strict=True)]
+        try:
+            return [heap[lo:hi].decode() if birth else None for (lo, hi), birth in zip(bounds, births, strict=True)]
+        except UnicodeDecodeError:
+            raise WorkError(f"{self._folder / IDS}: is damaged: an id is not UTF-8") from None
 
     def _take_ids(self, rows: np.ndarray, ids: Sequence[str | None], n_rows: int) -> None:
         """Gives rows to other users, or to nobody. Doing so again, also after half of it, does no harm."""

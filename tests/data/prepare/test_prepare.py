@@ -21,8 +21,9 @@ from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.prepare import spill, tables
 from moerec.data.prepare.shards import load_dataset
-from moerec.data.prepare.tables_to_shards import describe_report, prepare
-from moerec.errors import InputError
+from moerec.data.prepare.tables_to_shards import describe_report, is_current, prepare
+from moerec.errors import InputError, WorkError
+from tests.full_disk import file_size_limit
 
 COLUMNS = ("user", "service", "item", "action", "time", "weather", "city")
 WORD = st.sampled_from(["а", "b", "c c", "dé", "1"])
@@ -285,6 +286,35 @@ def test_a_killed_run_leaves_nothing_that_reads_as_whole(tmp_path, target, old):
     prepare(events, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["events.tsv", "out"]
     assert load_dataset(tmp_path / "out").log.n_events == 2
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "files", "name"),
+    [
+        (20_000, {}, r"spill/block-000000\.bin"),
+        (200_000, {"on_bad_rows": "quarantine", "duplicates": "refuse"}, r"quarantine\.jsonl"),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line(tmp_path, n_bytes, files, name):
+    write_tsv(tmp_path / "events.tsv", [("u", "a", "1")] * 4000, ("user", "item", "time"))
+    events = config(tmp_path, "events.tsv", SchemaConfig(time="time"), **files)
+    message = rf"/{name}: cannot be written: File too large"
+    with pytest.raises(WorkError, match=message) as error, file_size_limit(n_bytes):
+        prepare(events, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["events.tsv"]
+
+
+def test_a_folder_of_another_version_is_prepared_anew(tmp_path):
+    write_tsv(tmp_path / "events.tsv", [("u", "a", "1")], ("user", "item", "time"))
+    events = config(tmp_path, "events.tsv", SchemaConfig(time="time"))
+    prepare(events, tmp_path / "out")
+    assert is_current(events, tmp_path / "out")
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    (tmp_path / "out/meta.json").write_text(json.dumps(meta | {"format_version": 1}))
+    assert not is_current(events, tmp_path / "out")
+    with pytest.raises(InputError, match=r"meta\.json: format version 1, not 2; prepare again"):
+        load_dataset(tmp_path / "out")
 
 
 CONFIG = """

@@ -1,8 +1,10 @@
 """A prepared folder gives back exactly the data set that was written, and never reads as whole when it is not."""
 
+import dataclasses
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 
 from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog, ItemTable
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, read_users, replace_folder, write_dataset
-from moerec.errors import InputError
+from moerec.errors import InputError, WorkError
+from tests.full_disk import file_size_limit
+from tests.random_dataset import make_dataset
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=5)
 
@@ -118,9 +122,95 @@ def test_a_folder_that_is_not_whole_is_refused(prepared, file, keep):
         (prepared / file).write_bytes(data[: int(len(data) * keep)])
     with pytest.raises(InputError, match=file):
         load_dataset(prepared)
-    if not file.endswith(".parquet"):
-        with pytest.raises(InputError, match=file):
-            open_source(prepared)
+    with pytest.raises(InputError, match=file):
+        open_source(prepared)
+
+
+def damages(data: bytes, rng) -> list[bytes]:
+    """What disks and copies do: a flipped bit, a block of zeros, two blocks in each other's place, another end."""
+    at, size = int(rng.integers(len(data))), int(rng.integers(4, 64))
+    flipped = data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1 :]
+    zeros = (data[:at] + bytes(size) + data[at + size :])[: len(data)]
+    moved = data[at:] + data[:at]
+    found = [flipped, zeros, moved, data[:-size] + bytes(size), data + bytes(size), data[:at], b"", bytes(len(data))]
+    return [other for other in found if other != data]
+
+
+@pytest.mark.parametrize("file", ["meta.json", "items.parquet", "users.parquet", "events-00000-of-00002.array_record"])
+def test_damage_is_found_wherever_it_is_and_told_in_one_line(prepared, file):
+    data, rng = (prepared / file).read_bytes(), np.random.default_rng(0)
+    for damaged in [other for _ in range(12) for other in damages(data, rng)]:
+        (prepared / file).write_bytes(damaged)
+        for opened in (load_dataset, open_source):
+            with pytest.raises(InputError) as error:
+                opened(prepared)
+            assert str(error.value).startswith(f"{prepared / file}: ")
+            assert "\n" not in str(error.value)
+    (prepared / file).write_bytes(data)
+    assert load_dataset(prepared).log.n_events == 5
+
+
+def test_files_are_read_for_their_checksums_once(prepared, monkeypatch):
+    load_dataset(prepared)
+    monkeypatch.setattr("moerec.data.prepare.checksums.compute_crc32", None)
+    load_dataset(prepared)
+    assert len(open_source(prepared)) == 2
+
+
+@pytest.mark.parametrize("name", ["../prepared/items.parquet", "/dev/null", "", "a/b"])
+def test_a_description_names_files_of_the_folder_alone(prepared, name):
+    meta = Meta.load(prepared)
+    (prepared / "meta.json").write_text(
+        dataclasses.replace(meta, shards=({**meta.shards[0], "file": name}, meta.shards[1])).to_json()
+    )
+    with pytest.raises(InputError, match=r"meta\.json: .* is no name of a file in the folder"):
+        load_dataset(prepared)
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "file"),
+    [(100_000, r"events-00000-of-00002\.array_record"), (500_000, r"items\.parquet"), (2_500_000, r"users\.parquet")],
+)
+def test_a_full_disk_leaves_the_old_folder_and_is_told_in_one_line(prepared, n_bytes, file):
+    before = {path.name: path.read_bytes() for path in prepared.iterdir()}
+    n, rng = 50_000, np.random.default_rng(0)
+    log = EventLog(np.array([0, n // 2, n]), *(np.zeros(n, kind) for kind in (np.int32, np.int16, np.int64)),
+                   np.zeros((n, 0), np.int16))  # fmt: skip
+    ids, users = (np.array([rng.bytes(size).hex() for _ in range(k)]) for k, size in ((1000, 300), (2, 1_500_000)))
+    dataset = Dataset(ItemTable(("s",), np.array([0, len(ids)]), ids, ids, ids), log, users)
+    message = rf"/{file}: cannot be written: .*File too large"
+    with pytest.raises(WorkError, match=message) as error, file_size_limit(n_bytes):
+        write_dataset(dataset, prepared, 2)
+    assert "\n" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in prepared.iterdir()} == before
+    assert [path.name for path in prepared.parent.iterdir()] == ["prepared"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_points_to_is_replaced(prepared, tmp_path, there):
+    target = prepared if there else tmp_path / "new"
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "link"
+    link.symlink_to(f"../{target.name}")
+    (link.parent / f"link.replaced-{2**22 + 1}").symlink_to(prepared)  # an earlier version moved its link aside
+    (target.parent / f"{target.name}.replaced-{2**22 + 1}").symlink_to(prepared)
+    for _ in range(2):
+        with replace_folder(link) as partial:
+            (partial / "meta.json").write_text("new")
+    assert os.readlink(link) == f"../{target.name}"
+    assert [path.name for path in target.iterdir()] == ["meta.json"]
+    assert not list(tmp_path.glob("*-*"))
+
+
+def test_a_name_with_wildcards_is_a_name(tmp_path):
+    (tmp_path / f"other.partial-{2**22 + 1}").mkdir()
+    for name in ("*", "a[1]", "50% #1? a|b"):
+        (tmp_path / f"{name}.partial-{2**22 + 1}").mkdir()
+        with replace_folder(tmp_path / name) as partial:
+            (partial / "meta.json").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "*", "50% #1? a|b", "a[1]", f"other.partial-{2**22 + 1}",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -168,3 +258,23 @@ def test_what_dead_runs_left_is_removed_and_what_they_moved_aside_comes_back(pre
         raise RuntimeError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prepared", f"prepared.partial-{alive}"]
     assert load_dataset(prepared).log.n_events == 5
+
+
+@pytest.mark.parametrize("name", ["../up", "~", "gs:", "file:", "50% %41", "a?b#c", "a|b", "[0:1]", "a@2", "*", " é\n"])
+def test_a_folder_may_be_called_anything(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    dataset = make_dataset([2, 3])
+    write_dataset(dataset, Path(name), 2)
+    assert_same(load_dataset(Path(name)), dataset)
+    events, lengths = read_users(open_source(Path(name)), [1])
+    assert lengths.tolist() == [3]
+    assert events["item"].tolist() == dataset.log.item[2:].tolist()
+
+
+def test_a_folder_whose_name_is_no_utf8_is_told(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    for call in (lambda: write_dataset(make_dataset([2]), path, 1), lambda: load_dataset(path)):
+        with pytest.raises(InputError, match="the name of this folder must be UTF-8"):
+            call()
+    assert not list(tmp_path.iterdir())
