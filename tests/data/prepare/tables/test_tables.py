@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moerec.data.prepare import tables
+from moerec.data.prepare.tables import text
 from moerec.data.prepare.tables import as_binary, open_table, read_batches
 from moerec.errors import InputError
 
@@ -40,7 +40,7 @@ def test_any_bytes_and_any_number_of_fields_keep_their_row_numbers(tmp_path_fact
     lines = [line for line in lines if line != [b""]]  # an empty line is a row of empty fields
     write(folder / "a.tsv", b"\n".join([b"x\ty\tz", *(b"\t".join(line) for line in lines)]) + b"\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "BLOCK_BYTES", n)
+        patch.setattr(text, "BLOCK_BYTES", n)
         rows, ragged = read_all(folder, "a.tsv", ["z", "x"])
     assert rows == {k: (line[2], line[0]) for k, line in enumerate(lines, 1) if len(line) == 3}
     assert ragged == [(k, len(line)) for k, line in enumerate(lines, 1) if len(line) != 3]
