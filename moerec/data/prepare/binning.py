@@ -30,9 +30,11 @@ def find_quantiles(numbers: np.ndarray, n_ranges: int) -> tuple[float, ...]:
     Each edge is one of the numbers above the lowest, so no range is empty. No edges where all are equal or missing.
     """
     known = np.sort(numbers[~np.isnan(numbers)])
-    places = np.arange(1, n_ranges) * len(known) // n_ranges
-    edges = np.unique(known[places]) if len(known) else known
-    return tuple(float(edge) for edge in edges if edge > known[0])
+    above = np.unique(known)[1:]
+    if not len(above):
+        return ()
+    edges = known[np.arange(1, n_ranges) * len(known) // n_ranges]
+    return tuple(np.unique(np.maximum(edges, above[0])).tolist())
 
 
 class AmountScan:

@@ -283,7 +283,7 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
 
 def describe_source(config: DataConfig) -> dict:
     """What a prepared folder is made from: the config that matters, and each input file's size and time of change."""
-    files = {}
+    files: dict[str, list | dict] = {}
     for name in (config.tables.interactions, config.tables.items, config.tables.users):
         path = Path(config.tables.folder) / name
         if name and path.is_file():

@@ -1,5 +1,6 @@
 """CSV and TSV, and RecBole's atomic files, by arrow's parser: the header, then batches of rows as raw bytes."""
 
+import contextlib
 import csv
 import io
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from moerec.data.prepare.tables.source import Ragged, RowBatch, SourceTable, fir
 from moerec.errors import InputError
 
 BLOCK_BYTES = 8 << 20  # of text; a row must fit into it
-MAX_RAGGED = 1 << 17  # rows with the wrong number of fields that one block may have
+MAX_RAGGED = 1 << 16  # rows with the wrong number of fields that one block may have
 _UTF_16 = ("\xff\xfe", "\xfe\xff")  # its byte order marks, as latin-1
 
 
@@ -61,14 +62,14 @@ def read_text(table: SourceTable, columns: list[str]) -> Iterator[RowBatch]:
     raw = [table.raw_columns[table.columns.index(column)] for column in columns]
     one_line = quoting and table.one_line
     read = list(dict.fromkeys([*raw, *table.raw_columns])) if one_line else raw
-    with LineStream(table.path, table.label) as stream:
+    with LineStream(table.path, table.label) as stream, _explained(table.label, ragged):
         reader = _open_csv(stream, quoting, read, ragged)
         if reader is None:
             return
         first = 1
         waiting: list[int] = []  # ragged rows that the numbering has not passed yet
         with reader:
-            for batch in _refuse_ragged(reader, table.label, ragged):
+            for batch in reader:
                 skipped = _drain(ragged)
                 waiting += [row.row for row in skipped]
                 rows = _number_rows(first, batch.num_rows, np.sort(np.asarray(waiting, np.int64)))
@@ -83,18 +84,21 @@ def read_text(table: SourceTable, columns: list[str]) -> Iterator[RowBatch]:
             yield RowBatch(np.empty(0, np.int64), {c: pa.array([], pa.binary()) for c in columns}, _drain(ragged))
 
 
-def _refuse_ragged(reader: pa_csv.CSVStreamingReader, label: str, ragged: list[Ragged]) -> Iterator[pa.RecordBatch]:
-    """The batches. Raises InputError where a block has more ragged rows than are kept."""
+@contextlib.contextmanager
+def _explained(label: str, ragged: list[Ragged]) -> Iterator[None]:
+    """Raises InputError in place of the parser's errors that come from limits of ours."""
     try:
-        yield from reader
-    except pa.ArrowException:
-        if len(ragged) < MAX_RAGGED:
-            raise
-        row = ragged[0]
-        raise InputError(
-            f"{label}, row {row.row}, {row.n_found} fields, the header has {row.n_expected}; so have {MAX_RAGGED:,}"
-            " rows close by: the table is not as its header says"
-        ) from None
+        yield
+    except pa.ArrowInvalid as error:
+        if len(ragged) >= MAX_RAGGED:
+            row = ragged[0]
+            raise InputError(
+                f"{label}, row {row.row}, {row.n_found} fields, the header has {row.n_expected}; so have"
+                f" {MAX_RAGGED:,} rows close by: the table is not as its header says"
+            ) from None
+        if "straddling" in str(error):
+            raise InputError(f"{label}: a row has more than {BLOCK_BYTES:,} bytes; is a quote not closed?") from None
+        raise
 
 
 def _drop_broken(
@@ -105,6 +109,11 @@ def _drop_broken(
     for name, array in zip(batch.schema.names, batch.columns, strict=True):
         is_broken = pc.match_substring_regex(array, b"[\r\n]").to_numpy(zero_copy_only=False) & good
         column = table.columns[table.raw_columns.index(name)]
+        if np.count_nonzero(is_broken) > MAX_RAGGED:
+            raise InputError(
+                f"{table.label}, row {rows[is_broken.argmax()]}, column {column}: several lines; so in more than"
+                f" {MAX_RAGGED:,} rows close by; texts of several lines need config.data.tables.line_breaks=keep"
+            )
         for k in np.flatnonzero(is_broken):
             text = array[int(k)].as_py().decode("utf-8").encode("latin-1").decode("utf-8", "backslashreplace")
             ragged.append(Ragged(int(rows[k]), 0, 0, text, column))

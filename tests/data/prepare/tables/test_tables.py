@@ -1,6 +1,7 @@
 """The readers give back what was written, number rows as a line counter does, and name what is wrong with a file."""
 
 import csv
+import decimal
 import gzip
 import io
 
@@ -10,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moerec.data.prepare.tables import text
-from moerec.data.prepare.tables import as_binary, open_table, read_batches
+from moerec.data.prepare.tables import as_binary, as_lists, find_inexact, open_table, print_any, read_batches, text
 from moerec.errors import InputError
 
 
@@ -140,3 +140,135 @@ def test_unusable_files_are_named(tmp_path, name, data, message):
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"^none\.tsv: no such file in "):
         open_table(tmp_path, "none.tsv")
+
+
+def test_lists_lose_no_element_and_are_not_split_again():
+    for kind in (pa.list_, pa.large_list, pa.list_view):
+        lists = pa.array([["a", None, "b"], None, [], ["c,d", ""]], kind(pa.string()))
+        assert as_lists(lists).to_pylist() == [[b"a", b"b"], [], [], [b"c,d", b""]]
+        assert as_binary(lists).to_pylist() == [b"a,b", b"", b"", b"c,d,"]
+    pairs = pa.array([["a", "b"], None, ["c", None]], pa.list_(pa.string(), 2))
+    assert as_lists(pairs).to_pylist() == [[b"a", b"b"], [], [b"c"]]
+    assert as_lists(pairs[1:]).to_pylist() == [[], [b"c"]]
+    assert as_lists(pa.array([[1.5, float("nan"), 3.0, None]])).to_pylist() == [[b"1.5", b"3"]]
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(), st.integers(-(2**60), 2**60).map(float)), max_size=20))
+def test_floats_are_printed_as_the_numbers_they_are(values):
+    found = as_binary(pa.array(values, pa.float64())).to_pylist()
+    for value, word in zip(values, found, strict=True):
+        if value is None or value != value:
+            assert word == b""
+        elif value == int(value if abs(value) < 2**53 else 0) and abs(value) < 2**53:
+            assert word == str(int(value)).encode()
+        else:
+            assert float(word) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "inexact"),
+    [
+        (pa.float64(), [1.0, None, float("nan"), 2.5, 2.0**53, 2.0**53 - 1, float("inf")], [3, 4, 6]),
+        (pa.float32(), [1.0, 2.0**24, 2.0**24 - 1, 0.1], [1, 3]),
+        (pa.int64(), [2**62, None], []),
+        (pa.string(), ["2.5", "nan"], []),
+    ],
+)
+def test_floats_that_are_no_exact_ids_are_found(kind, values, inexact):
+    assert [k for k, bad in enumerate(find_inexact(pa.array(values, kind))) if bad] == inexact
+
+
+def test_every_type_is_printed_or_named(tmp_path):
+    """Views, which arrow cannot take from, and what has no text are printed in the quarantine all the same."""
+    table = pa.table(
+        {
+            "view": pa.array(["x", None], pa.string_view()),
+            "bytes": pa.array([b"x", b"\xff"], pa.binary_view()),
+            "fixed": pa.array([b"xy", None], pa.binary(2)),
+            "pairs": pa.array([{"a": 1}, None]),
+            "nothing": pa.array([None, None]),
+            "money": pa.array([decimal.Decimal("1.50"), None]),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    (batch,) = read_batches(open_table(tmp_path, "a.parquet"), list(table.column_names))
+    assert {name: print_any(array) for name, array in batch.columns.items()} == {
+        "view": ["x", ""], "bytes": ["x", "\\xff"], "fixed": ["xy", ""], "pairs": ["{'a': 1}", "None"],
+        "nothing": ["", ""], "money": ["1.50", ""],
+    }  # fmt: skip
+
+
+def test_a_folder_of_parts_is_one_table(tmp_path):
+    folder = tmp_path / "a.parquet"
+    folder.mkdir()
+    parts = {"part-1": pa.table({"b": [3], "a": ["z"]}), "part-0": pa.table({"a": ["x", "y"], "b": [1.0, 2.0]})}
+    for name, part in parts.items():
+        pq.write_table(part, folder / f"{name}.snappy.parquet")
+    for name in ("_SUCCESS", ".part-0.snappy.parquet.crc"):
+        (folder / name).write_bytes(b"")
+    for name in ("a.parquet", "a.parquet/"):
+        assert read_all(tmp_path, name, ["a", "b"]) == ({1: (b"x", b"1"), 2: (b"y", b"2"), 3: (b"z", b"3")}, [])
+    pq.write_table(pa.table({"a": ["z"], "c": [1]}), folder / "part-2.parquet")
+    with pytest.raises(InputError, match=r"^a\.parquet/part-2\.parquet: other columns than a\.parquet/part-0\.snappy"):
+        open_table(tmp_path, "a.parquet")
+    (folder / "part-2.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"^a\.parquet/part-2\.parquet: cannot be read as Parquet"):
+        open_table(tmp_path, "a.parquet")
+    (folder / "part-2.parquet").unlink()
+    for wrong, message in (("notes.txt", "no Parquet file"), ("year=2024", "a folder within a table")):
+        (folder / wrong).mkdir() if "=" in wrong else (folder / wrong).write_bytes(b"")
+        with pytest.raises(InputError, match=rf"^a\.parquet/{wrong}: {message}"):
+            open_table(tmp_path, "a.parquet")
+        (folder / wrong).rmdir() if "=" in wrong else (folder / wrong).unlink()
+    (tmp_path / "b.parquet").mkdir()
+    (tmp_path / "b.csv").mkdir()
+    with pytest.raises(InputError, match=r"^b\.parquet: a folder without a Parquet file"):
+        open_table(tmp_path, "b.parquet")
+    with pytest.raises(InputError, match=r"^b\.csv: no file; only a Parquet table may be a folder"):
+        open_table(tmp_path, "b.csv")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\n\n", b"\r\n\r\n\r\n"])
+def test_blank_lines_at_the_end_are_no_rows(tmp_path, name, ending):
+    separator = b"," if name == "a.csv" else b"\t"
+    write(tmp_path / name, separator.join([b"a", b"b"]) + b"\n\n" + separator.join([b"1", b"2"]) + ending)
+    assert read_all(tmp_path, name, ["a", "b"]) == ({1: (b"", b""), 2: (b"1", b"2")}, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "hint"),
+    [
+        ("a.csv", b"user;item", "one column that holds ';'; the separator of format csv is ','"),
+        ("a.csv", b"user\titem", "one column that holds a tab; the separator of format csv is ','"),
+        ("a.tsv", b"user,item", "one column that holds ','; the separator of format tsv is a tab"),
+        ("a.tsv", b"user|item", "one column that holds '|'; the separator of format tsv is a tab"),
+    ],
+)
+def test_another_separator_is_hinted_at(tmp_path, name, header, hint):
+    write(tmp_path / name, header + b"\n1;2\n")
+    with pytest.raises(InputError) as error:
+        open_table(tmp_path, name).require("user", "data.schema.user")
+    assert str(error.value).endswith(f"there are: {header.decode()} ({hint})")
+
+
+def test_a_column_name_that_is_no_utf8_is_told(tmp_path):
+    pq.write_table(pa.table({"user": ["a"], "zzzz": ["b"]}), tmp_path / "a.parquet")
+    raw = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(raw.replace(b"zzzz", b"z\xffzz"))
+    with pytest.raises(InputError, match=r"^a\.parquet: .*bad UTF-8"):
+        open_table(tmp_path, "a.parquet")
+    write(tmp_path / "a.csv", "user,item\n1,2\n".encode("utf-16"))
+    with pytest.raises(InputError, match=r"^a\.csv, header: bad UTF-8 .*; the file seems to be UTF-16$"):
+        open_table(tmp_path, "a.csv")
+
+
+@pytest.mark.parametrize("place", [25, 200, 3000, -3000])
+def test_a_broken_block_of_a_gzip_file_is_refused(tmp_path, place):
+    lines = b"".join(b"%d\t%d\n" % (k * 7919 % 9973, k * k % 9967) for k in range(20_000))
+    data = bytearray(gzip.compress(b"a\tb\n" + lines))
+    place %= len(data)
+    data[place : place + 20] = b"\xff" * 20
+    (tmp_path / "a.tsv.gz").write_bytes(data)
+    with pytest.raises(InputError, match=r"^a\.tsv\.gz(, header|, after row \d+)?: "):
+        read_all(tmp_path, "a.tsv.gz", ["a"])
