@@ -3,6 +3,7 @@
 Memory: the texts of the item table, and the profile fields of the users who have events.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,6 +20,7 @@ from moerec.data.prepare.vocab import (
     PROFILE_REMEDY,
     IdVocab,
     ItemCodes,
+    Tables,
     encode_services,
     item_service,
     read_columns,
@@ -208,6 +210,22 @@ class Strangers:
         if len(self.examples) < 2 and not self._has_match:
             found = self._examples + values.filter(pa.array(is_asked)).unique()[:3].to_pylist()
             self._examples = list(dict.fromkeys(found))[:2]
+
+
+def refuse_disjoint(tables: Tables, schema: SchemaConfig, items: ItemCodes, strangers: dict[str, Strangers]) -> None:
+    """Raises InputError where the item table has none of the interactions' services, or none of their items.
+
+    Args:
+      strangers: of the interactions' columns of services and items.
+    """
+    for column, other, there in (
+        (schema.service, item_service(schema), items.services),
+        (schema.item, schema.item_id, itertools.chain.from_iterable(items.items)),
+    ):
+        if examples := strangers[column].examples:
+            sides = describe_sides(examples, "here", there, "there")
+            where, table = f"{tables.interactions.label}, column {column}", tables.items
+            raise InputError(f"{where}: none of its values is in {table and table.label}, column {other}: {sides}")
 
 
 def describe_sides(here: Iterable[bytes], where_here: str, there: Iterable[bytes], where_there: str) -> str:

@@ -6,7 +6,6 @@ table, the profiles, and one block of `spill.USERS_PER_BLOCK` users' events whil
 """
 
 import dataclasses
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -24,9 +23,9 @@ from moerec.data.prepare.row_validation import DefectLog, RowCheck
 from moerec.data.prepare.side_tables import (
     Strangers,
     describe_coverage,
-    describe_sides,
     read_items,
     read_profile_columns,
+    refuse_disjoint,
 )
 from moerec.data.prepare.tables import RowBatch, SourceTable, read_batches
 from moerec.data.prepare.vocab import (
@@ -34,6 +33,7 @@ from moerec.data.prepare.vocab import (
     MAX_CODE,
     IdVocab,
     ItemCodes,
+    Tables,
     item_service,
     open_tables,
     read_columns,
@@ -42,6 +42,7 @@ from moerec.data.prepare.vocab import (
 from moerec.errors import InputError
 
 QUARANTINE = "quarantine.jsonl"
+SPILL = "spill"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,18 +144,6 @@ class InteractionCoder:
         )  # fmt: skip
         return check, service, item
 
-    def refuse_disjoint(self, items: SourceTable):
-        """Raises InputError where the item table has none of the interactions' services, or none of their items."""
-        schema, known = self.schema, self.items
-        for column, other, there in (
-            (schema.service, item_service(schema), known.services),
-            (schema.item, schema.item_id, itertools.chain.from_iterable(known.items)),
-        ):
-            if strangers := self.strangers[column].examples:
-                sides = describe_sides(strangers, "here", there, "there")
-                where = f"{self.table.label}, column {column}"
-                raise InputError(f"{where}: none of its values is in {items.label}, column {other}: {sides}")
-
     def refuse_amounts(self):
         """Raises InputError where a context column without edges holds amounts."""
         for column, codes in self.context.items():
@@ -176,23 +165,6 @@ def _open_codes(edges: tuple[float, ...] | None) -> IdVocab:
     if edges is None:
         return IdVocab({b"": 0})
     return IdVocab({b"": 0} | {name.encode(): k for k, name in enumerate(name_ranges(edges), 1)})
-
-
-class _ServiceCounts:
-    """Users and events of each service, and which items have an event."""
-
-    def __init__(self, n_services: int, n_items: int):
-        self.users = np.zeros(n_services, np.int64)
-        self.events = np.zeros(n_services, np.int64)
-        self.has_event = np.zeros(n_items, bool)
-
-    def add(self, events: np.ndarray):
-        n = len(self.users)
-        user = (events["user"] - events["user"][0]).astype(np.int64)
-        counts = np.bincount(user * n + events["service"])
-        pairs = np.pad(counts, (0, -len(counts) % n)).reshape(-1, n)
-        self.users += (pairs > 0).sum(0)
-        self.events += pairs.sum(0)
 
 
 def describe_report(report: PrepareReport) -> str:
@@ -229,21 +201,7 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
     replaced = (Path(out) / shards.META).is_file()
     with shards.replace_folder(out) as folder:
         items, catalogue = read_items(tables.items, config.schema, log) if tables.items else (None, None)
-        coder = InteractionCoder(tables.interactions, config, items, log)
-        events = spill.Spill(folder / "spill", len(config.schema.context))
-        for batch in read_batches(tables.interactions, coder.columns):
-            events.append(coder.encode(batch))
-        if tables.items:
-            coder.refuse_disjoint(tables.items)
-        coder.refuse_amounts()
-        if TOTAL in coder.items.services.names():
-            table, column = tables.interactions, config.schema.service
-            if tables.items:
-                table, column = tables.items, item_service(config.schema)
-            raise InputError(f'{table.label}, column {column}: no service can be called "{TOTAL}"')
-        if not coder.users:
-            log.check(tables.interactions)
-            raise InputError(f"{tables.interactions.label}: no good row is left")
+        coder, events = _encode_interactions(tables, config, items, log, folder / SPILL)
         with shards.ShardWriter(folder, len(coder.users), config.n_shards) as writer:
             lengths, counts = _write_events(events, coder, writer)
         log.check(tables.interactions)
@@ -254,7 +212,7 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
             coverage[tables.users.label] = {"users": len(coder.users), "with_row": n_with_row}
         if tables.items:
             coverage[tables.items.label] = {"items": len(counts.has_event), "with_event": int(counts.has_event.sum())}
-        (folder / "spill").rmdir()
+        (folder / SPILL).rmdir()
         log.write_quarantine(tables.all, folder / QUARANTINE)
         _write_tables(folder, coder, catalogue, lengths, profile)
         meta = _describe(
@@ -281,6 +239,28 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
     )
 
 
+def _encode_interactions(
+    tables: Tables, config: DataConfig, items: ItemCodes | None, log: DefectLog, folder: Path
+) -> tuple[InteractionCoder, spill.Spill]:
+    """Reads the interactions into coded events in `folder`. Raises InputError where they do not fit the item table."""
+    coder = InteractionCoder(tables.interactions, config, items, log)
+    events = spill.Spill(folder, len(config.schema.context))
+    for batch in read_batches(tables.interactions, coder.columns):
+        events.append(coder.encode(batch))
+    if tables.items:
+        refuse_disjoint(tables, config.schema, coder.items, coder.strangers)
+    coder.refuse_amounts()
+    if TOTAL in coder.items.services.names():
+        table, column = tables.interactions, config.schema.service
+        if tables.items:
+            table, column = tables.items, item_service(config.schema)
+        raise InputError(f'{table.label}, column {column}: no service can be called "{TOTAL}"')
+    if not coder.users:
+        log.check(tables.interactions)
+        raise InputError(f"{tables.interactions.label}: no good row is left")
+    return coder, events
+
+
 def describe_source(config: DataConfig) -> dict:
     """What a prepared folder is made from: the config that matters, and each input file's size and time of change."""
     files: dict[str, list | dict] = {}
@@ -303,10 +283,10 @@ def is_current(config: DataConfig, folder: Path) -> bool:
 
 def _write_events(
     events: spill.Spill, coder: InteractionCoder, writer: shards.ShardWriter
-) -> tuple[np.ndarray, _ServiceCounts]:
+) -> tuple[np.ndarray, spill.ServiceCounts]:
     """Sorts and writes block by block; returns `[users]` numbers of events."""
     offsets = coder.items.offsets
-    counts = _ServiceCounts(len(offsets) - 1, int(offsets[-1]))
+    counts = spill.ServiceCounts(len(offsets) - 1, int(offsets[-1]))
     lengths = []
     for first in range(0, len(coder.users), spill.USERS_PER_BLOCK):
         block = events.read(first // spill.USERS_PER_BLOCK)
