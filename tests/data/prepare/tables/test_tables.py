@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moerec.data.prepare.tables import as_binary, as_lists, find_inexact, open_table, print_any, read_batches, text
+from moerec.data.prepare.tables import (
+    as_binary,
+    as_lists,
+    find_inexact,
+    open_table,
+    parquet,
+    print_any,
+    read_batches,
+    text,
+)
 from moerec.errors import InputError
 
 
@@ -272,3 +281,28 @@ def test_a_broken_block_of_a_gzip_file_is_refused(tmp_path, place):
     (tmp_path / "a.tsv.gz").write_bytes(data)
     with pytest.raises(InputError, match=r"^a\.tsv\.gz(, header|, after row \d+)?: "):
         read_all(tmp_path, "a.tsv.gz", ["a"])
+
+
+def test_a_value_that_a_dictionary_holds_once_is_unpacked_for_few_rows_at_a_time(tmp_path, monkeypatch):
+    """Ten kilobytes of a file may stand for gigabytes; other tables are read in batches of the usual length."""
+    monkeypatch.setattr(parquet, "MAX_BATCH_BYTES", 1 << 22)
+    table = pa.table({"a": ["x" * (1 << 16)] * 1000, "b": [str(k) for k in range(1000)]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", row_group_size=400)
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 15
+    sizes = [len(batch.rows) for batch in read_batches(open_table(tmp_path, "a.parquet"), ["a", "b"])]
+    assert (max(sizes) << 16, sum(sizes)) == (1 << 22, 1000)
+    sizes = [len(batch.rows) for batch in read_batches(open_table(tmp_path, "a.parquet"), ["b"])]
+    assert sizes == [1000]
+    monkeypatch.setattr(parquet, "MAX_LINE_BYTES", (1 << 16) - 1)
+    with pytest.raises(InputError, match=r"^a\.parquet, column a: a value has more than 65,535 bytes$"):
+        next(read_batches(open_table(tmp_path, "a.parquet"), ["a", "b"]))
+
+
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_a_column_that_unpacks_to_far_more_than_it_takes_is_refused(tmp_path, monkeypatch, use_dictionary):
+    table = pa.table({"a": ["x" * (1 << 21)], "b": ["y"]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=use_dictionary)
+    monkeypatch.setattr(parquet, "MAX_UNPACKED_BYTES", 1 << 20)
+    with pytest.raises(InputError, match=r"^a\.parquet, column a: [\d,]+ bytes that would unpack to 2,097,\d+"):
+        next(read_batches(open_table(tmp_path, "a.parquet"), ["a"]))
+    assert len(list(read_batches(open_table(tmp_path, "a.parquet"), ["b"]))) == 1
