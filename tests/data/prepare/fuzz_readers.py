@@ -196,25 +196,23 @@ def cases(draw, kind: str) -> Case:
     return Case(kind, files, config, schema, draw(st.sampled_from([512, 1 << 20])), is_whole)
 
 
-def read_rows(case: Case) -> list[tuple[bytes, ...] | None] | None:
-    """The ids of each row of the interactions as a plain reading finds them, None for one without; None if unknown."""
-    data = case.files[case.config.interactions]
+def read_rows(case: Case, file: str, columns: tuple[str, ...]) -> list[tuple[bytes, ...] | None] | None:
+    """The ids in each row of a file as a plain reading finds them, None for a row without; None if unknown."""
+    data = case.files[file]
     if case.kind == "parquet":
         return [None] * pq.ParquetFile(io.BytesIO(data)).metadata.num_rows
-    if case.config.interactions.endswith(".gz"):
+    if file.endswith(".gz"):
         data = gzip.decompress(data)
     data = data.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
     if case.kind == "csv":
         if b'"' in data and not case.is_whole:
             return None  # whose quotes mean what is a matter of taste
-        rows = [
-            [cell.encode("latin-1") for cell in row]
-            for row in csv.reader(io.StringIO(data.decode("latin-1"), newline=""))
-        ]
+        lines = io.StringIO(data.decode("latin-1"), newline="")
+        rows = [[cell.encode("latin-1") for cell in row] for row in csv.reader(lines)]
     else:
         rows = [line.split(b"\t") for line in re.split(b"\r\n|\r|\n", data)]
     header = [field.removesuffix(b":token") for field in rows[0]]
-    at = [header.index(name) for name in (b"user", b"item")]
+    at = [header.index(name.encode()) for name in columns]
     return [tuple(row[k] for k in at) if len(row) == len(header) else None for row in rows[1:]]
 
 
@@ -243,9 +241,10 @@ def check(case: Case, folder: Path) -> str:
 
 
 def check_rows(case: Case, report: PrepareReport, folder: Path):
-    """Every row of the interactions is an event, or is named in the quarantine, once."""
-    dataset, label = load_dataset(folder / "out"), case.config.interactions
-    assert (dataset.log.n_events, dataset.log.n_users) == (report.n_events, report.n_users)
+    """Every row of the interactions is an event, every one of the items is an item, or it is in quarantine, once."""
+    dataset = load_dataset(folder / "out")
+    catalogue, log = dataset.catalogue, dataset.log
+    assert (log.n_events, log.n_users, catalogue.n_items) == (report.n_events, report.n_users, report.n_items)
     path = folder / "out/quarantine.jsonl"
     lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
     aside = collections.defaultdict(list)
@@ -254,17 +253,23 @@ def check_rows(case: Case, report: PrepareReport, folder: Path):
     assert {file: len(rows) for file, rows in aside.items()} == {
         file: sum(counts.values()) for file, counts in report.quarantined.items()
     }
-    rows, mine = read_rows(case), aside[label]
-    assert len(set(mine)) == len(mine)
+    events = zip(dataset.users[log.user].tolist(), catalogue.ids[log.item].tolist(), strict=True)
+    check_file(case, case.config.interactions, ("user", "item"), list(events), aside)
+    if case.config.items:
+        check_file(case, case.config.items, ("item",), [(name,) for name in catalogue.ids.tolist()], aside)
+
+
+def check_file(case: Case, file: str, columns: tuple[str, ...], found: list[tuple], aside: dict[str, list[int]]):
+    """The rows of a file are those that were found and those that were put aside."""
+    rows, mine = read_rows(case, file, columns), set(aside[file])
+    assert len(mine) == len(aside[file])
     if rows is None:
         return
-    kept = [row for k, row in enumerate(rows, 1) if k not in set(mine)]
-    assert len(kept) == report.n_events, f"{len(rows)} rows, {report.n_events} kept, {len(mine)} in quarantine"
+    kept = [row for k, row in enumerate(rows, 1) if k not in mine]
+    assert len(kept) == len(found), f"{file}: {len(rows)} rows, {len(found)} kept, {len(mine)} in quarantine"
     assert not mine or 1 <= min(mine) <= max(mine) <= len(rows)
     if case.kind != "parquet":
-        log = dataset.log
-        found = zip(dataset.users[log.user].tolist(), dataset.catalogue.ids[log.item].tolist(), strict=True)
-        expected = collections.Counter(tuple(x.decode() for x in row) for row in kept)
+        expected = collections.Counter(tuple(x.decode() for x in row) for row in kept if row is not None)
         assert collections.Counter(found) == expected
 
 
