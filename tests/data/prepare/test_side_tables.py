@@ -318,3 +318,20 @@ def test_one_long_id_or_field_takes_its_own_room_alone(tmp_path):
     data = load_data(config, tmp_path / "run")
     assert max(map(len, data.dataset.catalogue.ids)) == 12_000
     assert len(data.digest) == len(data.items_digest) == 64
+
+
+def test_columns_of_any_type_are_printed_in_the_quarantine(tmp_path):
+    """Those that nobody asked for too; two of one name are no reason to fail."""
+    others = {
+        "view": pa.array(["p", "q"], pa.string_view()), "bytes": pa.array([b"p", b"\xff"], pa.binary_view()),
+        "pair": pa.array([{"x": 1}, {"x": 2}]), "list": pa.array([[1], [2, None]]),
+        "nan": pa.array([1.0, float("nan")]),
+    }  # fmt: skip
+    names = ["user", "item", *others, "nan"]
+    table = pa.Table.from_arrays([pa.array(["u", ""]), pa.array(["a", "b"]), *others.values(), pa.array([5, 6])], names)
+    report, dataset = run(tmp_path, write(tmp_path, events=table), on_bad_rows="quarantine")
+    assert (dataset.users.tolist(), report.quarantined) == (["u"], {"events.parquet": {"empty user": 1}})
+    (row,) = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text("utf-8").splitlines()]
+    assert row["raw"] == {
+        "user": "", "item": "b", "view": "q", "bytes": "\\xff", "pair": "{'x': 2}", "list": "2", "nan": "",
+    }  # fmt: skip
