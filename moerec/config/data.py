@@ -7,6 +7,8 @@ import zoneinfo
 
 from moerec.config.checks import one_of, require, require_seed
 
+MAX_QUANTILES = 1000  # ranges of a numeric column
+
 
 @dataclasses.dataclass
 class CityConfig:
@@ -59,10 +61,19 @@ class SchemaConfig:
     text: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()  # columns of category-like values, each a list separated by `attribute_separator`
     attribute_separator: str = ","
+    item_numbers: tuple[
+        str, ...
+    ] = ()  # numeric columns of items: "column=edge,edge,…" or "column=quantiles:N" (ranges)
     profile: tuple[str, ...] = ()  # columns of the user table
     profile_id: str = "user"
+    categorical: tuple[str, ...] = ()  # columns of context, attributes or profile whose numbers are codes, not amounts
 
     def __post_init__(self):
+        for name in ("service_name", "attribute_separator"):
+            require(
+                _is_text(getattr(self, name)), f"data.schema.{name}", "is no valid UTF-8, or holds a zero character"
+            )
+        require(bool(self.attribute_separator), "data.schema.attribute_separator", "must not be empty")
         require(bool(self.user), "data.schema.user", "a column is needed")
         require(bool(self.item), "data.schema.item", "a column is needed")
         one_of(self.time_unit, "data.schema.time_unit", ("s", "ms", "day", "iso"))
@@ -73,6 +84,12 @@ class SchemaConfig:
             require(_is_zone(zone), f"data.schema.{field}", f"{zone!r} is no IANA time zone, such as Europe/Moscow")
         for column in self.edges:
             require(column in self.context, "data.schema.context_edges", f"{column!r} is no column of context")
+        for column in self.item_ranges:
+            require(column not in self.attributes, "data.schema.item_numbers", f"{column!r} is in attributes, too")
+        named = {*self.context, *self.attributes, *self.profile} - {*self.edges}
+        for column in self.categorical:
+            known = "is no column of attributes, profile or context without edges"
+            require(column in named, "data.schema.categorical", f"{column!r} {known}")
 
     @property
     def zone_of(self) -> dict[str, str]:
@@ -88,22 +105,47 @@ class SchemaConfig:
     @property
     def edges(self) -> dict[str, tuple[float, ...]]:
         """Of each numeric column of the context, where its ranges meet; each edge belongs to the range above it."""
-        found = {}
-        for entry in self.context_edges:
-            column, _, numbers = entry.rpartition("=")
-            try:
-                edges = tuple(float(number) for number in numbers.split(","))
-            except ValueError:
-                edges = ()
-            rising = all(a < b for a, b in itertools.pairwise(edges)) and all(map(math.isfinite, edges))
-            require(
-                bool(column and edges) and rising,
-                "data.schema.context_edges",
-                f'{entry!r} is not of the form "column=-10,0,10", with rising numbers',
-            )
-            require(column not in found, "data.schema.context_edges", f"{column!r} is there twice")
-            found[column] = edges
-        return found
+        return _read_edges(self.context_edges, "data.schema.context_edges")
+
+    @property
+    def item_ranges(self) -> dict[str, tuple[float, ...] | int]:
+        """Of each numeric column of the items, where its ranges meet, or into how many ranges quantiles cut it."""
+        by_quantiles: dict[str, int] = {}
+        for entry in self.item_numbers:
+            column, by, n = entry.rpartition("=quantiles:")
+            if by:
+                is_count = bool(column) and n.isascii() and n.isdigit() and 2 <= int(n) <= MAX_QUANTILES
+                form = f'{entry!r} is not of the form "column=quantiles:10", with 2 to {MAX_QUANTILES} ranges'
+                require(is_count, "data.schema.item_numbers", form)
+                require(column not in by_quantiles, "data.schema.item_numbers", f"{column!r} is there twice")
+                by_quantiles[column] = int(n)
+        by_edges = [entry for entry in self.item_numbers if "=quantiles:" not in entry]
+        found = _read_edges(tuple(by_edges), "data.schema.item_numbers")
+        for column in by_quantiles:
+            require(column not in found, "data.schema.item_numbers", f"{column!r} is there twice")
+        return {**found, **by_quantiles}
+
+
+def _read_edges(entries: tuple[str, ...], field: str) -> dict[str, tuple[float, ...]]:
+    """Column -> its edges, from entries `column=edge,edge,…`."""
+    found: dict[str, tuple[float, ...]] = {}
+    for entry in entries:
+        column, _, numbers = entry.rpartition("=")
+        try:
+            edges = tuple(float(number) for number in numbers.split(","))
+        except ValueError:
+            edges = ()
+        rising = all(a < b for a, b in itertools.pairwise(edges)) and all(map(math.isfinite, edges))
+        form = f'{entry!r} is not of the form "column=-10,0,10", with rising numbers'
+        require(bool(column and edges) and rising, field, form)
+        require(column not in found, field, f"{column!r} is there twice")
+        found[column] = edges
+    return found
+
+
+def _is_text(value: str) -> bool:
+    """Whether a value can be written as UTF-8 and read again."""
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _is_zone(name: str) -> bool:

@@ -22,7 +22,7 @@ class ItemTable:
     Attributes:
       services: names, in the order of the service codes.
       offsets: `[Z + 1]` int64, the ranges of the services.
-      ids: `[I]` unicode, the item's id in the source (unique within a service).
+      ids: `[I]` strings, the item's id in the source (unique within a service).
       text: `[I]` strings, title or description; empty where there is none.
       attributes: `[I]` strings, attribute tokens separated by a space (`brand=acme category=tea`); may be empty.
     """
@@ -114,11 +114,11 @@ class Dataset:
     """A catalogue, an event log and the names behind their codes.
 
     Attributes:
-      users: `[users]` unicode, ids in the source.
+      users: `[users]` strings, ids in the source.
       actions: names of the action codes (at least one).
       context: feature name -> its values; code `k >= 1` is value `k - 1`, code 0 is "missing", and one more than there
         are values is "unseen" (`mark_unseen`).
-      profile: field name -> `[users]` unicode; the empty string is "missing".
+      profile: field name -> `[users]` strings; the empty string is "missing".
     """
 
     catalogue: ItemTable
@@ -133,8 +133,8 @@ class Dataset:
         """`[users, Y]` int32 codes of the profile fields, in their order, 0 missing; and how many each field has."""
         columns, sizes = [], []
         for values in self.profile.values():
-            known, code = np.unique(values, return_inverse=True)
-            has_missing = len(known) > 0 and known[0] == ""
+            known, code = encode_strings(values)
+            has_missing = known[:1] == [""]
             columns.append(code if has_missing else code + 1)
             sizes.append(len(known) + (not has_missing))
         n = self.log.n_users
@@ -144,6 +144,16 @@ class Dataset:
     def event_service(self) -> np.ndarray:
         """`[events]` int32, the service of each event's item."""
         return self.catalogue.service[self.log.item]
+
+
+def encode_strings(values: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The different ones of `[n]` strings, sorted, and `[n]` int64, the place of each among them.
+
+    Memory: each of the different strings once, however long the longest is.
+    """
+    known = sorted(set(values.tolist()))
+    place = {value: k for k, value in enumerate(known)}
+    return known, np.fromiter(map(place.__getitem__, values.tolist()), np.int64, len(values))
 
 
 def permute_items(dataset: Dataset, seed: int) -> tuple[Dataset, np.ndarray]:

@@ -3,6 +3,7 @@
 Of one run each: what is tested is the two trained models over the targets, not their trainings over seeds.
 """
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,15 @@ from moerec.files import replacing
 FILE = "ranks.npz"
 N_BOOT = 2000
 _COLUMNS = (("U", 1), ("U", 1), ("U", 1), ("b", 1), ("iu", 2), ("iu", 2))  # of `TargetRanks`: numpy's kinds, and axes
+MAX_NAME = 64  # letters of a name in the file
 
 
 class TargetRanks(NamedTuple):
     """One row a target, in the order of their names.
 
     Attributes:
-      user, service, item: names, str. uses_several: bool, whether the user uses several services.
+      user, service, item: names, str, at most `MAX_NAME` letters long.
+      uses_several: bool, whether the user uses several services.
       in_service, union: candidates above and level with the target, int64 `[n, 2]`.
     """
 
@@ -46,9 +49,9 @@ def write_ranks(path: Path, dataset: Dataset, targets: np.ndarray, ranks: Ranks)
     log, catalogue = dataset.log, dataset.catalogue
     user = log.users_of(targets)
     names = [
-        np.array(dataset.users, str)[user],
-        np.array(catalogue.services, str)[dataset.event_service[targets]],
-        np.array([catalogue.ids[i] for i in log.item[targets]], str),
+        _shorten(dataset.users[user].tolist()),
+        _shorten([catalogue.services[z] for z in dataset.event_service[targets]]),
+        _shorten(catalogue.ids[log.item[targets]].tolist()),
     ]
     columns = [
         *names,
@@ -59,6 +62,14 @@ def write_ranks(path: Path, dataset: Dataset, targets: np.ndarray, ranks: Ranks)
     stored = TargetRanks(*(column[order] for column in columns))
     with replacing(path) as file:
         np.savez_compressed(file, allow_pickle=False, **stored._asdict())
+
+
+def _shorten(names: list[str]) -> np.ndarray:
+    """`[n]` str, in which all take the room of the longest: a long name ends in a digest of the whole of it."""
+    cut = MAX_NAME - 16
+    return np.array(
+        [x if len(x) <= MAX_NAME else x[:cut] + hashlib.sha256(x.encode()).hexdigest()[:16] for x in names], str
+    )
 
 
 def read_ranks(folder: Path) -> TargetRanks:

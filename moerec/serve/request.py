@@ -88,7 +88,7 @@ def encode_fields(dataset: Dataset, fields: Mapping[str, str], own_Y: np.ndarray
     for name, value in fields.items():
         if name not in dataset.profile:
             raise InputError(f"--fields: {name!r} is none of {', '.join(dataset.profile) or 'no fields'}")
-        known = [x for x in np.unique(dataset.profile[name]).tolist() if x]
+        known = sorted({*dataset.profile[name].tolist()} - {""})
         if value not in known:
             raise InputError(f"--fields: {name}={value}: there are {', '.join(known)}")
         codes[list(dataset.profile).index(name)] = known.index(value) + 1

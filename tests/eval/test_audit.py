@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -107,6 +108,21 @@ def test_words_are_numbered_alphabetically_and_whole_numbers_by_value():
 def test_numbers_behind_a_common_stem_are_numbers():
     catalogue = build([[(0, 0)] * 3], sizes=(3, 3), ids=["i10", "i9", "i100", "same", "same", "same"]).catalogue
     assert number_ids(catalogue).tolist() == [10, 9, 100, 0, 0, 0]
+
+
+def test_one_long_id_costs_no_more_than_itself():
+    ids = ["i1", "i" + "9" * 12_000, *(f"i{k}" for k in range(2, 3000))]
+    catalogue = build([[(0, 0)] * 3], sizes=(3000, 3)).catalogue
+    catalogue = dataclasses.replace(catalogue, ids=np.array([*ids, "a", "b", "c"], object))
+    tracemalloc.start()
+    try:
+        numbers = number_ids(catalogue)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 4 << 20  # as an array of letters they take 144 MB
+    place = {name: k for k, name in enumerate(sorted(ids))}
+    assert numbers[:3000].tolist() == [place[name] for name in ids]
 
 
 def guess_by_hand(history, existing, answer):

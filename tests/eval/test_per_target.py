@@ -11,7 +11,9 @@ from experiments import compare as command
 from moerec.config import SplitConfig, cli
 from moerec.errors import InputError
 from moerec.eval.evaluate_run import run_experiment
-from moerec.eval.per_target import compare_targets, read_ranks
+from moerec.eval.metrics import RankCounts, Ranks
+from moerec.eval.per_target import compare_targets, read_ranks, write_ranks
+from tests.random_dataset import make_dataset
 from tests.tiny import make_config
 
 
@@ -38,6 +40,22 @@ def test_means_over_the_ranks_are_the_table(folders):
         assert ranks.metric("in_service")[own].mean() == pytest.approx(row["ndcg@10"], abs=1e-12)
     keys = list(zip(ranks.user, ranks.service, ranks.item, strict=True))
     assert keys == sorted(keys)
+
+
+def test_long_names_are_stored_short_and_told_apart(tmp_path):
+    long = "x" * 12_000
+    dataset = make_dataset([2] * 40)
+    users, ids = dataset.users.astype(object), dataset.catalogue.ids.astype(object)
+    users[3], users[7], ids[dataset.log.item[9]] = long + "a", long + "b", "y" * 64
+    catalogue = dataclasses.replace(dataset.catalogue, ids=ids)
+    dataset, targets = dataclasses.replace(dataset, users=users, catalogue=catalogue), np.arange(1, 80, 2)
+    counts = RankCounts(np.zeros(40, np.int64), np.ones(40, np.int64))
+    write_ranks(tmp_path / "ranks.npz", dataset, targets, Ranks(counts, counts))
+    stored = read_ranks(tmp_path)
+    assert stored.user.dtype.itemsize == stored.item.dtype.itemsize == 4 * 64
+    assert len(set(stored.user.tolist())) == 40
+    assert {*stored.user.tolist()} - {*users.tolist()} == {name for name in stored.user.tolist() if name[:3] == "xxx"}
+    assert "y" * 64 in stored.item
 
 
 def test_differences_are_those_of_the_two_tables(folders):

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.prepare.binning import NUMBER
-from moerec.data.prepare.tables import RowBatch, SourceTable, as_binary, read_batches
+from moerec.data.prepare.tables import RowBatch, SourceTable, as_binary, find_inexact, print_any, read_batches
 from moerec.errors import InputError
 from moerec.files import naming
 
@@ -27,6 +27,7 @@ BAD_TIME = "unparsable time"
 NO_TIME = "empty time"
 BAD_NUMBER = "unparsable number"
 EMPTY = {name: f"empty {name}" for name in ("user", "item", "service", "action")}
+INEXACT = "number that is no exact identifier"
 UNKNOWN_SERVICE = "unknown service"
 UNKNOWN_ITEM = "unknown item"
 DUPLICATE_EVENT = "duplicate event"
@@ -130,10 +131,10 @@ class DefectLog:
             at = np.searchsorted(batch.rows, rows[lo:hi])
             here = batch.rows[at] == rows[lo:hi]  # a ragged row is in none
             at, kinds = at[here], kind[lo:hi][here]
-            values = {name: as_binary(array.take(pa.array(at))).to_pylist() for name, array in batch.columns.items()}
+            values = {name: _print_at(array, at) for name, array in batch.columns.items()}
             for k in range(len(at)):
                 reason, column, _ = parts[kinds[k]]
-                raw = {name: value[k].decode("utf-8", "backslashreplace") for name, value in values.items()}
+                raw = {name: value[k] for name, value in values.items()}
                 yield {"row": int(batch.rows[at[k]]), "column": column, "reason": reason, "raw": raw}
 
 
@@ -155,11 +156,20 @@ class RowCheck:
         self.refuse(bad, BAD_UTF8, column, lambda k: f"bad UTF-8 in {printed(values[k].as_py())}")
 
     def filled(self, column: str, values: pa.Array, what: str):
-        """Refuses values of a user, item, service or action that are empty or hold a NUL (unicode arrays drop it)."""
+        """Refuses values of a user, item, service or action that are empty or hold a NUL (digests are of ids with one
+        between them).
+        """
         bad = pc.equal(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
         self.refuse(bad, EMPTY[what], column, lambda k: f"the {what} is empty")
         bad = pc.match_substring(values, b"\0").to_numpy(zero_copy_only=False)
         self.refuse(bad, NUL, column, lambda k: f"the {what} {printed(values[k].as_py())} holds a NUL character")
+
+    def exact(self, column: str, values: pa.Array, what: str):
+        """Refuses floats, as the table holds them, that are no whole numbers or too large to be told apart."""
+        self.refuse(
+            find_inexact(values), INEXACT, column,
+            lambda k: f"the {what} {print_any(values.slice(k, 1))[0]} of type {values.type} is no exact whole number",
+        )  # fmt: skip
 
     def first(self, repeated: np.ndarray, reason: str, column: str, ids: pa.Array):
         """Refuses the rows of a keyed table whose id had a row before."""
@@ -187,6 +197,16 @@ class RowCheck:
         bad = filled & ~np.isfinite(numbers)
         self.refuse(bad, BAD_NUMBER, column, lambda k: f"cannot read {printed(values[k].as_py())} as a number")
         return numbers
+
+
+def _print_at(array: pa.Array, at: np.ndarray) -> list[str]:
+    """The values at these places; views and other types that arrow cannot take from are sliced."""
+    if not len(at):
+        return []
+    try:
+        return print_any(array.take(pa.array(at)))
+    except pa.ArrowNotImplementedError:
+        return [print_any(array.slice(int(k), 1))[0] for k in at]
 
 
 def printed(value: bytes) -> str:

@@ -286,15 +286,15 @@ def load_dataset(folder: Path) -> Dataset:
         catalogue=ItemTable(
             services=meta.services,
             offsets=np.concatenate([[0], np.cumsum(n_items)]).astype(np.int64),
-            ids=_unicode(items["id"]),
+            ids=_objects(items["id"]),
             text=_objects(items["text"]),
             attributes=_objects(items["attributes"]),
         ),
         log=EventLog(offsets, *(events[name].copy() for name in ("item", "action", "time", "context"))),
-        users=_unicode(users["id"]),
+        users=_objects(users["id"]),
         actions=meta.actions,
         context=meta.context,
-        profile={name: _unicode(users[_PROFILE + name]) for name in meta.profile},
+        profile={name: _objects(users[_PROFILE + name]) for name in meta.profile},
     )
 
 
@@ -342,12 +342,8 @@ def _strings(values: np.ndarray) -> pa.Array:
     return pa.array(values.tolist(), pa.string())
 
 
-def _unicode(column: pa.ChunkedArray) -> np.ndarray:
-    return np.array(column.to_pylist(), dtype=np.str_)
-
-
 def _objects(column: pa.ChunkedArray) -> np.ndarray:
-    """Texts each of its own length: in a unicode array all take the room of the longest."""
+    """Strings each of its own length: in a unicode array all take the room of the longest."""
     return np.array(column.to_pylist(), dtype=object)
 
 

@@ -83,3 +83,20 @@ def find_duplicates(events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     same &= events["micros"][order] != UNKNOWN_TIME
     first = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
     return order[same], order[first[same]]
+
+
+class ServiceCounts:
+    """Users and events of each service, and which items have an event."""
+
+    def __init__(self, n_services: int, n_items: int):
+        self.users = np.zeros(n_services, np.int64)
+        self.events = np.zeros(n_services, np.int64)
+        self.has_event = np.zeros(n_items, bool)
+
+    def add(self, events: np.ndarray):
+        n = len(self.users)
+        user = (events["user"] - events["user"][0]).astype(np.int64)
+        counts = np.bincount(user * n + events["service"])
+        pairs = np.pad(counts, (0, -len(counts) % n)).reshape(-1, n)
+        self.users += (pairs > 0).sum(0)
+        self.events += pairs.sum(0)

@@ -18,29 +18,39 @@ from moerec.config import DataConfig
 from moerec.data.dataset import TOTAL, UNKNOWN_TIME
 from moerec.data.prepare import row_validation as defects
 from moerec.data.prepare import shards, spill
-from moerec.data.prepare.binning import find_ranges, name_ranges
+from moerec.data.prepare.binning import AmountScan, find_ranges, is_flag, name_ranges
 from moerec.data.prepare.row_validation import DefectLog, RowCheck
+from moerec.data.prepare.side_tables import (
+    Strangers,
+    describe_coverage,
+    read_items,
+    read_profile_columns,
+    refuse_disjoint,
+)
 from moerec.data.prepare.tables import RowBatch, SourceTable, read_batches
 from moerec.data.prepare.vocab import (
+    CONTEXT_REMEDY,
     MAX_CODE,
     IdVocab,
     ItemCodes,
+    Tables,
     item_service,
     open_tables,
     read_columns,
-    read_items,
-    read_profile_columns,
+    refuse_amounts,
 )
 from moerec.errors import InputError
 
 QUARANTINE = "quarantine.jsonl"
+SPILL = "spill"
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareReport:
     """Counts of what was written, and whether it replaced another prepared folder.
 
-    `quarantined` maps file and reason to a number of rows.
+    `quarantined` maps file and reason to a number of rows; `coverage` maps the file of the users or items to their
+    number and how many of them have a row, or an event.
     """
 
     folder: str
@@ -49,6 +59,7 @@ class PrepareReport:
     n_events: int
     services: dict[str, dict[str, int]]  # name -> users, items, events
     quarantined: dict[str, dict[str, int]]
+    coverage: dict[str, dict[str, int]]
     wall_s: float
     replaced: bool
 
@@ -68,6 +79,7 @@ class InteractionCoder:
         self.dtype = spill.event_dtype(len(schema.context))
         text = (schema.user, schema.item, schema.service, schema.action, *schema.context)
         self.text_columns = [column for column in dict.fromkeys(text) if column]
+        self.strangers = {column: Strangers() for column in (schema.service, schema.item)}
         self.columns = list(dict.fromkeys([*self.text_columns, *([schema.time] if schema.time else [])]))
 
     def encode(self, batch: RowBatch) -> np.ndarray:
@@ -79,8 +91,9 @@ class InteractionCoder:
         for column in self.text_columns:
             check.utf8(column, values[column])
         for what in ("user", "item", "service", "action"):
-            if getattr(schema, what):
-                check.filled(getattr(schema, what), values[getattr(schema, what)], what)
+            if column := getattr(schema, what):
+                check.exact(column, batch.columns[column], what)
+                check.filled(column, values[column], what)
         micros = np.full(len(batch.rows), UNKNOWN_TIME)
         if schema.time:
             keep = self.files.unknown_time == "keep"
@@ -113,6 +126,7 @@ class InteractionCoder:
         elif self.closed:
             service = services.find(values[schema.service])
             names = values[schema.service]
+            self.strangers[schema.service].add(names, service >= 0, check.good)
             check.refuse(
                 service < 0, defects.UNKNOWN_SERVICE, schema.service,
                 lambda k: f"the item table has no service {defects.printed(names[k].as_py())}",
@@ -123,15 +137,25 @@ class InteractionCoder:
         if not self.closed:
             return check, service, self.items.encode(service, ids, new=True)
         item = self.items.encode(np.where(check.good, service, 0), ids, new=False)
+        self.strangers[schema.item].add(ids, item >= 0, check.good)
         check.refuse(
             item < 0, defects.UNKNOWN_ITEM, schema.item,
             lambda k: f"the item table has no item {defects.printed(ids[k].as_py())} of this service",
         )  # fmt: skip
         return check, service, item
 
+    def refuse_amounts(self):
+        """Raises InputError where a context column without edges holds amounts."""
+        for column, codes in self.context.items():
+            if column not in self.edges:
+                scan = AmountScan(is_flag)
+                scan.add(pa.array(codes.names(), pa.string()))
+                refuse_amounts(self.table, column, self.schema, scan.example, CONTEXT_REMEDY)
+
     def _encode_narrow(self, codes: IdVocab, values: dict[str, pa.Array], column: str) -> np.ndarray:
         found = codes.encode(values[column])
         if len(codes) > MAX_CODE:
+            self.refuse_amounts()
             raise InputError(f"{self.table.label}, column {column}: more than {MAX_CODE} different values")
         return found
 
@@ -143,28 +167,13 @@ def _open_codes(edges: tuple[float, ...] | None) -> IdVocab:
     return IdVocab({b"": 0} | {name.encode(): k for k, name in enumerate(name_ranges(edges), 1)})
 
 
-class _ServiceCounts:
-    """Users and events of each service."""
-
-    def __init__(self, n_services: int):
-        self.users = np.zeros(n_services, np.int64)
-        self.events = np.zeros(n_services, np.int64)
-
-    def add(self, events: np.ndarray):
-        n = len(self.users)
-        user = (events["user"] - events["user"][0]).astype(np.int64)
-        counts = np.bincount(user * n + events["service"])
-        pairs = np.pad(counts, (0, -len(counts) % n)).reshape(-1, n)
-        self.users += (pairs > 0).sum(0)
-        self.events += pairs.sum(0)
-
-
 def describe_report(report: PrepareReport) -> str:
     """The report as lines of text."""
     lines = [f"{'service':<16}{'users':>12}{'items':>12}{'events':>14}"]
     rows = [*report.services.items()]
     rows.append(("all", {"users": report.n_users, "items": report.n_items, "events": report.n_events}))
     lines += [f"{name:<16}{n['users']:>12,}{n['items']:>12,}{n['events']:>14,}" for name, n in rows]
+    lines += describe_coverage(report.coverage)
     lines += describe_quarantine(report.quarantined)
     done = "replaced what was prepared there," if report.replaced else "written"
     return "\n".join([*lines, f"{report.folder}: {done} in {report.wall_s:.1f} s"])
@@ -192,26 +201,24 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
     replaced = (Path(out) / shards.META).is_file()
     with shards.replace_folder(out) as folder:
         items, catalogue = read_items(tables.items, config.schema, log) if tables.items else (None, None)
-        coder = InteractionCoder(tables.interactions, config, items, log)
-        events = spill.Spill(folder / "spill", len(config.schema.context))
-        for batch in read_batches(tables.interactions, coder.columns):
-            events.append(coder.encode(batch))
-        if TOTAL in coder.items.services.names():
-            table, column = tables.interactions, config.schema.service
-            if tables.items:
-                table, column = tables.items, item_service(config.schema)
-            raise InputError(f'{table.label}, column {column}: no service can be called "{TOTAL}"')
-        if not coder.users:
-            log.check(tables.interactions)
-            raise InputError(f"{tables.interactions.label}: no good row is left")
+        coder, events = _encode_interactions(tables, config, items, log, folder / SPILL)
         with shards.ShardWriter(folder, len(coder.users), config.n_shards) as writer:
             lengths, counts = _write_events(events, coder, writer)
         log.check(tables.interactions)
-        profile = read_profile_columns(tables.users, config.schema, coder.users, log) if tables.users else {}
-        (folder / "spill").rmdir()
+        profile: dict[str, pa.Array] = {}
+        coverage = {}
+        if tables.users:
+            profile, n_with_row = read_profile_columns(tables.users, config.schema, coder.users, log)
+            coverage[tables.users.label] = {"users": len(coder.users), "with_row": n_with_row}
+        if tables.items:
+            coverage[tables.items.label] = {"items": len(counts.has_event), "with_event": int(counts.has_event.sum())}
+        (folder / SPILL).rmdir()
         log.write_quarantine(tables.all, folder / QUARANTINE)
         _write_tables(folder, coder, catalogue, lengths, profile)
-        meta = _describe(config, coder, int(lengths.sum()), writer.shards, log, tuple(profile))
+        meta = _describe(
+            config, coder, int(lengths.sum()), writer.shards, tuple(profile),
+            {"quarantined": log.counts, "coverage": coverage},
+        )  # fmt: skip
         shards.write_meta(folder, meta)
         if accept is not None:
             accept(folder)
@@ -226,18 +233,44 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
             for z, name in enumerate(meta.services)
         },
         quarantined=log.counts,
+        coverage=coverage,
         wall_s=round(time.monotonic() - start, 2),
         replaced=replaced,
     )
 
 
+def _encode_interactions(
+    tables: Tables, config: DataConfig, items: ItemCodes | None, log: DefectLog, folder: Path
+) -> tuple[InteractionCoder, spill.Spill]:
+    """Reads the interactions into coded events in `folder`. Raises InputError where they do not fit the item table."""
+    coder = InteractionCoder(tables.interactions, config, items, log)
+    events = spill.Spill(folder, len(config.schema.context))
+    for batch in read_batches(tables.interactions, coder.columns):
+        events.append(coder.encode(batch))
+    if tables.items:
+        refuse_disjoint(tables, config.schema, coder.items, coder.strangers)
+    coder.refuse_amounts()
+    if TOTAL in coder.items.services.names():
+        table, column = tables.interactions, config.schema.service
+        if tables.items:
+            table, column = tables.items, item_service(config.schema)
+        raise InputError(f'{table.label}, column {column}: no service can be called "{TOTAL}"')
+    if not coder.users:
+        log.check(tables.interactions)
+        raise InputError(f"{tables.interactions.label}: no good row is left")
+    return coder, events
+
+
 def describe_source(config: DataConfig) -> dict:
     """What a prepared folder is made from: the config that matters, and each input file's size and time of change."""
-    files = {}
+    files: dict[str, list | dict] = {}
     for name in (config.tables.interactions, config.tables.items, config.tables.users):
         path = Path(config.tables.folder) / name
         if name and path.is_file():
             files[name] = [path.stat().st_size, path.stat().st_mtime_ns]
+        elif name and path.is_dir():  # the parts of a Parquet table
+            stats = {part.name: part.stat() for part in sorted(path.iterdir())}
+            files[name] = {part: [stat.st_size, stat.st_mtime_ns] for part, stat in stats.items()}
     schema = {name: value for name, value in dataclasses.asdict(config.schema).items() if not name.startswith("zone")}
     used = {"tables": dataclasses.asdict(config.tables), "schema": schema, "files": files}
     return json.loads(json.dumps(used))  # as it will be read back
@@ -259,10 +292,10 @@ def is_current(config: DataConfig, folder: Path) -> bool:
 
 def _write_events(
     events: spill.Spill, coder: InteractionCoder, writer: shards.ShardWriter
-) -> tuple[np.ndarray, _ServiceCounts]:
+) -> tuple[np.ndarray, spill.ServiceCounts]:
     """Sorts and writes block by block; returns `[users]` numbers of events."""
     offsets = coder.items.offsets
-    counts = _ServiceCounts(len(offsets) - 1)
+    counts = spill.ServiceCounts(len(offsets) - 1, int(offsets[-1]))
     lengths = []
     for first in range(0, len(coder.users), spill.USERS_PER_BLOCK):
         block = events.read(first // spill.USERS_PER_BLOCK)
@@ -279,6 +312,7 @@ def _write_events(
         records["action"], records["context"] = block["action"], block["context"]
         writer.write(records, lengths[-1])
         counts.add(block)
+        counts.has_event[records["item"]] = True
     return np.concatenate(lengths) if lengths else np.zeros(0, np.int64), counts
 
 
@@ -311,7 +345,12 @@ def _write_tables(
 
 
 def _describe(
-    config: DataConfig, coder: InteractionCoder, n_events: int, files: tuple[dict, ...], log: DefectLog, profile: tuple
+    config: DataConfig,
+    coder: InteractionCoder,
+    n_events: int,
+    files: tuple[dict, ...],
+    profile: tuple,
+    extra: dict,
 ) -> shards.Meta:
     return shards.Meta(
         services=tuple(coder.items.services.names()),
@@ -322,5 +361,5 @@ def _describe(
         n_events=n_events,
         n_items=int(coder.items.offsets[-1]),
         shards=files,
-        extra={"source": describe_source(config), "quarantined": log.counts},
+        extra={"source": describe_source(config), **extra},
     )

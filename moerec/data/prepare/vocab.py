@@ -1,6 +1,6 @@
 """From the values of the tables to codes: users, items, actions and context in the order of their first appearance.
 
-Memory: about 150 bytes for each different id, plus the texts of the item table; nothing grows with the events.
+Memory: about 150 bytes for each different id; nothing grows with the events.
 """
 
 import dataclasses
@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from moerec.config import DataConfig, SchemaConfig
-from moerec.data.prepare import row_validation as defects
-from moerec.data.prepare.row_validation import DefectLog, RowCheck
-from moerec.data.prepare.tables import RowBatch, SourceTable, as_binary, open_table, read_batches
+from moerec.data.prepare.tables import RowBatch, SourceTable, as_binary, open_table
 from moerec.errors import InputError
 
 MAX_CODE = np.iinfo(np.int16).max
+# What to do with a column of amounts.
+CONTEXT_REMEDY = "cut it into ranges with config.data.schema.context_edges"
+ATTRIBUTE_REMEDY = "name it in config.data.schema.item_numbers, not in attributes"
+PROFILE_REMEDY = "cut it into ranges before it is read"
 
 
 class IdVocab(dict):
@@ -90,28 +91,45 @@ def open_tables(config: DataConfig) -> Tables:
     interactions = open_one(files.interactions)
     for field in ("user", "item", "service", "action", "time"):
         if getattr(schema, field):
-            interactions.require(getattr(schema, field), f"data.schema.{field}")
+            interactions.require(getattr(schema, field), f"data.schema.{field}", single=True)
     for column in schema.context:
-        interactions.require(column, "data.schema.context")
+        interactions.require(column, "data.schema.context", single=True)
     if schema.item_service and not schema.service:
         raise InputError("config.data.schema.item_service: the interactions need a service column too")
     items = open_one(files.items) if files.items else None
     if items:
-        items.require(schema.item_id, "data.schema.item_id")
-        if item_service(schema):
-            items.require(item_service(schema), "data.schema.item_service")
-        for field in ("text", "attributes"):
-            for column in getattr(schema, field):
-                items.require(column, f"data.schema.{field}")
-    elif schema.text or schema.attributes:
-        raise InputError("config.data.tables.items: text and attributes need an item table")
+        _require_item_columns(items, schema)
+    elif schema.text or schema.attributes or schema.item_numbers:
+        raise InputError("config.data.tables.items: text, attributes and item_numbers need an item table")
     users = open_one(files.users) if files.users else None
     if users:
-        for column in (schema.profile_id, *schema.profile):
-            users.require(column, "data.schema.profile" if column != schema.profile_id else "data.schema.profile_id")
+        users.require(schema.profile_id, "data.schema.profile_id", single=True)
+        for column in schema.profile:
+            users.require(column, "data.schema.profile", single=True)
     elif schema.profile:
         raise InputError("config.data.tables.users: profile columns need a user table")
     return Tables(interactions, items, users)
+
+
+def _require_item_columns(items: SourceTable, schema: SchemaConfig):
+    items.require(schema.item_id, "data.schema.item_id", single=True)
+    if item_service(schema):
+        items.require(item_service(schema), "data.schema.item_service", single=True)
+    for column in schema.text:
+        items.require(column, "data.schema.text")
+    for column in schema.attributes:
+        items.require(column, "data.schema.attributes")
+    for column in schema.item_ranges:
+        items.require(column, "data.schema.item_numbers", single=True)
+
+
+def refuse_amounts(table: SourceTable, column: str, schema: SchemaConfig, example: str, remedy: str) -> None:
+    """Raises InputError where a column of categories holds amounts: `example` is one of them, or empty."""
+    if example and column not in schema.categorical:
+        raise InputError(
+            f"{table.label}, column {column}: numbers, such as {example}, would be a category each; {remedy};"
+            " if they are codes, name it in config.data.schema.categorical"
+        )
 
 
 def item_service(schema: SchemaConfig) -> str:
@@ -131,117 +149,11 @@ def read_columns(table: SourceTable, batch: RowBatch, columns: list[str], separa
     return values
 
 
-def read_items(table: SourceTable, schema: SchemaConfig, log: DefectLog) -> tuple[ItemCodes, pa.Table]:
-    """The item table: codes, and the catalogue's rows (service code, id, text, attributes) in catalogue order."""
-    codes, parts = ItemCodes(), []
-    service, column = item_service(schema), schema.item_id
-    columns = list(dict.fromkeys([column, *([service] if service else []), *schema.text, *schema.attributes]))
-    for batch in read_batches(table, columns):
-        log.add_ragged(table, batch)
-        values = read_columns(table, batch, columns, schema.attribute_separator)
-        check = RowCheck(log, table, batch.rows)
-        for name in columns:
-            check.utf8(name, values[name])
-        check.filled(column, values[column], "item")
-        if service:
-            check.filled(service, values[service], "service")
-        at, rows = pa.array(np.flatnonzero(check.good)), batch.rows[check.good]
-        values = {name: array.take(at) for name, array in values.items()}
-        services = _encode_services(codes, values[service] if service else None, len(rows), schema)
-        n_before = np.array([len(known) for known in codes.items] + [0] * len(codes.services), np.int64)
-        items = codes.encode(services, values[column], new=True)
-        repeated = np.ones(len(rows), bool)
-        repeated[np.unique(services << 32 | items, return_index=True)[1]] = False
-        repeated |= items < n_before[services]
-        check = RowCheck(log, table, rows)
-        check.first(repeated, defects.DUPLICATE_ITEM, column, values[column])
-        parts.append(_catalogue_rows(table, schema, services, values).filter(pa.array(check.good)))
-    log.check(table)
-    if not parts or not sum(len(part) for part in parts):
-        raise InputError(f"{table.label}: the item table has no good row")
-    rows = pa.concat_tables(parts)
-    return codes, rows.take(pa.array(np.argsort(rows["service"].to_numpy(), kind="stable")))
-
-
-def _encode_services(codes: ItemCodes, values: pa.Array | None, n: int, schema: SchemaConfig) -> np.ndarray:
+def encode_services(codes: ItemCodes, values: pa.Array | None, n: int, schema: SchemaConfig) -> np.ndarray:
+    """`[n]` int64 codes of the services, or of the one that the schema names where there is no column of them."""
     if values is None:
         return np.full(n, codes.services[schema.service_name.encode()], np.int64)
     found = codes.services.encode(values)
     if len(codes.services) > MAX_CODE:
         raise InputError(f"config.data.schema.service: more than {MAX_CODE} different values cannot be services")
     return found
-
-
-def _catalogue_rows(
-    table: SourceTable, schema: SchemaConfig, services: np.ndarray, values: dict[str, pa.Array]
-) -> pa.Table:
-    n = len(services)
-    texts = [values[name].cast(pa.string()) for name in schema.text]
-    tokens = [
-        attribute_tokens(name, values[name].cast(pa.string()), table.separators.get(name, schema.attribute_separator))
-        for name in schema.attributes
-    ]
-    return pa.table(
-        {
-            "service": pa.array(services),
-            "id": values[schema.item_id].cast(pa.string()),
-            "text": join_filled(texts, n),
-            "attributes": join_filled(tokens, n),
-        }
-    )
-
-
-def join_filled(columns: list[pa.Array], n: int) -> pa.Array:
-    """Row by row the values that are not empty, joined by a space."""
-    joined = pa.array([""] * n, pa.string())
-    for column in columns:
-        # not null_handling="skip": arrow 26 drops rows in which everything is skipped
-        space = pc.if_else(pc.or_(pc.equal(joined, ""), pc.equal(column, "")), "", " ")
-        joined = pc.binary_join_element_wise(joined, space, column, "")
-    return joined
-
-
-def attribute_tokens(column: str, values: pa.Array, separator: str) -> pa.Array:
-    """Each value, a list, as tokens `column=value` joined by a space; white space within a value becomes `_`."""
-    lists = pc.split_pattern(values, separator)
-    flat = pc.utf8_trim_whitespace(lists.flatten())
-    filled = pc.not_equal(flat, "")
-    row = pc.list_parent_indices(lists).filter(filled).to_numpy(zero_copy_only=False)
-    prefix = "_".join(column.split()) + "="
-    tokens = pc.binary_join_element_wise(prefix, pc.replace_substring_regex(flat.filter(filled), r"\s", "_"), "")
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(values)))]).astype(np.int32)
-    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets), tokens), " ")
-
-
-def read_profile_columns(
-    table: SourceTable, schema: SchemaConfig, users: IdVocab, log: DefectLog
-) -> dict[str, pa.Array]:
-    """The profile columns of the users who have events, in their order; empty where the user table has no row."""
-    columns = list(dict.fromkeys([schema.profile_id, *schema.profile]))
-    codes, parts = [], []
-    seen = np.zeros(len(users), bool)
-    for batch in read_batches(table, columns):
-        log.add_ragged(table, batch)
-        values = read_columns(table, batch, columns)
-        check = RowCheck(log, table, batch.rows)
-        for name in columns:
-            check.utf8(name, values[name])
-        ids = values[schema.profile_id]
-        check.filled(schema.profile_id, ids, "user")
-        user = users.find(ids)
-        at = np.flatnonzero(check.good & (user >= 0))
-        repeated = np.zeros(len(ids), bool)
-        repeated[at] = seen[user[at]]
-        repeated[np.delete(at, np.unique(user[at], return_index=True)[1])] = True
-        check.first(repeated, defects.DUPLICATE_USER, schema.profile_id, ids)
-        at = np.flatnonzero(check.good & (user >= 0))
-        seen[user[at]] = True
-        codes.append(user[at])
-        parts.append(pa.table({c: values[c].take(pa.array(at)).cast(pa.string()) for c in schema.profile}))
-    log.check(table)
-    if not schema.profile or not parts:
-        return {}
-    place = np.full(len(users), -1, np.int64)
-    place[np.concatenate(codes)] = np.arange(sum(map(len, codes)))
-    rows = pa.concat_tables(parts).take(pa.array(place, mask=place < 0))
-    return {c: pc.fill_null(rows[c].combine_chunks(), "") for c in schema.profile}

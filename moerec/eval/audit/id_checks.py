@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moerec.config import AuditConfig
-from moerec.data.dataset import ItemTable
+from moerec.data.dataset import ItemTable, encode_strings
 from moerec.eval.audit.chance import bound_agreement, bound_hits, bound_order
 from moerec.eval.audit.report import AuditRow, make_row
 from moerec.eval.audit.subject import Subject
@@ -23,22 +23,19 @@ def number_ids(catalogue: ItemTable) -> np.ndarray:
     """
     numbers = np.zeros(catalogue.n_items, np.int64)
     for lo, hi in zip(catalogue.offsets[:-1], catalogue.offsets[1:], strict=True):
-        ids = _drop_common_stem(catalogue.ids[lo:hi].astype(str))
-        if len(ids) and np.all(np.char.isdecimal(ids)) and np.char.str_len(ids).max() < 19:
-            numbers[lo:hi] = ids.astype(np.int64)
+        ids = _drop_common_stem(catalogue.ids[lo:hi].tolist())
+        if ids and all(map(str.isdecimal, ids)) and max(map(len, ids)) < 19:
+            numbers[lo:hi] = list(map(int, ids))
         else:
-            numbers[lo:hi] = np.unique(ids, return_inverse=True)[1]
+            numbers[lo:hi] = encode_strings(np.array(ids, object))[1]
     return numbers
 
 
-def _drop_common_stem(ids: np.ndarray) -> np.ndarray:
+def _drop_common_stem(ids: list[str]) -> list[str]:
     """`i1, i2, i10` as `1, 2, 10`; ids that differ in what is before their last digits stay as they are."""
-    stems = np.unique(np.char.rstrip(ids, "0123456789"))
-    n_letters = ids.dtype.itemsize // 4  # of four bytes each
-    if len(stems) != 1 or not 0 < len(stems[0]) < n_letters:
-        return ids
-    rest = ids.view("U1").reshape(len(ids), n_letters)[:, len(stems[0]) :]
-    return np.ascontiguousarray(rest).view(f"U{rest.shape[1]}")[:, 0]
+    stems = {name.rstrip("0123456789") for name in ids}
+    stem = len(stems.pop()) if len(stems) == 1 else 0
+    return [name[stem:] for name in ids] if 0 < stem < max(map(len, ids)) else ids
 
 
 def check_id_order(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:

@@ -4,8 +4,8 @@ import gzip
 
 import pytest
 
-from moerec.data.prepare.atomic import parse_header, sequence_separators
 from moerec.data.prepare.tables import as_binary, open_table, read_batches
+from moerec.data.prepare.tables.atomic import parse_header, sequence_separators
 from moerec.errors import InputError
 
 
