@@ -18,7 +18,7 @@ EMPTY: list[str] = []
 FLAGS = {
     "profiles": ("", "the folder of the store"),
     "recent": (-1, "the last events of each user that stay out; -1 for those that an answer reaches"),
-    "before": ("", "an ISO date and time, UTC; events from then on stay out"),
+    "before": ("", "an ISO date and time, UTC unless it names an offset; events from then on stay out"),
     "forget": (EMPTY, "users whose profiles are removed for good, and none is taken further"),
     "export": ("", "an .npz file for all profiles afterwards"),
 }
@@ -34,7 +34,7 @@ def main(_, flags):
         raise InputError(f"--profiles is missing: {FLAGS['profiles'][1]}")
     if flags.recent < -1:
         raise InputError(f"--recent: {flags.recent} is no number of events")
-    before = parse_date(flags.before, "--before") if flags.before else None
+    before_us = parse_date(flags.before, "--before").time_us if flags.before else None
     run = load_run(Path(flags.workdir))
     params = run.predictor.params
     store = open_profiles(Path(flags.profiles), params, create=not flags.forget)
@@ -44,7 +44,7 @@ def main(_, flags):
         found = {"n_forgotten": len(flags.forget) - len(absent), "absent": absent}
     else:
         recent = count_recent(run.config) if flags.recent < 0 else flags.recent
-        done = feed(store, params, run.data.dataset, run.catalog, recent, before)
+        done = feed(store, params, run.data.dataset, run.catalog, recent, before_us)
         print(f"{done.n_events:,} events of {done.n_users:,} users taken in; {len(store):,} users in the store")
         if done.n_too_recent:
             print(f"{done.n_too_recent:,} users have no events but the last {recent:,}, which stay out (--recent)")

@@ -123,6 +123,7 @@ class EvalConfig:
     batch_size: int = 256  # targets scored at once
     n_boot: int = 1000
     n_test: int = 0  # 0 evaluates every test target
+    popularity_days: float = 0.0  # window of popularity (recent); 0: the best of several on the validation targets
     interventions: bool = False  # what predictions lose without own profile, own context, events in other services
 
     def __post_init__(self):
@@ -130,6 +131,7 @@ class EvalConfig:
         for name in ("batch_size", "n_boot"):
             require(getattr(self, name) >= 1, f"eval.{name}", "must be at least 1")
         require(self.n_test >= 0, "eval.n_test", "must not be negative")
+        require(0 <= self.popularity_days < math.inf, "eval.popularity_days", "must be 0 or a number of days")
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import numpy as np
 
 from moerec.config import DataConfig
 from moerec.data import city
-from moerec.data.dataset import Dataset, mark_unseen, permute_items
+from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset, floor_seconds, mark_unseen, permute_items
 from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.prepare.tables_to_shards import is_current, prepare
@@ -59,7 +59,7 @@ class RunData:
         log, catalogue = self.dataset.log, self.dataset.catalogue
         found = hashlib.sha256()
         fields, _ = self.dataset.profile_codes
-        events = [log.offsets, log.item, log.action, log.time, log.context]
+        events = [log.offsets, log.item, log.action, _coarsen(log.time_us), log.context]
         if log.utc_offset.any():
             events.append(log.utc_offset)
         for array in (*events, self.split_ids, catalogue.offsets, self.tokens.ids, fields):
@@ -74,6 +74,12 @@ class RunData:
         catalogue = self.dataset.catalogue
         count = np.bincount(self.dataset.log.item[self.split_ids == TRAIN], minlength=catalogue.n_items)
         return Catalog(catalogue.service, self.tokens.ids, count.astype(np.float32))
+
+
+def _coarsen(time_us: np.ndarray) -> np.ndarray:
+    """`[events]` in seconds where all are whole ones, as the digests of earlier runs have them."""
+    is_whole = (time_us % SECOND_US == 0) | (time_us == UNKNOWN_TIME)
+    return floor_seconds(time_us) if is_whole.all() else time_us
 
 
 def load_data(config: DataConfig, workdir: Path) -> RunData:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moerec.config import SchemaConfig
-from moerec.data.dataset import Dataset
+from moerec.data.dataset import SECOND_US, Dataset
 from moerec.data.packing import device_time
 from moerec.errors import InputError
 from moerec.types import NO_TIME
@@ -35,19 +35,19 @@ class Zones(NamedTuple):
         value = fields.get(schema.zone_column, "")
         return self._replace(of_user=np.array([values.index(value) + 1 if value in values else 0]))
 
-    def find_utc_offsets(self, user: np.ndarray, time: np.ndarray, context: np.ndarray) -> np.ndarray:
+    def find_utc_offsets(self, user: np.ndarray, time_us: np.ndarray, context: np.ndarray) -> np.ndarray:
         """`[n]` int32 seconds ahead of UTC, 0 where a time is unknown or too far off for the model.
 
-        Args: `[n]`; `[n]` unix seconds; and `[n, C]` codes.
+        Args: `[n]`; `[n]` microseconds since 1970; and `[n, C]` codes.
         """
         if self.of_context is not None:
             zone = self.of_context[context[:, self.feature]]
         else:
-            zone = np.zeros(len(time), np.int64) if self.of_user is None else self.of_user[user]
-        utc_offset, known = np.zeros(len(time), np.int32), device_time(time) != NO_TIME
+            zone = np.zeros(len(time_us), np.int64) if self.of_user is None else self.of_user[user]
+        utc_offset, known = np.zeros(len(time_us), np.int32), device_time(time_us) != NO_TIME
         for k, name in enumerate(self.names):
             at = np.flatnonzero((zone == k) & known)
-            utc_offset[at] = find_utc_offsets_in(name, time[at])
+            utc_offset[at] = find_utc_offsets_in(name, time_us[at] // SECOND_US)
         return utc_offset
 
 

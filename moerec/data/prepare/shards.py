@@ -28,14 +28,15 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from moerec.data.dataset import Dataset, EventLog, ItemTable
 from moerec.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META = "meta.json"
 _PROFILE = "profile."
 
 
 def record_dtype(n_context: int) -> np.dtype:
-    """One event within a record: 14 + 2C bytes, little-endian, packed."""
-    return np.dtype([("item", "<i4"), ("action", "<i2"), ("time", "<i8"), ("context", "<i2", (n_context,))])
+    """One event within a record: 18 + 2C bytes, little-endian, packed; the columns are those of `EventLog`."""
+    context = ("context", "<i2", (n_context,))
+    return np.dtype([("item", "<i4"), ("action", "<i2"), ("time_us", "<i8"), context, ("utc_offset", "<i4")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +185,7 @@ def write_dataset(dataset: Dataset, folder: Path, n_shards: int):
     """Writes a data set that is in memory as a prepared folder."""
     log, catalogue = dataset.log, dataset.catalogue
     events = np.empty(log.n_events, record_dtype(log.context.shape[1]))
-    for name in ("item", "action", "time", "context"):
+    for name in events.dtype.names:
         events[name] = getattr(log, name)
     lengths = np.diff(log.offsets)
     with replace_folder(folder) as partial:
@@ -240,7 +241,7 @@ def load_dataset(folder: Path) -> Dataset:
             text=_objects(items["text"]),
             attributes=_objects(items["attributes"]),
         ),
-        log=EventLog(offsets, *(events[name].copy() for name in ("item", "action", "time", "context"))),
+        log=EventLog(offsets, *(events[name].copy() for name in events.dtype.names)),
         users=_unicode(users["id"]),
         actions=meta.actions,
         context=meta.context,

@@ -21,6 +21,7 @@ from moerec.data.prepare import shards, spill
 from moerec.data.prepare.binning import find_ranges, name_ranges
 from moerec.data.prepare.row_validation import DefectLog, RowCheck
 from moerec.data.prepare.tables import RowBatch, SourceTable, read_batches
+from moerec.data.prepare.times import TimeColumn
 from moerec.data.prepare.vocab import (
     MAX_CODE,
     IdVocab,
@@ -63,6 +64,7 @@ class InteractionCoder:
         self.items = items or ItemCodes()
         self.users = IdVocab()
         self.actions = IdVocab()
+        self.time = TimeColumn(schema.time, schema.time_unit)
         self.edges = schema.edges
         self.context = {column: _open_codes(self.edges.get(column)) for column in schema.context}
         self.dtype = spill.event_dtype(len(schema.context))
@@ -81,15 +83,16 @@ class InteractionCoder:
         for what in ("user", "item", "service", "action"):
             if getattr(schema, what):
                 check.filled(getattr(schema, what), values[getattr(schema, what)], what)
-        micros = np.full(len(batch.rows), UNKNOWN_TIME)
+        time_us, utc_offset = np.full(len(batch.rows), UNKNOWN_TIME), np.zeros(len(batch.rows), np.int32)
         if schema.time:
             keep = self.files.unknown_time == "keep"
-            micros = check.times(schema.time, batch.columns[schema.time], schema.time_unit, keep)
+            time_us, utc_offset = check.times(self.time, batch.columns[schema.time], keep)
         ranges = {column: self._find_ranges(check, column, values[column]) for column in self.edges}
         values = {column: array.filter(pa.array(check.good)) for column, array in values.items()}
         check2, service, item = self._encode_items(values, batch.rows[check.good])
         events = np.empty(int(check2.good.sum()), self.dtype)
-        events["row"], events["micros"] = check2.rows[check2.good], micros[check.good][check2.good]
+        events["row"], events["time_us"] = check2.rows[check2.good], time_us[check.good][check2.good]
+        events["utc_offset"] = utc_offset[check.good][check2.good]
         events["service"], events["item"] = service[check2.good], item[check2.good]
         values = {column: array.filter(pa.array(check2.good)) for column, array in values.items()}
         events["user"] = self.users.encode(values[schema.user])
@@ -245,7 +248,12 @@ def describe_source(config: DataConfig) -> dict:
 
 def is_current(config: DataConfig, folder: Path) -> bool:
     """Whether the folder was prepared whole, from these files, with this config."""
-    return (folder / "meta.json").exists() and shards.Meta.load(folder).extra.get("source") == describe_source(config)
+    if not (folder / shards.META).exists():
+        return False
+    try:
+        return shards.Meta.load(folder).extra.get("source") == describe_source(config)
+    except InputError:  # of another version, or damaged
+        return False
 
 
 def _write_events(
@@ -266,8 +274,8 @@ def _write_events(
         lengths.append(np.bincount(block["user"] - first, minlength=n))
         records = np.empty(len(block), shards.record_dtype(len(coder.context)))
         records["item"] = offsets[block["service"]] + block["item"]
-        records["time"] = np.where(block["micros"] == UNKNOWN_TIME, UNKNOWN_TIME, block["micros"] // 1_000_000)
-        records["action"], records["context"] = block["action"], block["context"]
+        for name in ("action", "time_us", "utc_offset", "context"):
+            records[name] = block[name]
         writer.write(records, lengths[-1])
         counts.add(block)
     return np.concatenate(lengths) if lengths else np.zeros(0, np.int64), counts

@@ -26,7 +26,7 @@ def check_ties(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
 def check_future_in_history(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Histories that hold an event later than their target."""
     rows, owner = subject.histories.rows, subject.histories.owner
-    time = subject.dataset.log.time
+    time = subject.dataset.log.time_us
     asked = time[subject.targets]
     later = (time[rows] > asked[owner]) & (asked[owner] != UNKNOWN_TIME)
     value = len(np.unique(owner[later])) / len(subject.targets)
@@ -36,7 +36,7 @@ def check_future_in_history(subject: Subject, limits: AuditConfig) -> Iterator[A
 
 def check_training_after_test(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Training events later than test events: anybody's, and the same user's."""
-    time = subject.dataset.log.time
+    time = subject.dataset.log.time_us
     train = subject.train[time[subject.train] != UNKNOWN_TIME]
     targets = subject.targets[time[subject.targets] != UNKNOWN_TIME]
     if not len(train) or not len(targets):
