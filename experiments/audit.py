@@ -20,7 +20,7 @@ def main(config, flags):
     workdir = Path(flags.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     data = load_data(config.data, workdir)
-    for line in describe_quarantine(data.quarantined):
+    for line in (*data.notes, *describe_quarantine(data.quarantined)):
         print(line)
     report = run_audit(data.dataset, config.data.split, config.audit, config.data.seed)
     print(report.to_text())

@@ -27,7 +27,7 @@ def main(_, flags):
     dataset = run.data.dataset
     user = flags.user or str(dataset.users[0])
     feature = flags.vary or next(iter(dataset.context), "")
-    times, utc_offsets = [request.time for request in asked], [request.utc_offset for request in asked]
+    times, utc_offsets = [request.time or 0 for request in asked], [request.utc_offset for request in asked]
     found = summarize_profile(run, user, times, context, feature, flags.top_k, utc_offsets)
     print(render_card(found))
     return describe_card(found)

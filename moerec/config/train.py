@@ -143,6 +143,8 @@ class AuditConfig:
     The orders and the canary of ids must exceed theirs by three standard errors of chance.
     """
 
+    max_far_times: float = 0.0  # events before 1990, later than now, or far from all others: another unit, or none
+    max_far_times_test: float = 0.0  # test events at such times
     max_tied_test: float = 0.1  # test events at the very time of the event before them
     max_tied_valid: float = 0.1  # the same of validation events
     max_id_order: float = 0.52  # test events whose item's id lies on one side of the id before; .5 without a defect

@@ -72,7 +72,7 @@ def place_sequences(lengths: np.ndarray, n_rows: int, row_len: int) -> Placement
 
 
 def device_time(time_us: np.ndarray) -> np.ndarray:
-    """Microseconds since 1970 to int32 seconds since 2000, cut downwards; what is unknown or does not fit is `NO_TIME`."""
+    """Microseconds since 1970 to int32 seconds since 2000, cut; what is unknown or does not fit becomes `NO_TIME`."""
     shifted = time_us // SECOND_US - np.int64(EPOCH_2000)
     limits = np.iinfo(np.int32)
     fits = (time_us != UNKNOWN_TIME) & (shifted > limits.min) & (shifted <= limits.max)

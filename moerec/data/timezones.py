@@ -72,6 +72,33 @@ def find_utc_offsets_in(zone: str, time: np.ndarray) -> np.ndarray:
     return utc_offset
 
 
+def describe_unzoned(dataset: Dataset, schema: SchemaConfig) -> str:
+    """A line about the events that have UTC for want of an entry in `zones`, with some of the values; empty if none.
+
+    Another common zone than UTC is meant for all others, and nothing is said.
+    """
+    if not schema.zone_column or schema.zone != "UTC":
+        return ""
+    log, column = dataset.log, schema.zone_column
+    if column in dataset.context:
+        feature = list(dataset.context).index(column)
+        count = np.bincount(log.context[:, feature], minlength=len(dataset.context[column]) + 2)
+        found = dict(zip(("", *dataset.context[column]), count.tolist(), strict=False))
+    else:
+        values, which = np.unique(dataset.profile[column], return_inverse=True)
+        found = dict(zip(values.tolist(), np.bincount(which, np.diff(log.offsets)).astype(int).tolist(), strict=True))
+    left = {value: n for value, n in found.items() if n and value not in schema.zone_of}
+    if not left:
+        return ""
+    first = sorted(left, key=lambda value: (value == "", -left[value]))  # what is missing comes last
+    names = [repr(value) if value else "no value" for value in first]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"config.data.schema.zones: {sum(left.values()):,} of {log.n_events:,} events have UTC, as there is no "
+        f"entry for {column} {', '.join(names[:3])}{more}"
+    )
+
+
 def find_zones(dataset: Dataset, schema: SchemaConfig) -> Zones | None:
     """The zones of a data set, None where all clocks show UTC.
 

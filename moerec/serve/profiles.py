@@ -127,7 +127,8 @@ def feed(
     A call after an interruption, or after new events, goes on where the profiles are.
 
     Args:
-      recent: the last events of each user that stay out. before_us: microseconds since 1970; events from then on stay out, too.
+      recent: the last events of each user that stay out. before_us: microseconds since 1970; events from then on stay
+        out, too.
 
     Raises:
       InputError: a profile has seen other events than those of its user in the data.

@@ -14,7 +14,7 @@ from moerec.data.city import timeline
 from moerec.data.city.choice import ItemChoice, need_logits, recency, service_probabilities, softmax
 from moerec.data.city.profile import profile_likelihood
 from moerec.data.city.world import World
-from moerec.data.dataset import Dataset
+from moerec.data.dataset import Dataset, floor_seconds
 from moerec.errors import InputError
 
 # Smaller posterior probabilities are dropped: denormal numbers make the products thirty times slower.

@@ -31,10 +31,11 @@ from moerec.errors import InputError
 FORMAT_VERSION = 2
 META = "meta.json"
 _PROFILE = "profile."
+_COLUMNS = ("item", "action", "time_us", "context", "utc_offset")  # of a record, as `EventLog` takes them
 
 
 def record_dtype(n_context: int) -> np.dtype:
-    """One event within a record: 18 + 2C bytes, little-endian, packed; the columns are those of `EventLog`."""
+    """One event within a record: 18 + 2C bytes, little-endian, packed; columns as in `EventLog`."""
     context = ("context", "<i2", (n_context,))
     return np.dtype([("item", "<i4"), ("action", "<i2"), ("time_us", "<i8"), context, ("utc_offset", "<i4")])
 
@@ -185,7 +186,7 @@ def write_dataset(dataset: Dataset, folder: Path, n_shards: int):
     """Writes a data set that is in memory as a prepared folder."""
     log, catalogue = dataset.log, dataset.catalogue
     events = np.empty(log.n_events, record_dtype(log.context.shape[1]))
-    for name in events.dtype.names:
+    for name in _COLUMNS:
         events[name] = getattr(log, name)
     lengths = np.diff(log.offsets)
     with replace_folder(folder) as partial:
@@ -241,7 +242,7 @@ def load_dataset(folder: Path) -> Dataset:
             text=_objects(items["text"]),
             attributes=_objects(items["attributes"]),
         ),
-        log=EventLog(offsets, *(events[name].copy() for name in events.dtype.names)),
+        log=EventLog(offsets, *(events[name].copy() for name in _COLUMNS)),
         users=_unicode(users["id"]),
         actions=meta.actions,
         context=meta.context,

@@ -14,7 +14,8 @@ USERS_PER_BLOCK = 1 << 14
 
 def event_dtype(n_context: int) -> np.dtype:
     """A coded event; `item` counts within its service, `time_us` is UNKNOWN_TIME or microseconds
-    since 1970 UTC, `utc_offset` how many seconds the event's own clock is ahead of UTC."""
+    since 1970 UTC, `utc_offset` how many seconds the event's own clock is ahead of UTC.
+    """
     return np.dtype(
         [
             ("user", "<i4"),

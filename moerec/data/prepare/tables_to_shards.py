@@ -16,6 +16,14 @@ import pyarrow as pa
 
 from moerec.config import DataConfig
 from moerec.data.dataset import TOTAL, UNKNOWN_TIME
+from moerec.data.far_times import (
+    TimeCounts,
+    add_counts,
+    count_times,
+    describe_far_times,
+    describe_times,
+    find_far_times,
+)
 from moerec.data.prepare import row_validation as defects
 from moerec.data.prepare import shards, spill
 from moerec.data.prepare.binning import find_ranges, name_ranges
@@ -41,7 +49,7 @@ QUARANTINE = "quarantine.jsonl"
 class PrepareReport:
     """Counts of what was written, and whether it replaced another prepared folder.
 
-    `quarantined` maps file and reason to a number of rows.
+    `quarantined` maps file and reason to a number of rows; `times` and `notes` are lines of text.
     """
 
     folder: str
@@ -52,6 +60,8 @@ class PrepareReport:
     quarantined: dict[str, dict[str, int]]
     wall_s: float
     replaced: bool
+    times: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class InteractionCoder:
@@ -168,7 +178,7 @@ def describe_report(report: PrepareReport) -> str:
     rows = [*report.services.items()]
     rows.append(("all", {"users": report.n_users, "items": report.n_items, "events": report.n_events}))
     lines += [f"{name:<16}{n['users']:>12,}{n['items']:>12,}{n['events']:>14,}" for name, n in rows]
-    lines += describe_quarantine(report.quarantined)
+    lines += [f"times: {report.times}", *report.notes, *describe_quarantine(report.quarantined)]
     done = "replaced what was prepared there," if report.replaced else "written"
     return "\n".join([*lines, f"{report.folder}: {done} in {report.wall_s:.1f} s"])
 
@@ -208,13 +218,16 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
             log.check(tables.interactions)
             raise InputError(f"{tables.interactions.label}: no good row is left")
         with shards.ShardWriter(folder, len(coder.users), config.n_shards) as writer:
-            lengths, counts = _write_events(events, coder, writer)
+            lengths, counts, times = _write_events(events, coder, writer)
         log.check(tables.interactions)
         profile = read_profile_columns(tables.users, config.schema, coder.users, log) if tables.users else {}
         (folder / "spill").rmdir()
         log.write_quarantine(tables.all, folder / QUARANTINE)
         _write_tables(folder, coder, catalogue, lengths, profile)
+        far = describe_far_times(times, find_far_times(times))
+        notes = (f"far-off times: {far}",) if far else ()
         meta = _describe(config, coder, int(lengths.sum()), writer.shards, log, tuple(profile))
+        meta.extra["notes"] = notes
         shards.write_meta(folder, meta)
         if accept is not None:
             accept(folder)
@@ -231,6 +244,8 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
         quarantined=log.counts,
         wall_s=round(time.monotonic() - start, 2),
         replaced=replaced,
+        times=describe_times(times),
+        notes=notes,
     )
 
 
@@ -258,11 +273,11 @@ def is_current(config: DataConfig, folder: Path) -> bool:
 
 def _write_events(
     events: spill.Spill, coder: InteractionCoder, writer: shards.ShardWriter
-) -> tuple[np.ndarray, _ServiceCounts]:
-    """Sorts and writes block by block; returns `[users]` numbers of events."""
+) -> tuple[np.ndarray, _ServiceCounts, TimeCounts]:
+    """Sorts and writes block by block; returns `[users]` numbers of events, and the events by service and time."""
     offsets = coder.items.offsets
     counts = _ServiceCounts(len(offsets) - 1)
-    lengths = []
+    lengths, times = [], []
     for first in range(0, len(coder.users), spill.USERS_PER_BLOCK):
         block = events.read(first // spill.USERS_PER_BLOCK)
         block = block[spill.order_by_user(block)]
@@ -278,7 +293,8 @@ def _write_events(
             records[name] = block[name]
         writer.write(records, lengths[-1])
         counts.add(block)
-    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64), counts
+        times.append(count_times(block["time_us"]))
+    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64), counts, add_counts(times)
 
 
 def _drop_duplicates(block: np.ndarray, coder: InteractionCoder) -> np.ndarray:
