@@ -65,8 +65,8 @@ def named_events(dataset: Dataset) -> dict[str, list[tuple]]:
     """User -> their events in words."""
     catalogue, log = dataset.catalogue, dataset.log
     events = [
-        (catalogue.services[catalogue.service[i]], str(catalogue.ids[i]), int(a), int(t), *c.tolist())
-        for i, a, t, c in zip(log.item, log.action, log.time, log.context, strict=True)
+        (catalogue.services[catalogue.service[i]], str(catalogue.ids[i]), int(a), int(t), int(o), *c.tolist())
+        for i, a, t, o, c in zip(log.item, log.action, log.time_us, log.utc_offset, log.context, strict=True)
     ]
     return {
         str(user): events[lo:hi] for user, lo, hi in zip(dataset.users, log.offsets[:-1], log.offsets[1:], strict=True)
@@ -123,7 +123,7 @@ def test_city_from_shards_trains_on_the_same_events(tmp_path):
     for k, user in enumerate(users):
         n = from_memory.lengths[user]
         assert n == from_shards.lengths[user]
-        for name in ("item", "action", "time", "context"):
+        for name in ("item", "action", "time_us", "context", "utc_offset"):
             x, y = (getattr(log, name)[start[k] : start[k] + n] for log, start in logs)
             np.testing.assert_array_equal(x, y, err_msg=name)
 

@@ -71,7 +71,7 @@ def ask_like(trained, event: int) -> RecommendRequest:
         for (name, values), code in zip(dataset.context.items(), dataset.log.context[event], strict=True)
         if code
     }
-    return RecommendRequest(int(dataset.log.time[event]), context)
+    return RecommendRequest(int(dataset.log.time_us[event]) // 10**6, context)
 
 
 @pytest.mark.parametrize("back", [1, 3])
@@ -112,7 +112,7 @@ def test_context_and_time_change_the_answer(trained):
     user, features = str(trained.data.dataset.users[0]), trained.data.dataset.context
     plain = recommend(trained, user, RecommendRequest(), 5)
     name, values = next(iter(features.items()))
-    later = int(trained.data.dataset.log.time.max()) + 7_200
+    later = int(trained.data.dataset.log.time_us.max()) // 10**6 + 7_200
     for request in (RecommendRequest(time=later), RecommendRequest(context={name: values[0]})):
         assert np.abs(recommend(trained, user, request, 5).log_p - plain.log_p).max() > 1e-6
 

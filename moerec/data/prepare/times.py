@@ -149,7 +149,9 @@ def _is_text(kind: pa.DataType) -> bool:
 def _whole_numbers(values: pa.Array) -> np.ndarray:
     """`[n]` int64, clipped to what one holds; 0 where null."""
     numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
-    return np.minimum(numbers, np.iinfo(np.int64).max).astype(np.int64)
+    if numbers.dtype == np.uint64:
+        numbers = np.minimum(numbers, np.uint64(np.iinfo(np.int64).max))
+    return numbers.astype(np.int64)
 
 
 def _scale(numbers: np.ndarray, unit_us: int) -> np.ndarray:
