@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections import Counter
@@ -104,6 +105,26 @@ def test_city_is_the_generated_world_under_new_numbers(plain_city, tmp_path):
     assert not list(tmp_path.iterdir()), "memory needs no files"
 
 
+def test_the_digest_is_that_of_seconds_where_all_are_whole_and_of_microseconds_elsewhere(tmp_path):
+    """Directories of earlier runs stay readable, and times that differ within a second are other data."""
+    data = load_data(DataConfig(city=CITY, seed=3), tmp_path)
+    log, catalogue, found = data.dataset.log, data.dataset.catalogue, hashlib.sha256()
+    codes, _ = data.dataset.profile_codes
+    time = np.array([t // 10**6 for t in log.time_us.tolist()], np.int64)
+    for array in (log.offsets, log.item, log.action, time, log.context, data.split_ids, catalogue.offsets):
+        found.update(np.ascontiguousarray(array).tobytes())
+    found.update(data.tokens.ids.tobytes() + codes.tobytes())
+    found.update("\0".join(catalogue.services).encode() + "\0".join(catalogue.ids.tolist()).encode())
+    assert data.digest == found.hexdigest()
+    digests = {data.digest}
+    for micros in (1, 2):
+        time_us = log.time_us.copy()
+        time_us[5] += micros
+        moved = dataclasses.replace(data.dataset, log=dataclasses.replace(log, time_us=time_us))
+        digests.add(dataclasses.replace(data, dataset=moved).digest)
+    assert len(digests) == 3
+
+
 def test_the_seed_decides(tmp_path):
     first, again, other = (load_data(DataConfig(city=CITY, seed=seed), tmp_path) for seed in (3, 3, 4))
     assert_same_data(first, again)
@@ -149,7 +170,7 @@ def test_tables(tmp_path):
     data = load_data(table_config(tmp_path / "tables"), tmp_path / "run")
     assert data.world is None
     assert data.folder == tmp_path / "run" / "data"
-    events = {p: [e[:2] + e[3:] for e in x] for p, x in named_events(data.dataset).items()}
+    events = {p: [(*e[:2], e[3] // 10**6) for e in x] for p, x in named_events(data.dataset).items()}
     assert events == {
         "u1": [("food", "a", 10), ("food", "b", 20), ("books", "a", 30), ("books", "c", 40)],
         "u2": [("food", "b", 5), ("books", "c", 7), ("food", "c", 7), ("food", "a", 7)],
