@@ -44,8 +44,9 @@ class TimeCounts(NamedTuple):
 
     @property
     def median_us(self) -> int:
-        """The hour in the middle."""
-        return int(self.hour[np.searchsorted(np.cumsum(self.n_events), (self.n + 1) // 2)]) * HOUR_US
+        """The beginning of the hour in the middle, or the first time if that is later."""
+        middle = np.searchsorted(np.cumsum(self.n_events), (self.n + 1) // 2)
+        return max(int(self.hour[middle]) * HOUR_US, self.first_us)
 
 
 class FarTimes(NamedTuple):
