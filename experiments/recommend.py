@@ -3,7 +3,7 @@
 python -m experiments.recommend --workdir=runs/demo --user=NAME [--context=weather=rain,holiday=yes]
     [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--profiles=DIR] [--fields=age=35-49] [--new_user] [--json]
 
-Without `--time` and `--context` they are not known; `--time` is UTC, or names the offset of its place's clock. `p` is the
+Without `--time` and `--context` they are not known; `--time` is UTC or names an offset, its place's clock. `p` is the
 probability that the item is what the user takes next, of all items of all services, if that is what the model was
 trained for (`loss.scope=union`). With `--profiles`, a store of `experiments.observe`, the user's whole past counts.
 Who has no event before the time, or is new (`--new_user`), is answered by the request alone, its fields included.
