@@ -17,6 +17,9 @@ DAY_US = 86_400 * SECOND_US
 LAST_SHARE = 0.2  # of a user's training events, which count where no event has a time
 WINDOWS = (1 / 24, 0.25, 1.0, 3.0, 7.0, 30.0, 90.0, 365.0, np.inf)  # days, among which the window is chosen
 
+BLOCK = 32  # targets counted at once, few enough for the caches
+MOST_VALID = 2000  # validation targets that choose
+
 
 @dataclasses.dataclass(frozen=True)
 class RecentPopularity:
@@ -37,19 +40,38 @@ class RecentPopularity:
         asked = dataset.log.time_us[targets]
         asked = np.where(asked == UNKNOWN_TIME, np.iinfo(np.int64).max, asked)
         order = np.argsort(asked, kind="stable")
-        until = self._count_until(asked[order], dataset.catalogue.n_items)
-        in_window = until - self._count_until(asked[order] - self.window_us, dataset.catalogue.n_items)
-        until /= 2 * len(self.time_us)  # less than one event in all: it only settles what is level in the window
-        until += in_window
-        return until[np.argsort(order)]
+        n_items, asked = dataset.catalogue.n_items, asked[order]
+        until, before = (_Counter(self.item, np.searchsorted(self.time_us, t)) for t in (asked, asked - self.window_us))
+        scores = np.empty((len(targets), n_items), np.float32)
+        for start in range(0, len(targets), BLOCK):
+            block = slice(start, start + BLOCK)
+            ever, recent = until.count(block, n_items), before.count(block, n_items)
+            np.subtract(ever, recent, out=recent)
+            ever *= np.float32(0.5 / len(self.time_us))  # less than one event in all: it only settles what is level
+            recent += ever
+            scores[order[block]] = recent
+        return scores
 
-    def _count_until(self, time_us: np.ndarray, n_items: int) -> np.ndarray:
-        """`[n, I]` float32, how often each item was taken before `[n]` rising times."""
-        place = np.searchsorted(self.time_us, time_us)
-        row = np.repeat(np.arange(len(place)), np.diff(place, prepend=0))
-        events = (np.ones(len(row), np.float32), (row, self.item[: len(row)]))
+
+class _Counter:
+    """Counts how often each item is among the first events, for places that rise, block by block."""
+
+    def __init__(self, item: np.ndarray, place: np.ndarray):
+        """Args: `[events]`; and `[n]`, how many of the events are to be counted."""
+        self.item, self.place = item, place
+        self.done, self.total = 0, np.float32(0)
+
+    def count(self, block: slice, n_items: int) -> np.ndarray:
+        """`[block, I]` float32 for the next block of the places."""
+        place = self.place[block]
+        row = np.repeat(np.arange(len(place)), np.diff(place, prepend=self.done))
+        events = (np.ones(len(row), np.float32), (row, self.item[self.done : place[-1]]))
         count = scipy.sparse.coo_matrix(events, (len(place), n_items)).toarray()
-        return np.cumsum(count, axis=0, out=count)
+        count[0] += self.total
+        for k in range(1, len(count)):  # of all items at once; numpy's running sum along this axis is many times slower
+            count[k] += count[k - 1]
+        self.done, self.total = place[-1], count[-1].copy()
+        return count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +113,9 @@ def choose_window(inputs: BaselineInputs) -> float:
     config, data = inputs.config, inputs.data
     if not np.any(data.split_ids == VALID):
         return 30.0
-    examples, found = make_valid_set(config, data), {}
+    n_valid = min(config.train.n_valid or MOST_VALID, MOST_VALID)
+    train = dataclasses.replace(config.train, n_valid=n_valid)
+    examples, found = make_valid_set(dataclasses.replace(config, train=train), data), {}
     for days in WINDOWS:
         scorer = fit_recent_popularity(data.dataset, data.split_ids, days)
         ranks = rank_by_scores(scorer, data.dataset, examples.targets, examples.histories, config.eval.mask_seen)
