@@ -21,7 +21,7 @@ def main(config, flags):
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):
         data = load_data(config.data, workdir)
-        for line in describe_quarantine(data.quarantined):
+        for line in (*data.notes, *describe_quarantine(data.quarantined)):
             print(line)
         report = run_audit(data.dataset, config.data.split, config.audit, config.data.seed)
         print(report.to_text())

@@ -19,7 +19,7 @@ EMPTY: list[str] = []
 FLAGS = {
     "profiles": ("", "the folder of the store"),
     "recent": (-1, "the last events of each user that stay out; -1 for those that an answer reaches"),
-    "before": ("", "an ISO date and time, UTC; events from then on stay out"),
+    "before": ("", "an ISO date and time, UTC unless it names an offset; events from then on stay out"),
     "forget": (EMPTY, "users whose profiles are removed for good, and none is taken further"),
     "export": ("", "an .npz file for all profiles afterwards"),
 }
@@ -35,7 +35,7 @@ def main(_, flags):
         raise InputError(f"--profiles is missing: {FLAGS['profiles'][1]}")
     if flags.recent < -1:
         raise InputError(f"--recent: {flags.recent} is no number of events")
-    before = parse_date(flags.before, "--before") if flags.before else None
+    before_us = parse_date(flags.before, "--before").time_us if flags.before else None
     run = load_run(Path(flags.workdir))
     params = run.predictor.params
     store = open_profiles(Path(flags.profiles), params, create=not flags.forget)
@@ -45,7 +45,7 @@ def main(_, flags):
         found = {"n_forgotten": len(flags.forget) - len(absent), "absent": absent}
     else:
         recent = count_recent(run.config) if flags.recent < 0 else flags.recent
-        done = feed(store, params, run.data.dataset, run.catalog, recent, before)
+        done = feed(store, params, run.data.dataset, run.catalog, recent, before_us)
         print("\n".join(describe_feed(done, recent, len(store))))
         if reason := explain_difference(run.config, recent) if len(store) else "":
             print(f"answers by these profiles are not those of whole histories: {reason}", file=sys.stderr)

@@ -20,14 +20,15 @@ def main(_, flags):
     from moerec.train.run_dir import load_run
 
     context = read_request(flags.context, "", "").context
-    times = [when for text in flags.time if (when := read_request([], text, "").time) is not None]
+    asked = [request for text in flags.time if (request := read_request([], text, "")).time is not None]
     run = load_run(Path(flags.workdir))
     for note in list_unseen(run, context):
         print(note, file=sys.stderr)
     dataset = run.data.dataset
     user = flags.user or str(dataset.users[0])
     feature = flags.vary or next(iter(dataset.context), "")
-    found = summarize_profile(run, user, times, context, feature, flags.top_k)
+    times, utc_offsets = [request.time or 0 for request in asked], [request.utc_offset for request in asked]
+    found = summarize_profile(run, user, times, context, feature, flags.top_k, utc_offsets)
     print(render_card(found))
     return describe_card(found)
 
@@ -35,7 +36,10 @@ def main(_, flags):
 EMPTY: list[str] = []
 FLAGS = {
     "user": ("", "whose profile; the first user by default"),
-    "time": (EMPTY, "when something is wanted: ISO dates and times, UTC"),
+    "time": (
+        EMPTY,
+        "when something is wanted: ISO dates and times, UTC unless they name an offset, that of the place's clock",
+    ),
     "context": ((), "features of the requests, as name=value,name=value; may be given several times"),
     "vary": ("", "a feature of the context, whose values are tried in turn; the first by default"),
     "top_k": (5, "items of each list"),

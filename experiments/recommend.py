@@ -3,9 +3,9 @@
 python -m experiments.recommend --workdir=runs/demo --user=NAME [--context=weather=rain,holiday=yes]
     [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--profiles=DIR] [--fields=age=35-49] [--new_user] [--json]
 
-Without `--time` and `--context` they are not known; `--time` is UTC. `p` is the probability that the item is what the
-user takes next, of all items of all services, if that is what the model was trained for (`loss.scope=union`). With
-`--profiles`, a store that `experiments.observe` filled, the user's whole past counts, and not only what a row holds.
+Without `--time` and `--context` they are not known; `--time` is UTC or names an offset, its place's clock. `p` is the
+probability that the item is what the user takes next, of all items of all services, if that is what the model was
+trained for (`loss.scope=union`). With `--profiles`, a store of `experiments.observe`, the user's whole past counts.
 Who has no event before the time, or is new (`--new_user`), is answered by the request alone, its fields included.
 
 Below the list stands what the model made of the request: the services that its need may belong to (the semantic
@@ -47,7 +47,7 @@ FLAGS = {
     "new_user": (False, "a user of whom nothing is known but the request"),
     "fields": ((), "static profile fields, as name=value,name=value, in the place of the user's own"),
     "context": ((), "features of the request, as name=value,name=value; may be given several times"),
-    "time": ("", "when it is wanted: an ISO date and time, UTC; later events are no history"),
+    "time": ("", "when it is wanted: an ISO date and time, UTC unless it names an offset; later events are no history"),
     "service": ("", "a service, for a list of its items alone"),
     "profiles": ("", "a store of profiles, made by experiments.observe"),
     "top_k": (10, "items of the list"),

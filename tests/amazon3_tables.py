@@ -41,7 +41,7 @@ def read_amazon3(services=SERVICES) -> Dataset:
         np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64),
         item[order].astype(np.int32),
         np.zeros(n, np.int16),
-        day[order] * 86400,
+        day[order] * 86_400_000_000,
         np.zeros((n, 0), np.int16),
     )
     return Dataset(catalogue, log, np.unique(raw_user).astype(str))

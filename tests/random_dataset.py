@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog, ItemTable
+from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset, EventLog, ItemTable
 
 
 def make_dataset(lengths, items_per_service=(5, 8), n_context=2, seed=0) -> Dataset:
@@ -10,7 +10,7 @@ def make_dataset(lengths, items_per_service=(5, 8), n_context=2, seed=0) -> Data
     rng = np.random.default_rng(seed)
     n, n_items = int(np.sum(lengths)), int(np.sum(items_per_service))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    time = 1_000_000_000 + np.cumsum(rng.integers(0, 90_000, n)).astype(np.int64)
+    time = (1_000_000_000 + np.cumsum(rng.integers(0, 90_000, n)).astype(np.int64)) * SECOND_US
     time[rng.random(n) < 0.1] = UNKNOWN_TIME
     return Dataset(
         catalogue=ItemTable(

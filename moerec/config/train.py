@@ -126,6 +126,7 @@ class EvalConfig:
     batch_size: int = 256  # targets scored at once
     n_boot: int = 1000
     n_test: int = 0  # 0 evaluates every test target
+    popularity_days: float = 0.0  # window of popularity (recent); 0: the best of several on the validation targets
     interventions: bool = False  # what predictions lose without own profile, own context, events in other services
 
     def __post_init__(self):
@@ -133,6 +134,7 @@ class EvalConfig:
         for name in ("batch_size", "n_boot"):
             require(getattr(self, name) >= 1, f"eval.{name}", "must be at least 1")
         require(self.n_test >= 0, "eval.n_test", "must not be negative")
+        require(0 <= self.popularity_days < math.inf, "eval.popularity_days", "must be 0 or a number of days")
 
 
 @dataclasses.dataclass
@@ -144,6 +146,8 @@ class AuditConfig:
     The orders and the canary of ids and the identical users must also exceed what chance gives (.00135 of the time).
     """
 
+    max_far_times: float = 0.0  # events before 1990, later than now, or far from all others: another unit, or none
+    max_far_times_test: float = 0.0  # test events at such times
     max_tied_test: float = 0.1  # test events at the very time of the event before them
     max_tied_valid: float = 0.1  # the same of validation events
     max_id_order: float = 0.52  # test events whose item's id lies on one side of the id before; .5 without a defect

@@ -13,6 +13,12 @@ from moerec.errors import InputError
 
 TOTAL = "all"  # the row of all services in every table
 UNKNOWN_TIME = np.int64(np.iinfo(np.int64).min)
+SECOND_US = 1_000_000  # microseconds of a second
+
+
+def floor_seconds(time_us: np.ndarray) -> np.ndarray:
+    """`[n]` int64 whole unix seconds of `[n]` microseconds since 1970; `UNKNOWN_TIME` stays what it is."""
+    return np.where(time_us == UNKNOWN_TIME, UNKNOWN_TIME, time_us // SECOND_US)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,7 @@ class EventLog:
       offsets: `[users + 1]` int64.
       item: `[events]` int32, index into the catalogue.
       action: `[events]` int16, index into `Dataset.actions`.
-      time: `[events]` int64, unix seconds, or `UNKNOWN_TIME`.
+      time_us: `[events]` int64, microseconds since 1970 UTC, or `UNKNOWN_TIME`.
       context: `[events, C]` int16, codes into `Dataset.context` values.
       utc_offset: `[events]` int32, seconds that the clock at the event's place is ahead of UTC; zeros if none is given.
     """
@@ -72,7 +78,7 @@ class EventLog:
     offsets: np.ndarray
     item: np.ndarray
     action: np.ndarray
-    time: np.ndarray
+    time_us: np.ndarray
     context: np.ndarray
     utc_offset: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
@@ -82,7 +88,7 @@ class EventLog:
             object.__setattr__(self, "utc_offset", np.zeros(n, np.int32))
         if self.offsets[0] != 0 or self.offsets[-1] != n or np.any(np.diff(self.offsets) < 0):
             raise InputError("event log: offsets must rise from 0 to the number of events")
-        columns = (self.action, self.time, self.context, self.utc_offset)
+        columns = (self.action, self.time_us, self.context, self.utc_offset)
         if any(len(column) != n for column in columns) or self.context.ndim != 2:
             raise InputError("event log: every column needs one entry per event")
 
@@ -96,7 +102,7 @@ class EventLog:
 
     def take(self, rows: np.ndarray, offsets: np.ndarray) -> "EventLog":
         """The log of some of the events, by their numbers or a mask. Args: the offsets of the users who have them."""
-        columns = (self.item, self.action, self.time, self.context, self.utc_offset)
+        columns = (self.item, self.action, self.time_us, self.context, self.utc_offset)
         return EventLog(offsets, *(column[rows] for column in columns))
 
     @functools.cached_property

@@ -9,12 +9,12 @@ import numpy as np
 
 from moerec.config import DataConfig
 from moerec.data import city
-from moerec.data.dataset import Dataset, mark_unseen, permute_items
+from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset, floor_seconds, mark_unseen, permute_items
 from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.prepare.tables_to_shards import is_current, prepare
 from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties
-from moerec.data.timezones import find_zones
+from moerec.data.timezones import describe_unzoned, find_zones
 from moerec.data.tokenizer import TokenTable, tokenize
 from moerec.errors import InputError
 from moerec.files import read_json
@@ -33,6 +33,7 @@ class RunData:
       folder: the prepared folder that `dataset` was read from, or None.
       item_number: `[I]` int32, the number in `dataset` of each item of the source.
       quarantined: rows that were put aside when it was prepared, by file and reason.
+      notes: lines about what is odd in its times and clocks.
     """
 
     dataset: Dataset
@@ -42,6 +43,7 @@ class RunData:
     folder: Path | None
     item_number: np.ndarray
     quarantined: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @functools.cached_property
     def items_digest(self) -> str:
@@ -59,7 +61,7 @@ class RunData:
         log, catalogue = self.dataset.log, self.dataset.catalogue
         found = hashlib.sha256()
         fields, _ = self.dataset.profile_codes
-        events = [log.offsets, log.item, log.action, log.time, log.context]
+        events = [log.offsets, log.item, log.action, _coarsen(log.time_us), log.context]
         if log.utc_offset.any():
             events.append(log.utc_offset)
         for array in (*events, self.split_ids, catalogue.offsets, self.tokens.ids, fields):
@@ -74,6 +76,12 @@ class RunData:
         catalogue = self.dataset.catalogue
         count = np.bincount(self.dataset.log.item[self.split_ids == TRAIN], minlength=catalogue.n_items)
         return Catalog(catalogue.service, self.tokens.ids, count.astype(np.float32))
+
+
+def _coarsen(time_us: np.ndarray) -> np.ndarray:
+    """`[events]` in seconds where all are whole ones, as the digests of earlier runs have them."""
+    is_whole = (time_us % SECOND_US == 0) | (time_us == UNKNOWN_TIME)
+    return floor_seconds(time_us) if is_whole.all() else time_us
 
 
 def load_data(config: DataConfig, workdir: Path) -> RunData:
@@ -135,16 +143,17 @@ def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, fo
     if config.split.shuffle_ties:
         dataset = shuffle_ties(dataset, config.seed)
     split_ids = assign_split_ids(dataset, config.split, config.seed)
-    zones = find_zones(dataset, config.schema)
-    if zones is not None:
-        log = dataset.log
-        utc_offset = zones.find_utc_offsets(log.user, log.time, log.context)
+    zones, log, unzoned = find_zones(dataset, config.schema), dataset.log, ""
+    if zones is not None and not log.utc_offset.any():  # else the events' times name the offsets of their own clocks
+        unzoned = describe_unzoned(dataset, config.schema)
+        utc_offset = zones.find_utc_offsets(log.user, log.time_us, log.context)
         dataset = dataclasses.replace(dataset, log=dataclasses.replace(log, utc_offset=utc_offset))
     if world is None:  # all of the city's values are known, and its oracle asks for them
         dataset = mark_unseen(dataset, _find_requests(dataset, split_ids == TRAIN, config.first_event))
     tokens = tokenize(dataset.catalogue, config.max_tokens, config.vocab_size)
-    quarantined = {} if folder is None else Meta.load(folder).extra.get("quarantined", {})
-    return RunData(dataset, split_ids, tokens, world, folder, item_number, quarantined)
+    found = {} if folder is None else Meta.load(folder).extra
+    notes = (*found.get("notes", ()), *([unzoned] if unzoned else []))
+    return RunData(dataset, split_ids, tokens, world, folder, item_number, found.get("quarantined", {}), notes)
 
 
 def _find_requests(dataset: Dataset, keep: np.ndarray, first_event: bool) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moerec.data.dataset import UNKNOWN_TIME, EventLog, ItemTable
+from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, EventLog, ItemTable
 from moerec.data.histories import Histories
 from moerec.types import EPOCH_2000, EVENT, NO_TIME, PADDING, RECOMMEND, Batch, Request
 
@@ -71,11 +71,11 @@ def place_sequences(lengths: np.ndarray, n_rows: int, row_len: int) -> Placement
     return Placement(n, start, (np.arange(n) - bounds[row] + 1).astype(np.int32))
 
 
-def device_time(time: np.ndarray) -> np.ndarray:
-    """Unix seconds to int32 seconds since 2000; times that are unknown or do not fit become `NO_TIME`."""
-    shifted = time - np.int64(EPOCH_2000)
+def device_time(time_us: np.ndarray) -> np.ndarray:
+    """Microseconds since 1970 to int32 seconds since 2000, cut; what is unknown or does not fit becomes `NO_TIME`."""
+    shifted = time_us // SECOND_US - np.int64(EPOCH_2000)
     limits = np.iinfo(np.int32)
-    fits = (time != UNKNOWN_TIME) & (shifted > limits.min) & (shifted <= limits.max)
+    fits = (time_us != UNKNOWN_TIME) & (shifted > limits.min) & (shifted <= limits.max)
     return np.where(fits, shifted, NO_TIME).astype(np.int32)
 
 
@@ -108,7 +108,7 @@ def pack(log: EventLog, items: ItemTable, sequences: Sequences, placed: Placemen
 
     item = log.item[source]
     request = Request(
-        time_BT=lay(device_time(log.time[following]), np.int32, NO_TIME),
+        time_BT=lay(device_time(log.time_us[following]), np.int32, NO_TIME),
         utc_offset_BT=lay(log.utc_offset[following], np.int32),
         context_BTC=lay(log.context[following], np.int32),
         field_BTY=lay(sequences.field_UY[owner], np.int32),
@@ -118,7 +118,7 @@ def pack(log: EventLog, items: ItemTable, sequences: Sequences, placed: Placemen
         item_BT=of_event(item, np.int32),
         service_BT=of_event(items.service[item], np.int32, items.n_services),
         action_BT=of_event(log.action[source], np.int32),
-        time_BT=of_event(device_time(log.time[source]), np.int32, NO_TIME),
+        time_BT=of_event(device_time(log.time_us[source]), np.int32, NO_TIME),
         utc_offset_BT=of_event(log.utc_offset[source], np.int32),
         position_BT=lay(position, np.int32),
         segment_BT=lay(placed.segment[owner], np.int32),

@@ -76,7 +76,7 @@ class ShardReader:
         rows = rows[kept]
         start = np.concatenate([[0], np.cumsum(self.lengths[users])])
         utc_offset = self._utc_offset[event[kept]]
-        columns = (self._item_numbers[rows["item"]], rows["action"], rows["time"], rows["context"], utc_offset)
+        columns = (self._item_numbers[rows["item"]], rows["action"], rows["time_us"], rows["context"], utc_offset)
         return EventLog(start, *columns), start[:-1][which]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,34 +57,45 @@ def _forget_future(dataset: Dataset, split_ids: np.ndarray) -> np.ndarray:
     never = np.iinfo(np.int64).max
     first_UZ = np.full((log.n_users, n_services), never)
     held_out = np.flatnonzero(split_ids != TRAIN)
-    np.minimum.at(first_UZ, (log.user[held_out], dataset.event_service[held_out]), log.time[held_out])
+    np.minimum.at(first_UZ, (log.user[held_out], dataset.event_service[held_out]), log.time_us[held_out])
     earliest_U2 = np.sort(np.column_stack([first_UZ, np.full(log.n_users, never)]), axis=1)[:, :2]
     own = first_UZ[log.user, dataset.event_service]
     # Of the others': the earliest of all, or, where that is the own service's, the next.
     of_others = np.where(own == earliest_U2[log.user, 0], earliest_U2[log.user, 1], earliest_U2[log.user, 0])
-    is_past = (of_others == never) | ((log.time != UNKNOWN_TIME) & (log.time < of_others))
+    is_past = (of_others == never) | ((log.time_us != UNKNOWN_TIME) & (log.time_us < of_others))
     return np.where((split_ids == TRAIN) & ~is_past, UNUSED, split_ids).astype(np.int8)
 
 
 def _split_by_time(log: EventLog, split: SplitConfig) -> np.ndarray:
     fields = ("valid_from", "test_from")
-    valid_from, test_from = (parse_date(getattr(split, name), f"config.data.split.{name}") for name in fields)
+    valid_from, test_from = (parse_date(getattr(split, name), f"config.data.split.{name}").time_us for name in fields)
     if valid_from >= test_from:
         raise InputError(f"config.data.split.test_from: {split.test_from} must be later than {split.valid_from}")
-    split_ids = np.searchsorted(np.array([valid_from, test_from]), log.time, side="right").astype(np.int8)
+    split_ids = np.searchsorted(np.array([valid_from, test_from]), log.time_us, side="right").astype(np.int8)
     undated = np.zeros(log.n_users, bool)
-    undated[log.user[log.time == UNKNOWN_TIME]] = True
+    undated[log.user[log.time_us == UNKNOWN_TIME]] = True
     split_ids[undated[log.user]] = UNUSED
     return split_ids
 
 
-def parse_date(text: str, field: str) -> int:
-    """Unix seconds of an ISO date or date-time, UTC unless it names a zone; `field` is named where it is none."""
+class Moment(NamedTuple):
+    """Attributes:
+    time_us: microseconds since 1970 UTC. utc_offset: seconds ahead of UTC, 0 where none is named.
+    """
+
+    time_us: int
+    utc_offset: int
+
+
+def parse_date(text: str, field: str) -> Moment:
+    """An ISO date or date-time, UTC unless it names an offset; `field` is named where it is none."""
     try:
         date = datetime.datetime.fromisoformat(text)
     except ValueError:
         raise InputError(f"{field}: {text!r} is no ISO date, such as 2024-05-01 or 2024-05-01T09:00") from None
-    return int((date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp())
+    offset = date.utcoffset() or datetime.timedelta(0)
+    micros = (date.replace(tzinfo=None) - datetime.datetime(1970, 1, 1) - offset) // datetime.timedelta(microseconds=1)
+    return Moment(micros, round(offset.total_seconds()))
 
 
 def _split_by_user(log: EventLog, fraction: float, seed: int) -> np.ndarray:
@@ -106,7 +118,7 @@ def shuffle_ties(dataset: Dataset, seed: int) -> Dataset:
     if not log.n_events:
         return dataset
     user = log.user
-    tied = (user[1:] == user[:-1]) & (log.time[1:] == log.time[:-1]) & (log.time[1:] != UNKNOWN_TIME)
+    tied = (user[1:] == user[:-1]) & (log.time_us[1:] == log.time_us[:-1]) & (log.time_us[1:] != UNKNOWN_TIME)
     run = np.concatenate([[0], np.cumsum(~tied)])
     order = np.lexsort((np.random.default_rng(seed).random(log.n_events), run))
     return dataclasses.replace(dataset, log=log.take(order, log.offsets))
@@ -133,7 +145,7 @@ def gather_histories(dataset: Dataset, targets: np.ndarray, per_service: bool) -
     lengths, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     candidates = make_histories(first, targets)
     for chunk, part in candidates.blocks():
-        n_kept, kept = _visible_rows(log.time, service, part, targets[chunk])
+        n_kept, kept = _visible_rows(log.time_us, service, part, targets[chunk])
         lengths.append(n_kept)
         rows.append(kept)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
@@ -141,9 +153,9 @@ def gather_histories(dataset: Dataset, targets: np.ndarray, per_service: bool) -
 
 
 def _visible_rows(
-    time: np.ndarray, service: np.ndarray, candidates: Histories, targets: np.ndarray
+    time_us: np.ndarray, service: np.ndarray, candidates: Histories, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     row, owner = candidates.rows, candidates.owner
     target = targets[owner]
-    visible = (service[row] == service[target]) | ((time[row] < time[target]) & (time[row] != UNKNOWN_TIME))
+    visible = (service[row] == service[target]) | ((time_us[row] < time_us[target]) & (time_us[row] != UNKNOWN_TIME))
     return np.bincount(owner[visible], minlength=len(targets)), row[visible]

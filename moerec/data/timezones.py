@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moerec.config import SchemaConfig
-from moerec.data.dataset import Dataset
+from moerec.data.dataset import SECOND_US, Dataset
 from moerec.data.packing import device_time
 from moerec.errors import InputError
 from moerec.types import NO_TIME
@@ -35,19 +35,19 @@ class Zones(NamedTuple):
         value = fields.get(schema.zone_column, "")
         return self._replace(of_user=np.array([values.index(value) + 1 if value in values else 0]))
 
-    def find_utc_offsets(self, user: np.ndarray, time: np.ndarray, context: np.ndarray) -> np.ndarray:
+    def find_utc_offsets(self, user: np.ndarray, time_us: np.ndarray, context: np.ndarray) -> np.ndarray:
         """`[n]` int32 seconds ahead of UTC, 0 where a time is unknown or too far off for the model.
 
-        Args: `[n]`; `[n]` unix seconds; and `[n, C]` codes.
+        Args: `[n]`; `[n]` microseconds since 1970; and `[n, C]` codes.
         """
         if self.of_context is not None:
             zone = self.of_context[context[:, self.feature]]
         else:
-            zone = np.zeros(len(time), np.int64) if self.of_user is None else self.of_user[user]
-        utc_offset, known = np.zeros(len(time), np.int32), device_time(time) != NO_TIME
+            zone = np.zeros(len(time_us), np.int64) if self.of_user is None else self.of_user[user]
+        utc_offset, known = np.zeros(len(time_us), np.int32), device_time(time_us) != NO_TIME
         for k, name in enumerate(self.names):
             at = np.flatnonzero((zone == k) & known)
-            utc_offset[at] = find_utc_offsets_in(name, time[at])
+            utc_offset[at] = find_utc_offsets_in(name, time_us[at] // SECOND_US)
         return utc_offset
 
 
@@ -70,6 +70,33 @@ def find_utc_offsets_in(zone: str, time: np.ndarray) -> np.ndarray:
     quarter, which = np.unique(time[changing] // QUARTER, return_inverse=True)
     utc_offset[changing] = ahead(quarter * QUARTER)[which]
     return utc_offset
+
+
+def describe_unzoned(dataset: Dataset, schema: SchemaConfig) -> str:
+    """A line about the events that have UTC for want of an entry in `zones`, with some of the values; empty if none.
+
+    Another common zone than UTC is meant for all others, and nothing is said.
+    """
+    if not schema.zone_column or schema.zone != "UTC":
+        return ""
+    log, column = dataset.log, schema.zone_column
+    if column in dataset.context:
+        feature = list(dataset.context).index(column)
+        count = np.bincount(log.context[:, feature], minlength=len(dataset.context[column]) + 2)
+        found = dict(zip(("", *dataset.context[column]), count.tolist(), strict=False))
+    else:
+        values, which = np.unique(dataset.profile[column], return_inverse=True)
+        found = dict(zip(values.tolist(), np.bincount(which, np.diff(log.offsets)).astype(int).tolist(), strict=True))
+    left = {value: n for value, n in found.items() if n and value not in schema.zone_of}
+    if not left:
+        return ""
+    first = sorted(left, key=lambda value: (value == "", -left[value]))  # what is missing comes last
+    names = [repr(value) if value else "no value" for value in first]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"config.data.schema.zones: {sum(left.values()):,} of {log.n_events:,} events have UTC, as there is no "
+        f"entry for {column} {', '.join(names[:3])}{more}"
+    )
 
 
 def find_zones(dataset: Dataset, schema: SchemaConfig) -> Zones | None:

@@ -77,7 +77,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     refuse_strange_folder(workdir)
     refuse_other_config(to_plain(dataclasses.asdict(config)), workdir / CONFIG)
     data = load_data(config.data, workdir)
-    for line in describe_quarantine(data.quarantined):
+    for line in (*data.notes, *describe_quarantine(data.quarantined)):
         print(line, file=sys.stderr)
     # Only now that the data could be read: a first call that failed must not bind the directory to its mistakes.
     store_config(workdir / CONFIG, config)
@@ -118,6 +118,7 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
             "n_items": dataset.catalogue.n_items,
             "services": list(services),
             "quarantined": data.quarantined,
+            "notes": list(data.notes),
             "repeated_targets": examples.repeated,
         },
         "valid": {"step": trained.step, **trained.valid},

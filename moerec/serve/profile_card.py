@@ -1,14 +1,14 @@
 """One user's profile in words: how much of which aspect, what matters to two requests, what the context changes."""
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moerec.data.dataset import UNKNOWN_TIME, ItemTable
+from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, ItemTable
 from moerec.data.packing import device_time
 from moerec.errors import InputError
 from moerec.eval.probes.profile_aspects import relevance_of_aspects, written_by_items
@@ -73,12 +73,19 @@ class ProfileCard(NamedTuple):
 
 
 def summarize_profile(
-    run: Run, user: str, times: list[int], context: Mapping[str, str], feature: str, top_k: int
+    run: Run,
+    user: str,
+    times: Sequence[float],
+    context: Mapping[str, str],
+    feature: str,
+    top_k: int,
+    utc_offsets: Sequence[int] = (),
 ) -> ProfileCard:
     """The profile card of a user.
 
     Args:
       times: of the requests, unix seconds; none: a Saturday's evening and a Monday's morning after the last event.
+      utc_offsets: how many seconds the clock at the place of each request is ahead of UTC, if its time tells.
       context: of all requests; what is not named is as at the last event before the first of them.
       feature: of the context, whose own value and then others, `N_VALUES` in all, are tried; the empty string varies
         nothing.
@@ -91,7 +98,7 @@ def summarize_profile(
         raise InputError("--workdir: this run keeps no profile of aspects; train it with model.personal.layers")
     if feature and feature not in dataset.context:
         raise InputError(f"--vary: {feature!r} is none of {', '.join(dataset.context) or 'no features'}")
-    asked = make_requests(run, user, times, context)
+    asked = make_requests(run, user, times, context, utc_offsets)
     answers = [recommend(run, user, request, top_k) for request in asked]
     rows = find_history(run, user, asked[0])
     relevance_QM = np.stack([np.asarray(answer.relevance) for answer in answers])
@@ -111,24 +118,29 @@ def summarize_profile(
     )
 
 
-def make_requests(run: Run, user: str, times: list[int], context: Mapping[str, str]) -> list[RecommendRequest]:
+def make_requests(
+    run: Run, user: str, times: Sequence[float], context: Mapping[str, str], utc_offsets: Sequence[int] = ()
+) -> list[RecommendRequest]:
     """The requests of `summarize_profile`."""
     dataset = run.data.dataset
     rows = find_history(run, user, RecommendRequest(times[0] if times else None))
     if not len(rows):
         raise InputError(f"--user: {user!r} has no events before --time")
     last = rows[-1]
-    time = int(dataset.log.time[last])
     if not times:
-        if time == UNKNOWN_TIME:
+        if (time_us := int(dataset.log.time_us[last])) == UNKNOWN_TIME:
             raise InputError(f"--time: is needed, as the last event of {user!r} has none")
-        times = [next_time(time, 5, 20), next_time(time, 0, 8)]
+        times = [next_time(time_us / SECOND_US, 5, 20), next_time(time_us / SECOND_US, 0, 8)]
     known = zip(dataset.context.items(), dataset.log.context[last], strict=True)
     before = {name: values[code - 1] for (name, values), code in known if 0 < code <= len(values)}
-    return [RecommendRequest(when, {**before, **context}) for when in times]
+    offsets = utc_offsets or [0] * len(times)
+    return [
+        RecommendRequest(when, {**before, **context}, utc_offset=offset)
+        for when, offset in zip(times, offsets, strict=True)
+    ]
 
 
-def next_time(after: int, weekday: int, hour: int) -> int:
+def next_time(after: float, weekday: int, hour: int) -> int:
     """Unix seconds of the first such hour, UTC, on such a day of the week (0 is Monday) after a time."""
     when = datetime.datetime.fromtimestamp(after, datetime.UTC)
     days = (weekday - when.weekday()) % 7
@@ -140,7 +152,7 @@ def _list_aspects(run: Run, rows: np.ndarray, request: RecommendRequest, relevan
     model, personal = run.predictor.params, run.config.model.personal
     assert isinstance(model.profile, MemoryParams)
     state = observe_history(run, rows)
-    at = jnp.asarray(device_time(np.array([request.time]))[0])
+    at = jnp.asarray(device_time(request.time_us)[0])
     shape = (personal.n_aspects, personal.n_scales)
     evidence_XX = np.asarray(evidence(model.profile, state, at)).reshape(shape)
     half_life_XX = np.log(2) / np.asarray(decay_rates(model.profile)).reshape(shape)

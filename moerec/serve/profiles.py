@@ -119,11 +119,11 @@ def _check_seen(dataset: Dataset, users: np.ndarray, states: UserState) -> None:
     """Refuses states whose count of events and time are not those of a beginning of the users' histories."""
     log = dataset.log
     seen = np.asarray(states.n_events, np.int64)
-    known = np.where(log.time == UNKNOWN_TIME, -1, np.arange(log.n_events))
+    known = np.where(log.time_us == UNKNOWN_TIME, -1, np.arange(log.n_events))
     latest = np.maximum.accumulate(known) if log.n_events else known  # the last row up to each whose time is known
     start = log.offsets[users]
     row = np.where(seen > 0, latest[np.clip(start + seen, 1, log.n_events) - 1], -1)
-    time = np.where(row >= start, device_time(log.time[np.maximum(row, 0)]), NO_TIME)
+    time = np.where(row >= start, device_time(log.time_us[np.maximum(row, 0)]), NO_TIME)
     wrong = (seen < 0) | (seen > log.offsets[users + 1] - start) | (time != states.time)
     if wrong.any():
         name = str(dataset.users[users[np.argmax(wrong)]])
@@ -136,21 +136,26 @@ def feed(
     dataset: Dataset,
     catalog: Catalog,
     recent: int,
-    before: int | None = None,
+    before_us: int | None = None,
 ) -> FeedResult:
     """Takes everybody's profile in the store further, in batches that are on disk or not there at all.
 
     A call after an interruption, or after new events, goes on where the profiles are.
 
     Args:
-      recent: the last events of each user that stay out. before: unix seconds; events from then on stay out, too.
+      recent: the last events of each user that stay out. before_us: microseconds since 1970; events from then on stay
+        out, too.
 
     Raises:
       InputError: a profile has seen other events than those of its user in the data.
       VersionConflict: somebody else wrote to the store in the meantime; what is written stays.
     """
     log = dataset.log
-    is_out = np.zeros(log.n_events, bool) if before is None else (log.time >= before) & (log.time != UNKNOWN_TIME)
+    is_out = (
+        np.zeros(log.n_events, bool)
+        if before_us is None
+        else (log.time_us >= before_us) & (log.time_us != UNKNOWN_TIME)
+    )
     out = np.append(np.flatnonzero(is_out), log.n_events)
     end = np.minimum(out[np.searchsorted(out, log.offsets[:-1])], log.offsets[1:])
     wanted = np.maximum(end - log.offsets[:-1] - recent, 0)
@@ -197,7 +202,7 @@ def observe_events(
         part = place[lo : lo + N_EVENTS]
         is_event = part[:, None] < n_new
         row = np.where(is_event, first + part[:, None], 0)
-        events = (log.item[row], log.action[row], device_time(log.time[row]), is_event)
+        events = (log.item[row], log.action[row], device_time(log.time_us[row]), is_event)
         states = _observe(model, states, tuple(map(jnp.asarray, events)), catalog)
     return jax.tree.map(np.asarray, states)
 

@@ -145,7 +145,7 @@ def find_user(run: Run, user: str) -> int:
 def find_history(run: Run, user: str | None, request: RecommendRequest) -> np.ndarray:
     """Rows of the log: the user's events before the request; none of somebody who is nobody yet."""
     log = run.data.dataset.log
-    if request.time is not None and device_time(np.array([request.time]))[0] == NO_TIME:
+    if request.time is not None and device_time(request.time_us)[0] == NO_TIME:
         raise InputError("--time: must lie between 1932 and 2068")
     if user is None:
         return np.zeros(0, np.int64)
@@ -153,8 +153,8 @@ def find_history(run: Run, user: str | None, request: RecommendRequest) -> np.nd
     rows = np.arange(*log.offsets[at : at + 2])
     if request.time is None:
         return rows
-    time = log.time[rows]
-    return rows[(time == UNKNOWN_TIME) | (time < request.time)]
+    time_us = log.time_us[rows]
+    return rows[(time_us == UNKNOWN_TIME) | (time_us < request.time_us)]
 
 
 def _make_batch(
@@ -180,14 +180,16 @@ def _make_batch(
     placed = place_sequences(sequences.n_slots, 1, data.seq_len)
     batch = pack(dataset.log, dataset.catalogue, sequences, placed, (1, data.seq_len)).batch
     last = int(sequences.n_slots[0]) - 1
-    time = np.array([UNKNOWN_TIME if request.time is None else request.time], np.int64)
     code_C = encode_context(dataset, data.schema.edges, request.context)
-    zones = find_zones(dataset, data.schema)  # by what was said, be it known to the model or not
-    utc_offset = np.zeros(1, np.int32)
-    if zones is not None:
-        zones = zones.of_somebody(data.schema, fields)
-        utc_offset = zones.find_utc_offsets(np.zeros(1, np.int64), time, code_C[None])
-    batch.request.time_BT[0, last] = device_time(time)[0]
+    utc_offset = np.array([request.utc_offset], np.int32)
+    if not request.utc_offset:
+        zones = find_zones(dataset, data.schema)  # by what was said, be it known to the model or not
+        if zones is not None:
+            zones = zones.of_somebody(data.schema, fields)
+            utc_offset = zones.find_utc_offsets(np.zeros(1, np.int64), request.time_us, code_C[None])
+        elif len(rows):
+            utc_offset = dataset.log.utc_offset[rows[-1:]]  # the clock of the last event, if events have their own
+    batch.request.time_BT[0, last] = device_time(request.time_us)[0]
     batch.request.utc_offset_BT[0, last] = utc_offset[0]
     batch.request.context_BTC[0, last] = hide_unknown(run, code_C)
     return batch, last

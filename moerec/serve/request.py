@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moerec.data.dataset import Dataset
+from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset
 from moerec.data.prepare.binning import NUMBER, find_ranges, name_ranges
 from moerec.data.splits import parse_date
 from moerec.errors import InputError
@@ -21,23 +21,37 @@ class RecommendRequest(NamedTuple):
     """When something is wanted, unix seconds (None: not known), and its context by name; what is left out is missing.
 
     Events at or after the time are no history. `service` narrows the list to one service's catalogue. `fields` are
-    static profile fields by name, in the place of the user's own.
+    static profile fields by name, in the place of the user's own. `utc_offset` is how many seconds the clock at the
+    request's place is ahead of UTC; at 0 it is what the time zones of the data say.
     """
 
-    time: int | None = None
+    time: float | None = None
     context: Mapping[str, str] = NOTHING
     service: str = ""
     fields: Mapping[str, str] = NOTHING
+    utc_offset: int = 0
+
+    @property
+    def time_us(self) -> np.ndarray:
+        """`[1]` int64, the time as an event log has it."""
+        known = self.time is not None and abs(self.time) < np.iinfo(np.int64).max // SECOND_US
+        return np.array([round(self.time * SECOND_US) if known else UNKNOWN_TIME], np.int64)  # type: ignore[operator]
 
 
 def read_request(context: list[str], time: str, service: str, fields: list[str] | None = None) -> RecommendRequest:
-    """A request in words: entries `name=value` or `name=value,name=value`; an ISO date and time (UTC), or nothing.
+    """A request in words: entries `name=value` or `name=value,name=value`; an ISO date and time, or nothing.
+
+    The time is UTC unless it names an offset, which is then that of the clock at the request's place.
 
     Raises:
       InputError: an entry is of another form, or a name is there twice; no such time.
     """
-    when = parse_date(time, "--time") if time else None
-    return RecommendRequest(when, _read_pairs(context, "--context"), service, _read_pairs(fields or [], "--fields"))
+    pairs = _read_pairs(context, "--context"), service, _read_pairs(fields or [], "--fields")
+    if not time:
+        return RecommendRequest(None, *pairs)
+    when = parse_date(time, "--time")
+    seconds, rest_us = divmod(when.time_us, SECOND_US)
+    return RecommendRequest(seconds + rest_us / SECOND_US if rest_us else seconds, *pairs, when.utc_offset)
 
 
 def _read_pairs(entries: list[str], flag: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ def test_permutation_keeps_every_item_and_every_event(sizes, seed, data_seed):
     assert after.log.item.dtype == number.dtype == before.log.item.dtype
     assert sorted(number.tolist()) == list(range(sum(sizes)))
     assert new.ids[number].tolist() == old.ids.tolist(), "not the new number of each item"
-    for name in ("offsets", "action", "time", "context"):
+    for name in ("offsets", "action", "time_us", "context"):
         np.testing.assert_array_equal(getattr(after.log, name), getattr(before.log, name))
 
 
@@ -66,9 +66,9 @@ def test_services_and_users_of_events():
 def test_torn_columns_are_refused():
     dataset = make_dataset([2, 3])
     with pytest.raises(InputError, match="every column"):
-        dataclasses.replace(dataset.log, time=dataset.log.time[:-1])
+        dataclasses.replace(dataset.log, time_us=dataset.log.time_us[:-1])
     with pytest.raises(InputError, match="offsets"):
-        EventLog(np.array([0, 3, 2, 5]), *(getattr(dataset.log, x) for x in ("item", "action", "time", "context")))
+        EventLog(np.array([0, 3, 2, 5]), *(getattr(dataset.log, x) for x in ("item", "action", "time_us", "context")))
     with pytest.raises(InputError, match="one entry per item"):
         dataclasses.replace(dataset.catalogue, text=dataset.catalogue.text[:-1])
     names = dataset.catalogue.ids
@@ -113,7 +113,7 @@ def test_each_target_keeps_its_last_events_and_its_user():
         expected = range(max(int(log.offsets[user]), int(target) - 3), int(target) + 1)
         own = slice(*kept.log.offsets[k : k + 2])
         assert kept.log.item[own].tolist() == log.item[list(expected)].tolist()
-        assert kept.log.time[own].tolist() == log.time[list(expected)].tolist()
+        assert kept.log.time_us[own].tolist() == log.time_us[list(expected)].tolist()
         assert rows[k] == kept.log.offsets[k + 1] - 1
         assert kept.users[k] == dataset.users[user]
         assert all(kept.profile[name][k] == values[user] for name, values in dataset.profile.items())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections import Counter
@@ -65,8 +66,8 @@ def named_events(dataset: Dataset) -> dict[str, list[tuple]]:
     """User -> their events in words."""
     catalogue, log = dataset.catalogue, dataset.log
     events = [
-        (catalogue.services[catalogue.service[i]], str(catalogue.ids[i]), int(a), int(t), *c.tolist())
-        for i, a, t, c in zip(log.item, log.action, log.time, log.context, strict=True)
+        (catalogue.services[catalogue.service[i]], str(catalogue.ids[i]), int(a), int(t), int(o), *c.tolist())
+        for i, a, t, o, c in zip(log.item, log.action, log.time_us, log.utc_offset, log.context, strict=True)
     ]
     return {
         str(user): events[lo:hi] for user, lo, hi in zip(dataset.users, log.offsets[:-1], log.offsets[1:], strict=True)
@@ -104,6 +105,26 @@ def test_city_is_the_generated_world_under_new_numbers(plain_city, tmp_path):
     assert not list(tmp_path.iterdir()), "memory needs no files"
 
 
+def test_the_digest_is_that_of_seconds_where_all_are_whole_and_of_microseconds_elsewhere(tmp_path):
+    """Directories of earlier runs stay readable, and times that differ within a second are other data."""
+    data = load_data(DataConfig(city=CITY, seed=3), tmp_path)
+    log, catalogue, found = data.dataset.log, data.dataset.catalogue, hashlib.sha256()
+    codes, _ = data.dataset.profile_codes
+    time = np.array([t // 10**6 for t in log.time_us.tolist()], np.int64)
+    for array in (log.offsets, log.item, log.action, time, log.context, data.split_ids, catalogue.offsets):
+        found.update(np.ascontiguousarray(array).tobytes())
+    found.update(data.tokens.ids.tobytes() + codes.tobytes())
+    found.update("\0".join(catalogue.services).encode() + "\0".join(catalogue.ids.tolist()).encode())
+    assert data.digest == found.hexdigest()
+    digests = {data.digest}
+    for micros in (1, 2):
+        time_us = log.time_us.copy()
+        time_us[5] += micros
+        moved = dataclasses.replace(data.dataset, log=dataclasses.replace(log, time_us=time_us))
+        digests.add(dataclasses.replace(data, dataset=moved).digest)
+    assert len(digests) == 3
+
+
 def test_the_seed_decides(tmp_path):
     first, again, other = (load_data(DataConfig(city=CITY, seed=seed), tmp_path) for seed in (3, 3, 4))
     assert_same_data(first, again)
@@ -123,7 +144,7 @@ def test_city_from_shards_trains_on_the_same_events(tmp_path):
     for k, user in enumerate(users):
         n = from_memory.lengths[user]
         assert n == from_shards.lengths[user]
-        for name in ("item", "action", "time", "context"):
+        for name in ("item", "action", "time_us", "context", "utc_offset"):
             x, y = (getattr(log, name)[start[k] : start[k] + n] for log, start in logs)
             np.testing.assert_array_equal(x, y, err_msg=name)
 
@@ -149,7 +170,7 @@ def test_tables(tmp_path):
     data = load_data(table_config(tmp_path / "tables"), tmp_path / "run")
     assert data.world is None
     assert data.folder == tmp_path / "run" / "data"
-    events = {p: [e[:2] + e[3:] for e in x] for p, x in named_events(data.dataset).items()}
+    events = {p: [(*e[:2], e[3] // 10**6) for e in x] for p, x in named_events(data.dataset).items()}
     assert events == {
         "u1": [("food", "a", 10), ("food", "b", 20), ("books", "a", 30), ("books", "c", 40)],
         "u2": [("food", "b", 5), ("books", "c", 7), ("food", "c", 7), ("food", "a", 7)],

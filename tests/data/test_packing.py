@@ -84,19 +84,25 @@ def seconds(*date) -> int:
     return int(datetime.datetime(*date, tzinfo=datetime.UTC).timestamp())
 
 
+def micros(seconds: int, rest: int = 0) -> int:
+    return seconds * 10**6 + rest
+
+
 def test_device_time_counts_from_2000_and_refuses_what_does_not_fit():
     first, last = -(2**31) + 1, 2**31 - 1
     zero = seconds(2000, 1, 1)
     times = {
-        seconds(2000, 1, 1): 0,
-        seconds(2000, 1, 2, 0, 0, 5): 86_405,
-        seconds(1999, 12, 31, 23, 59, 59): -1,
-        zero + first: first,
-        zero + first - 1: NO_TIME,  # the code itself
-        zero + last: last,
-        zero + last + 1: NO_TIME,
+        micros(zero): 0,
+        micros(zero, 999_999): 0,
+        micros(seconds(2000, 1, 2, 0, 0, 5)): 86_405,
+        micros(seconds(1999, 12, 31, 23, 59, 59)): -1,
+        micros(zero, -1): -1,  # downwards, on both sides of 2000
+        micros(zero + first): first,
+        micros(zero + first, -1): NO_TIME,  # the code itself
+        micros(zero + last, 999_999): last,
+        micros(zero + last + 1): NO_TIME,
         int(UNKNOWN_TIME): NO_TIME,
-        int(UNKNOWN_TIME) + 1: NO_TIME,  # wraps around when shifted
+        int(UNKNOWN_TIME) + 1: NO_TIME,
         2**63 - 1: NO_TIME,
     }
     shifted = device_time(np.array(list(times), np.int64))
@@ -107,7 +113,8 @@ def test_device_time_counts_from_2000_and_refuses_what_does_not_fit():
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=20))
 def test_device_time_of_any_time(times):
     zero = seconds(2000, 1, 1)
-    expected = [t - zero if -(2**31) < t - zero < 2**31 else int(NO_TIME) for t in times]
+    shifted = [t // 10**6 - zero for t in times]
+    expected = [s if -(2**31) < s < 2**31 else int(NO_TIME) for s in shifted]
     assert device_time(np.array(times, np.int64)).tolist() == expected
 
 
@@ -117,7 +124,7 @@ def sequence_sets(draw):
     n_events, sizes = draw(st.integers(1, 20)), draw(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any))
     n_context, n_fields, row_len = draw(st.integers(0, 3)), draw(st.integers(0, 2)), draw(st.integers(1, 7))
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
-    time = rng.integers(0, 2**30, n_events) + seconds(2001, 1, 1)
+    time = rng.integers(0, 2**50, n_events) + micros(seconds(2001, 1, 1))
     time[rng.random(n_events) < 0.2] = UNKNOWN_TIME
     log = EventLog(
         np.array([0, n_events]),
@@ -171,7 +178,8 @@ def test_control_slots_and_events_stand_where_a_loop_lays_them(drawn):
     service_of = [z for z in range(n_services) for _ in range(items.offsets[z], items.offsets[z + 1])]
 
     def seen_time(row):
-        return int(NO_TIME) if log.time[row] == UNKNOWN_TIME else int(log.time[row]) - seconds(2000, 1, 1)
+        time_us = int(log.time_us[row])
+        return int(NO_TIME) if time_us == UNKNOWN_TIME else time_us // 10**6 - seconds(2000, 1, 1)
 
     def nothing(kind):
         empty = {"kind_BT": kind, "item_BT": 0, "service_BT": n_services, "action_BT": 0, "time_BT": int(NO_TIME)}

@@ -34,7 +34,7 @@ def make_log(lengths, seed=0, n_context=2) -> EventLog:
     """Every event has an item of its own, so that a batch names the events that it was made from."""
     rng = np.random.default_rng(seed)
     n = int(np.sum(lengths))
-    time = EPOCH_2000 + rng.integers(-(2**30), 2**30, n)
+    time = EPOCH_2000 * 10**6 + rng.integers(-(2**50), 2**50, n)
     time[rng.random(n) < 0.1] = UNKNOWN_TIME
     return EventLog(
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -85,7 +85,7 @@ def segments_of(batch) -> list[list[tuple[int, int]]]:
 
 
 def shifted(time) -> int:
-    return int(NO_TIME) if time == UNKNOWN_TIME else int(time) - EPOCH_2000
+    return int(NO_TIME) if time == UNKNOWN_TIME else int(time) // 10**6 - EPOCH_2000
 
 
 def decode(batch, log: EventLog, rows_of_users, first_event: bool) -> list[tuple[int, int, int]]:
@@ -109,12 +109,19 @@ def decode(batch, log: EventLog, rows_of_users, first_event: bool) -> list[tuple
             own = [2, 0, 2, 0, int(NO_TIME), 0]
             if event != "control":
                 item = log.item[event]
-                own = [1, item, int(item >= n_few), log.action[event], shifted(log.time[event]), log.utc_offset[event]]
+                own = [
+                    1,
+                    item,
+                    int(item >= n_few),
+                    log.action[event],
+                    shifted(log.time_us[event]),
+                    log.utc_offset[event],
+                ]
             assert got == [
                 *own,
                 k,
                 batch.segment_BT[slots[0]],
-                shifted(log.time[following]),
+                shifted(log.time_us[following]),
                 log.utc_offset[following],
                 log.context[following].tolist(),
                 [user, user % 3 + 1],
@@ -227,7 +234,7 @@ def test_every_users_first_event_is_predicted_once_an_epoch_from_the_request_alo
             asked = (x[slot].tolist() for x in batch.request)
             controls.append((int(label[slot]), int(batch.position_BT[slot]), *asked))
     expected = [
-        (log.item[row], 0, shifted(log.time[row]), log.utc_offset[row], log.context[row].tolist(), [p, p % 3 + 1])
+        (log.item[row], 0, shifted(log.time_us[row]), log.utc_offset[row], log.context[row].tolist(), [p, p % 3 + 1])
         for p, row in first_rows.items()
     ]
     for epoch in range(3):
@@ -448,6 +455,6 @@ def test_shard_reader_renumbers_the_items(tmp_path):
     assert start.tolist() == [3, 0, 3]  # who has several windows in a batch is read once
     rows = [0, 2, 3, 5, 6, 9]
     assert fetched.item.tolist() == [int(numbers[log.item[row]]) for row in rows]
-    np.testing.assert_array_equal(fetched.time, log.time[rows])
+    np.testing.assert_array_equal(fetched.time_us, log.time_us[rows])
     np.testing.assert_array_equal(fetched.action, log.action[rows])
     np.testing.assert_array_equal(fetched.context, log.context[rows])

@@ -12,7 +12,7 @@ from moerec.data import histories, splits
 from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog, ItemTable
 from moerec.errors import InputError
 
-DAY = 86400
+DAY = 86_400_000_000  # microseconds
 
 
 def make_dataset(users, sizes=(4, 3, 5)):
@@ -91,7 +91,7 @@ def test_time_split_puts_every_event_on_its_side(dataset):
     split = SplitConfig(kind="time", valid_from="1970-01-03", test_from="1970-01-05T00:00:00+00:00")
     split_ids = splits.assign_split_ids(dataset, split, 0)
     for p in range(dataset.log.n_users):
-        times = [int(dataset.log.time[row]) for row in rows_of(dataset, p)]
+        times = [int(dataset.log.time_us[row]) for row in rows_of(dataset, p)]
         undated = UNKNOWN_TIME in times
         for row, time in zip(rows_of(dataset, p), times, strict=True):
             side = splits.TRAIN if time < 2 * DAY else splits.VALID if time < 4 * DAY else splits.TEST
@@ -130,13 +130,13 @@ def test_user_split_holds_out_whole_users_and_follows_the_seed():
 @given(datasets(), st.integers(0, 5))
 def test_shuffled_ties_move_events_only_within_their_known_time(dataset, seed):
     shuffled = splits.shuffle_ties(dataset, seed)
-    np.testing.assert_array_equal(shuffled.log.time, dataset.log.time)
+    np.testing.assert_array_equal(shuffled.log.time_us, dataset.log.time_us)
     np.testing.assert_array_equal(shuffled.log.offsets, dataset.log.offsets)
     for p in range(dataset.log.n_users):
         before, after = collections.defaultdict(list), collections.defaultdict(list)
         for row in rows_of(dataset, p):
-            before[int(dataset.log.time[row])].append(int(dataset.log.item[row]))
-            after[int(dataset.log.time[row])].append(int(shuffled.log.item[row]))
+            before[int(dataset.log.time_us[row])].append(int(dataset.log.item[row]))
+            after[int(dataset.log.time_us[row])].append(int(shuffled.log.item[row]))
         assert before.pop(UNKNOWN_TIME, None) == after.pop(UNKNOWN_TIME, None)
         assert {t: sorted(v) for t, v in before.items()} == {t: sorted(v) for t, v in after.items()}
 
@@ -157,7 +157,7 @@ def test_histories_equal_a_loop(dataset, per_service, most):
         found = splits.gather_histories(dataset, targets, per_service)
     finally:
         histories.MOST_ROWS = before
-    time, service, user = dataset.log.time, dataset.event_service, dataset.log.user
+    time, service, user = dataset.log.time_us, dataset.event_service, dataset.log.user
     offsets, rows = found.offsets, found.rows
     assert len(found) == len(targets) == len(offsets) - 1
     assert offsets[-1] == len(rows)

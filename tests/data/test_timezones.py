@@ -73,7 +73,7 @@ def test_zones_go_by_the_city_of_the_event_or_of_the_user_or_are_everybodys(conf
     # The first is a second before clocks in Berlin change; missing and other cities have the common zone, and times
     # that are not known, or in the year 9999, none.
     assert by_event.utc_offset.tolist() == [3600, 10800, 0, 0, 10800, 0, 0]
-    assert by_event.time[-2] == UNKNOWN_TIME
+    assert by_event.time_us[-2] == UNKNOWN_TIME
     by_user = load(config, tmp_path, zone_column="home", zones=zones).dataset.log
     assert by_user.utc_offset.tolist() == [10800] * 4 + [3600, 0, 0]
     everybody = load(config, tmp_path, zone="Asia/Kathmandu").dataset.log
@@ -81,11 +81,27 @@ def test_zones_go_by_the_city_of_the_event_or_of_the_user_or_are_everybodys(conf
     assert load(config, tmp_path).dataset.log.utc_offset.tolist() == [0] * 7
 
 
+def test_events_without_an_entry_are_counted_and_named(config, tmp_path):
+    """By the city of the event or of the user; another common zone than UTC is meant for them."""
+    line = "config.data.schema.zones: {} of 7 events have UTC, as there is no entry for {}"
+    for column, zones, told in (
+        ("city", ("berlin=Europe/Berlin", "moscow=Europe/Moscow"), line.format(2, "city 'nowhere', no value")),
+        ("city", ("nowhere=Europe/Berlin",), line.format(6, "city 'berlin', 'moscow', no value")),
+        ("home", ("berlin=Europe/Berlin",), line.format(4, "home 'moscow'")),
+        ("home", ("berlin=Europe/Berlin", "moscow=Europe/Moscow"), None),
+    ):
+        data = load(config, tmp_path, zone_column=column, zones=zones)
+        far = data.notes[:1]  # the year 9999
+        assert "far-off times" in far[0]
+        assert data.notes == (far if told is None else (*far, told))
+        assert load(config, tmp_path, zone="Asia/Tokyo", zone_column=column, zones=zones).notes == far
+
+
 def test_the_clock_of_a_new_user_is_that_of_their_fields_and_nobody_elses(config, tmp_path):
     zones = ("berlin=Europe/Berlin", "moscow=Europe/Moscow")
     schema = dataclasses.replace(config.schema, zone_column="home", zones=zones)
     found = find_zones(load(config, tmp_path, zone_column="home", zones=zones).dataset, schema)
-    winter, somebody, no_context = np.array([1704067200]), np.zeros(1, int), np.zeros((1, 1), int)
+    winter, somebody, no_context = np.array([1704067200]) * 10**6, np.zeros(1, int), np.zeros((1, 1), int)
     for fields, hours in (({}, 0), ({"home": "berlin"}, 1), ({"home": "moscow"}, 3), ({"home": "oslo"}, 0)):
         own = found.of_somebody(schema, fields)
         assert own.find_utc_offsets(somebody, winter, no_context).tolist() == [3600 * hours]

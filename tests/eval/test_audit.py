@@ -25,7 +25,7 @@ from moerec.eval.audit.report import AuditReport, make_row
 from moerec.eval.ranking import dataset as evaluated
 from tests.amazon3_tables import read_amazon3
 
-DAY = 86400
+DAY, DAY_0 = 86_400_000_000, 18_262  # microseconds; 2020-01-01
 
 
 def build(users, sizes=(60, 60), ids=None):
@@ -41,7 +41,7 @@ def build(users, sizes=(60, 60), ids=None):
         np.concatenate([[0], np.cumsum([len(p) for p in users])]).astype(np.int64),
         np.array([item for item, _ in events], np.int32),
         np.zeros(len(events), np.int16),
-        np.array([day for _, day in events], np.int64) * DAY,
+        np.array([DAY_0 + day for _, day in events], np.int64) * DAY,
         np.zeros((len(events), 0), np.int16),
     )
     return Dataset(catalogue, log, np.arange(len(users)).astype(str))
@@ -217,7 +217,7 @@ def test_a_canary_is_seen_where_a_request_is_that_of_a_later_event(monkeypatch):
     def leaky(*args):
         return with_context(pack(*args), pack_later(*args).batch.request.context_BTC)
 
-    split = SplitConfig(kind="time", valid_from="1970-01-05", test_from="1970-01-06")
+    split = SplitConfig(kind="time", valid_from="2020-01-05", test_from="2020-01-06")
     for function, value in ((pack, 0), (leaky, 1)):
         monkeypatch.setattr("moerec.eval.ranking.dataset.pack", function)
         rows = {row.name: row for row in run_audit(dataset, split, AuditConfig()).rows}
@@ -241,7 +241,7 @@ def test_a_canary_is_seen_where_a_control_slot_tells_of_what_comes_after_the_tar
         context[at] = log.context[np.minimum(sequences.next_row + 1, log.n_events - 1)]
         return with_context(packed, context)
 
-    split = SplitConfig(kind="time", valid_from="1970-01-05", test_from="1970-01-06")
+    split = SplitConfig(kind="time", valid_from="2020-01-05", test_from="2020-01-06")
     subject = prepare_subject(dataset, split, 0)
     first = dataset.log.offsets[:-1]
     targets = np.where(np.arange(len(users)) % 2, first + 4, first)
@@ -263,14 +263,14 @@ def test_a_canary_is_seen_where_a_history_holds_what_is_tied_behind_its_target(m
     def leaky(dataset, targets, per_service):
         last = dataset.log.offsets[dataset.log.user[targets] + 1] - 1
         behind = np.minimum(targets + 1, last)
-        tied = dataset.log.time[behind] == dataset.log.time[targets]
+        tied = dataset.log.time_us[behind] == dataset.log.time_us[targets]
         found = whole(dataset, targets, per_service)
         rows = found.rows.copy()
         rows[found.offsets[1:][tied] - 1] = behind[tied]
         return Histories(found.offsets, rows)
 
     monkeypatch.setattr("moerec.eval.ranking.dataset.gather_histories", leaky)
-    split = SplitConfig(kind="time", valid_from="1970-01-03", test_from="1970-01-04")
+    split = SplitConfig(kind="time", valid_from="2020-01-03", test_from="2020-01-04")
     assert audit(users, split)["future_canary_test", "all"].value > 0.1
 
 
@@ -294,7 +294,7 @@ def test_training_after_a_test_event_is_found_and_a_time_split_has_none():
     assert rows["train_after_own_test", "all"].value == pytest.approx(np.mean(own))
     assert "train_after_own_test" in exceeded(rows)
     assert audit(users)["train_after_test", "all"].value == 0  # everybody's test event is on the last day
-    rows = audit(users, SplitConfig(kind="time", valid_from="1970-01-05", test_from="1970-01-06"))
+    rows = audit(users, SplitConfig(kind="time", valid_from="2020-01-05", test_from="2020-01-06"))
     assert rows["train_after_test", "all"].value == rows["train_after_own_test", "all"].value == 0
     shifted = [[(i, d + 4 * (k % 2)) for i, d in p] for k, p in enumerate(users)]
     assert audit(shifted)["train_after_test", "all"].value == pytest.approx(0.5 * 0.5 * 2 / 6)

@@ -10,7 +10,7 @@ import operator
 import numpy as np
 import pytest
 
-from moerec.config import SplitConfig
+from moerec.config import EvalConfig, SplitConfig
 from moerec.data import splits
 from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog, ItemTable
 from moerec.data.histories import Histories
@@ -25,11 +25,13 @@ from moerec.eval.baselines import (
     register_scorer,
 )
 from moerec.eval.baselines.item_to_item import weigh_histories
+from moerec.eval.baselines.popularity_recent import choose_window
 from moerec.eval.ranking import make_test_set
 from tests.amazon3_tables import read_amazon3
 from tests.tiny import make_config
 
-DAY = 86400
+HOUR = 3_600_000_000  # microseconds
+DAY = 24 * HOUR
 
 
 def make_world(seed=0, n_users=40, sizes=(6, 5), dated=True):
@@ -107,28 +109,111 @@ def test_service_popularity_multiplies_service_and_item():
             assert scores[t, i] == pytest.approx(p_service * item_count[i] / service_count[of[i]], rel=1e-5)
 
 
-def test_recent_popularity_decays_and_never_sees_the_future():
+def count_in_window(dataset, split_ids, target, window):
+    """How often each item is taken within the window before a target, and at all before it, by a loop."""
+    log, n_items = dataset.log, dataset.catalogue.n_items
+    recent, ever = np.zeros(n_items, int), np.zeros(n_items, int)
+    asked = log.time_us[target]
+    for row in np.flatnonzero(split_ids == splits.TRAIN):
+        time_us = log.time_us[row]
+        if time_us != UNKNOWN_TIME and (asked == UNKNOWN_TIME or time_us < asked):
+            ever[log.item[row]] += 1
+            recent[log.item[row]] += asked != UNKNOWN_TIME and time_us >= asked - window
+    return recent, ever
+
+
+@pytest.mark.parametrize("days", [0.5, 3.0, 40.0, 1000.0])
+def test_recent_popularity_counts_a_rolling_window_and_never_sees_the_future(days):
+    """Level items by what was taken before; a target of unknown time sees all of training."""
     dataset = make_world()
+    time_us = dataset.log.time_us + np.random.default_rng(1).integers(0, 2, dataset.log.n_events) * HOUR
+    time_us[::7] = UNKNOWN_TIME
+    dataset = dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, time_us=time_us))
     split_ids, targets, histories = hold_out(dataset)
-    model = baselines.fit_recent_popularity(dataset, split_ids, half_life_days=40)
-    scores = model.score(dataset, targets, histories)
+    assert np.any(time_us[targets] == UNKNOWN_TIME)
+    scores = baselines.fit_recent_popularity(dataset, split_ids, days).score(dataset, targets, histories)
+    assert scores.dtype == np.float32
+    n = np.sum((split_ids == splits.TRAIN) & (time_us != UNKNOWN_TIME))
+    for t, target in enumerate(targets):
+        recent, ever = count_in_window(dataset, split_ids, target, days * DAY)
+        np.testing.assert_allclose(scores[t], recent + ever / (2 * n), rtol=1e-5)
+
+
+def test_an_outlier_does_not_move_recent_popularity():
+    """Events at time 0 and in the year 9999 count for nobody but those who ask there, or later."""
+    dataset = make_world(5)
+    split_ids, targets, histories = hold_out(dataset)
     trained = np.flatnonzero(split_ids == splits.TRAIN)
-    start, width = dataset.log.time[trained].min(), 10 * DAY
-    assert (model.start, model.width) == (start, width)
-    for t in range(0, len(targets), 5):
-        bucket = min((dataset.log.time[targets[t]] - start) // width, len(model.table) - 1)
-        expected = np.zeros(dataset.catalogue.n_items)
-        for row in trained:
-            age = bucket - (dataset.log.time[row] - start) // width
-            if age > 0:
-                expected[dataset.log.item[row]] += 0.5 ** (age / 4)
-        np.testing.assert_allclose(scores[t], expected, rtol=1e-5)
+    time_us = dataset.log.time_us + 18_000 * DAY
+    before = dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, time_us=time_us))
+    moved = time_us.copy()
+    moved[trained[0]], moved[trained[-1]] = 0, 2_932_896 * DAY
+    after = dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, time_us=moved))
+    scores = [baselines.fit_recent_popularity(x, split_ids, 20.0).score(x, targets, histories) for x in (before, after)]
+    for t, target in enumerate(targets):
+        touched = [dataset.log.item[row] for row in (trained[0], trained[-1]) if time_us[row] < time_us[target]]
+        same = np.setdiff1d(np.arange(dataset.catalogue.n_items), [*touched, dataset.log.item[trained[0]]])
+        np.testing.assert_array_equal(scores[0][t, same], scores[1][t, same])
+        assert np.floor(scores[0][t] - scores[1][t]).max() <= len(touched)
+
+
+def make_news(n_users=1000, seed=0):
+    """A week in which what is read changes by the hour, one of a hundred items most of the time; ten events a user."""
+    rng = np.random.default_rng(seed)
+    n, n_items = 10 * n_users, 100
+    time_us = 19_000 * DAY + np.sort(rng.integers(0, 7 * DAY, (n_users, 10)), axis=1).ravel()
+    item = np.where(rng.random(n) < 0.8, time_us // HOUR * 31 % n_items, rng.integers(0, n_items, n))
+    blank = np.full(n_items, "")
+    catalogue = ItemTable(("news",), np.array([0, n_items]), np.arange(n_items).astype(str), blank, blank)
+    log = EventLog(
+        np.arange(0, n + 1, 10), item.astype(np.int32), np.zeros(n, np.int16), time_us, np.zeros((n, 0), np.int16)
+    )
+    return Dataset(catalogue, log, np.arange(n_users).astype(str))
+
+
+@pytest.mark.parametrize("outlier", [None, 0, 2_932_896 * DAY])
+def test_the_window_is_chosen_on_validation_targets_and_fits_a_week_of_news(tmp_path, outlier):
+    """By hours, whatever one event's time; a window that is given is taken as it is."""
+    dataset = make_news()
+    if outlier is not None:
+        time_us = dataset.log.time_us.copy()
+        time_us[4] = outlier
+        dataset = dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, time_us=time_us))
+    config, split_ids = make_config(), splits.assign_split_ids(dataset, SplitConfig(), 0)
+    data = dataclasses.replace(load_data(config.data, tmp_path), dataset=dataset, split_ids=split_ids)
+    inputs = BaselineInputs(config, data, make_test_set(config, data), tmp_path)
+    assert choose_window(inputs) == 1 / 24
+    examples, recall = inputs.examples, {}
+    for days in (0.0, 1 / 24, 30.0):
+        own = inputs._replace(
+            config=dataclasses.replace(config, eval=dataclasses.replace(config.eval, popularity_days=days))
+        )
+        ranked = BASELINES["popularity_recent"](own)
+        scorer = baselines.fit_recent_popularity(dataset, split_ids, days or 1 / 24)
+        by_hand = rank_by_scores(scorer, dataset, examples.targets, examples.histories, config.eval.mask_seen)
+        np.testing.assert_array_equal(ranked.union.greater, by_hand.union.greater)
+        recall[days] = metrics.per_target_metrics(ranked.union)["recall@10"].mean()
+    assert recall[0.0] > 0.5 > 0.1 > recall[30.0]
+
+
+def test_no_validation_target_and_no_window_of_sense(tmp_path):
+    dataset = make_news(20)
+    split_ids = np.full(dataset.log.n_events, splits.TRAIN, np.int8)
+    split_ids[9::10] = splits.TEST
+    config = make_config()
+    data = dataclasses.replace(load_data(config.data, tmp_path), dataset=dataset, split_ids=split_ids)
+    assert choose_window(BaselineInputs(config, data, make_test_set(config, data), tmp_path)) == 30
+    with pytest.raises(WorkError, match="a window of 0 days"):
+        baselines.fit_recent_popularity(dataset, split_ids, 0)
+    for days in (-1.0, np.inf, np.nan):
+        with pytest.raises(InputError, match=r"eval\.popularity_days"):
+            EvalConfig(popularity_days=days)
 
 
 def test_recent_popularity_without_times_counts_the_last_training_events():
     dataset = make_world(dated=False)
     split_ids, targets, histories = hold_out(dataset)
-    scores = baselines.fit_recent_popularity(dataset, split_ids, last_share=0.2).score(dataset, targets, histories)
+    scores = baselines.fit_recent_popularity(dataset, split_ids).score(dataset, targets, histories)
     late = [i for s in train_sequences(dataset, split_ids).values() for i in s[-int(np.ceil(0.2 * len(s))) :]]
     expected = np.bincount(late, minlength=dataset.catalogue.n_items)
     np.testing.assert_array_equal(scores, np.tile(expected, (len(targets), 1)))
@@ -141,14 +226,14 @@ def test_hour_popularity_equals_a_loop(seed):
     n = dataset.log.n_events
     time = rng.integers(0, 300 * DAY, n)
     time[rng.random(n) < 0.2] = UNKNOWN_TIME
-    log = dataclasses.replace(dataset.log, time=time, utc_offset=900 * rng.integers(-50, 50, n).astype(np.int32))
+    log = dataclasses.replace(dataset.log, time_us=time, utc_offset=900 * rng.integers(-50, 50, n).astype(np.int32))
     dataset = dataclasses.replace(dataset, log=log)
     split_ids, targets, histories = hold_out(dataset)
 
     def hour_of(row):
         if time[row] == UNKNOWN_TIME:
             return None
-        clock = datetime.timedelta(seconds=int(time[row]) + int(log.utc_offset[row]))
+        clock = datetime.timedelta(microseconds=int(time[row]), seconds=int(log.utc_offset[row]))
         return (datetime.datetime(1970, 1, 1) + clock).hour
 
     trained = [row for row in range(n) if split_ids[row] == splits.TRAIN]
@@ -284,7 +369,7 @@ def test_nothing_held_out_reaches_a_model(name, per_service):
     service = dataset.event_service[changed[~in_history]]
     first, last = dataset.catalogue.offsets[service], dataset.catalogue.offsets[service + 1]
     item[changed[~in_history]] = first + (item[changed[~in_history]] - first + 1) % (last - first)
-    log = EventLog(dataset.log.offsets, item, dataset.log.action, dataset.log.time, dataset.log.context)
+    log = EventLog(dataset.log.offsets, item, dataset.log.action, dataset.log.time_us, dataset.log.context)
     other = Dataset(dataset.catalogue, log, dataset.users)
     after = fit(other, split_ids).score(other, targets, histories)
     assert before.dtype == np.float32

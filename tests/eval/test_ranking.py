@@ -46,13 +46,13 @@ def dataset():
     """Some users repeat items, some have equal times in both services, some have very long histories."""
     made = make_dataset([0, 1, 2, 3, 1, 2, 12, 5, 9, 1, 4, 14], (14, 22), seed=5)
     log, rng = made.log, np.random.default_rng(6)
-    time, item = log.time.copy(), log.item.copy()
+    time, item = log.time_us.copy(), log.item.copy()
     for row in range(1, log.n_events):
         if log.user[row] == log.user[row - 1] and rng.random() < 0.5:
             time[row] = time[row - 1]
         if row > log.offsets[log.user[row]] and rng.random() < 0.2:
             item[row] = item[rng.integers(log.offsets[log.user[row]], row)]
-    return dataclasses.replace(made, log=dataclasses.replace(log, time=time, item=item))
+    return dataclasses.replace(made, log=dataclasses.replace(log, time_us=time, item=item))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def history_by_hand(dataset, target: int, per_service: bool) -> list[int]:
     rows = [row for row in range(target) if log.user[row] == log.user[target]]
     if not per_service:
         return rows
-    earlier = [log.time[row] != UNKNOWN_TIME and log.time[row] < log.time[target] for row in range(target)]
+    earlier = [log.time_us[row] != UNKNOWN_TIME and log.time_us[row] < log.time_us[target] for row in range(target)]
     return [row for row in rows if service[row] == service[target] or earlier[row]]
 
 
@@ -111,7 +111,12 @@ def scores_by_hand(model, vectors, dataset, table, history: list[int], target: i
         return np.array(values, np.int32)[None]
 
     def times(rows):
-        return row([NO_TIME if e is None or log.time[e] == UNKNOWN_TIME else log.time[e] - EPOCH_2000 for e in rows])
+        return row(
+            [
+                NO_TIME if e is None or log.time_us[e] == UNKNOWN_TIME else log.time_us[e] // 10**6 - EPOCH_2000
+                for e in rows
+            ]
+        )
 
     def of_events(values, empty):
         return row([empty if e is None else values[e] for e in laid])

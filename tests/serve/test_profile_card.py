@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
 def test_evidence_is_what_the_events_left_by_the_time_of_the_request(trained):
     dataset, model, user = trained.data.dataset, trained.predictor.params, 7
     rows = np.arange(*dataset.log.offsets[user : user + 2])
-    time = int(dataset.log.time[rows[-1]]) + 5 * 86400
+    time = int(dataset.log.time_us[rows[-1]]) // 10**6 + 5 * 86400
     found = summarize_profile(trained, str(dataset.users[user]), [time], {}, "weather", 3)
     x_TD = np.asarray(
         model.event_vectors(dataset.log.item[rows], dataset.log.action[rows], trained.catalog), np.float64
@@ -46,7 +46,7 @@ def test_evidence_is_what_the_events_left_by_the_time_of_the_request(trained):
     weight_TA = np.exp(x_TD @ np.asarray(model.profile.aspect_DX[...], np.float64))
     share_TA = weight_TA / weight_TA.sum(axis=1, keepdims=True)  # at first a strength of one
     rate_AS = np.asarray(decay_rates(model.profile), np.float64).reshape(N_ASPECTS, N_SCALES)
-    hours_T = (time - dataset.log.time[rows]) / 3600
+    hours_T = (time - dataset.log.time_us[rows] / 10**6) / 3600
     left = np.einsum("TA,TAS->A", share_TA, np.exp(-rate_AS * hours_T[:, None, None]))
     for aspect in found.aspects:
         assert aspect.evidence == pytest.approx(left[aspect.number], rel=1e-4)
@@ -82,7 +82,7 @@ def test_lists_are_those_that_are_asked_for_in_each_context(trained):
 def test_requests_are_a_saturday_evening_and_a_monday_morning_after_the_last_event(trained):
     dataset = trained.data.dataset
     found = summarize_profile(trained, str(dataset.users[0]), [], {}, "weather", 1)
-    last = dataset.log.time[dataset.log.offsets[1] - 1]
+    last = dataset.log.time_us[dataset.log.offsets[1] - 1] / 10**6
     for text, weekday, hour in zip(found.requests, (5, 0), (20, 8), strict=True):
         when = datetime.datetime.strptime(text + "+0000", "%a %Y-%m-%d %H:%M%z")
         assert (when.weekday(), when.hour) == (weekday, hour)
@@ -95,8 +95,10 @@ def test_requests_are_a_saturday_evening_and_a_monday_morning_after_the_last_eve
 def test_a_request_in_the_past_has_the_context_of_the_event_before_it(trained):
     dataset = trained.data.dataset
     rows = np.arange(*dataset.log.offsets[4:6])
-    before = rows[np.flatnonzero(np.diff(dataset.log.time[rows]) > 60)[0]]
-    found = summarize_profile(trained, str(dataset.users[4]), [int(dataset.log.time[before]) + 30], {}, "weather", 1)
+    before = rows[np.flatnonzero(np.diff(dataset.log.time_us[rows]) > 60 * 10**6)[0]]
+    found = summarize_profile(
+        trained, str(dataset.users[4]), [int(dataset.log.time_us[before]) // 10**6 + 30], {}, "weather", 1
+    )
     told = {
         name: values[code - 1]
         for (name, values), code in zip(dataset.context.items(), dataset.log.context[before], strict=True)

@@ -59,12 +59,12 @@ def trained(folder):
     return make_trained(folder, make_long_config())
 
 
-def feed_all(trained: Run, store, recent: int, before: int | None = None):
-    return feed(store, trained.predictor.params, trained.data.dataset, trained.catalog, recent, before)
+def feed_all(trained: Run, store, recent: int, before_us: int | None = None):
+    return feed(store, trained.predictor.params, trained.data.dataset, trained.catalog, recent, before_us)
 
 
 def ask_later(trained: Run) -> RecommendRequest:
-    return RecommendRequest(int(trained.data.dataset.log.time.max()) + 3600, {"weather": "rain"})
+    return RecommendRequest(int(trained.data.dataset.log.time_us.max()) // 10**6 + 3600, {"weather": "rain"})
 
 
 @pytest.mark.parametrize("memory", ["ema", "delta", "low_rank"])
@@ -107,10 +107,10 @@ def test_events_that_a_row_does_not_hold_go_into_the_profile(tmp_path):
 def test_profiles_go_on_where_they_are(trained, tmp_path):
     """In two steps by date, and at once: the states of one event after the other."""
     dataset, model = trained.data.dataset, trained.predictor.params
-    log, middle = dataset.log, int(np.median(dataset.log.time))
+    log, middle = dataset.log, int(np.median(dataset.log.time_us))
     steps, once = (open_profiles(tmp_path / name, model, create=True) for name in ("steps", "once"))
     first = feed_all(trained, steps, 0, middle)
-    assert first.n_events == np.sum(log.time < middle)
+    assert first.n_events == np.sum(log.time_us < middle)
     assert first.n_events + feed_all(trained, steps, 0).n_events == log.n_events
     assert feed_all(trained, steps, 0) == (0, 0, 0)
     assert feed_all(trained, once, 0).n_users == log.n_users
@@ -120,7 +120,7 @@ def test_profiles_go_on_where_they_are(trained, tmp_path):
     assert set(versions) <= {1, 2}
     for a, b in zip(states, once.read(names)[0], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    device = trained.data.dataset.log.time - 946_684_800
+    device = trained.data.dataset.log.time_us // 10**6 - 946_684_800
     for p in (0, 5):
         state = personalizer.init_user()
         for row in range(*log.offsets[p : p + 2]):
@@ -140,9 +140,9 @@ def test_a_store_belongs_to_one_run_and_one_log(trained, tmp_path):
     with pytest.raises(InputError, match="profiles of another run"):
         open_profiles(tmp_path / "store", fill(model, 7))
     log = dataset.log
-    time = log.time.copy()
-    time[log.offsets[4] - 1] += 60  # the last event of the fourth user
-    changed = dataclasses.replace(dataset, log=dataclasses.replace(log, time=time))
+    time = log.time_us.copy()
+    time[log.offsets[4] - 1] += 60 * 10**6  # the last event of the fourth user
+    changed = dataclasses.replace(dataset, log=dataclasses.replace(log, time_us=time))
     with pytest.raises(InputError, match="has seen other events"):
         read_profile(store, model, changed, str(dataset.users[3]))
     assert read_profile(store, model, changed, str(dataset.users[4]))[0].n_events

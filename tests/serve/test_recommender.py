@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from math import ceil
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from moerec.eval.ranking import EvalDataset, rank_targets
 from moerec.files import to_plain
 from moerec.nn.heads.item import score_items
 from moerec.nn.model import Predictor
-from moerec.serve.recommender import describe_answer, recommend
+from moerec.serve.recommender import _make_batch, describe_answer, find_history, recommend
 from moerec.serve.request import RecommendRequest, encode_context, encode_fields, read_request
 from moerec.train.run_dir import load_run, make_sizes
 from moerec.train.state import init_state
@@ -71,7 +72,7 @@ def ask_like(trained, event: int) -> RecommendRequest:
         for (name, values), code in zip(dataset.context.items(), dataset.log.context[event], strict=True)
         if code
     }
-    return RecommendRequest(int(dataset.log.time[event]), context)
+    return RecommendRequest(int(dataset.log.time_us[event]) // 10**6, context)
 
 
 @pytest.mark.parametrize("back", [1, 3])
@@ -112,9 +113,36 @@ def test_context_and_time_change_the_answer(trained):
     user, features = str(trained.data.dataset.users[0]), trained.data.dataset.context
     plain = recommend(trained, user, RecommendRequest(), 5)
     name, values = next(iter(features.items()))
-    later = int(trained.data.dataset.log.time.max()) + 7_200
+    later = int(trained.data.dataset.log.time_us.max()) // 10**6 + 7_200
     for request in (RecommendRequest(time=later), RecommendRequest(context={name: values[0]})):
         assert np.abs(recommend(trained, user, request, 5).log_p - plain.log_p).max() > 1e-6
+
+
+def test_events_are_before_a_request_to_the_microsecond(trained):
+    dataset, user = trained.data.dataset, 5
+    lo, hi = dataset.log.offsets[user : user + 2]
+    time_us = dataset.log.time_us.copy()
+    time_us[lo:hi] = 1_700_000_000_000_000 + 250_000 * np.arange(hi - lo)
+    moved = dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, time_us=time_us))
+    run = replace_parts(trained, data=dataclasses.replace(trained.data, dataset=moved))
+    for quarters in (0, 1, 3.5, 4):
+        request = RecommendRequest(1_700_000_000 + quarters / 4)
+        assert find_history(run, str(dataset.users[user]), request).tolist() == list(range(lo, lo + ceil(quarters)))
+
+
+def test_the_clock_of_a_request_is_its_own_or_that_of_the_last_event(trained):
+    """What zones say comes between the two."""
+    dataset, user = trained.data.dataset, str(trained.data.dataset.users[5])
+    log = dataclasses.replace(dataset.log, utc_offset=np.full(dataset.log.n_events, 7 * 3600, np.int32))
+    own = replace_parts(trained, data=dataclasses.replace(trained.data, dataset=dataclasses.replace(dataset, log=log)))
+    schema = dataclasses.replace(trained.config.data.schema, zone="Asia/Tokyo")
+    data = dataclasses.replace(trained.config.data, schema=schema)
+    tokyo = replace_parts(own, config=dataclasses.replace(trained.config, data=data))
+    rows = find_history(own, user, RecommendRequest())
+    for run, asked, hours in ((trained, 0, 0), (own, 0, 7), (own, -5, -5), (tokyo, 0, 9), (tokyo, 3, 3)):
+        request = RecommendRequest(1_735_000_000, utc_offset=asked * 3600)
+        batch, slot = _make_batch(run, user, rows, request, False)
+        assert batch.request.utc_offset_BT[0, slot] == hours * 3600
 
 
 def first_event(trained, user: int) -> int:
@@ -238,6 +266,9 @@ def test_requests_in_words():
         1714554000, {"weather": "rain", "a": "b=c"}, "kuper"
     )
     assert read_request([], "2024-05-01T09:00+03:00", "").time == 1714554000 - 3 * 3600
+    local = read_request([], "2024-05-01T09:00:00.25+03:00", "")
+    assert (local.time, local.utc_offset, local.time_us.tolist()) == (1714543200.25, 10800, [1714543200_250_000])
+    assert read_request([], "2024-05-01T09:00Z", "").utc_offset == 0
     assert read_request([], "", "") == RecommendRequest()
     assert read_request(["city=Moscow, RU,sky=blue"], "", "").context == {"city": "Moscow, RU", "sky": "blue"}
     asked = read_request([], "", "", ["age=35-49,gender=f"])

@@ -14,7 +14,7 @@ from moerec.data.city import timeline
 from moerec.data.city.choice import ItemChoice, need_logits, recency, service_probabilities, softmax
 from moerec.data.city.profile import profile_likelihood
 from moerec.data.city.world import World
-from moerec.data.dataset import Dataset
+from moerec.data.dataset import Dataset, floor_seconds
 from moerec.errors import InputError
 
 # Smaller posterior probabilities are dropped: denormal numbers make the products thirty times slower.
@@ -106,17 +106,18 @@ class _Filter:
 
     def __init__(self, world: World, dataset: Dataset):
         log = dataset.log
+        self.time = floor_seconds(log.time_us)
         self.world, self.dataset, self.choice = world, dataset, ItemChoice(world)
         self.world_item_I = match_items(world, dataset)
         self.item = self.world_item_I[log.item]
         self.service = dataset.event_service
         self.position = self.item - world.catalogue.offsets[self.service]
-        self.need_logits = need_logits(world, log.time, log.context)
+        self.need_logits = need_logits(world, self.time, log.context)
         self.open_EZ = timeline.read_openings(dataset.context, log.context, len(self.choice.ranges))
-        self.recency = recency(world, log.time, log.offsets)
+        self.recency = recency(world, self.time, log.offsets)
         self.need_after = world.need_after_NN.astype(np.float32)
         self.service_DNZ = service_probabilities(world)
-        self.daypart = timeline.clock_of(log.time)[0]
+        self.daypart = timeline.clock_of(self.time)[0]
         # [N, K, items] as [N * K, items], for matrix products
         self.base = [base.reshape(-1, base.shape[-1]) for base in self.choice.base]
 
@@ -191,7 +192,7 @@ class _Filter:
 
     def _score_any_context(self, before: np.ndarray, event: np.ndarray, past: np.ndarray) -> np.ndarray:
         """As `_score`, in the mean over the contexts of the days of each event's month; belief before the event."""
-        time = self.dataset.log.time[event]
+        time = self.time[event]
         contexts, of_day = np.unique(self.world.days, axis=0, return_inverse=True)
         share_MX = np.zeros((12, len(contexts)))
         np.add.at(share_MX, (timeline.month_of_days(), of_day.reshape(-1)), 1)

@@ -9,7 +9,7 @@ from moerec.data.city import timeline
 from moerec.data.city.choice import ItemChoice, need_logits, recency, service_probabilities, softmax
 from moerec.data.city.profile import draw_profile
 from moerec.data.city.world import Truth, World, make_world
-from moerec.data.dataset import Dataset, EventLog
+from moerec.data.dataset import SECOND_US, Dataset, EventLog
 
 
 def generate(config: CityConfig, seed: int) -> tuple[Dataset, World]:
@@ -31,7 +31,7 @@ def generate(config: CityConfig, seed: int) -> tuple[Dataset, World]:
     need, item = _draw_events(world, rng, type_PZ, offsets, time, context, open_EZ)
     dataset = Dataset(
         catalogue=world.catalogue,
-        log=EventLog(offsets, item, np.zeros(len(item), np.int16), time, context),
+        log=EventLog(offsets, item, np.zeros(len(item), np.int16), time * SECOND_US, context),
         users=np.array([f"p{k:06d}" for k in range(config.n_users)], dtype=np.str_),
         actions=("order",),
         context=features,

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.prepare.binning import NUMBER
 from moerec.data.prepare.tables import RowBatch, SourceTable, as_binary, find_inexact, print_any, read_batches
+from moerec.data.prepare.times import TimeColumn, castable, has_lost_digits, matches
 from moerec.errors import InputError
 from moerec.files import naming
 
@@ -24,6 +25,7 @@ BROKEN = "value of several lines"
 NUL = "NUL character"
 BAD_UTF8 = "bad UTF-8"
 BAD_TIME = "unparsable time"
+OTHER_CLOCK = "time without the offset from UTC that others have, or with one"
 NO_TIME = "empty time"
 BAD_NUMBER = "unparsable number"
 EMPTY = {name: f"empty {name}" for name in ("user", "item", "service", "action")}
@@ -33,12 +35,6 @@ UNKNOWN_ITEM = "unknown item"
 DUPLICATE_EVENT = "duplicate event"
 DUPLICATE_ITEM = "duplicate item"
 DUPLICATE_USER = "duplicate user"
-
-_UNITS = {"s": ("seconds", 1_000_000), "ms": ("milliseconds", 1_000), "day": ("days", 86_400_000_000)}
-_YEAR_1_US, _YEAR_9999_US = -62_135_596_800_000_000, 253_402_300_799_999_999
-_INTEGER = r"^-?[0-9]{1,18}$"
-_DECIMAL = r"^-?[0-9]+\.?[0-9]*([eE][+-]?[0-9]{1,3})?$"
-_ISO = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?"
 
 
 def _say(text: str, _: int) -> str:
@@ -175,22 +171,38 @@ class RowCheck:
         """Refuses the rows of a keyed table whose id had a row before."""
         self.refuse(repeated, reason, column, lambda k: f"{printed(ids[k].as_py())} has an earlier row")
 
-    def times(self, column: str, values: pa.Array, unit: str, keep_unknown: bool) -> np.ndarray:
-        """`[n]` int64 microseconds since 1970 UTC, UNKNOWN_TIME where empty; refuses what cannot be read."""
+    def times(self, column: TimeColumn, values: pa.Array, keep_unknown: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Microseconds since 1970 UTC, UNKNOWN_TIME where empty, and seconds that the clocks they were read from are
+        ahead of UTC, each `[n]`; refuses what cannot be read.
+        """
         try:
-            micros, bad = parse_times(values, unit)
+            times, is_other = column.read(values)
         except pa.ArrowException as error:
-            raise InputError(f"{self.table.label}, column {column}: {values.type} is no type of a time") from error
-        name = _UNITS[unit][0] if unit in _UNITS else "an ISO date or time"
-        self.refuse(bad, BAD_TIME, column, lambda k: f"cannot read {printed(as_binary(values)[k].as_py())} as {name}")
+            raise InputError(f"{self.table.label}, column {column.name}: {values.type} is no type of a time") from error
+        except ValueError as error:
+            raise InputError(f"{self.table.label}, column {column.name}: {error}") from error
+
+        def say(k: int) -> str:
+            text = as_binary(values.slice(k, 1))
+            lost = ", whose last digits are lost" if has_lost_digits(text)[0] else ""
+            return f"cannot read {printed(text[0].as_py())} as {column.meaning}{lost}"
+
+        self.refuse(times.is_bad, BAD_TIME, column.name, say)
+        has = "no offset from UTC; others have one" if column.has_offsets else "an offset from UTC; others have none"
+        self.refuse(
+            is_other,
+            OTHER_CLOCK,
+            column.name,
+            lambda k: f"{printed(as_binary(values.slice(k, 1))[0].as_py())} has {has}",
+        )
         if not keep_unknown:
-            self.refuse(micros == UNKNOWN_TIME, NO_TIME, column, lambda k: "the time is empty")
-        return micros
+            self.refuse(times.time_us == UNKNOWN_TIME, NO_TIME, column.name, lambda k: "the time is empty")
+        return times.time_us, times.utc_offset
 
     def numbers(self, column: str, values: pa.Array) -> np.ndarray:
         """`[n]` float64, NaN where empty or "nan" (a missing float of pandas); refuses what is no finite number."""
-        filled = ~_matches(values, r"^([nN]a[nN])?$")
-        is_number = _matches(values, NUMBER)
+        filled = ~matches(values, r"^([nN]a[nN])?$")
+        is_number = matches(values, NUMBER)
         numbers = np.full(len(values), np.nan)
         texts = values.filter(pa.array(is_number)).cast(pa.string())
         numbers[is_number] = texts.cast(pa.float64()).to_numpy(zero_copy_only=False)
@@ -213,69 +225,3 @@ def printed(value: bytes) -> str:
     """A value as messages show it."""
     text = repr(value.decode("utf-8", "backslashreplace"))
     return text if len(text) <= 60 else text[:56] + "...'"
-
-
-def castable(array: pa.Array, target: pa.DataType) -> np.ndarray:
-    """`[n]` bool: which values arrow casts to `target`. Halves the array around those it refuses."""
-    good = np.ones(len(array), bool)
-    parts = [(0, len(array))]
-    while parts:
-        lo, n = parts.pop()
-        try:
-            array.slice(lo, n).cast(target)
-        except pa.ArrowInvalid:
-            if n == 1:
-                good[lo] = False
-            else:
-                parts += [(lo, n // 2), (lo + n // 2, n - n // 2)]
-    return good
-
-
-def parse_times(values: pa.Array, unit: str) -> tuple[np.ndarray, np.ndarray]:
-    """Microseconds since 1970 UTC (`[n]` int64, UNKNOWN_TIME where empty or bad) and which are bad (`[n]` bool).
-
-    `unit` is s, ms, day or iso (without an offset: UTC); a column of dates or timestamps says its own. Times
-    outside the years 1 to 9999 are bad: they are in another unit.
-    """
-    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
-        zone = values.type.tz if pa.types.is_timestamp(values.type) else None
-        stamps = values.cast(pa.timestamp("us", zone), safe=False)
-        filled = stamps.is_valid().to_numpy(zero_copy_only=False)
-        micros = stamps.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
-        bad = np.zeros(len(values), bool)
-    else:
-        text = as_binary(values)
-        filled = pc.greater(pc.binary_length(text), 0).to_numpy(zero_copy_only=False)
-        micros, read = _parse_iso(text) if unit == "iso" else _parse_numbers(text, _UNITS[unit][1])
-        bad = filled & ~read
-    bad |= filled & ((micros < _YEAR_1_US) | (micros > _YEAR_9999_US))
-    return np.where(filled & ~bad, micros, UNKNOWN_TIME), bad
-
-
-def _matches(text: pa.Array, pattern: str) -> np.ndarray:
-    return pc.match_substring_regex(text, pattern).to_numpy(zero_copy_only=False)
-
-
-def _parse_numbers(text: pa.Array, scale: int) -> tuple[np.ndarray, np.ndarray]:
-    micros = np.zeros(len(text), np.int64)
-    whole = _matches(text, _INTEGER)
-    numbers = text.filter(pa.array(whole)).cast(pa.string()).cast(pa.int64()).to_numpy(zero_copy_only=False)
-    limit = np.iinfo(np.int64).max // scale  # clipped numbers are far outside the years that are allowed
-    micros[whole] = np.clip(numbers, -limit, limit) * scale
-    if whole.all():
-        return micros, whole
-    broken = ~whole & _matches(text, _DECIMAL)
-    floats = text.filter(pa.array(broken)).cast(pa.string()).cast(pa.float64()).to_numpy(zero_copy_only=False)
-    micros[broken] = np.rint(np.clip(floats * scale, -9e18, 9e18)).astype(np.int64)
-    return micros, whole | broken
-
-
-def _parse_iso(text: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    micros, read = np.zeros(len(text), np.int64), np.zeros(len(text), bool)
-    for ending, kind in (("$", pa.timestamp("us")), (r"(Z|[+-][0-9]{2}:?[0-9]{2})$", pa.timestamp("us", "UTC"))):
-        at = np.flatnonzero(_matches(text, _ISO + ending))
-        stamps = text.take(pa.array(at)).cast(pa.string())
-        good = castable(stamps, kind)  # a date such as 30 February fits the pattern
-        micros[at[good]] = stamps.filter(pa.array(good)).cast(kind).cast(pa.int64()).to_numpy(zero_copy_only=False)
-        read[at[good]] = True
-    return micros, read

@@ -36,6 +36,7 @@ FORMAT_VERSION = 2
 META = "meta.json"
 ITEMS, USERS = "items.parquet", "users.parquet"
 _PROFILE = "profile."
+_COLUMNS = ("item", "action", "time_us", "context", "utc_offset")  # of a record, as `EventLog` takes them
 
 
 class OtherVersion(InputError):
@@ -43,8 +44,9 @@ class OtherVersion(InputError):
 
 
 def record_dtype(n_context: int) -> np.dtype:
-    """One event within a record: 14 + 2C bytes, little-endian, packed."""
-    return np.dtype([("item", "<i4"), ("action", "<i2"), ("time", "<i8"), ("context", "<i2", (n_context,))])
+    """One event within a record: 18 + 2C bytes, little-endian, packed; columns as in `EventLog`."""
+    context = ("context", "<i2", (n_context,))
+    return np.dtype([("item", "<i4"), ("action", "<i2"), ("time_us", "<i8"), context, ("utc_offset", "<i4")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +235,7 @@ def write_dataset(dataset: Dataset, folder: Path, n_shards: int):
     """Writes a data set that is in memory as a prepared folder."""
     log, catalogue = dataset.log, dataset.catalogue
     events = np.empty(log.n_events, record_dtype(log.context.shape[1]))
-    for name in ("item", "action", "time", "context"):
+    for name in _COLUMNS:
         events[name] = getattr(log, name)
     lengths = np.diff(log.offsets)
     with replace_folder(folder) as partial:
@@ -290,7 +292,7 @@ def load_dataset(folder: Path) -> Dataset:
             text=_objects(items["text"]),
             attributes=_objects(items["attributes"]),
         ),
-        log=EventLog(offsets, *(events[name].copy() for name in ("item", "action", "time", "context"))),
+        log=EventLog(offsets, *(events[name].copy() for name in _COLUMNS)),
         users=_objects(users["id"]),
         actions=meta.actions,
         context=meta.context,

@@ -14,14 +14,17 @@ USERS_PER_BLOCK = 1 << 14
 
 
 def event_dtype(n_context: int) -> np.dtype:
-    """A coded event; `item` counts within its service, `micros` is UNKNOWN_TIME or microseconds since 1970 UTC."""
+    """A coded event; `item` counts within its service, `time_us` is UNKNOWN_TIME or microseconds
+    since 1970 UTC, `utc_offset` how many seconds the event's own clock is ahead of UTC.
+    """
     return np.dtype(
         [
             ("user", "<i4"),
             ("service", "<i2"),
             ("item", "<i4"),
             ("action", "<i2"),
-            ("micros", "<i8"),
+            ("time_us", "<i8"),
+            ("utc_offset", "<i4"),
             ("row", "<i8"),
             ("context", "<i2", (n_context,)),
         ]
@@ -62,10 +65,10 @@ class Spill:
 def order_by_user(events: np.ndarray) -> np.ndarray:
     """The order by user and time, equal times as published. A user with any unknown time stays as published."""
     user = events["user"] - events["user"].min()
-    unknown = events["micros"] == UNKNOWN_TIME
+    unknown = events["time_us"] == UNKNOWN_TIME
     as_published = np.zeros(int(user.max()) + 1, bool)
     as_published[user[unknown]] = True
-    time = np.where(as_published[user], 0, events["micros"])
+    time = np.where(as_published[user], 0, events["time_us"])
     return np.lexsort((time, user))
 
 
@@ -75,12 +78,12 @@ def find_duplicates(events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Unknown times are never the same.
     """
     place = events["service"].astype(np.int64) << 48 | events["item"].astype(np.int64) << 16 | events["action"]
-    order = np.lexsort((events["micros"], place, events["user"]))  # stable: the earliest row comes first
+    order = np.lexsort((events["time_us"], place, events["user"]))  # stable: the earliest row comes first
     same = np.zeros(len(order), bool)
     same[1:] = True
-    for column in (events["micros"], place, events["user"]):
+    for column in (events["time_us"], place, events["user"]):
         same[1:] &= column[order][1:] == column[order][:-1]
-    same &= events["micros"][order] != UNKNOWN_TIME
+    same &= events["time_us"][order] != UNKNOWN_TIME
     first = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
     return order[same], order[first[same]]
 

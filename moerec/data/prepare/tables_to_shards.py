@@ -16,6 +16,14 @@ import pyarrow as pa
 
 from moerec.config import DataConfig
 from moerec.data.dataset import TOTAL, UNKNOWN_TIME
+from moerec.data.far_times import (
+    TimeCounts,
+    add_counts,
+    count_times,
+    describe_far_times,
+    describe_times,
+    find_far_times,
+)
 from moerec.data.prepare import row_validation as defects
 from moerec.data.prepare import shards, spill
 from moerec.data.prepare.binning import AmountScan, find_ranges, is_flag, name_ranges
@@ -28,6 +36,7 @@ from moerec.data.prepare.side_tables import (
     refuse_disjoint,
 )
 from moerec.data.prepare.tables import RowBatch, SourceTable, read_batches
+from moerec.data.prepare.times import TimeColumn
 from moerec.data.prepare.vocab import (
     CONTEXT_REMEDY,
     MAX_CODE,
@@ -50,7 +59,7 @@ class PrepareReport:
     """Counts of what was written, and whether it replaced another prepared folder.
 
     `quarantined` maps file and reason to a number of rows; `coverage` maps the file of the users or items to their
-    number and how many of them have a row, or an event.
+    number and how many of them have a row, or an event; `times` and `notes` are lines of text.
     """
 
     folder: str
@@ -62,6 +71,8 @@ class PrepareReport:
     coverage: dict[str, dict[str, int]]
     wall_s: float
     replaced: bool
+    times: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class InteractionCoder:
@@ -74,6 +85,7 @@ class InteractionCoder:
         self.items = items or ItemCodes()
         self.users = IdVocab()
         self.actions = IdVocab()
+        self.time = TimeColumn(schema.time, schema.time_unit)
         self.edges = schema.edges
         self.context = {column: _open_codes(self.edges.get(column)) for column in schema.context}
         self.dtype = spill.event_dtype(len(schema.context))
@@ -94,15 +106,16 @@ class InteractionCoder:
             if column := getattr(schema, what):
                 check.exact(column, batch.columns[column], what)
                 check.filled(column, values[column], what)
-        micros = np.full(len(batch.rows), UNKNOWN_TIME)
+        time_us, utc_offset = np.full(len(batch.rows), UNKNOWN_TIME), np.zeros(len(batch.rows), np.int32)
         if schema.time:
             keep = self.files.unknown_time == "keep"
-            micros = check.times(schema.time, batch.columns[schema.time], schema.time_unit, keep)
+            time_us, utc_offset = check.times(self.time, batch.columns[schema.time], keep)
         ranges = {column: self._find_ranges(check, column, values[column]) for column in self.edges}
         values = {column: array.filter(pa.array(check.good)) for column, array in values.items()}
         check2, service, item = self._encode_items(values, batch.rows[check.good])
         events = np.empty(int(check2.good.sum()), self.dtype)
-        events["row"], events["micros"] = check2.rows[check2.good], micros[check.good][check2.good]
+        events["row"], events["time_us"] = check2.rows[check2.good], time_us[check.good][check2.good]
+        events["utc_offset"] = utc_offset[check.good][check2.good]
         events["service"], events["item"] = service[check2.good], item[check2.good]
         values = {column: array.filter(pa.array(check2.good)) for column, array in values.items()}
         events["user"] = self.users.encode(values[schema.user])
@@ -174,7 +187,7 @@ def describe_report(report: PrepareReport) -> str:
     rows.append(("all", {"users": report.n_users, "items": report.n_items, "events": report.n_events}))
     lines += [f"{name:<16}{n['users']:>12,}{n['items']:>12,}{n['events']:>14,}" for name, n in rows]
     lines += describe_coverage(report.coverage)
-    lines += describe_quarantine(report.quarantined)
+    lines += [f"times: {report.times}", *report.notes, *describe_quarantine(report.quarantined)]
     done = "replaced what was prepared there," if report.replaced else "written"
     return "\n".join([*lines, f"{report.folder}: {done} in {report.wall_s:.1f} s"])
 
@@ -203,7 +216,7 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
         items, catalogue = read_items(tables.items, config.schema, log) if tables.items else (None, None)
         coder, events = _encode_interactions(tables, config, items, log, folder / SPILL)
         with shards.ShardWriter(folder, len(coder.users), config.n_shards) as writer:
-            lengths, counts = _write_events(events, coder, writer)
+            lengths, counts, times = _write_events(events, coder, writer)
         log.check(tables.interactions)
         profile: dict[str, pa.Array] = {}
         coverage = {}
@@ -215,9 +228,11 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
         (folder / SPILL).rmdir()
         log.write_quarantine(tables.all, folder / QUARANTINE)
         _write_tables(folder, coder, catalogue, lengths, profile)
+        far = describe_far_times(times, find_far_times(times))
+        notes = (f"far-off times: {far}",) if far else ()
         meta = _describe(
             config, coder, int(lengths.sum()), writer.shards, tuple(profile),
-            {"quarantined": log.counts, "coverage": coverage},
+            {"quarantined": log.counts, "coverage": coverage, "notes": notes},
         )  # fmt: skip
         shards.write_meta(folder, meta)
         if accept is not None:
@@ -236,6 +251,8 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
         coverage=coverage,
         wall_s=round(time.monotonic() - start, 2),
         replaced=replaced,
+        times=describe_times(times),
+        notes=notes,
     )
 
 
@@ -292,11 +309,11 @@ def is_current(config: DataConfig, folder: Path) -> bool:
 
 def _write_events(
     events: spill.Spill, coder: InteractionCoder, writer: shards.ShardWriter
-) -> tuple[np.ndarray, spill.ServiceCounts]:
-    """Sorts and writes block by block; returns `[users]` numbers of events."""
+) -> tuple[np.ndarray, spill.ServiceCounts, TimeCounts]:
+    """Sorts and writes block by block; returns `[users]` numbers of events, and the events by service and time."""
     offsets = coder.items.offsets
     counts = spill.ServiceCounts(len(offsets) - 1, int(offsets[-1]))
-    lengths = []
+    lengths, times = [], []
     for first in range(0, len(coder.users), spill.USERS_PER_BLOCK):
         block = events.read(first // spill.USERS_PER_BLOCK)
         block = block[spill.order_by_user(block)]
@@ -308,12 +325,13 @@ def _write_events(
         lengths.append(np.bincount(block["user"] - first, minlength=n))
         records = np.empty(len(block), shards.record_dtype(len(coder.context)))
         records["item"] = offsets[block["service"]] + block["item"]
-        records["time"] = np.where(block["micros"] == UNKNOWN_TIME, UNKNOWN_TIME, block["micros"] // 1_000_000)
-        records["action"], records["context"] = block["action"], block["context"]
+        for name in ("action", "time_us", "utc_offset", "context"):
+            records[name] = block[name]
         writer.write(records, lengths[-1])
         counts.add(block)
         counts.has_event[records["item"]] = True
-    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64), counts
+        times.append(count_times(block["time_us"]))
+    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64), counts, add_counts(times)
 
 
 def _drop_duplicates(block: np.ndarray, coder: InteractionCoder) -> np.ndarray:

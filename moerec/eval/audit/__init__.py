@@ -8,9 +8,15 @@ from moerec.eval.audit.id_checks import check_id_canary, check_id_order, check_t
 from moerec.eval.audit.report import AuditReport, AuditRow
 from moerec.eval.audit.subject import Subject, prepare_subject
 from moerec.eval.audit.target_checks import check_repeats, check_service, check_unseen
-from moerec.eval.audit.time_checks import check_future_in_history, check_ties, check_training_after_test
+from moerec.eval.audit.time_checks import (
+    check_far_times,
+    check_future_in_history,
+    check_ties,
+    check_training_after_test,
+)
 
 CHECKS = (
+    check_far_times,
     check_ties,
     check_id_order,
     check_tie_order,

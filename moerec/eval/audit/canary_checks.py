@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from moerec.config import AuditConfig, Config, DataConfig
-from moerec.data.dataset import UNKNOWN_TIME, Dataset
+from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset
 from moerec.data.splits import TEST, VALID, select_targets
 from moerec.eval.audit.report import AuditRow, make_row
 from moerec.eval.audit.subject import Subject
@@ -47,8 +47,8 @@ def plant_future(dataset: Dataset, targets: np.ndarray) -> Dataset:
     target = np.full(log.n_users, -1)
     target[log.user[targets]] = targets
     own = target[log.user]  # each event's target
-    row, known = np.arange(log.n_events), log.time != UNKNOWN_TIME
-    after = (own >= 0) & ((row > own) | (known & known[own] & (log.time > log.time[own])))
+    row, known = np.arange(log.n_events), log.time_us != UNKNOWN_TIME
+    after = (own >= 0) & ((row > own) | (known & known[own] & (log.time_us > log.time_us[own])))
     future = after | (row == own)
     start, size = dataset.catalogue.offsets[:-1], np.diff(dataset.catalogue.offsets)
     service = dataset.event_service
@@ -60,7 +60,7 @@ def plant_future(dataset: Dataset, targets: np.ndarray) -> Dataset:
         action=np.where(future, (log.action + 1) % len(dataset.actions), log.action).astype(log.action.dtype),
         context=np.where(after[:, None], (log.context + 1) % n_codes, log.context).astype(log.context.dtype),
         utc_offset=np.where(after, log.utc_offset + 3600, log.utc_offset).astype(log.utc_offset.dtype),
-        time=np.where(after & known, log.time + 86_400, log.time),
+        time_us=np.where(after & known, log.time_us + 86_400 * SECOND_US, log.time_us),
     )
     return dataclasses.replace(dataset, log=planted)
 

@@ -14,10 +14,10 @@ from moerec.eval.audit.subject import Subject
 def check_duplicates(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Events that repeat another in user, item, action and known time."""
     log = subject.dataset.log
-    columns = (log.time, log.action, log.item, subject.user)
+    columns = (log.time_us, log.action, log.item, subject.user)
     order = np.lexsort(columns)
     same = np.logical_and.reduce([column[order[1:]] == column[order[:-1]] for column in columns])
-    same &= log.time[order[1:]] != UNKNOWN_TIME
+    same &= log.time_us[order[1:]] != UNKNOWN_TIME
     text = f"{int(same.sum())} of {log.n_events} events repeat another in user, item, action and time"
     yield make_row("duplicates", "all", same.sum() / max(log.n_events, 1), limits.max_duplicates, text)
 

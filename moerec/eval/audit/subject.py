@@ -63,7 +63,7 @@ class Subject:
     @functools.cached_property
     def tied(self) -> np.ndarray:
         """`[events]` whether the event has the known time of the event before in its group."""
-        time, previous = self.dataset.log.time, self.previous
+        time, previous = self.dataset.log.time_us, self.previous
         return (previous >= 0) & (time != UNKNOWN_TIME) & (time == time[previous])
 
     def split_by_service(self, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

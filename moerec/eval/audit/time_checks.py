@@ -1,4 +1,4 @@
-"""Ties at the split points, and events from the future."""
+"""Ties at the split points, events from the future, and times that are far off."""
 
 from collections.abc import Iterator
 
@@ -6,9 +6,25 @@ import numpy as np
 
 from moerec.config import AuditConfig
 from moerec.data.dataset import UNKNOWN_TIME
+from moerec.data.far_times import count_times, describe_far_times, describe_times, find_far_times
 from moerec.data.splits import TEST, VALID
 from moerec.eval.audit.report import AuditRow, make_row
 from moerec.eval.audit.subject import Subject
+
+
+def check_far_times(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
+    """Events, and test events, whose time is hardly meant: before 1990, later than now, or far from all others."""
+    time_us = subject.dataset.log.time_us
+    times = count_times(time_us)
+    if not len(times.hour):
+        return
+    far = find_far_times(times)
+    is_far = far.holds(time_us)
+    text = "; ".join(filter(None, (describe_times(times), describe_far_times(times, far))))
+    yield make_row("far_times", "all", is_far.sum() / times.n, limits.max_far_times, text)
+    own = is_far[subject.targets]
+    text = f"of {len(own)} test events, those at such a time"
+    yield make_row("far_times_test", "all", own.mean(), limits.max_far_times_test, text)
 
 
 def check_ties(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
@@ -25,7 +41,7 @@ def check_ties(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
 
 def check_future_in_history(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Histories that hold an event later than their target."""
-    time, n_later = subject.dataset.log.time, 0
+    time, n_later = subject.dataset.log.time_us, 0
     has_later = np.zeros(len(subject.targets), bool)
     for which, part in subject.histories.blocks():
         asked = time[subject.targets[which]][part.owner]
@@ -39,7 +55,7 @@ def check_future_in_history(subject: Subject, limits: AuditConfig) -> Iterator[A
 
 def check_training_after_test(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Training events later than test events: anybody's, and the same user's."""
-    time = subject.dataset.log.time
+    time = subject.dataset.log.time_us
     train = subject.train[time[subject.train] != UNKNOWN_TIME]
     targets = subject.targets[time[subject.targets] != UNKNOWN_TIME]
     if not len(train) or not len(targets):

@@ -10,8 +10,9 @@ from moerec.eval.baselines.base import (
 )
 from moerec.eval.baselines.knn import ItemKnn, fit_cross_service_knn, fit_item_knn
 from moerec.eval.baselines.markov import Markov, fit_markov
-from moerec.eval.baselines.popularity import fit_popularity, fit_recent_popularity, fit_service_popularity
+from moerec.eval.baselines.popularity import fit_popularity, fit_service_popularity
 from moerec.eval.baselines.popularity_by_hour import fit_hour_popularity
+from moerec.eval.baselines.popularity_recent import fit_recent_popularity
 from moerec.eval.baselines.sasrec import sasrec_config
 
 __all__ = [

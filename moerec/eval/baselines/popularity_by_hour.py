@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from moerec.data.dataset import UNKNOWN_TIME, Dataset
+from moerec.data.dataset import UNKNOWN_TIME, Dataset, floor_seconds
 from moerec.data.histories import Histories
 from moerec.data.splits import TRAIN
 from moerec.eval.baselines.base import register_scorer
@@ -28,7 +28,7 @@ class HourPopularity:
 
 def find_hours(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
     """`[n]` the hour of the day on the clocks at each event's place, `N_HOURS` where it is not known."""
-    time = dataset.log.time[rows]
+    time = floor_seconds(dataset.log.time_us[rows])
     hour = (time + dataset.log.utc_offset[rows]) // 3600 % N_HOURS
     return np.where(time == UNKNOWN_TIME, N_HOURS, hour)
 

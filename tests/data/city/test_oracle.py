@@ -34,7 +34,7 @@ class Enumeration:
         self.n_needs, self.n_types = len(world.need_base_N), len(world.type_prior_K)
 
     def values(self, e):
-        stamp = self.log.time[e].astype("datetime64[s]").item()
+        stamp = self.log.time_us[e].astype("datetime64[us]").item()
         hour, month = stamp.hour, stamp.month
         weather, temperature, holiday = (int(c) for c in self.log.context[e, :3])
         return {
@@ -48,7 +48,7 @@ class Enumeration:
 
     def needs(self, e, previous):
         w, value = self.world, self.values(e)
-        gap = 0 if previous is None else (self.log.time[e] - self.log.time[e - 1]) / 86400
+        gap = 0 if previous is None else (self.log.time_us[e] - self.log.time_us[e - 1]) / 86_400e6
         return normalise(
             w.need_base_N[n]
             + self.config.kappa * sum(w.need_when[f][value[f], n] for f in w.need_when)
@@ -144,7 +144,9 @@ def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
     log = dataset.log
     dataset = dataclasses.replace(
         dataset,
-        log=EventLog(longer, *(x[: longer[-1]].copy() for x in (log.item, log.action, np.sort(log.time), log.context))),
+        log=EventLog(
+            longer, *(x[: longer[-1]].copy() for x in (log.item, log.action, np.sort(log.time_us), log.context))
+        ),
     )
     if "n_closed" in fields:  # as drawn, but never the event's own service
         opened = read_openings(dataset.context, dataset.log.context, 3)
@@ -173,7 +175,7 @@ def test_without_the_context_it_is_the_mean_over_the_days_of_the_month():
     target = dataset.log.offsets[1:4] - 1
     predicted = np.exp(posterior_predictive(world, dataset, target, use_context=False).astype(float))
     for k, row in enumerate(target):
-        first = dataset.log.time[row].astype("datetime64[s]").astype("datetime64[M]")
+        first = dataset.log.time_us[row].astype("datetime64[us]").astype("datetime64[M]")
         day = (first.astype("datetime64[D]") - np.datetime64("2024-01-01")).astype(int)
         n_days = ((first + np.timedelta64(1, "M")).astype("datetime64[D]") - first.astype("datetime64[D]")).astype(int)
         contexts, count = np.unique(world.days[day : day + n_days], axis=0, return_counts=True)
@@ -294,7 +296,7 @@ def test_without_kappa_time_of_day_and_context_do_not_matter():
     before = posterior_predictive(world, dataset, last_events(dataset))
     rng = np.random.default_rng(0)
     shuffled = dataset.log.context[rng.permutation(dataset.log.n_events)]
-    moved = with_log(dataset, context=shuffled, time=dataset.log.time + 86400 * 100 + 3600 * 7)
+    moved = with_log(dataset, context=shuffled, time_us=dataset.log.time_us + (86400 * 100 + 3600 * 7) * 10**6)
     np.testing.assert_allclose(posterior_predictive(world, moved, last_events(dataset)), before, atol=1e-5)
     kappa = generate(CityConfig(**SMALL), 0)[1]
     assert np.abs(posterior_predictive(kappa, moved, last_events(dataset)) - before).max() > 0.1

@@ -32,7 +32,7 @@ def test_needs_follow_the_transition_table(plain):
     dataset, world = plain
     log, need = dataset.log, world.truth.need.astype(int)
     follows = np.flatnonzero(log.user[1:] == log.user[:-1]) + 1
-    days = (log.time[follows] - log.time[follows - 1]) / 86400
+    days = (log.time_us[follows] - log.time_us[follows - 1]) / 86_400e6
     n = len(world.needs)
     expected, variance, observed = np.zeros((n, n)), np.zeros((n, n)), np.zeros((n, n))
     logits = world.need_base_N + (1 / (1 + days / 4))[:, None] * world.need_after_NN[need[follows - 1]]
@@ -165,4 +165,4 @@ def test_users_come_back_to_each_service_after_it_was_closed_to_them():
     told = [dataset.context["open"][code - 1] for code in dataset.log.context[offsets[1:] - 1, 3]]
     assert told == [f"only {names.SERVICES[z]}" for z in service[offsets[1:] - 1]]
     plain, _ = generate(dataclasses.replace(config, n_closed=0), 3)
-    np.testing.assert_array_equal(plain.log.time, dataset.log.time)
+    np.testing.assert_array_equal(plain.log.time_us, dataset.log.time_us)

@@ -17,7 +17,7 @@ def small(**fields) -> CityConfig:
 
 
 def same_logs(a, b) -> bool:
-    fields = ("offsets", "item", "action", "time", "context")
+    fields = ("offsets", "item", "action", "time_us", "context")
     return all(np.array_equal(getattr(a.log, f), getattr(b.log, f)) for f in fields)
 
 
@@ -89,15 +89,15 @@ def test_item_numbers_carry_no_information(default):
 def test_times_rise_and_follow_the_day_and_the_context_is_the_days(default):
     log, context = default[0].log, default[0].context
     same_user = log.user[1:] == log.user[:-1]
-    assert np.all(np.diff(log.time)[same_user] > 0)
-    year = log.time.astype("datetime64[s]").astype("datetime64[Y]")
+    assert np.all(np.diff(log.time_us)[same_user] > 0)
+    year = log.time_us.astype("datetime64[us]").astype("datetime64[Y]")
     assert np.all(year == np.datetime64("2024"))
     assert log.context.min() >= 1
     assert all(log.context[:, c].max() == len(v) for c, v in enumerate(context.values()))
-    day = log.time // 86400
+    day = log.time_us // 86_400_000_000
     for d in np.unique(day)[::30]:
         assert len(np.unique(log.context[day == d], axis=0)) == 1
-    hour = np.bincount(log.time % 86400 // 3600, minlength=24)
+    hour = np.bincount(log.time_us // 3_600_000_000 % 24, minlength=24)
     assert hour[19] > 4 * hour[3]
 
 

@@ -69,7 +69,7 @@ def sequences(dataset):
             int(t),
             *tuple(names[k][c] for k, c in enumerate(context)),
         )
-        for i, a, t, context in zip(log.item, log.action, log.time, log.context, strict=True)
+        for i, a, t, context in zip(log.item, log.action, log.time_us, log.context, strict=True)
     ]
     spans = zip(dataset.users, log.offsets[:-1], log.offsets[1:], strict=True)
     return {str(user): events[lo:hi] for user, lo, hi in spans}
@@ -86,7 +86,7 @@ def expected_sequences(rows, drop_duplicates=False):
         if all(event[0] is not None for event in events):
             events.sort(key=lambda event: event[0])
     return {
-        user: [(*e[1:4], int(e[0]) if e[0] is not None else int(UNKNOWN_TIME), *e[4:]) for e in events]
+        user: [(*e[1:4], int(e[0] * 10**6) if e[0] is not None else int(UNKNOWN_TIME), *e[4:]) for e in events]
         for user, events in users.items()
     }
 
@@ -185,7 +185,7 @@ def test_one_service_and_no_time_keep_the_published_order(tmp_path):
     assert dataset.catalogue.services == ("shop",)
     assert dataset.actions == ("event",)
     assert dataset.log.item.tolist() == [0, 1, 0, 0]
-    assert set(dataset.log.time.tolist()) == {int(UNKNOWN_TIME)}
+    assert set(dataset.log.time_us.tolist()) == {int(UNKNOWN_TIME)}
 
 
 def test_numbers_of_the_context_become_ranges(tmp_path):

@@ -31,7 +31,7 @@ def datasets(draw):
     def texts(k):
         return np.array(draw(st.lists(TEXT, min_size=k, max_size=k)), dtype=np.str_)
 
-    time = rng.integers(-(2**40), 2**40, n)
+    time = rng.integers(-(2**52), 2**52, n)
     time[rng.random(n) < 0.2] = UNKNOWN_TIME
     return Dataset(
         catalogue=ItemTable(
@@ -47,6 +47,7 @@ def datasets(draw):
             rng.integers(0, 3, n).astype(np.int16),
             time,
             rng.integers(0, 4, (n, n_context)).astype(np.int16),
+            900 * rng.integers(-40, 40, n).astype(np.int32),
         ),
         users=texts(len(lengths)),
         actions=("view", "купить", "buy"),
@@ -92,7 +93,7 @@ def test_users_are_read_in_any_order(tmp_path_factory, dataset, seed):
     events, lengths = read_users(source, indices)
     log = dataset.log
     spans = [slice(log.offsets[p], log.offsets[p + 1]) for p in indices]
-    for name in ("item", "action", "time", "context"):
+    for name in ("item", "action", "time_us", "context", "utc_offset"):
         np.testing.assert_array_equal(events[name], np.concatenate([getattr(log, name)[span] for span in spans]))
     assert lengths.tolist() == [span.stop - span.start for span in spans]
     np.testing.assert_array_equal(source[int(indices[0])]["item"], log.item[spans[0]])

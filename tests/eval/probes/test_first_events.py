@@ -40,8 +40,8 @@ def change(data, rows: np.ndarray, *, items: bool):
     """The data with other times, places, contexts and actions of some events, and other items of them, too."""
     log, dataset = data.dataset.log, data.dataset
     n_codes = np.array([len(values) for values in dataset.context.values()])
-    columns = {name: getattr(log, name).copy() for name in ("item", "action", "time", "context", "utc_offset")}
-    columns["time"][rows] += 5 * 3600
+    columns = {name: getattr(log, name).copy() for name in ("item", "action", "time_us", "context", "utc_offset")}
+    columns["time_us"][rows] += 5 * 3600 * 10**6
     columns["utc_offset"][rows] += 3 * 3600
     columns["context"][rows] = (columns["context"][rows] + 1) % n_codes
     columns["action"][rows] = (columns["action"][rows] + 1) % len(dataset.actions)

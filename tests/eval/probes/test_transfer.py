@@ -38,7 +38,7 @@ def delete(dataset, row: int, own: bool):
     rows = [
         r
         for r in range(log.offsets[user], row)
-        if (service[r] == service[row]) == own and (own or log.time[r] < log.time[row])
+        if (service[r] == service[row]) == own and (own or log.time_us[r] < log.time_us[row])
     ]
     offsets = np.where(np.arange(log.n_users + 1) > user, len(rows) + 1, 0)
     return dataclasses.replace(dataset, log=log.take(np.array([*rows, row]), offsets)), len(rows)
