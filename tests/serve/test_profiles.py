@@ -293,7 +293,7 @@ def test_a_request_back_in_time_is_told_that_its_profile_has_seen_too_much(train
     feed_all(trained, store, count_recent(trained.config))
     user, end = str(dataset.users[2]), dataset.log.offsets[3]
     for back, reason in ((4, "error: --profiles: "), (2, "attention reaches the last 4 events, not 2 alone"), (0, "")):
-        time = np.datetime64(int(dataset.log.time[end - 1 - back]) + 1, "s")
+        time = np.datetime64(int(dataset.log.time_us[end - 1 - back]) // 10**6 + 1, "s")
         arguments = ["command", "--workdir=run", f"--profiles={tmp_path / 'store'}", f"--user={user}", f"--time={time}"]
         code = cli.execute(recommend_command.main, arguments, extra_flags=recommend_command.FLAGS, config_type=None)
         said = capsys.readouterr().err

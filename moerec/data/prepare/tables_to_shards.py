@@ -186,7 +186,6 @@ def describe_report(report: PrepareReport) -> str:
     rows = [*report.services.items()]
     rows.append(("all", {"users": report.n_users, "items": report.n_items, "events": report.n_events}))
     lines += [f"{name:<16}{n['users']:>12,}{n['items']:>12,}{n['events']:>14,}" for name, n in rows]
-    lines += describe_coverage(report.coverage)
     lines += [f"times: {report.times}", *report.notes, *describe_quarantine(report.quarantined)]
     done = "replaced what was prepared there," if report.replaced else "written"
     return "\n".join([*lines, f"{report.folder}: {done} in {report.wall_s:.1f} s"])
@@ -229,7 +228,7 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
         log.write_quarantine(tables.all, folder / QUARANTINE)
         _write_tables(folder, coder, catalogue, lengths, profile)
         far = describe_far_times(times, find_far_times(times))
-        notes = (f"far-off times: {far}",) if far else ()
+        notes = (*([f"far-off times: {far}"] if far else []), *describe_coverage(coverage))
         meta = _describe(
             config, coder, int(lengths.sum()), writer.shards, tuple(profile),
             {"quarantined": log.counts, "coverage": coverage, "notes": notes},

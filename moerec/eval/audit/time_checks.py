@@ -36,7 +36,7 @@ def check_ties(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
         rows = np.flatnonzero((subject.split_ids == split_id) & (subject.previous >= 0))
         for service, own in subject.split_by_service(rows):
             text = f"of {len(own)} events with another before, those at its very time"
-            yield make_row(name, service, subject.tied[own].mean(), limit, text)
+            yield make_row(name, service, subject.tied[own].mean(), limit, text, n=len(own))
 
 
 def check_future_in_history(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:

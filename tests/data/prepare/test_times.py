@@ -126,7 +126,10 @@ NAMED = [
     (pa.array(np.array([15_000, 20_000], np.float16)), ROUNDED.format("float16", 16)),
     (pa.array([datetime.time(9), datetime.time(10)]), "time64[us] is no type of a time"),
     (pa.array([True, False]), "bool is no type of a time"),
-    (pa.array([[1], [2]], pa.list_(pa.int64(), 1)), "fixed_size_list<element: int64>[1] is no type of a time"),
+    (
+        pa.array([[1], [2]], pa.list_(pa.int64(), 1)),
+        "values of type fixed_size_list<element: int64>[1], where config.data.schema.time needs one value a row",
+    ),
     (pa.array([1, 2], pa.duration("s")), "duration[s] is no type of a time"),
     (
         pa.array([1, 2], pa.timestamp("us", "Europe/X")),
