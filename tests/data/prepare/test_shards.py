@@ -170,7 +170,7 @@ def test_a_description_names_files_of_the_folder_alone(prepared, name):
 
 @pytest.mark.parametrize(
     ("n_bytes", "file"),
-    [(100_000, r"events-00000-of-00002\.array_record"), (500_000, r"items\.parquet"), (2_500_000, r"users\.parquet")],
+    [(100_000, r"events-00000-of-00002\.array_record"), (800_000, r"items\.parquet"), (2_500_000, r"users\.parquet")],
 )
 def test_a_full_disk_leaves_the_old_folder_and_is_told_in_one_line(prepared, n_bytes, file):
     before = {path.name: path.read_bytes() for path in prepared.iterdir()}
