@@ -5,6 +5,7 @@ A command is `python -m experiments.NAME --config=configs/X.py [--config.field=v
 A traceback is a defect of ours.
 """
 
+import contextlib
 import dataclasses
 import errno
 import inspect
@@ -53,10 +54,11 @@ def run(
     """
     sys.unraisablehook = _interrupt_again
     code = execute(main, sys.argv, default_config, extra_flags, config_type=config_type, workdir=workdir)
-    if code in (INTERRUPTED, TERMINATED):
+    if code in (1, INTERRUPTED, TERMINATED):
         # Loader and checkpoint threads may be in the middle of something: what they hold is not needed, and a
-        # half-written checkpoint is never read, but taking them down in order can take long, or crash.
-        sys.stdout.flush()
+        # half-written checkpoint is never read, but taking them down in order can take long, complain, or crash.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -7,6 +7,7 @@ classes. Beside it goes a small JSON record: the position of the data stream, an
 import contextlib
 import dataclasses
 import logging
+import os
 import re
 import sys
 import typing
@@ -76,6 +77,9 @@ def _told_if_damaged(folder: Path, step: int) -> Iterator[None]:
         raise InputError(f"{folder}: the checkpoint of step {step} cannot be read ({reason})") from error
 
 
+_LOGGERS = ("absl", "asyncio")  # of orbax, and of the loops in which it writes
+
+
 class _QuietFailure:
     """While a write may fail in the background: drops what is said of it, in hundreds of lines, besides the error that
     whoever waits for it gets.
@@ -83,11 +87,13 @@ class _QuietFailure:
 
     def __init__(self) -> None:
         self._before = sys.unraisablehook
-        logging.getLogger("absl").addFilter(self._is_kept)
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(self._is_kept)
         sys.unraisablehook = self._hook
 
     def _is_kept(self, record: logging.LogRecord) -> bool:
-        return record.levelno < logging.ERROR or "orbax" not in record.pathname
+        is_told_twice = "orbax" in record.pathname or "exception was never retrieved" in record.getMessage()
+        return record.levelno < logging.ERROR or not is_told_twice
 
     def _hook(self, unraisable: Any) -> None:
         """Writes that are still under way tell an event loop that is no longer there."""
@@ -95,7 +101,8 @@ class _QuietFailure:
             self._before(unraisable)
 
     def close(self) -> None:
-        logging.getLogger("absl").removeFilter(self._is_kept)
+        for name in _LOGGERS:
+            logging.getLogger(name).removeFilter(self._is_kept)
         if sys.unraisablehook == self._hook:
             sys.unraisablehook = self._before
 
@@ -139,8 +146,8 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             self._is_failed = True
-            of_system = re.search(r": ([^:]*) \[os_error_code", str(error))
-            reason = of_system[1] if of_system else str(error).split("\n")[0][:200]
+            of_system = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))
+            reason = os.strerror(int(of_system[1])) if of_system else str(error).split("\n")[0][:200]
             raise WorkError(
                 f"{self.folder}: a checkpoint cannot be written ({reason}); what was saved before stays"
             ) from error
