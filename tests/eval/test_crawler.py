@@ -94,6 +94,8 @@ def test_no_array_is_as_large_as_all_histories_together(monkeypatch):
     dataset, split_ids, targets = make_crawler(2000, 1200)
     monkeypatch.setattr("moerec.data.histories.MOST_ROWS", 1 << 14)
     monkeypatch.setattr("moerec.eval.baselines.item_to_item._MANY_ROWS", 1 << 12)
+    monkeypatch.setattr("moerec.eval.audit.chance._N_DRAWS", 100)  # as many whatever the data
+    monkeypatch.setattr("moerec.eval.audit.chance._N_SEQUENCES", 1000)
     names = ("popularity_by_service", "markov", "item_knn", "item_knn_cross")
     models = [BASELINES[name].__wrapped__(dataset, split_ids) for name in names]
     n_bytes = 8 * int(gather_histories(dataset, targets, False).length.sum())

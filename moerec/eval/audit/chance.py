@@ -13,6 +13,7 @@ from scipy import stats
 ALPHA = 0.00135  # what lies above three standard deviations of a normal distribution
 _N_DRAWS = 10_000
 _MOST_CELLS = 40_000_000  # random signs of all draws; beyond, the normal distribution of the same variance
+_MOST_AT_ONCE = 250_000  # of them in memory
 _FEW = 64  # comparisons of one pair of items that are drawn as they are; beyond, a normal distribution again
 _MOST_ROUNDS = 30
 _N_SEQUENCES = 100_000  # by which the chance of a sequence is averaged
@@ -42,7 +43,7 @@ def bound_order(before: np.ndarray, after: np.ndarray) -> float:
         variance = (np.sum(surplus**2) + np.sum(rising**2)) / 12
         return float(0.5 + stats.norm.isf(ALPHA) * np.sqrt(variance) / n)
     rng, shares = np.random.default_rng(0), []
-    step = max(1, 2_000_000 // max(len(item), len(pair)))
+    step = max(1, _MOST_AT_ONCE // max(len(item), len(pair)))
     for done in range(0, _N_DRAWS, step):
         number = rng.random((min(step, _N_DRAWS - done), len(item)))
         shares.append(0.5 + np.where(number[:, high] > number[:, low], 0.5, -0.5) @ rising / n)
