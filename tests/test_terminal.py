@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moerec.config import cli
+from moerec.data.prepare.tables_to_shards import PrepareReport, describe_report
 from moerec.errors import InputError
+from moerec.eval.audit.report import AuditReport, AuditRow
 from moerec.eval.compare import Difference, format_rows
 from moerec.eval.report import format_table, write_report
 from moerec.serve.profile_card import Aspect, ContextEffect, ProfileCard, render_card
@@ -105,6 +107,15 @@ def make_card(text: str) -> ProfileCard:
     return ProfileCard(text, {text: text}, {text: 3}, times, {text: text}, [aspect], [0.5], text, [effect])
 
 
+def make_audit(text: str) -> AuditReport:
+    return AuditReport((AuditRow("repeats", text, 0.1, 0.2, False, text),))
+
+
+def make_prepared(text: str) -> PrepareReport:
+    counts = {"users": 1, "items": 1, "events": 1}
+    return PrepareReport("out", 1, 1, 1, {text: counts}, {text: {"empty user": 1}}, {}, 0.1, False, notes=(text,))
+
+
 def test_names_do_not_change_the_lines_of_a_table():
     metrics = full_metrics()
     metrics["config"]["name"] = NASTY
@@ -116,6 +127,8 @@ def test_names_do_not_change_the_lines_of_a_table():
         (format_table(metrics), format_table(full_metrics())),
         tuple("\n".join(format_rows([x], (x.part, x.part), [2], "better")) for x in (row, other)),
         (render_card(make_card(NASTY)), render_card(make_card("a"))),
+        (make_audit(NASTY).to_text(), make_audit("a").to_text()),
+        (describe_report(make_prepared(NASTY)), describe_report(make_prepared("a"))),
     ):
         assert is_safe(shown)
         assert shown.count("\n") == plain.count("\n")

@@ -49,6 +49,7 @@ from moerec.data.prepare.vocab import (
     refuse_amounts,
 )
 from moerec.errors import InputError
+from moerec.terminal import printable
 
 QUARANTINE = "quarantine.jsonl"
 SPILL = "spill"
@@ -183,10 +184,10 @@ def _open_codes(edges: tuple[float, ...] | None) -> IdVocab:
 def describe_report(report: PrepareReport) -> str:
     """The report as lines of text."""
     lines = [f"{'service':<16}{'users':>12}{'items':>12}{'events':>14}"]
-    rows = [*report.services.items()]
+    rows = [(printable(name), counts) for name, counts in report.services.items()]
     rows.append(("all", {"users": report.n_users, "items": report.n_items, "events": report.n_events}))
     lines += [f"{name:<16}{n['users']:>12,}{n['items']:>12,}{n['events']:>14,}" for name, n in rows]
-    lines += [f"times: {report.times}", *report.notes, *describe_quarantine(report.quarantined)]
+    lines += [f"times: {report.times}", *map(printable, report.notes), *describe_quarantine(report.quarantined)]
     done = "replaced what was prepared there," if report.replaced else "written"
     return "\n".join([*lines, f"{report.folder}: {done} in {report.wall_s:.1f} s"])
 
@@ -194,7 +195,7 @@ def describe_report(report: PrepareReport) -> str:
 def describe_quarantine(quarantined: dict[str, dict[str, int]]) -> list[str]:
     """A line for each file and reason of the rows that were put aside."""
     return [
-        f"quarantined from {file}: {n:,} {'row' if n == 1 else 'rows'}, {reason}"
+        f"quarantined from {printable(file)}: {n:,} {'row' if n == 1 else 'rows'}, {reason}"
         for file, counts in quarantined.items()
         for reason, n in sorted(counts.items())
     ]

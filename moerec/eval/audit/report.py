@@ -3,6 +3,7 @@
 import dataclasses
 
 from moerec.eval.audit.chance import is_too_few
+from moerec.terminal import printable
 
 _ROUNDING = 1e-9  # of a value that equals its threshold
 
@@ -82,11 +83,11 @@ class AuditReport:
         cells = [("check", "service", "value", "limit", "", "")] + [
             (
                 row.name,
-                row.service,
+                printable(row.service),
                 "-" if row.value is None else f"{row.value:.4f}",
                 "-" if row.threshold is None else f"{row.threshold:.4g}",
                 row.verdict,
-                row.explanation,
+                printable(row.explanation),
             )
             for row in self.rows
         ]

@@ -14,7 +14,7 @@ from moerec.errors import InputError
 def open_table(folder: Path, name: str, format: str = "auto") -> SourceTable:
     """Reads the header or schema of `folder/name`. Raises InputError if the file is absent or its format unclear."""
     name = name.rstrip("/") or name
-    path = folder / name
+    path = (folder / name).absolute()  # Arrow takes a relative `gs:…` or `~` for another place
     if not path.exists():
         raise InputError(f"{name}: no such file in {folder}")
     kind = _format_by_ending(name) if format == "auto" else format
