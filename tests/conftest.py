@@ -15,10 +15,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # Programs of tests run once and are small: they take longer to compile than to run. XLA dies of a flag that it does not
 # know, and each version has another one for fast compiles: that of 0.10 makes them take less than half as long.
 FAST_COMPILES = {"0.10": "--xla_cpu_use_fusion_emitters=false", "0.12": "--xla_cpu_opt_preset=fast_compile"}
-# With few cores XLA's pool of threads for the parts of one operation may wait for itself for ever: others report it,
-# and a run of these tests has hung. Two of them run at a time anyhow.
-if "xla_cpu_multi_thread_eigen" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false"
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     release = ".".join(importlib.metadata.version("jaxlib").split(".")[:2])
     os.environ["XLA_FLAGS"] += f" --xla_backend_optimization_level=0 {FAST_COMPILES.get(release, '')}"

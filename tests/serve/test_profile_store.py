@@ -283,12 +283,15 @@ import os, sys
 import numpy as np
 from moerec.serve.profile_store import ProfileStore
 
+def tell(*words):  # in one piece: what is printed without a buffer may be cut by the kill
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
 def write(folder, batch):
     store = ProfileStore.open(folder)
     while True:  # a group of users, their batch's number everywhere, and someone new with them
         group = [f"{batch % 3}/{k}" for k in range(40)] + [f"batch {batch}"]
         store.update(group, {"x": np.full((41, 64), batch, np.float32)})
-        print(batch, flush=True)
+        tell(batch)
         if batch % 5 == 4:
             store.delete([f"batch {batch - 4}"])
         batch += 1
@@ -297,9 +300,9 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         write(sys.argv[1], int(line))
-    print("process", child, flush=True)
+    tell("process", child)
     os.waitpid(child, 0)
-    print("dead", flush=True)
+    tell("dead")
 """
 
 
@@ -319,6 +322,7 @@ def kill_writer(process, batch, delay_s):
     os.kill(child, signal.SIGKILL)
     while lines[-1] != "dead\n":
         lines.append(process.stdout.readline())
+        assert lines[-1], "the process that starts the writers has gone"
     return max(int(line) for line in lines if line[0].isdigit())
 
 
