@@ -267,7 +267,7 @@ def damage_leaves(folder):
     ("damage", "words"),
     [
         (shutil.rmtree, "is no run and no checkpoint"),
-        (damage_config, "not a JSON file"),
+        (damage_config, "is no JSON file"),
         (lambda folder: shutil.rmtree(folder / "checkpoints"), "holds no checkpoint"),
         (lambda folder: shutil.rmtree(next((folder / "checkpoints" / "best").iterdir())), "holds no checkpoint"),
     ],
