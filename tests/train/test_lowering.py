@@ -38,7 +38,7 @@ def data(tmp_path_factory):
     return load_data(make_own().data, tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("mesh", [None, (1, 1, 1), (2, 1, 2)])
+@pytest.mark.parametrize("mesh", [None, (2, 1, 2)])
 def test_a_step_lowered_from_shapes_is_the_trainers(data, mesh):
     shape = (1, 1, 1) if mesh is None else mesh
     config = make_own(mesh_data=shape[0], mesh_expert=shape[1], mesh_model=shape[2], n_microbatches=2)
