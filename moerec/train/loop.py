@@ -201,9 +201,9 @@ def fit(config: Config, data: RunData, workdir: Path, evaluate: Evaluator) -> Tr
             state = _run_steps(config, trainer, evaluate, state, progress, stream, checkpoints, writer, stop)
         checkpoints.wait()
         if stop.is_made:
-            raise Terminated(
-                f"{workdir}: terminated, saved at step {int(state.step)}; the same command goes on from there"
-            )
+            is_saved = checkpoints.last_step() is not None
+            told = f"saved at step {int(state.step)}" if is_saved else "before the first step, with nothing to save"
+            raise Terminated(f"{workdir}: terminated, {told}; the same command goes on from there")
         best, at_best = checkpoints.restore_best(state)
     if at_best.best_step != progress.best_step:
         raise WorkError(f"{workdir}: the best step is {progress.best_step}, but {at_best.best_step} was kept")

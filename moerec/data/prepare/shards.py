@@ -1,6 +1,6 @@
 """The prepared folder: a catalogue, the users, and ArrayRecord shards with one record per user.
 
-    meta.json          what is in the folder, with a checksum of each of the following files; written last
+    meta.json          what is in the folder, with a checksum of each of the following files that is read; written last
     items.parquet      service, id, text, attributes, in catalogue order
     users.parquet      id, n_events, and the profile fields as `profile.NAME`
     events-0000k-of-0000n.array_record
