@@ -159,6 +159,7 @@ def test_config(run, data):
     (run / "config.json").write_bytes(content)
     (run / "metrics.json").write_text("{}")
     read_or_refuse(lambda: make_tasks(read_config(run / "config.json")), lambda: load_run(run))
+    assert (run / "config.json").read_bytes() == content  # here and below: nothing is written over
 
 
 @fuzz(0.1, 20)
@@ -166,6 +167,7 @@ def test_config(run, data):
 def test_digests(run, content):
     (run / "data.json").write_bytes(content)
     read_or_refuse(lambda: read_digests(run))
+    assert (run / "data.json").read_bytes() == content
 
 
 @fuzz(0.3, 30)
@@ -186,6 +188,7 @@ def test_metrics(run, content):
         lambda: render_interventions(compare_interventions([other, damaged_run, third])),
     ):
         read_or_refuse(read)
+    assert (damaged_run / "metrics.json").read_bytes() == content
 
 
 @fuzz(0.1, 8)
@@ -194,7 +197,10 @@ def test_report(run, content):
     folder = run / "reported"
     folder.mkdir(exist_ok=True)
     (folder / "metrics.json").write_bytes(content)
-    read_or_refuse(lambda: write_report(folder))
+    (folder / "report.html").unlink(missing_ok=True)
+    is_refused = read_or_refuse(lambda: write_report(folder))
+    assert (folder / "report.html").exists() != is_refused
+    assert (folder / "metrics.json").read_bytes() == content
 
 
 @fuzz(0.2, 20)
@@ -203,6 +209,8 @@ def test_metric_lines(run, lines, whole):
     folder = run / "lines"
     folder.mkdir(exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(full_metrics()))
-    (folder / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n" * whole)
+    content = b"\n".join(lines) + b"\n" * whole
+    (folder / "metrics.jsonl").write_bytes(content)
     if not read_or_refuse(lambda: read_metric_lines(folder / "metrics.jsonl")) and N_EXAMPLES:
         read_or_refuse(lambda: write_report(folder))  # takes a while
+    assert (folder / "metrics.jsonl").read_bytes() == content
