@@ -45,6 +45,12 @@ class Histories:
         offsets = self.offsets[start : stop + 1]
         return Histories(offsets - offsets[0], self.rows[offsets[0] : offsets[-1]])
 
+    def take(self, which: np.ndarray) -> "Histories":
+        """Args: `[n]`, which histories, in the order that they shall have."""
+        offsets = np.concatenate([[0], np.cumsum(self.length[which])]).astype(np.int64)
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][which] - offsets[:-1], np.diff(offsets))
+        return Histories(offsets, self.rows[places])
+
     def blocks(self, most: int | None = None) -> "Iterator[tuple[builtins.slice, Histories]]":
         """All histories in order, a few at a time: which, and they. Each block has at most `MOST_ROWS` rows, or is one
         history, and at most `most` histories.
@@ -114,6 +120,9 @@ class HistoryRanges(Histories):
 
     def slice(self, start: int, stop: int) -> "HistoryRanges":
         return HistoryRanges(self._start[start:stop], self._stop[start:stop], self._index)
+
+    def take(self, which: np.ndarray) -> "HistoryRanges":
+        return HistoryRanges(self._start[which], self._stop[which], self._index)
 
     def keep_events(self, is_kept: np.ndarray) -> "HistoryRanges":
         own = self._rebase()

@@ -14,7 +14,7 @@ from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.prepare.tables_to_shards import is_current, prepare
 from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties
-from moerec.data.timezones import describe_unzoned, find_zones
+from moerec.data.timezones import Zones, describe_unzoned, find_zones
 from moerec.data.tokenizer import TokenTable, tokenize
 from moerec.errors import InputError
 from moerec.files import read_json
@@ -34,6 +34,7 @@ class RunData:
       item_number: `[I]` int32, the number in `dataset` of each item of the source.
       quarantined: rows that were put aside when it was prepared, by file and reason.
       notes: lines about what is odd in its times and clocks.
+      zones: those that its clocks are by; None where the events' times name the offsets of their own, or all show UTC.
     """
 
     dataset: Dataset
@@ -44,6 +45,7 @@ class RunData:
     item_number: np.ndarray
     quarantined: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    zones: Zones | None = None
 
     @functools.cached_property
     def items_digest(self) -> str:
@@ -144,7 +146,12 @@ def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, fo
         dataset = shuffle_ties(dataset, config.seed)
     split_ids = assign_split_ids(dataset, config.split, config.seed)
     zones, log, unzoned = find_zones(dataset, config.schema), dataset.log, ""
-    if zones is not None and not log.utc_offset.any():  # else the events' times name the offsets of their own clocks
+    if zones is not None and log.utc_offset.any():
+        zones, unzoned = (
+            None,
+            "config.data.schema: no zones are used, as the times name the offsets of their own clocks",
+        )
+    elif zones is not None:
         unzoned = describe_unzoned(dataset, config.schema)
         utc_offset = zones.find_utc_offsets(log.user, log.time_us, log.context)
         dataset = dataclasses.replace(dataset, log=dataclasses.replace(log, utc_offset=utc_offset))
@@ -153,7 +160,7 @@ def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, fo
     tokens = tokenize(dataset.catalogue, config.max_tokens, config.vocab_size)
     found = {} if folder is None else Meta.load(folder).extra
     notes = (*found.get("notes", ()), *([unzoned] if unzoned else []))
-    return RunData(dataset, split_ids, tokens, world, folder, item_number, found.get("quarantined", {}), notes)
+    return RunData(dataset, split_ids, tokens, world, folder, item_number, found.get("quarantined", {}), notes, zones)
 
 
 def _find_requests(dataset: Dataset, keep: np.ndarray, first_event: bool) -> np.ndarray:

@@ -80,11 +80,12 @@ def _split_by_time(log: EventLog, split: SplitConfig) -> np.ndarray:
 
 class Moment(NamedTuple):
     """Attributes:
-    time_us: microseconds since 1970 UTC. utc_offset: seconds ahead of UTC, 0 where none is named.
+    time_us: microseconds since 1970 UTC.
+    utc_offset: seconds ahead of UTC; None where none is named, or by "Z", which says nothing of the clock at the place.
     """
 
     time_us: int
-    utc_offset: int
+    utc_offset: int | None
 
 
 def parse_date(text: str, field: str) -> Moment:
@@ -93,9 +94,9 @@ def parse_date(text: str, field: str) -> Moment:
         date = datetime.datetime.fromisoformat(text)
     except ValueError:
         raise InputError(f"{field}: {text!r} is no ISO date, such as 2024-05-01 or 2024-05-01T09:00") from None
-    offset = date.utcoffset() or datetime.timedelta(0)
+    named, offset = date.utcoffset(), date.utcoffset() or datetime.timedelta(0)
     micros = (date.replace(tzinfo=None) - datetime.datetime(1970, 1, 1) - offset) // datetime.timedelta(microseconds=1)
-    return Moment(micros, round(offset.total_seconds()))
+    return Moment(micros, None if named is None or text.upper().endswith("Z") else round(named.total_seconds()))
 
 
 def _split_by_user(log: EventLog, fraction: float, seed: int) -> np.ndarray:

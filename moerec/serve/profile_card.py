@@ -79,13 +79,13 @@ def summarize_profile(
     context: Mapping[str, str],
     feature: str,
     top_k: int,
-    utc_offsets: Sequence[int] = (),
+    utc_offsets: Sequence[int | None] = (),
 ) -> ProfileCard:
     """The profile card of a user.
 
     Args:
       times: of the requests, unix seconds; none: a Saturday's evening and a Monday's morning after the last event.
-      utc_offsets: how many seconds the clock at the place of each request is ahead of UTC, if its time tells.
+      utc_offsets: how many seconds the clock at the place of each request is ahead of UTC, None if its time does not tell.
       context: of all requests; what is not named is as at the last event before the first of them.
       feature: of the context, whose own value and then others, `N_VALUES` in all, are tried; the empty string varies
         nothing.
@@ -119,7 +119,7 @@ def summarize_profile(
 
 
 def make_requests(
-    run: Run, user: str, times: Sequence[float], context: Mapping[str, str], utc_offsets: Sequence[int] = ()
+    run: Run, user: str, times: Sequence[float], context: Mapping[str, str], utc_offsets: Sequence[int | None] = ()
 ) -> list[RecommendRequest]:
     """The requests of `summarize_profile`."""
     dataset = run.data.dataset
@@ -133,7 +133,7 @@ def make_requests(
         times = [next_time(time_us / SECOND_US, 5, 20), next_time(time_us / SECOND_US, 0, 8)]
     known = zip(dataset.context.items(), dataset.log.context[last], strict=True)
     before = {name: values[code - 1] for (name, values), code in known if 0 < code <= len(values)}
-    offsets = utc_offsets or [0] * len(times)
+    offsets = utc_offsets or [None] * len(times)
     return [
         RecommendRequest(when, {**before, **context}, utc_offset=offset)
         for when, offset in zip(times, offsets, strict=True)

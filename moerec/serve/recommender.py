@@ -10,7 +10,6 @@ import numpy as np
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.histories import Histories
 from moerec.data.packing import Sequences, device_time, pack, place_sequences
-from moerec.data.timezones import find_zones
 from moerec.errors import InputError
 from moerec.eval.probes.profile_aspects import relevance_of_aspects
 from moerec.nn.heads.item import log_prob_items
@@ -181,11 +180,10 @@ def _make_batch(
     batch = pack(dataset.log, dataset.catalogue, sequences, placed, (1, data.seq_len)).batch
     last = int(sequences.n_slots[0]) - 1
     code_C = encode_context(dataset, data.schema.edges, request.context)
-    utc_offset = np.array([request.utc_offset], np.int32)
-    if not request.utc_offset:
-        zones = find_zones(dataset, data.schema)  # by what was said, be it known to the model or not
-        if zones is not None:
-            zones = zones.of_somebody(data.schema, fields)
+    utc_offset = np.array([request.utc_offset or 0], np.int32)
+    if request.utc_offset is None:
+        if run.data.zones is not None:  # by what was said, be it known to the model or not
+            zones = run.data.zones.of_somebody(data.schema, fields)
             utc_offset = zones.find_utc_offsets(np.zeros(1, np.int64), request.time_us, code_C[None])
         elif len(rows):
             utc_offset = dataset.log.utc_offset[rows[-1:]]  # the clock of the last event, if events have their own

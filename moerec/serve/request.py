@@ -22,14 +22,14 @@ class RecommendRequest(NamedTuple):
 
     Events at or after the time are no history. `service` narrows the list to one service's catalogue. `fields` are
     static profile fields by name, in the place of the user's own. `utc_offset` is how many seconds the clock at the
-    request's place is ahead of UTC; at 0 it is what the time zones of the data say.
+    request's place is ahead of UTC; at None it is what the time zones of the data say, or as at the last event.
     """
 
     time: float | None = None
     context: Mapping[str, str] = NOTHING
     service: str = ""
     fields: Mapping[str, str] = NOTHING
-    utc_offset: int = 0
+    utc_offset: int | None = None
 
     @property
     def time_us(self) -> np.ndarray:

@@ -42,6 +42,13 @@ def test_a_slice_is_that_of_the_list(lists, data):
 
 
 @given(LISTS, st.data())
+def test_histories_in_another_order(lists, data):
+    which = data.draw(st.permutations(range(len(lists))))[: data.draw(st.integers(0, len(lists)))]
+    part = of_lists(lists).take(np.array(which, np.int64))
+    assert to_lists(part) == [lists[k] for k in which]
+
+
+@given(LISTS, st.data())
 def test_what_is_kept_keeps_its_owner_and_order(lists, data):
     kept = [[data.draw(st.booleans()) for _ in own] for own in lists]
     found = of_lists(lists).keep(np.array([k for own in kept for k in own], bool))
@@ -86,7 +93,7 @@ def test_ranges_do_what_their_rows_written_out_do(case, random):
     item, group = (np.array([random.randrange(4) for _ in range(n)], np.int32) for _ in range(2))
     wanted = np.array([random.randrange(4) for _ in ranges], np.int32)
     found, lists = make_histories(start, stop), [list(range(lo, hi)) for lo, hi in ranges]
-    for step in random.sample(["events", "own", "others", "last", "slice", "distinct", "nothing"], 3):
+    for step in random.sample(["events", "own", "others", "last", "slice", "take", "distinct", "nothing"], 3):
         plain = of_lists(lists)
         if step == "events":
             kept = np.array([random.random() < 0.7 for _ in range(n)], bool)
@@ -101,6 +108,10 @@ def test_ranges_do_what_their_rows_written_out_do(case, random):
         elif step == "slice":
             lo = random.randrange(len(lists) + 1)
             found, plain, lists, wanted = found.slice(lo, 99), plain.slice(lo, 99), lists[lo:], wanted[lo:]
+        elif step == "take":
+            which = random.sample(range(len(lists)), len(lists) // 2)
+            found, plain = found.take(np.array(which, int)), plain.take(np.array(which, int))
+            lists, wanted = [lists[k] for k in which], wanted[which]
         elif step == "distinct":
             found, plain = found.distinct(item), plain.distinct(item)
             lists = [[r for k, r in enumerate(own) if item[r] not in item[own[:k]]] for own in lists]

@@ -97,6 +97,19 @@ def test_events_without_an_entry_are_counted_and_named(config, tmp_path):
         assert load(config, tmp_path, zone="Asia/Tokyo", zone_column=column, zones=zones).notes == far
 
 
+def test_zones_give_way_to_the_offsets_that_times_name_and_a_line_says_so(config, tmp_path):
+    rows = [
+        f"u\ta\t2024-05-0{day}T09:00{offset}\tberlin" for day, offset in ((1, "+03:00"), (2, "+00:00"), (3, "-05:00"))
+    ]
+    (tmp_path / "events.tsv").write_text("\n".join(["user\titem\ttime\tcity", *rows, ""]))
+    plain = load(config, tmp_path, time_unit="iso")
+    data = load(config, tmp_path, time_unit="iso", zone_column="city", zones=("berlin=Europe/Berlin",))
+    assert data.dataset.log.utc_offset.tolist() == plain.dataset.log.utc_offset.tolist() == [10800, 0, -18000]
+    assert data.zones is None
+    assert plain.notes == ()
+    assert data.notes == ("config.data.schema: no zones are used, as the times name the offsets of their own clocks",)
+
+
 def test_the_clock_of_a_new_user_is_that_of_their_fields_and_nobody_elses(config, tmp_path):
     zones = ("berlin=Europe/Berlin", "moscow=Europe/Moscow")
     schema = dataclasses.replace(config.schema, zone_column="home", zones=zones)

@@ -20,6 +20,7 @@ from moerec.eval import baselines, metrics
 from moerec.eval.baselines import (
     BASELINES,
     BaselineInputs,
+    popularity_recent,
     rank_by_scores,
     register_baseline,
     register_scorer,
@@ -113,8 +114,10 @@ def count_in_window(dataset, split_ids, target, window):
     """How often each item is taken within the window before a target, and at all before it, by a loop."""
     log, n_items = dataset.log, dataset.catalogue.n_items
     recent, ever = np.zeros(n_items, int), np.zeros(n_items, int)
-    asked = log.time_us[target]
-    for row in np.flatnonzero(split_ids == splits.TRAIN):
+    asked, trained = log.time_us[target], np.flatnonzero(split_ids == splits.TRAIN)
+    if asked != UNKNOWN_TIME:
+        asked = min(asked, max(t for t in log.time_us[trained] if t != UNKNOWN_TIME) + 1)
+    for row in trained:
         time_us = log.time_us[row]
         if time_us != UNKNOWN_TIME and (asked == UNKNOWN_TIME or time_us < asked):
             ever[log.item[row]] += 1
@@ -122,17 +125,25 @@ def count_in_window(dataset, split_ids, target, window):
     return recent, ever
 
 
-@pytest.mark.parametrize("days", [0.5, 3.0, 40.0, 1000.0])
-def test_recent_popularity_counts_a_rolling_window_and_never_sees_the_future(days):
-    """Level items by what was taken before; a target of unknown time sees all of training."""
+@pytest.mark.parametrize(("days", "every"), [(0.5, 1), (3.0, 7), (40.0, 50), (1000.0, 10**6)])
+def test_recent_popularity_counts_a_rolling_window_and_never_sees_the_future(days, every, monkeypatch):
+    """Level items by what was taken before; a target of unknown time sees all of training. However many places of the
+    log are kept.
+    """
     dataset = make_world()
+    monkeypatch.setattr(popularity_recent, "MOST_KEPT", dataset.log.n_events * dataset.catalogue.n_items // every)
+    monkeypatch.setattr(popularity_recent, "MARKS", dataset.log.n_events)
     time_us = dataset.log.time_us + np.random.default_rng(1).integers(0, 2, dataset.log.n_events) * HOUR
     time_us[::7] = UNKNOWN_TIME
     dataset = dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, time_us=time_us))
     split_ids, targets, histories = hold_out(dataset)
     assert np.any(time_us[targets] == UNKNOWN_TIME)
-    scores = baselines.fit_recent_popularity(dataset, split_ids, days).score(dataset, targets, histories)
+    scorer = baselines.fit_recent_popularity(dataset, split_ids, days)
+    scores = scorer.score(dataset, targets, histories)
     assert scores.dtype == np.float32
+    for t in (0, len(targets) // 2, len(targets) - 1):  # by itself, too
+        alone = scorer.score(dataset, targets[t : t + 1], histories.slice(t, t + 1))
+        np.testing.assert_array_equal(alone[0], scores[t])
     n = np.sum((split_ids == splits.TRAIN) & (time_us != UNKNOWN_TIME))
     for t, target in enumerate(targets):
         recent, ever = count_in_window(dataset, split_ids, target, days * DAY)
@@ -155,6 +166,22 @@ def test_an_outlier_does_not_move_recent_popularity():
         same = np.setdiff1d(np.arange(dataset.catalogue.n_items), [*touched, dataset.log.item[trained[0]]])
         np.testing.assert_array_equal(scores[0][t, same], scores[1][t, same])
         assert np.floor(scores[0][t] - scores[1][t]).max() <= len(touched)
+
+
+def test_under_a_split_by_time_the_window_is_full_at_the_test_too():
+    """It ends where training ends, not at a target months later."""
+    dataset = make_world(3)
+    split_ids, targets, histories = hold_out(dataset)
+    late = dataset.log.time_us.copy()
+    late[targets] = late.max() + 200 * DAY
+    late = dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, time_us=late))
+    scorer = baselines.fit_recent_popularity(late, split_ids, 2.0)
+    scores = scorer.score(late, targets, histories)
+    trained = np.flatnonzero(split_ids == splits.TRAIN)
+    recent = trained[late.log.time_us[trained] >= late.log.time_us[trained].max() + 1 - 2 * DAY]
+    expected = np.bincount(late.log.item[recent], minlength=late.catalogue.n_items)
+    assert expected.sum()
+    np.testing.assert_array_equal(np.floor(scores), np.broadcast_to(expected, scores.shape))
 
 
 def make_news(n_users=1000, seed=0):
@@ -308,18 +335,22 @@ def test_item_knn_equals_sets(within_service, last_n):
 
 
 @pytest.mark.parametrize("within_service", [False, True])
-@pytest.mark.parametrize("last_n", [None, 2])
-def test_similarities_that_are_not_kept_are_computed_the_same(monkeypatch, within_service, last_n):
+@pytest.mark.parametrize(("last_n", "n_kept"), [(None, 0), (2, 0), (2, 5)])
+def test_similarities_that_are_not_kept_are_computed_the_same(monkeypatch, within_service, last_n, n_kept):
+    """`n_kept` items' at most are kept."""
     dataset = make_world()
     split_ids, targets, histories = hold_out(dataset)
     kept = baselines.fit_item_knn(dataset, split_ids, 0.6, last_n, within_service)
-    monkeypatch.setattr("moerec.eval.baselines.knn._MOST_KEPT", -1)
+    monkeypatch.setattr("moerec.eval.baselines.knn._MOST_KEPT", n_kept * dataset.catalogue.n_items)
     n_rows = 2 if last_n is None else 4  # of similarities at once: four are what two items of two services need
     monkeypatch.setattr("moerec.eval.baselines.knn._MOST_AT_ONCE", n_rows * dataset.catalogue.n_items)
     other = baselines.fit_item_knn(dataset, split_ids, 0.6, last_n, within_service)
     scores, others = (model.score(dataset, targets, histories) for model in (kept, other))
     assert scores.dtype == others.dtype == np.float32
-    if last_n is None:  # the sum over a request's items is taken in parts
+    rows_kept = [part.is_kept.sum() for part in other.similarity._ranges]
+    assert sum(rows_kept) >= n_kept
+    assert sum(rows_kept) < dataset.catalogue.n_items
+    if last_n is None or n_kept:  # the sum over a request's items is taken in parts
         np.testing.assert_allclose(others, scores, rtol=1e-5)
     else:
         np.testing.assert_array_equal(others, scores)

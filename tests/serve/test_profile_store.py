@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -426,6 +427,22 @@ def test_readers_who_overlap_do_not_keep_a_writer_out(store, tmp_path):
     assert order == ["writer", "reader"]
 
 
+def read_ids(found) -> list[str]:
+    """Of an export, as the documentation says."""
+    text, offsets = found["id_bytes"].tobytes(), found["id_offsets"]
+    return [text[lo:hi].decode() for lo, hi in itertools.pairwise(offsets)]
+
+
+def test_one_long_id_costs_an_export_its_own_length_only(tmp_path):
+    store = ProfileStore.create(tmp_path / "s", {"m": np.zeros(1, np.float32)})
+    names = ["x" * 12_000, *(str(k) for k in range(1000))]
+    store.update(names, {"m": np.zeros((1001, 1), np.float32)})
+    store.export(tmp_path / "all.npz")
+    assert (tmp_path / "all.npz").stat().st_size < 50_000
+    with np.load(tmp_path / "all.npz") as found:
+        assert read_ids(found) == names
+
+
 def test_export_holds_everything_without_pickle(tmp_path, monkeypatch):
     template = {"m": np.zeros((2, 2), jnp.bfloat16), "deep": {"t": np.zeros(3, np.int16)}}
     store = ProfileStore.create(tmp_path / "s", template, users_per_shard=2)
@@ -439,14 +456,15 @@ def test_export_holds_everything_without_pickle(tmp_path, monkeypatch):
     store.export(tmp_path / "all.npz")
     with np.load(tmp_path / "empty.npz", allow_pickle=False) as empty:
         assert {name: empty[name].shape for name in empty.files} == {
-            "ids": (0,),
+            "id_bytes": (0,),
+            "id_offsets": (1,),
             "versions": (0,),
             "states/deep/t": (0, 3),
             "states/m": (0, 2, 2),
         }
     kept = [0, 1, 2, 3, 5, 6]
     with np.load(tmp_path / "all.npz", allow_pickle=False) as found:
-        assert found["ids"].tolist() == [names[k] for k in kept]
+        assert read_ids(found) == [names[k] for k in kept]
         assert found["versions"].tolist() == [1, 1, 2, 1, 1, 1]
         assert found["states/m"].dtype == np.float32
         np.testing.assert_array_equal(found["states/m"], states["m"][kept].astype(np.float32))

@@ -1,6 +1,7 @@
 """Profiles in a store: answers from one and the last events against those from the whole history in one row."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -233,7 +234,8 @@ def test_the_commands(trained, tmp_path, monkeypatch, capsys):
     done = {"n_users": n_users, "n_events": n_events - left_out, "n_too_recent": 0, "n_stored": n_users}
     assert call(observe_command, store, f"--export={tmp_path / 'all.npz'}") == (0, done)
     with np.load(tmp_path / "all.npz") as found:
-        assert set(found["ids"]) == set(trained.data.dataset.users)
+        ids, offsets = found["id_bytes"].tobytes(), found["id_offsets"]
+        assert {ids[a:b].decode() for a, b in itertools.pairwise(offsets)} == set(trained.data.dataset.users)
         assert found["states/n_events"].sum() == n_events - left_out
     time = "--time=2026-01-01"
     code, with_store = call(recommend_command, store, f"--user={user}", time)

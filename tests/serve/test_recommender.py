@@ -12,6 +12,7 @@ import pytest
 from experiments import recommend as recommend_command
 from moerec.config import MoEConfig, PersonalConfig, cli
 from moerec.data.splits import TEST
+from moerec.data.timezones import Zones
 from moerec.errors import InputError
 from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.metrics import per_target_metrics
@@ -135,12 +136,17 @@ def test_the_clock_of_a_request_is_its_own_or_that_of_the_last_event(trained):
     dataset, user = trained.data.dataset, str(trained.data.dataset.users[5])
     log = dataclasses.replace(dataset.log, utc_offset=np.full(dataset.log.n_events, 7 * 3600, np.int32))
     own = replace_parts(trained, data=dataclasses.replace(trained.data, dataset=dataclasses.replace(dataset, log=log)))
-    schema = dataclasses.replace(trained.config.data.schema, zone="Asia/Tokyo")
-    data = dataclasses.replace(trained.config.data, schema=schema)
-    tokyo = replace_parts(own, config=dataclasses.replace(trained.config, data=data))
+    tokyo = replace_parts(own, data=dataclasses.replace(own.data, zones=Zones(("Asia/Tokyo",))))
     rows = find_history(own, user, RecommendRequest())
-    for run, asked, hours in ((trained, 0, 0), (own, 0, 7), (own, -5, -5), (tokyo, 0, 9), (tokyo, 3, 3)):
-        request = RecommendRequest(1_735_000_000, utc_offset=asked * 3600)
+    for run, asked, hours in (
+        (trained, None, 0),
+        (own, None, 7),
+        (own, 0, 0),
+        (own, -5, -5),
+        (tokyo, None, 9),
+        (tokyo, 0, 0),
+    ):
+        request = RecommendRequest(1_735_000_000, utc_offset=None if asked is None else asked * 3600)
         batch, slot = _make_batch(run, user, rows, request, False)
         assert batch.request.utc_offset_BT[0, slot] == hours * 3600
 
@@ -268,7 +274,9 @@ def test_requests_in_words():
     assert read_request([], "2024-05-01T09:00+03:00", "").time == 1714554000 - 3 * 3600
     local = read_request([], "2024-05-01T09:00:00.25+03:00", "")
     assert (local.time, local.utc_offset, local.time_us.tolist()) == (1714543200.25, 10800, [1714543200_250_000])
-    assert read_request([], "2024-05-01T09:00Z", "").utc_offset == 0
+    for time, utc_offset in (("09:00", None), ("09:00Z", None), ("09:00+00:00", 0), ("04:00-05:00", -18000)):
+        same = read_request([], f"2024-05-01T{time}", "")
+        assert (same.time, same.utc_offset) == (1714554000, utc_offset)
     assert read_request([], "", "") == RecommendRequest()
     assert read_request(["city=Moscow, RU,sky=blue"], "", "").context == {"city": "Moscow, RU", "sky": "blue"}
     asked = read_request([], "", "", ["age=35-49,gender=f"])

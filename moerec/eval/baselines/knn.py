@@ -12,7 +12,7 @@ from moerec.data.splits import TRAIN
 from moerec.eval.baselines.base import register_scorer
 from moerec.eval.baselines.item_to_item import weigh_histories
 
-_MOST_KEPT = 1 << 25  # similarities
+_MOST_KEPT = 1 << 26  # similarities: half a GiB
 _MOST_AT_ONCE = 1 << 24  # similarities, where they are not kept
 
 
@@ -33,45 +33,63 @@ class ItemKnn:
 class Similarity:
     """The sparse matrix `[I, I]` float32 of cosines, kept as a whole where it is small.
 
-    One user with 60,000 items makes 3.6 billion similarities. Then the rows that a request needs are computed when it
-    comes, each as it would stand in the whole matrix, bitwise.
+    One user with 60,000 items makes 3.6 billion similarities. Then the rows of the items that most users have are kept:
+    they are asked for most often, and are the most work. The others are computed for the request that needs them.
     """
 
     def __init__(self, ranges: list[scipy.sparse.csr_matrix]):
         """Args: `[users, items]` of each range of the catalogue within which items have similarities: the products of
         its columns.
         """
-        self._ranges = ranges
-        self._users = [scipy.sparse.csr_matrix(unit.T) for unit in ranges]
-        self._kept = None
-        if _is_small(ranges):
-            self._kept = _join([users @ unit for users, unit in zip(self._users, ranges, strict=True)])
+        is_kept = np.split(_choose_rows(ranges), np.cumsum([unit.shape[1] for unit in ranges])[:-1])
+        self._ranges = [_Range(unit, kept) for unit, kept in zip(ranges, is_kept, strict=True)]
 
     def multiply(self, weight: scipy.sparse.csr_matrix) -> np.ndarray:
         """`[n, I]`: the weights of items, `[n, I]`, times the similarities."""
-        if self._kept is not None:
-            return (weight @ self._kept).toarray()
-        columns, lo = [], 0
-        for users, unit in zip(self._users, self._ranges, strict=True):
-            columns.append(_multiply(weight[:, lo : lo + unit.shape[1]], users, unit))
-            lo += unit.shape[1]
-        return np.concatenate(columns, axis=1)
+        found, lo = np.empty(weight.shape, np.float32), 0
+        for part in self._ranges:
+            hi = lo + len(part.is_kept)
+            found[:, lo:hi] = part.multiply(weight[:, lo:hi])
+            lo = hi
+        return found
 
 
-def _join(squares: list[scipy.sparse.csr_matrix]) -> scipy.sparse.csr_matrix:
-    """The squares along the diagonal of one matrix. scipy's own way takes five times the room of the result."""
-    first = np.cumsum([0, *(square.shape[0] for square in squares)])
-    before = np.cumsum([0, *(square.nnz for square in squares)])
-    columns = [square.indices + lo for square, lo in zip(squares, first[:-1].astype(np.int32), strict=True)]
-    ends = [square.indptr[1:] + lo for square, lo in zip(squares, before[:-1].astype(np.int32), strict=True)]
-    parts = np.concatenate([s.data for s in squares]), np.concatenate(columns), np.concatenate([[0], *ends])
-    return scipy.sparse.csr_matrix(parts, (first[-1], first[-1]))
+class _Range:
+    """The similarities of items of one range, `[I, I]`: those rows that are kept, and what the others come from."""
+
+    def __init__(self, unit: scipy.sparse.csr_matrix, is_kept: np.ndarray):
+        users = scipy.sparse.csr_matrix(unit.T)
+        self.is_kept, self._kept = is_kept, _spread_rows(users[is_kept] @ unit, is_kept)
+        self._rest = None if is_kept.all() else (users, unit)
+
+    def multiply(self, weight: scipy.sparse.csr_matrix) -> np.ndarray:
+        found = (weight @ self._kept).toarray()
+        if self._rest is not None:
+            rest = weight.copy()
+            rest.data[self.is_kept[rest.indices]] = 0
+            rest.eliminate_zeros()
+            found += _multiply(rest, *self._rest)
+        return found
 
 
-def _is_small(ranges: list[scipy.sparse.csr_matrix]) -> bool:
-    """Whether all similarities can be kept: there are at most as many as pairs of items that a user has."""
-    n_pairs = (int(np.square(np.diff(unit.indptr).astype(np.int64)).sum()) for unit in ranges)
-    return sum(min(n, unit.shape[1] ** 2) for n, unit in zip(n_pairs, ranges, strict=True)) <= _MOST_KEPT
+def _choose_rows(ranges: list[scipy.sparse.csr_matrix]) -> np.ndarray:
+    """`[I]` bool, whose rows are kept: those of the items with most users, at most `_MOST_KEPT` similarities."""
+    n_users = np.concatenate([np.bincount(unit.indices, minlength=unit.shape[1]) for unit in ranges])
+    # An item has no more similarities than its users have items, and than there are items.
+    most = [np.minimum((unit != 0).T @ np.diff(unit.indptr).astype(np.int64), unit.shape[1]) for unit in ranges]
+    order = np.argsort(-n_users, kind="stable")
+    is_kept = np.zeros(len(n_users), bool)
+    is_kept[order] = np.cumsum(np.concatenate(most)[order]) <= _MOST_KEPT
+    return is_kept
+
+
+def _spread_rows(rows: scipy.sparse.csr_matrix, where: np.ndarray) -> scipy.sparse.csr_matrix:
+    """A matrix with these rows `where` is true, and empty ones elsewhere."""
+    length = np.zeros(len(where), rows.indptr.dtype)
+    length[where] = np.diff(rows.indptr)
+    return scipy.sparse.csr_matrix(
+        (rows.data, rows.indices, np.concatenate([[0], np.cumsum(length)])), (len(where), rows.shape[1])
+    )
 
 
 def _multiply(

@@ -1,6 +1,7 @@
 """Popularity of late: what was taken in a rolling window before the request."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -10,22 +11,26 @@ from moerec.data.histories import Histories
 from moerec.data.splits import TRAIN, VALID
 from moerec.errors import WorkError
 from moerec.eval.baselines.base import BaselineInputs, rank_by_scores, register_baseline
-from moerec.eval.metrics import Ranks, per_target_metrics
-from moerec.eval.ranking.dataset import make_valid_set
+from moerec.eval.metrics import RankCounts, Ranks, per_target_metrics
+from moerec.eval.ranking.dataset import EvalDataset, make_valid_set
 
 DAY_US = 86_400 * SECOND_US
 LAST_SHARE = 0.2  # of a user's training events, which count where no event has a time
 WINDOWS = (1 / 24, 0.25, 1.0, 3.0, 7.0, 30.0, 90.0, 365.0, np.inf)  # days, among which the window is chosen
 
 BLOCK = 32  # targets counted at once, few enough for the caches
+MARKS = 256  # places of the log whose counts are kept, at most
+MOST_KEPT = 1 << 24  # counts
 MOST_VALID = 2000  # validation targets that choose
 
 
 @dataclasses.dataclass(frozen=True)
 class RecentPopularity:
-    """Counts of the training events in `[time - window, time)` of a target; level ones by those of all time before it.
+    """Counts of the training events in `[end - window, end)`; level ones by those of all time before `end`.
 
-    No training event at the target's time or later counts. A target of unknown time sees all of training.
+    `end` is the target's time, so that no training event at that time or later counts; or the end of training where
+    that is earlier: under a split by time the window is as full at the test as at the validation. A target of unknown
+    time sees all of training, and no window.
 
     Attributes:
       time_us, item: `[events]` of the training events whose time is known, by time.
@@ -37,14 +42,16 @@ class RecentPopularity:
     window_us: int
 
     def score(self, dataset: Dataset, targets: np.ndarray, histories: Histories) -> np.ndarray:
-        asked = dataset.log.time_us[targets]
-        asked = np.where(asked == UNKNOWN_TIME, np.iinfo(np.int64).max, asked)
-        order = np.argsort(asked, kind="stable")
-        n_items, asked = dataset.catalogue.n_items, asked[order]
-        until, before = (_Counter(self.item, np.searchsorted(self.time_us, t)) for t in (asked, asked - self.window_us))
+        asked, last = dataset.log.time_us[targets], self.time_us[-1] + 1
+        end = np.where(asked == UNKNOWN_TIME, last + 1, np.minimum(asked, last))
+        order = np.argsort(end, kind="stable")
+        n_items, end = dataset.catalogue.n_items, end[order]
+        start = np.where(end > last, end, end - self.window_us)
+        marks = self._count_marks(n_items)
+        until, before = (_Counter(self.item, np.searchsorted(self.time_us, t), marks) for t in (end, start))
         scores = np.empty((len(targets), n_items), np.float32)
-        for start in range(0, len(targets), BLOCK):
-            block = slice(start, start + BLOCK)
+        for first in range(0, len(targets), BLOCK):
+            block = slice(first, first + BLOCK)
             ever, recent = until.count(block, n_items), before.count(block, n_items)
             np.subtract(ever, recent, out=recent)
             ever *= np.float32(0.5 / len(self.time_us))  # less than one event in all: it only settles what is level
@@ -52,14 +59,40 @@ class RecentPopularity:
             scores[order[block]] = recent
         return scores
 
+    def _count_marks(self, n_items: int) -> "_Marks":
+        """Made once: it is as much work as counting all events."""
+        if "_marks" not in vars(self):
+            vars(self)["_marks"] = _count_marks(self.item, n_items)
+        return vars(self)["_marks"]
+
+
+class _Marks(NamedTuple):
+    """Attributes:
+    every: events between marks.
+    count: `[marks, I]` float32, how often each item is among the first `0, every, 2 every, ...` events.
+    """
+
+    every: int
+    count: np.ndarray
+
+
+def _count_marks(item: np.ndarray, n_items: int) -> _Marks:
+    n = max(min(MARKS, MOST_KEPT // n_items), 1)
+    every = max(-(-len(item) // n), 1)
+    count = np.zeros((-(-len(item) // every), n_items), np.float32)
+    for k in range(1, len(count)):
+        count[k] = count[k - 1] + np.bincount(item[(k - 1) * every : k * every], minlength=n_items)
+    return _Marks(every, count)
+
 
 class _Counter:
     """Counts how often each item is among the first events, for places that rise, block by block."""
 
-    def __init__(self, item: np.ndarray, place: np.ndarray):
-        """Args: `[events]`; and `[n]`, how many of the events are to be counted."""
+    def __init__(self, item: np.ndarray, place: np.ndarray, marks: _Marks):
+        """Args: `[events]`; `[n]`, how many of the events are to be counted; and where counting may begin."""
         self.item, self.place = item, place
-        self.done, self.total = 0, np.float32(0)
+        mark = min(int(place[0]) // marks.every, len(marks.count) - 1)
+        self.done, self.total = mark * marks.every, marks.count[mark]
 
     def count(self, block: slice, n_items: int) -> np.ndarray:
         """`[block, I]` float32 for the next block of the places."""
@@ -118,7 +151,7 @@ def choose_window(inputs: BaselineInputs) -> float:
     examples, found = make_valid_set(dataclasses.replace(config, train=train), data), {}
     for days in WINDOWS:
         scorer = fit_recent_popularity(data.dataset, data.split_ids, days)
-        ranks = rank_by_scores(scorer, data.dataset, examples.targets, examples.histories, config.eval.mask_seen)
+        ranks = _rank_by_time(scorer, data.dataset, examples, config.eval.mask_seen)
         found[days] = per_target_metrics(ranks.union)["mrr"].mean()
     return max(WINDOWS, key=lambda days: (found[days], days))
 
@@ -128,7 +161,18 @@ def rank_recent_popularity(inputs: BaselineInputs) -> Ranks:
     """Ranks by the window that the config gives, or by the best on validation targets."""
     config, data, examples = inputs.config, inputs.data, inputs.examples
     scorer = fit_recent_popularity(data.dataset, data.split_ids, config.eval.popularity_days or choose_window(inputs))
-    return rank_by_scores(scorer, data.dataset, examples.targets, examples.histories, config.eval.mask_seen)
+    return _rank_by_time(scorer, data.dataset, examples, config.eval.mask_seen)
+
+
+def _rank_by_time(
+    scorer: RecentPopularity | LatePopularity, dataset: Dataset, examples: EvalDataset, mask_seen: bool
+) -> Ranks:
+    """Targets next to each other in time are scored together: each event between two chunks is counted once."""
+    order = np.argsort(dataset.log.time_us[examples.targets], kind="stable")
+    ranks = rank_by_scores(scorer, dataset, examples.targets[order], examples.histories.take(order), mask_seen)
+    back = np.argsort(order)
+    own, union = (RankCounts(counts.greater[back], counts.equal[back]) for counts in ranks)
+    return Ranks(own, union)
 
 
 rank_recent_popularity.__wrapped__ = fit_recent_popularity  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Writes an .npz file array by array, and the states piece by piece. No pickle."""
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,13 @@ from moerec.serve.profile_store.layout import StoreLayout
 _BLOCK_BYTES = 1 << 26
 
 Reader = Callable[[int, int], np.ndarray]  # users from, users to -> uint8 [n, bytes of a state]
+
+
+def encode_ids(names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays `id_bytes` and `id_offsets`. An array of unicode would give each id the room of the longest."""
+    texts = [name.encode() for name in names]
+    offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])]).astype(np.int64)
+    return {"id_bytes": np.frombuffer(b"".join(texts), np.uint8), "id_offsets": offsets}
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray], layout: StoreLayout, read: Reader) -> None:

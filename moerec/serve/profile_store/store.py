@@ -163,9 +163,10 @@ class ProfileStore:
         return rows >= 0
 
     def export(self, path: Path | str) -> None:
-        """Writes everything to an .npz file: `ids` (unicode) [N], `versions` int64 [N], `states/NAME` [N, ...].
+        """Writes everything to an .npz file: `id_bytes` uint8 and `id_offsets` int64 [N + 1], the ids in UTF-8, one
+        after another, and where each begins; `versions` int64 [N]; `states/NAME` [N, ...].
 
-        Needs the memory of few states only. bfloat16, which .npz does not know, becomes float32. Writers wait.
+        Needs the memory of the ids and of few states only. bfloat16, which .npz does not know, becomes float32. Writers wait.
         Raises InputError for a path within the store, where `delete` would have to keep its promise.
         """
         path = Path(os.path.realpath(path))
@@ -173,7 +174,7 @@ class ProfileStore:
             raise InputError(f"{path}: is inside the store; an export goes elsewhere")
         with self._locked():
             names, rows = self._users.list_users()
-            arrays = {"ids": np.array(names, np.str_), "versions": self._users.versions(rows)}
+            arrays = {**export.encode_ids(names), "versions": self._users.versions(rows)}
             export.write_npz(path, arrays, self._layout, lambda lo, hi: self._shards.read(rows[lo:hi]))
 
     def _commit(self, change: Change, states: np.ndarray) -> None:

@@ -16,6 +16,9 @@ from moerec.errors import InputError
 PARQUET_ROWS = 1 << 17
 MAX_BATCH_BYTES = 256 << 20  # of a column's texts that dictionaries give
 MAX_UNPACKED_BYTES, MAX_RATIO = 256 << 20, 1000  # a column of a row group unpacks to no more than either
+MAX_ELEMENTS = 1 << 26  # of the lists of a column in a row group
+_READ_BYTES = 1 << 20  # at once where a part of a column is read
+_NUMBER_BYTES = 24  # of a number as it is printed
 ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)  # what damaged files end in
 
 
@@ -58,51 +61,93 @@ def _plan_batches(path: Path, label: str, columns: list[str]) -> int:
     """How many rows may be unpacked at a time. Raises InputError where a column unpacks to much more than it takes.
 
     A file of a few kilobytes may hold a value of megabytes once, in the dictionary of a column, and a million
-    references to it: what a row may take is known from the dictionaries, which are read here, without the rows.
+    references to it, in lists too: what a row may take is known from the dictionaries, which are read here. Of a plain
+    column of texts that is done without the rows, of a column of lists with the references only.
     """
+    groups: dict[str, list[int]] = {}  # by column, the row groups where it has a dictionary
     with pq.ParquetFile(path, pre_buffer=False) as file:
-        texts = [field.name for field in file.schema_arrow if field.name in columns and _is_text(field.type)]
-        leaves = [k for k in range(file.metadata.num_columns) if file.schema.column(k).path.split(".")[0] in columns]
+        lists = {field.name for field in file.schema_arrow if is_list(field.type)}
+        leaves = [(k, file.schema.column(k)) for k in range(file.metadata.num_columns)]
+        owned = [(k, leaf, name) for k, leaf in leaves for name in columns if f"{leaf.path}.".startswith(f"{name}.")]
         for group in range(file.num_row_groups):
-            for leaf in leaves:
-                chunk = file.metadata.row_group(group).column(leaf)
-                n_bytes, packed = chunk.total_uncompressed_size, max(chunk.total_compressed_size, 1)
-                if n_bytes > MAX_UNPACKED_BYTES and n_bytes > MAX_RATIO * packed:
-                    where = f"{label}, column {chunk.path_in_schema}"
-                    raise InputError(f"{where}: {packed:,} bytes that would unpack to {n_bytes:,}; is it damaged?")
-    longest = 1
-    with pq.ParquetFile(path, pre_buffer=False, read_dictionary=texts) as file:
-        for group in range(file.num_row_groups if texts else 0):
-            for batch in file.iter_batches(1, row_groups=[group], columns=texts, use_threads=False):
-                arrays = {
-                    field.name: array.dictionary
-                    for field, array in zip(batch.schema, batch.columns, strict=True)
-                    if pa.types.is_dictionary(array.type)
-                }
-                longest = max(longest, _refuse_long_values(label, arrays))
-                break
+            for k, leaf, name in owned:
+                chunk = file.metadata.row_group(group).column(k)
+                _refuse_bombs(f"{label}, column {leaf.path}", chunk, name in lists)
+                if name in lists or (leaf.physical_type == "BYTE_ARRAY" and _has_dictionary(chunk)):
+                    groups.setdefault(name, []).append(group)
+    texts, longest = [leaf.path for _, leaf, _ in owned if leaf.physical_type == "BYTE_ARRAY"], 1
+    with pq.ParquetFile(path, pre_buffer=False, read_dictionary=texts, buffer_size=_READ_BYTES) as file:
+        for name, of_column in groups.items():
+            for group in of_column:
+                rows = file.metadata.row_group(group).num_rows
+                most = (
+                    max(1, PARQUET_ROWS * rows // _most_values(file.metadata.row_group(group))) if name in lists else 1
+                )
+                for batch in file.iter_batches(most, row_groups=[group], columns=[name], use_threads=False):
+                    array = batch.column(0)
+                    is_whole = pa.types.is_dictionary(array.type) and name not in lists
+                    longest = max(longest, _refuse_long_values(label, {name: array.dictionary if is_whole else array}))
+                    if name not in lists:
+                        break
     return max(1, min(PARQUET_ROWS, MAX_BATCH_BYTES // longest))
+
+
+def _most_values(group: pq.RowGroupMetaData) -> int:
+    """Of any column, elements of lists included."""
+    return max(1, *(group.column(k).num_values for k in range(group.num_columns)))
+
+
+def _has_dictionary(chunk: pq.ColumnChunkMetaData) -> bool:
+    return any("DICTIONARY" in encoding for encoding in chunk.encodings)
+
+
+def _refuse_bombs(where: str, chunk: pq.ColumnChunkMetaData, in_lists: bool):
+    n_bytes, packed = chunk.total_uncompressed_size, max(chunk.total_compressed_size, 1)
+    if n_bytes > MAX_UNPACKED_BYTES and n_bytes > MAX_RATIO * packed:
+        raise InputError(f"{where}: {packed:,} bytes that would unpack to {n_bytes:,}; is it damaged?")
+    if in_lists and chunk.num_values > MAX_ELEMENTS:
+        raise InputError(
+            f"{where}: {chunk.num_values:,} elements of lists in one row group; the most is {MAX_ELEMENTS:,}"
+        )
 
 
 def _refuse_long_values(label: str, arrays: dict[str, pa.Array]) -> int:
     """The bytes of the longest text. Raises InputError where it has more than a line of a text table may have."""
     longest = 0
     for column, array in arrays.items():
-        if _is_text(array.type):
-            array = array.dictionary if pa.types.is_dictionary(array.type) else array
-            longest = max(longest, pc.max(pc.binary_length(array)).as_py() or 0)
+        longest = max(longest, int(_count_bytes(array).max(initial=0)))
         if longest > MAX_LINE_BYTES:
             raise InputError(f"{label}, column {column}: a value has more than {MAX_LINE_BYTES:,} bytes")
     return longest
 
 
+def _count_bytes(array: pa.Array) -> np.ndarray:
+    """`[n]` int64 of each text, or of all elements of each list, with a separator each; 0 for what is neither."""
+    kind = array.type
+    if is_list(kind) and not pa.types.is_dictionary(kind) and not pa.types.is_map(kind):
+        within = pc.list_flatten(array)
+        own = _count_bytes(within) if _is_text(within.type) else np.full(len(within), _NUMBER_BYTES)
+        owner = pc.list_parent_indices(array).to_numpy(zero_copy_only=False)
+        return np.bincount(owner, own + 1, len(array)).astype(np.int64)
+    if not _is_text(kind):
+        return np.zeros(len(array), np.int64)
+    if pa.types.is_dictionary(kind):
+        of_entry, entry = _count_bytes(array.dictionary), pc.fill_null(array.indices, -1)
+        return np.append(of_entry, 0)[entry.to_numpy(zero_copy_only=False)]
+    if _is_view(kind):
+        array = array.cast(pa.large_binary())
+    return pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
-    return any(
-        is_kind(kind)
-        for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    )
+    plain = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary, _is_view)
+    return any(is_kind(kind) for is_kind in plain)
+
+
+def _is_view(kind: pa.DataType) -> bool:
+    return pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
 
 
 def _list_parts(folder: Path, label: str) -> list[Path]:

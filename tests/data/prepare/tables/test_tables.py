@@ -306,3 +306,43 @@ def test_a_column_that_unpacks_to_far_more_than_it_takes_is_refused(tmp_path, mo
     with pytest.raises(InputError, match=r"^a\.parquet, column a: [\d,]+ bytes that would unpack to 2,097,\d+"):
         next(read_batches(open_table(tmp_path, "a.parquet"), ["a"]))
     assert len(list(read_batches(open_table(tmp_path, "a.parquet"), ["b"]))) == 1
+
+
+@pytest.mark.parametrize(
+    "kind", ["list", "large_list", "fixed_size_list", "list_of_dictionary", "view", "list_of_views"]
+)
+def test_what_lists_and_views_take_is_known_before_they_are_unpacked(tmp_path, monkeypatch, kind):
+    """A dictionary's long value in every list, or the many elements of one list."""
+    text, rows = "x" * (1 << 12), 1000
+    of_kind = {
+        "list": pa.list_(pa.string()),
+        "large_list": pa.large_list(pa.string()),
+        "fixed_size_list": pa.list_(pa.string(), 4),
+        "list_of_dictionary": pa.list_(pa.dictionary(pa.int32(), pa.string())),
+        "view": pa.string_view(),
+        "list_of_views": pa.list_(pa.string_view()),
+    }[kind]
+    value, n_bytes = (text, 1 << 12) if kind == "view" else ([text] * 4, 4 * ((1 << 12) + 1))
+    pq.write_table(pa.table({"a": pa.array([value] * rows, of_kind)}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 15
+    monkeypatch.setattr(parquet, "MAX_BATCH_BYTES", 50 * n_bytes)
+    sizes = [len(batch.rows) for batch in read_batches(open_table(tmp_path, "a.parquet"), ["a"])]
+    assert sizes == [50] * 20
+    monkeypatch.setattr(parquet, "MAX_LINE_BYTES", n_bytes - 1)
+    with pytest.raises(InputError, match=rf"^a\.parquet, column a: a value has more than {n_bytes - 1:,} bytes$"):
+        next(read_batches(open_table(tmp_path, "a.parquet"), ["a"]))
+
+
+def test_lists_of_very_many_elements_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    table = pa.table({"a": pa.array([[1.5] * 1000, [2.5]]), "b": ["y", "z"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    monkeypatch.setattr(parquet, "MAX_ELEMENTS", 1000)
+    with pytest.raises(
+        InputError, match=r"^a\.parquet, column a\.list\.element: 1,001 elements of lists in one row group"
+    ):
+        next(read_batches(open_table(tmp_path, "a.parquet"), ["a"]))
+    assert len(list(read_batches(open_table(tmp_path, "a.parquet"), ["b"]))) == 1
+    monkeypatch.setattr(parquet, "MAX_ELEMENTS", 1001)
+    monkeypatch.setattr(parquet, "MAX_LINE_BYTES", 20_000)  # as they would be printed
+    with pytest.raises(InputError, match=r"^a\.parquet, column a: a value has more than 20,000 bytes$"):
+        next(read_batches(open_table(tmp_path, "a.parquet"), ["a"]))
