@@ -31,6 +31,17 @@ from moerec.terminal import safe_output
 
 Main = Callable[[Any, flags.FlagValues], Mapping[str, Any] | None]
 INTERRUPTED = 130
+_OF_THE_MACHINE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+}
 _MOST_TOLD = 1500  # characters of an error
 ExtraFlags = Mapping[str, tuple[Any, str]]  # name: (default, help); the default gives the type
 
@@ -128,7 +139,7 @@ def _execute(
     except (FileExistsError, NotADirectoryError) as error:
         return _fail(2, f"{error.filename}: {error.strerror}; a directory is needed there")
     except OSError as error:  # the machine's answer (no space, no permission), not a defect of ours
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.filename is None and error.errno not in _OF_THE_MACHINE:
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
         return _fail(1, f"{place}{error.strerror}")

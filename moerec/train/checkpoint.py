@@ -6,6 +6,7 @@ classes. Beside it goes a small JSON record: the position of the data stream, an
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import re
@@ -146,7 +147,9 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             self._is_failed = True
-            of_system = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))
+            of_system = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))  # TensorStore's are ValueErrors
+            if not (of_system or isinstance(error, OSError)):
+                raise  # a defect of ours, or of a library
             reason = os.strerror(int(of_system[1])) if of_system else str(error).split("\n")[0][:200]
             raise WorkError(
                 f"{self.folder}: a checkpoint cannot be written ({reason}); what was saved before stays"
@@ -256,5 +259,7 @@ class Checkpoints:
         for manager in (self._last, self._best):
             with contextlib.suppress(WorkError) if self._is_failed else contextlib.nullcontext(), self._told_if_full():
                 manager.close()
-        if self._quiet_failure and not self._is_failed:
+        if self._quiet_failure:
+            if self._is_failed:
+                gc.collect()  # writes that failed are told of when they are collected
             self._quiet_failure.close()

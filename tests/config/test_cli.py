@@ -203,6 +203,8 @@ def test_optional_fields_and_tuples_of_fixed_length(tmp_path, seen, capsys):
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (PermissionError(13, "Permission denied", "runs/x"), 1, "error: runs/x: Permission denied\n"),
         (OSError(28, "No space left on device"), 1, "error: No space left on device\n"),
+        (OSError(5, "Input/output error"), 1, "error: Input/output error\n"),
+        (OSError(24, "Too many open files"), 1, "error: Too many open files\n"),
         (MemoryError(), 1, "error: out of memory\n"),
     ],
 )

@@ -30,7 +30,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from moerec.data.dataset import Dataset, EventLog, ItemTable
 from moerec.data.prepare.checksums import describe_file, require_intact
 from moerec.errors import InputError, WorkError
-from moerec.files import naming, require_utf8
+from moerec.files import naming, parse_json, require_utf8
 
 FORMAT_VERSION = 2
 META = "meta.json"
@@ -85,7 +85,7 @@ class Meta:
         if not path.is_file():
             raise InputError(f"{folder}: not a prepared folder, or not a whole one: it has no {META}")
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = parse_json(path.read_bytes())
             version = fields["format_version"]
             if version != FORMAT_VERSION:
                 raise OtherVersion(f"{path}: format version {version}, not {FORMAT_VERSION}; prepare again")

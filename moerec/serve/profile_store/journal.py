@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from moerec.errors import WorkError
-from moerec.files import naming
+from moerec.files import naming, parse_json
 from moerec.serve.profile_store.folder import IDS, USERS, is_shard, open_file
 
 JOURNAL = "journal"
@@ -152,7 +152,7 @@ def _parse(journal: memoryview, path: Path) -> list[FileWrite]:
     at = 24 + int.from_bytes(journal[16:24], "little")
     writes = []
     try:
-        for file, n_pieces, n_bytes in json.loads(bytes(journal[24:at])):
+        for file, n_pieces, n_bytes in parse_json(bytes(journal[24:at])):
             if not isinstance(file, str) or n_pieces < 1 or n_bytes < 0:
                 raise ValueError
             offsets, lengths = np.frombuffer(journal, "<i8", 2 * n_pieces, at).reshape(2, n_pieces)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from moerec.errors import InputError
+from moerec.files import parse_json
 from moerec.serve.profile_store.folder import META, open_file
 
 FORMAT_VERSION = 1
@@ -95,7 +96,7 @@ class StoreLayout:
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{folder}: not a profile store: it has no {META}") from None
         try:
-            fields = json.loads(data.decode())
+            fields = parse_json(data)
             version = fields["format_version"]
             if version != FORMAT_VERSION:
                 raise InputError(f"{path}: format version {version!r} is unknown; this program knows {FORMAT_VERSION}")

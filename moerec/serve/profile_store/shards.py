@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from moerec.errors import WorkError
-from moerec.files import naming
+from moerec.files import naming, parse_json
 from moerec.serve.profile_store.folder import STATES, name_shard, open_file, open_parent
 from moerec.serve.profile_store.journal import FileWrite, write_all
 from moerec.serve.profile_store.layout import StoreLayout
@@ -54,7 +54,11 @@ class Shards:
                 # Zeros, which take no room on disk, and the index.
                 self._replace(name_shard(shard), self._index().tobytes(), self._per_shard * self._n_bytes)
         with open_file(self._folder, ARRAY, os.O_RDONLY) as handle, open(handle, "rb", closefd=False) as file:
-            array = json.loads(file.read())  # TensorStore has just read it, too
+            data = file.read()
+        with self._told():  # TensorStore has just read it, too, but it may have changed
+            array = parse_json(data)
+            if not isinstance(array, dict):
+                raise ValueError("zarr.json holds no JSON object")
         array["shape"] = [n_shards * self._per_shard, self._n_bytes]
         self._replace(ARRAY, json.dumps(array).encode())
         self._array = None
