@@ -10,7 +10,9 @@ import dataclasses
 from pathlib import Path
 
 from moerec.config import cli
+from moerec.data.prepare.shards import load_dataset
 from moerec.data.prepare.tables_to_shards import describe_report, prepare
+from moerec.data.timezones import settle_zones
 from moerec.errors import InputError
 
 
@@ -20,6 +22,9 @@ def main(config, flags) -> dict:
     if not out:
         raise InputError("--out is missing: the folder to write")
     report = prepare(config.data, Path(out))
+    if config.data.schema.zone_column or config.data.schema.zone != "UTC":
+        _, unzoned = settle_zones(load_dataset(Path(out)), config.data.schema)
+        report = dataclasses.replace(report, notes=(*report.notes, *([unzoned] if unzoned else [])))
     print(describe_report(report))
     return dataclasses.asdict(report)
 

@@ -224,7 +224,8 @@ def _take(path: Path) -> int:
             os.close(file)
             raise InputError(f"{path.parent}: another process is at work here ({told})") from None
         except OSError as error:
-            print(f"{path.parent}: cannot be locked ({error.strerror}); one process at a time, please", file=sys.stderr)
+            told = f"cannot be locked ({error.strerror}); let one process at a time work there"
+            print(f"{path.parent}: {told}", file=sys.stderr)
             return file
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):

@@ -5,6 +5,7 @@ window, a line that is overwritten), and a page shows text in another order than
 """
 
 import contextlib
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -62,10 +63,21 @@ class SafeStream:
 
 @contextlib.contextmanager
 def safe_output() -> Iterator[None]:
-    """Standard output and standard error as `SafeStream`s."""
-    before = sys.stdout, sys.stderr
+    """Standard output and standard error as `SafeStream`s; and records of libraries' logs, which hold on to the streams
+    that they found, with printable messages.
+    """
+    before, make_record = (sys.stdout, sys.stderr), logging.getLogRecordFactory()
+
+    def make_safe(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        with contextlib.suppress(TypeError, ValueError, KeyError):  # of a message with other arguments; logging tells
+            record.msg, record.args = printable(record.getMessage(), keep="\n\t"), ()
+        return record
+
     sys.stdout, sys.stderr = (stream and SafeStream(stream) for stream in before)  # type: ignore[assignment]
+    logging.setLogRecordFactory(make_safe)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+        logging.setLogRecordFactory(make_record)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import sys
 import unicodedata
 
@@ -66,6 +67,21 @@ def test_streams_are_put_back():
     with safe_output():
         assert sys.stdout is not before[0]
     assert (sys.stdout, sys.stderr) == before
+
+
+def test_logs_of_libraries_are_safe_though_they_hold_on_to_their_stream():
+    out, factory = io.StringIO(), logging.getLogRecordFactory()
+    handler, logger = logging.StreamHandler(out), logging.getLogger("a.library")
+    logger.addHandler(handler)
+    try:
+        with safe_output():
+            logger.warning("read %s: %d", NASTY, 3)
+            logger.warning("100 % of it")
+    finally:
+        logger.removeHandler(handler)
+    assert is_safe(out.getvalue())
+    assert out.getvalue().count("\n") == 2 + NASTY.count("\n")
+    assert logging.getLogRecordFactory() is factory
 
 
 def test_a_command_prints_messages_results_and_errors_safely(capsys):

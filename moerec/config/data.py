@@ -70,9 +70,7 @@ class SchemaConfig:
 
     def __post_init__(self):
         for name in ("service_name", "attribute_separator"):
-            require(
-                _is_text(getattr(self, name)), f"data.schema.{name}", "is no valid UTF-8, or holds a zero character"
-            )
+            require(_is_text(getattr(self, name)), f"data.schema.{name}", "is no valid UTF-8, or holds a NUL character")
         require(bool(self.attribute_separator), "data.schema.attribute_separator", "must not be empty")
         require(bool(self.user), "data.schema.user", "a column is needed")
         require(bool(self.item), "data.schema.item", "a column is needed")

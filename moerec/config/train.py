@@ -143,7 +143,8 @@ class AuditConfig:
 
     A limit of 1 is never exceeded, and the value is only reported.
 
-    The orders and the canary of ids and the identical users must also exceed what chance gives (.00135 of the time).
+    The orders and the canary of ids and the identical users must also exceed what chance gives but for a probability of
+    .00135.
     """
 
     max_far_times: float = 0.0  # events before 1990, later than now, or far from all others: another unit, or none

@@ -28,14 +28,14 @@ def require_types(config: Any) -> None:
 
 
 def require_type(place: str, value: Any, hint: Any) -> None:
-    """Raises: InputError, where the value is not of the type, a number that is not finite, or text with a zero byte."""
+    """Raises: InputError, where the value is not of the type, a number that is not finite, or text with a NUL."""
     if not fits(value, hint):
         raise InputError(describe_misfit(place, value, hint))
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{place}: {value} is no finite number")
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and "\0" in text:  # no path, and no name that could be looked for
-            raise InputError(f"{place}: {value!r} holds a zero byte")
+            raise InputError(f"{place}: {value!r} holds a NUL character")
 
 
 def describe_misfit(place: str, value: Any, hint: Any) -> str:

@@ -14,7 +14,7 @@ from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.prepare.tables_to_shards import is_current, prepare
 from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties
-from moerec.data.timezones import Zones, describe_unzoned, find_zones
+from moerec.data.timezones import Zones, settle_zones
 from moerec.data.tokenizer import TokenTable, tokenize
 from moerec.errors import InputError
 from moerec.files import read_json
@@ -145,14 +145,8 @@ def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, fo
     if config.split.shuffle_ties:
         dataset = shuffle_ties(dataset, config.seed)
     split_ids = assign_split_ids(dataset, config.split, config.seed)
-    zones, log, unzoned = find_zones(dataset, config.schema), dataset.log, ""
-    if zones is not None and log.utc_offset.any():
-        zones, unzoned = (
-            None,
-            "config.data.schema: no zones are used, as the times name the offsets of their own clocks",
-        )
-    elif zones is not None:
-        unzoned = describe_unzoned(dataset, config.schema)
+    (zones, unzoned), log = settle_zones(dataset, config.schema), dataset.log
+    if zones is not None:
         utc_offset = zones.find_utc_offsets(log.user, log.time_us, log.context)
         dataset = dataclasses.replace(dataset, log=dataclasses.replace(log, utc_offset=utc_offset))
     if world is None:  # all of the city's values are known, and its oracle asks for them

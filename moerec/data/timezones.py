@@ -99,6 +99,19 @@ def describe_unzoned(dataset: Dataset, schema: SchemaConfig) -> str:
     )
 
 
+def settle_zones(dataset: Dataset, schema: SchemaConfig) -> tuple[Zones | None, str]:
+    """The zones that the events' clocks are by, None where there are none or the times name the offsets of their own;
+    and a line about what has no effect, or has no zone, or nothing.
+
+    Raises:
+      InputError: as `find_zones`.
+    """
+    zones = find_zones(dataset, schema)
+    if zones is not None and dataset.log.utc_offset.any():
+        return None, "config.data.schema: no zones are used, as the times name the offsets of their own clocks"
+    return zones, "" if zones is None else describe_unzoned(dataset, schema)
+
+
 def find_zones(dataset: Dataset, schema: SchemaConfig) -> Zones | None:
     """The zones of a data set, None where all clocks show UTC.
 

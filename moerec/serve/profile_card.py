@@ -85,7 +85,7 @@ def summarize_profile(
 
     Args:
       times: of the requests, unix seconds; none: a Saturday's evening and a Monday's morning after the last event.
-      utc_offsets: how many seconds the clock at the place of each request is ahead of UTC; None: its time does not tell.
+      utc_offsets: how many seconds the clock at the place of each request is ahead of UTC; None: not told.
       context: of all requests; what is not named is as at the last event before the first of them.
       feature: of the context, whose own value and then others, `N_VALUES` in all, are tried; the empty string varies
         nothing.

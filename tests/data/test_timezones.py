@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import types
 import zoneinfo
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moerec.config import DataConfig, SchemaConfig, TablesConfig
+from experiments import prepare
+from moerec.config import Config, DataConfig, SchemaConfig, TablesConfig
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.load import load_data, make_reader
 from moerec.data.timezones import find_utc_offsets_in, find_zones
@@ -95,6 +97,16 @@ def test_events_without_an_entry_are_counted_and_named(config, tmp_path):
         assert "far-off times" in far[0]
         assert data.notes == (far if told is None else (*far, told))
         assert load(config, tmp_path, zone="Asia/Tokyo", zone_column=column, zones=zones).notes == far
+
+
+def test_prepare_names_the_places_without_a_zone(config, tmp_path, capsys):
+    zones = ("berlin=Europe/Berlin", "moscow=Europe/Moscow")
+    schema = dataclasses.replace(config.schema, zone_column="city", zones=zones)
+    flags = types.SimpleNamespace(out=str(tmp_path / "out"))
+    report = prepare.main(Config(data=dataclasses.replace(config, schema=schema)), flags)
+    line = "config.data.schema.zones: 2 of 7 events have UTC, as there is no entry for city 'nowhere', no value"
+    assert report["notes"][-1] == line
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_zones_give_way_to_the_offsets_that_times_name_and_a_line_says_so(config, tmp_path):

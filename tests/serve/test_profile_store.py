@@ -490,7 +490,7 @@ INFINITE = with_leaf("memory", np.full((2, 2, 3), [[[0.0]], [[np.inf]]], np.floa
     [
         (["a", "b", "a"], make_states([1, 2, 3]), "user 'a' is twice in the batch"),
         (["a", 7], make_states([1, 2]), "user 7: an id must be a string, not int"),
-        (["a", "b\0"], make_states([1, 2]), "must not contain a zero character"),
+        (["a", "b\0"], make_states([1, 2]), "must not contain a NUL character"),
         (["a", "\ud800"], make_states([1, 2]), r"user '\\ud800': the id is no valid Unicode text"),
         ("ab", make_states([1, 2]), "ids must be a sequence of strings, not the one string 'ab'"),
         (["a"], make_states([1, 2]), r"leaf memory is float32\[2, 2, 3\], not float32\[1, 2, 3\] for 1 users"),

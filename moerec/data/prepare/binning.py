@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"  # what is read as one
+MOST_CODES = 200  # different whole numbers that may pass for codes, such as years
 
 
 def name_ranges(edges: Sequence[float]) -> list[str]:
@@ -38,7 +39,8 @@ def find_quantiles(numbers: np.ndarray, n_ranges: int) -> tuple[float, ...]:
 
 
 class AmountScan:
-    """Looks for amounts in a column that is read as categories: nothing but numbers, and one that is no likely code.
+    """Looks for amounts in a column that is read as categories: nothing but numbers, and one that is no likely code, or
+    more than `MOST_CODES` different ones.
 
     Attributes:
       example: the first number that is no code, if all values so far are numbers; otherwise the empty string.
@@ -46,6 +48,7 @@ class AmountScan:
 
     def __init__(self, is_code: Callable[[np.ndarray], np.ndarray]):
         self._is_code, self._is_numeric, self._example = is_code, True, ""
+        self._known: set[str] = set()
 
     @property
     def example(self) -> str:
@@ -60,6 +63,10 @@ class AmountScan:
         if self._is_numeric and not self._example:
             strange = np.flatnonzero(~self._is_code(values.cast(pa.float64()).to_numpy(zero_copy_only=False)))
             self._example = values[int(strange[0])].as_py() if len(strange) else ""
+        if self._is_numeric and not self._example:
+            self._known.update(pc.unique(values).to_pylist())
+            if len(self._known) > MOST_CODES:
+                self._example = values[-1].as_py()
 
 
 def is_whole(numbers: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What chance gives: the largest value of a check that a data set without its defect shows all but never.
+"""Chance: what a check shows in a data set without its defect, but for a probability of `ALPHA` to show more.
 
 The null hypotheses: an item's id is dealt to it at random; a tie is put in order by a coin; and the items of users who
 are nobody's copy are drawn by popularity. Events that are not independent are taken as they are: those of all users who

@@ -69,11 +69,11 @@ class RecentPopularity:
 class _Marks(NamedTuple):
     """Attributes:
     every: events between marks.
-    count: `[marks, I]` float32, how often each item is among the first `0, every, 2 every, ...` events.
+    so_far: `[marks, I]` float32, how often each item is among the first `0, every, 2 every, ...` events.
     """
 
     every: int
-    count: np.ndarray
+    so_far: np.ndarray
 
 
 def _count_marks(item: np.ndarray, n_items: int) -> _Marks:
@@ -91,8 +91,8 @@ class _Counter:
     def __init__(self, item: np.ndarray, place: np.ndarray, marks: _Marks):
         """Args: `[events]`; `[n]`, how many of the events are to be counted; and where counting may begin."""
         self.item, self.place = item, place
-        mark = min(int(place[0]) // marks.every, len(marks.count) - 1)
-        self.done, self.total = mark * marks.every, marks.count[mark]
+        mark = min(int(place[0]) // marks.every, len(marks.so_far) - 1)
+        self.done, self.total = mark * marks.every, marks.so_far[mark]
 
     def count(self, block: slice, n_items: int) -> np.ndarray:
         """`[block, I]` float32 for the next block of the places."""

@@ -166,7 +166,7 @@ class ProfileStore:
         """Writes everything to an .npz file: `id_bytes` uint8 and `id_offsets` int64 [N + 1], the ids in UTF-8, one
         after another, and where each begins; `versions` int64 [N]; `states/NAME` [N, ...].
 
-        Needs the memory of the ids and of few states. bfloat16, which .npz does not know, becomes float32. Writers wait.
+        Needs memory for the ids and for few states. bfloat16, which .npz does not know, becomes float32. Writers wait.
         Raises InputError for a path within the store, where `delete` would have to keep its promise.
         """
         path = Path(os.path.realpath(path))

@@ -259,7 +259,7 @@ def check_ids(ids: Any) -> list[str]:
         if not isinstance(name, str):
             raise InputError(f"user {name!r}: an id must be a string, not {type(name).__name__}")
         if "\0" in name:  # arrays of strings cannot hold it at the end
-            raise InputError(f"user {name!r}: an id must not contain a zero character")
+            raise InputError(f"user {name!r}: an id must not contain a NUL character")
         found.append(str(name))
     return found
 

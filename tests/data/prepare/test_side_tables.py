@@ -201,6 +201,19 @@ def test_amounts_are_no_categories_unless_it_is_said(tmp_path, kind, values, are
     assert found == [value for value in values if value or kind != "context"]
 
 
+def test_very_many_whole_numbers_are_amounts_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("moerec.data.prepare.binning.MOST_CODES", 3)
+    events, schema = b"user,item\nu,a\n", SchemaConfig(attributes=("price",))
+    for prices, is_refused in (([119, 3, 7, 3], False), ([119, 3, 7, 4], True)):
+        items = b"item,price\n" + b"".join(b"%c,%d\n" % (97 + k, price) for k, price in enumerate(prices))
+        tables = write(tmp_path, events=events, items=items)
+        if is_refused:
+            with pytest.raises(InputError, match=r"^items\.csv, column price: numbers, such as 4, would be"):
+                run(tmp_path, tables, schema)
+            schema = dataclasses.replace(schema, categorical=("price",))
+        run(tmp_path, tables, schema)
+
+
 def test_the_hints_for_amounts_name_the_field_that_takes_them(tmp_path):
     tables = write(tmp_path, events=b"user,item,heat\nu,a,1.5\n", items=b"item,price\na,9.99\n")
     with pytest.raises(InputError, match=r"with config\.data\.schema\.context_edges"):
