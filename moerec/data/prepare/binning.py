@@ -40,7 +40,7 @@ def find_quantiles(numbers: np.ndarray, n_ranges: int) -> tuple[float, ...]:
 
 class AmountScan:
     """Looks for amounts in a column that is read as categories: nothing but numbers, and one that is no likely code, or
-    more than `MOST_CODES` different ones.
+    more than `MOST_CODES` different ones, of which no row has two.
 
     Attributes:
       example: the first number that is no code, if all values so far are numbers; otherwise the empty string.
@@ -49,21 +49,25 @@ class AmountScan:
     def __init__(self, is_code: Callable[[np.ndarray], np.ndarray]):
         self._is_code, self._is_numeric, self._example = is_code, True, ""
         self._known: set[str] = set()
+        self._is_single = True
 
     @property
     def example(self) -> str:
         return self._example if self._is_numeric else ""
 
     def add(self, values: pa.Array) -> None:
-        """Looks at `[n]` strings; empty ones and "nan" are missing."""
+        """Looks at `[n]` strings, or lists of strings; empty ones and "nan" are missing."""
         if not self._is_numeric:
             return
+        if pa.types.is_list(values.type):
+            self._is_single &= pc.max(pc.list_value_length(values)).as_py() in (None, 0, 1)
+            values = values.flatten()
         values = values.filter(pc.invert(pc.match_substring_regex(values, r"^([nN]a[nN])?$")))
         self._is_numeric = bool(pc.all(pc.match_substring_regex(values, NUMBER), min_count=0).as_py())
         if self._is_numeric and not self._example:
             strange = np.flatnonzero(~self._is_code(values.cast(pa.float64()).to_numpy(zero_copy_only=False)))
             self._example = values[int(strange[0])].as_py() if len(strange) else ""
-        if self._is_numeric and not self._example:
+        if self._is_numeric and self._is_single and not self._example:
             self._known.update(pc.unique(values).to_pylist())
             if len(self._known) > MOST_CODES:
                 self._example = values[-1].as_py()

@@ -63,7 +63,7 @@ def read_items(table: SourceTable, schema: SchemaConfig, log: DefectLog) -> tupl
         tokens = {}
         for name, array in lists.items():
             array = _trim(array.take(at))
-            scans[name].add(array.flatten())
+            scans[name].add(array)
             tokens[name] = attribute_tokens(name, array)
         part = _catalogue_rows(schema, services, values, tokens)
         for name, column_numbers in numbers.items():

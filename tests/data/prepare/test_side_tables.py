@@ -204,8 +204,9 @@ def test_amounts_are_no_categories_unless_it_is_said(tmp_path, kind, values, are
 def test_very_many_whole_numbers_are_amounts_too(tmp_path, monkeypatch):
     monkeypatch.setattr("moerec.data.prepare.binning.MOST_CODES", 3)
     events, schema = b"user,item\nu,a\n", SchemaConfig(attributes=("price",))
-    for prices, is_refused in (([119, 3, 7, 3], False), ([119, 3, 7, 4], True)):
-        items = b"item,price\n" + b"".join(b"%c,%d\n" % (97 + k, price) for k, price in enumerate(prices))
+    codes = [b"119", b"3", b'"7,119"', b"4"]  # no amounts, as an item has two
+    for prices, is_refused in ((codes, False), ([b"119", b"3", b"7", b"3"], False), ([b"119", b"3", b"7", b"4"], True)):
+        items = b"item,price\n" + b"".join(b"%c,%s\n" % (97 + k, price) for k, price in enumerate(prices))
         tables = write(tmp_path, events=events, items=items)
         if is_refused:
             with pytest.raises(InputError, match=r"^items\.csv, column price: numbers, such as 4, would be"):
