@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.router import reference, tpu, triton
+from pallas_kernels.router.reference import einsum
 from pallas_kernels.varying import vary, varying_axes
 
 
@@ -133,10 +134,10 @@ def _backward(backend, n_domains, n_choices, residuals, cotangents):
     )
     narrow_TE = d_logit_TE.astype(x_TD.dtype)
     return (
-        jnp.einsum("TE,ED->TD", narrow_TE, narrow_ED, preferred_element_type=jnp.float32).astype(x_TD.dtype),
-        jnp.einsum("TE,TD->ED", narrow_TE, x_TD, preferred_element_type=jnp.float32).astype(router_ED.dtype),
-        jnp.einsum("TE,EX->TX", d_logit_TE, w_features_EX),
-        jnp.einsum("TE,TX->EX", d_logit_TE, router_features_TX),
+        einsum("TE,ED->TD", narrow_TE, narrow_ED).astype(x_TD.dtype),
+        einsum("TE,TD->ED", narrow_TE, x_TD).astype(router_ED.dtype),
+        einsum("TE,EX->TX", d_logit_TE, w_features_EX),
+        einsum("TE,TX->EX", d_logit_TE, router_features_TX),
         None,
         None,
     )

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 # GPUs and TPUs would round float32 operands to ten bits or fewer; what is narrower is multiplied as it is.
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def _logits(x_TD, router_ED, router_features_TX, w_features_EX):
-    logit_TE = _einsum("TD,ED->TE", x_TD, router_ED)
-    return logit_TE + _einsum("TX,EX->TE", router_features_TX, w_features_EX)
+    logit_TE = einsum("TD,ED->TE", x_TD, router_ED)
+    return logit_TE + einsum("TX,EX->TE", router_features_TX, w_features_EX)
 
 
 def _own_domain(domain_T, n_domains):
@@ -30,8 +30,8 @@ def forward(x_TD, router_ED, router_features_TX, w_features_EX, bias_E, domain_T
         expert_TA,
         probability_TA,
         jax.nn.logsumexp(logit_TE, axis=-1),
-        _einsum("TZ,TE->ZE", own_TZ, probability_TE),
-        _einsum("TZ,TE->ZE", own_TZ, chosen_TE),
+        einsum("TZ,TE->ZE", own_TZ, probability_TE),
+        einsum("TZ,TE->ZE", own_TZ, chosen_TE),
     )
 
 
@@ -50,7 +50,7 @@ def backward(
     """Gradient of the logits, float32 `[T, E]`, from what forward was given, what it chose, and its gradients."""
     probability_TE = jnp.exp(_logits(x_TD, router_ED, router_features_TX, w_features_EX) - lse_T[:, None])
     chosen_TAE = jax.nn.one_hot(expert_TA, router_ED.shape[0], dtype=jnp.float32)
-    d_probability_TE = _einsum("TA,TAE->TE", d_probability_TA, chosen_TAE)
-    d_probability_TE += _einsum("TZ,ZE->TE", _own_domain(domain_T, d_probability_ZE.shape[0]), d_probability_ZE)
+    d_probability_TE = einsum("TA,TAE->TE", d_probability_TA, chosen_TAE)
+    d_probability_TE += einsum("TZ,ZE->TE", _own_domain(domain_T, d_probability_ZE.shape[0]), d_probability_ZE)
     inner_T = jnp.sum(probability_TE * d_probability_TE, axis=1)
     return probability_TE * (d_probability_TE + (d_lse_T - inner_T)[:, None])
