@@ -1,16 +1,22 @@
 """A run that is over in seconds: the built-in world, shrunk; and runs that were never trained."""
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
 from moerec.config import CityConfig, Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from moerec.data.load import RunData, load_data
 from moerec.nn.block import zero_router_bias
 from moerec.nn.model import Predictor, SequenceModel
 from moerec.tasks.base import Task
+from moerec.train import loop
 from moerec.train.run_dir import Run, bind_catalog, make_sizes
 from moerec.train.state import TrainState
 from moerec.train.step import Constants, TrainStep
@@ -72,3 +78,27 @@ def make_moving_step(config: Config, tasks: list[Task]) -> TrainStep:
         return state._replace(step=state.step + 1, params=params, average=average), {"loss": 1.0, "slots": slots}
 
     return step
+
+
+@contextlib.contextmanager
+def share_trainers() -> Iterator[None]:
+    """Runs that differ only in when they log, save, validate and stop have one trainer, each with a fresh state.
+
+    Even where programs are read from a cache on disk, tracing and reading those of a step takes seconds.
+    """
+    make, made = loop.make_trainer, {}
+
+    def make_shared(config: Config, data: RunData) -> loop.Trainer:
+        train = dataclasses.replace(config.train, log_every=1, save_every=1, eval_every=0, patience=0)
+        key = data.digest, repr(dataclasses.asdict(dataclasses.replace(config, train=train, baselines=())))
+        if key not in made:
+            trainer = make(config, data)
+            # The first step gives up the memory of the state that it is handed: of it there is a copy on the host.
+            copy = jax.tree.map(lambda x: np.array(x), trainer.state)
+            made[key] = trainer, copy, jax.tree.map(lambda x: x.sharding, trainer.state)
+        trainer, copy, placed = made[key]
+        return trainer._replace(state=jax.device_put(copy, placed, may_alias=False))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_trainer", make_shared)
+        yield
