@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = """from tests.tiny import make_config
+CONFIG = """import dataclasses
+from tests.tiny import make_config
 
 
 def get_config():
-    return make_config(steps=2, eval_every=2)
+    config = make_config(steps=2, eval_every=2)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, n_layers=1))
 """
 
 
@@ -93,7 +95,7 @@ def test_bench_measures_the_step_the_loader_and_the_evaluation(call):
 
 
 def test_bench_measures_profiles_where_there_are_any(call):
-    done = call("bench", "--json", "--config.model.personal.layers=(1,)", "--config.model.personal.n_aspects=3")
+    done = call("bench", "--json", "--config.model.personal.layers=(0,)", "--config.model.personal.n_aspects=3")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["update_users_per_s"] > 0
@@ -102,7 +104,7 @@ def test_bench_measures_profiles_where_there_are_any(call):
 
 
 def test_bench_experts_measures_each_size_at_equal_active_parameters(call):
-    mixture = ("--config.model.moe.layers=(1,)", "--config.model.moe.d_expert=16")
+    mixture = ("--config.model.moe.layers=(0,)", "--config.model.moe.d_expert=16")
     done = call("bench_experts", "--sizes=4,8", "--json", *mixture)
     assert done.returncode == 0, done.stderr
     small, large = json.loads(done.stdout.splitlines()[-1])["rows"]
@@ -116,9 +118,9 @@ def test_bench_experts_measures_each_size_at_equal_active_parameters(call):
     ("arguments", "line"),
     [
         (("--sizes=4",), "config.model.moe.layers"),
-        (("--sizes=6", "--config.model.moe.layers=(1,)"), "6 experts"),
+        (("--sizes=6", "--config.model.moe.layers=(0,)"), "6 experts"),
         (("--sizes=four",), "--sizes"),
-        (("--sizes=4,04", "--config.model.moe.layers=(1,)"), "named twice"),
+        (("--sizes=4,04", "--config.model.moe.layers=(0,)"), "named twice"),
     ],
     ids=("dense", "uneven", "word", "twice"),
 )
@@ -130,7 +132,7 @@ def test_bench_experts_refuses_what_it_cannot_measure(call, arguments, line):
 
 
 def test_bench_history_measures_every_arm_at_each_length(call):
-    personal = ("--config.model.personal.layers=(1,)", "--config.model.window=8")
+    personal = ("--config.model.personal.layers=(0,)", "--config.model.window=8")
     done = call("bench_history", "--slots=32", "--json", *personal)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -1,13 +1,26 @@
 """A run that is over in seconds: the built-in world, shrunk; and runs that were never trained."""
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
 from moerec.config import CityConfig, Config, DataConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from moerec.data.load import RunData, load_data
+from moerec.nn.block import zero_router_bias
 from moerec.nn.model import Predictor, SequenceModel
+from moerec.tasks.base import Task
+from moerec.train import loop
 from moerec.train.run_dir import Run, bind_catalog, make_sizes
-from moerec.train.state import init_state
+from moerec.train.state import TrainState
+from moerec.train.step import Constants, TrainStep
+from moerec.types import Batch, Catalog
 
 
 def make_config(**train) -> Config:
@@ -30,9 +43,14 @@ def make_config(**train) -> Config:
 def make_untrained(folder: Path, config: Config, fill: Any = None) -> Run:
     """A run as it is opened again, with parameters that are as initialised, or filled."""
     data = load_data(config.data, folder)
-    state = init_state(config, make_sizes(config, data))
-    params = state.params if fill is None else fill(state.params)
-    return make_run(folder, config, data, params, state.router_bias_LE)
+    sizes = make_sizes(config, data)
+
+    def init() -> SequenceModel:
+        return SequenceModel(jax.random.key(config.seed), config.model, sizes)
+
+    # Only shapes are filled: nothing is compiled for them.
+    params = jax.jit(init)() if fill is None else fill(jax.eval_shape(init))
+    return make_run(folder, config, data, params, zero_router_bias(config.model, sizes.n_services))
 
 
 def make_run(folder: Path, config: Config, data: RunData, params: SequenceModel, router_bias_LE: Any = None) -> Run:
@@ -48,3 +66,39 @@ def replace_parts(run: Run, **parts: Any) -> Run:
     other = Run(run.folder)
     vars(other).update({**vars(run), **parts})
     return other
+
+
+def make_moving_step(config: Config, tasks: list[Task]) -> TrainStep:
+    """In the place of `make_train_step`: moves every parameter off where it started, without a gradient to compile."""
+
+    def step(state: TrainState, batch: Batch, catalog: Catalog, constants: Constants):
+        params = jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), state.params)
+        slots = jnp.sum(batch.targets[config.tasks[0]].weight_BT)
+        average = None if state.average is None else params
+        return state._replace(step=state.step + 1, params=params, average=average), {"loss": 1.0, "slots": slots}
+
+    return step
+
+
+@contextlib.contextmanager
+def share_trainers() -> Iterator[None]:
+    """Runs that differ only in when they log, save, validate and stop have one trainer, each with a fresh state.
+
+    Even where programs are read from a cache on disk, tracing and reading those of a step takes seconds.
+    """
+    make, made = loop.make_trainer, {}
+
+    def make_shared(config: Config, data: RunData) -> loop.Trainer:
+        train = dataclasses.replace(config.train, log_every=1, save_every=1, eval_every=0, patience=0)
+        key = data.digest, repr(dataclasses.asdict(dataclasses.replace(config, train=train, baselines=())))
+        if key not in made:
+            trainer = make(config, data)
+            # The first step gives up the memory of the state that it is handed: of it there is a copy on the host.
+            copy = jax.tree.map(lambda x: np.array(x), trainer.state)
+            made[key] = trainer, copy, jax.tree.map(lambda x: x.sharding, trainer.state)
+        trainer, copy, placed = made[key]
+        return trainer._replace(state=jax.device_put(copy, placed, may_alias=False))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_trainer", make_shared)
+        yield

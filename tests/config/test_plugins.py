@@ -47,7 +47,7 @@ from tests.tiny import make_config
 
 def get_config():
     config = make_config(steps=2, eval_every=2, log_every=1)
-    model = dataclasses.replace(config.model, dropout=0.0, pointer="all")
+    model = dataclasses.replace(config.model, n_layers=1, dropout=0.0, pointer="all")
     loss = LossConfig(kind="focal", n_negatives=20, chunk=64)
     return dataclasses.replace(config, model=model, loss=loss, baselines=())
 """
@@ -186,8 +186,8 @@ def test_a_memory_a_baseline_and_a_task_of_ones_own_are_used_by_name(registries,
     register_scorer("even_items")(lambda dataset, split_ids: Flat())
     register_task("small_states")(SmallStates)
     config = make_config(steps=4, eval_every=4, log_every=1)
-    personal = PersonalConfig(layers=(1,), n_aspects=2, d_memory=4, memory="own_ema")
-    model = dataclasses.replace(config.model, personal=personal, dropout=0.0)
+    personal = PersonalConfig(layers=(0,), n_aspects=2, d_memory=4, memory="own_ema")
+    model = dataclasses.replace(config.model, n_layers=1, personal=personal, dropout=0.0)
     config = dataclasses.replace(config, model=model, baselines=("even_items",))
     run_experiment(config, tmp_path / "plain")
     both = dataclasses.replace(config, tasks=("next_event", "small_states"))

@@ -20,24 +20,27 @@ from moerec.eval.probes.interventions import evaluate_interventions
 from moerec.eval.ranking import EvalDataset, rank_targets
 from moerec.files import to_plain
 from moerec.nn.heads.item import score_items
-from moerec.nn.model import Predictor
+from moerec.nn.model import Predictor, SequenceModel
 from moerec.serve.recommender import _make_batch, describe_answer, find_history, recommend
 from moerec.serve.request import RecommendRequest, encode_context, encode_fields, read_request
 from moerec.train.run_dir import load_run, make_sizes
-from moerec.train.state import init_state
 from moerec.types import RECOMMEND
-from tests.tiny import make_config, make_untrained, replace_parts
+from tests.small_model import fill
+from tests.tiny import make_config, make_moving_step, make_untrained, replace_parts
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     config = make_config(steps=2, eval_every=2)
-    moe = MoEConfig(layers=(1,), n_per_group=1, d_expert=8, tile=8)
-    personal = PersonalConfig(layers=(1,), n_aspects=2, n_scales=2, d_memory=4)
-    model = dataclasses.replace(config.model, moe=moe, personal=personal, pointer="services")
+    moe = MoEConfig(layers=(0,), n_per_group=1, d_expert=8, tile=8)
+    personal = PersonalConfig(layers=(0,), n_aspects=2, n_scales=2, d_memory=4)
+    model = dataclasses.replace(config.model, n_layers=1, moe=moe, personal=personal, pointer="services")
     folder = tmp_path_factory.mktemp("trained")
-    evaluation = dataclasses.replace(config.eval, interventions=True)
-    run_experiment(dataclasses.replace(config, model=model, eval=evaluation, baselines=()), folder)
+    # Two targets have room in a row, whatever histories they are given: all are ranked by one program.
+    evaluation = dataclasses.replace(config.eval, batch_size=2, interventions=True)
+    with pytest.MonkeyPatch.context() as patch:  # nothing here is of what a run has learnt
+        patch.setattr("moerec.train.loop.make_train_step", make_moving_step)
+        run_experiment(dataclasses.replace(config, model=model, eval=evaluation, baselines=()), folder)
     return folder
 
 
@@ -76,16 +79,26 @@ def ask_like(trained, event: int) -> RecommendRequest:
     return RecommendRequest(int(dataset.log.time_us[event]) // 10**6, context)
 
 
+@jax.jit
+def log_prob_by_hand(predictor, batch, slot_Q, catalog):
+    outputs = predictor.encode(batch, catalog)
+    return jax.nn.log_softmax(score_items(outputs, batch, slot_Q, catalog)[0])
+
+
+def pack_alone(trained, row: int):
+    """What the evaluation asks of one event: a batch of one row, and the query in it."""
+    config = dataclasses.replace(trained.config, eval=dataclasses.replace(trained.config.eval, batch_size=1))
+    ((_, batch, queries),) = EvalDataset(trained.data.dataset, np.array([row]), config).batches()
+    return batch, queries
+
+
 @pytest.mark.parametrize("back", [1, 3])
 def test_the_list_at_the_time_of_an_event_is_that_of_the_evaluation(trained, back):
     """What is asked at the time and in the context of an event is what the evaluation asks, without later events."""
     dataset, user = trained.data.dataset, 5
     row = int(dataset.log.offsets[user + 1]) - back
-    examples = EvalDataset(dataset, np.array([row]), trained.config)
-    ((_, batch, queries),) = examples.batches()
-    outputs = trained.predictor.encode(batch, trained.catalog)
-    scores = score_items(outputs, batch, queries.slot, trained.catalog)[0]
-    log_p = np.asarray(jax.nn.log_softmax(scores))
+    batch, queries = pack_alone(trained, row)
+    log_p = np.asarray(log_prob_by_hand(trained.predictor, batch, queries.slot, trained.catalog))
     answer = recommend(trained, str(dataset.users[user]), ask_like(trained, row), 7)
     np.testing.assert_allclose(answer.log_p, np.sort(log_p)[::-1][:7], atol=1e-5)
     np.testing.assert_allclose(log_p[answer.item], answer.log_p, atol=1e-5)
@@ -159,10 +172,9 @@ def test_before_any_event_a_user_is_answered_from_the_control_slot(trained):
     """What is asked before the first event is what the evaluation asks of it: one slot, that is no event."""
     dataset, user = trained.data.dataset, 5
     row = first_event(trained, user)
-    ((_, batch, queries),) = EvalDataset(dataset, np.array([row]), trained.config).batches()
+    batch, queries = pack_alone(trained, row)
     assert batch.kind_BT[batch.segment_BT > 0].tolist() == [RECOMMEND]
-    outputs = trained.predictor.encode(batch, trained.catalog)
-    log_p = np.asarray(jax.nn.log_softmax(score_items(outputs, batch, queries.slot, trained.catalog)[0]))
+    log_p = np.asarray(log_prob_by_hand(trained.predictor, batch, queries.slot, trained.catalog))
     answer = recommend(trained, str(dataset.users[user]), ask_like(trained, row), 7)
     np.testing.assert_allclose(answer.log_p, np.sort(log_p)[::-1][:7], atol=1e-5)
     np.testing.assert_allclose(log_p[answer.item], answer.log_p, atol=1e-5)
@@ -208,8 +220,9 @@ def test_fields_of_a_request_are_the_codes_of_the_data(trained):
 
 def test_a_run_that_was_not_trained_to_do_without_events_says_so(tmp_path):
     config = make_config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, first_event=False))
-    trained = make_untrained(tmp_path, config)
+    data, model = dataclasses.replace(config.data, first_event=False), dataclasses.replace(config.model, n_layers=1)
+    config = dataclasses.replace(config, data=data, model=model)
+    trained = make_untrained(tmp_path, config, fill)
     assert trained.predictor.params.slot_encoder.control_D is None
     user = str(trained.data.dataset.users[0])
     for who, request in ((None, RecommendRequest()), (user, RecommendRequest(time=0))):
@@ -306,16 +319,18 @@ def test_effects_are_those_of_data_that_were_changed_by_hand(trained):
     ("fields", "parts"),
     [
         ({"personal": PersonalConfig()}, {"context"}),
-        ({"personal": PersonalConfig(layers=(1,), memory="null")}, {"context"}),
-        ({"personal": PersonalConfig(layers=(1,), memory="low_rank", n_aspects=2, n_scales=1)}, {"context", "profile"}),
+        ({"personal": PersonalConfig(layers=(0,), memory="null")}, {"context"}),
+        ({"personal": PersonalConfig(layers=(0,), memory="low_rank", n_aspects=2, n_scales=1)}, {"context", "profile"}),
         ({"personal": PersonalConfig(), "request_context": False}, set()),
     ],
 )
 def test_effects_are_measured_of_what_a_model_has(trained, fields, parts):
-    config = dataclasses.replace(trained.config, model=dataclasses.replace(trained.config.model, **fields))
+    plain = dataclasses.replace(trained.config.model, moe=MoEConfig(), pointer="none")
+    config = dataclasses.replace(trained.config, model=dataclasses.replace(plain, **fields))
     examples = EvalDataset(trained.data.dataset, np.flatnonzero(trained.data.split_ids == TEST)[:5], config)
-    state = init_state(config, make_sizes(config, trained.data))
-    predictor = Predictor(state.params, state.router_bias_LE)
+    sizes = make_sizes(config, trained.data)
+    model = fill(jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, sizes)))
+    predictor = Predictor(model, None)
     assert set(evaluate_interventions(config, predictor, examples, trained.catalog, np.zeros(5))) == parts
 
 

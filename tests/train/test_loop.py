@@ -21,12 +21,13 @@ from moerec.data.splits import TEST
 from moerec.errors import InputError, WorkError
 from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.ranking import make_evaluator, make_valid_set
+from moerec.train import loop
 from moerec.train.checkpoint import Checkpoints, TrainProgress
 from moerec.train.loop import TrainResult, fit, make_trainer
 from moerec.train.metric_writer import MetricWriter
 from moerec.train.run_dir import bind_catalog
 from moerec.train.state import make_predictor
-from tests.tiny import make_config
+from tests.tiny import make_config, share_trainers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +39,19 @@ from tests.tiny import make_config
 from moerec.eval.evaluate_run import run_experiment
 run_experiment(make_config(**{LONG_RUN}), Path(sys.argv[1]))
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trainers():
+    """Most tests train the same model: it is traced and compiled once for all of them."""
+    with share_trainers():
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run_experiment(make_config(**LONG_RUN), folder)
 
 
 def train(config, data, workdir: Path) -> TrainResult:
@@ -64,9 +78,8 @@ def wait_for_line(path: Path, step: int, process: subprocess.Popen, limit_s: flo
     raise AssertionError(f"no line of step {step} in {path}: the run ended with {process.poll()}")
 
 
-def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    run_experiment(make_config(**LONG_RUN), undisturbed)
+def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path, undisturbed):
+    killed = tmp_path / "killed"
     step = int(np.random.default_rng(time.time_ns()).integers(9, 28))
     print("killed at", step)
     process = start_run(killed)
@@ -77,7 +90,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path):
     saved = [path.name for path in (killed / "checkpoints" / "last").iterdir() if path.name.isdigit()]
     assert saved  # from there the last start goes on: it does not begin anew
     assert start_run(killed).wait() == 0
-    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (undisturbed, killed))
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (undisturbed[0], killed))
     for key in (
         "test",
         "valid",
@@ -93,7 +106,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path):
         assert first[key] == second[key], key
     lines = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (undisturbed, killed)
+        for folder in (undisturbed[0], killed)
     ]
     for one, other in zip(*lines, strict=True):
         assert {k: v for k, v in one.items() if k != "slots_per_s"} == {
@@ -106,19 +119,16 @@ def tiny_data(tmp_path_factory):
     return load_data(make_config().data, tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize(
-    ("interrupted_at", "layers", "groups"),
-    [(5, (0,), ()), (5, (), ("groups/0/attention=frozen", "head=0.5"))],
-    ids=["mixture", "groups"],
-)
-def test_stopping_and_going_on_gives_the_same_parameters(
-    tmp_path, tiny_data, interrupted_at, layers, groups, monkeypatch
-):
+def test_stopping_and_going_on_gives_the_same_parameters(tmp_path, tiny_data, monkeypatch):
+    """Those of a mixture, of which one part is frozen and one has a rate of its own."""
+    interrupted_at = 5
+
     def make_own():
         config = make_config(save_every=1)
-        moe = MoEConfig(layers=layers, n_per_group=1, d_expert=8, tile=8)
-        optim = dataclasses.replace(config.optim, groups=groups)
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe), optim=optim)
+        moe = MoEConfig(layers=(0,), n_per_group=1, d_expert=8, tile=8)
+        optim = dataclasses.replace(config.optim, groups=("groups/0/attention=frozen", "head=0.5"))
+        model = dataclasses.replace(config.model, n_layers=1, moe=moe)
+        return dataclasses.replace(config, model=model, optim=optim)
 
     whole = train(make_own(), tiny_data, tmp_path / "whole")
     saved = []
@@ -198,11 +208,12 @@ def test_no_best_step_is_named_before_it_is_on_disk(tmp_path, tiny_data, monkeyp
 def test_slots_are_counted_exactly(tmp_path, tiny_data):
     config = make_config(log_every=5, eval_every=0, save_every=7)
     fitted = train(config, tiny_data, tmp_path)
-    with contextlib.closing(iter(make_trainer(config, tiny_data).stream)) as stream:
+    trainer = loop.make_trainer(config, tiny_data)
+    with contextlib.closing(iter(trainer.stream)) as stream:
         n_slots = sum(float(next(stream).targets["next_event"].weight_BT.sum()) for _ in range(12))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with contextlib.closing(checkpoints):
-        _, progress = checkpoints.restore_last(make_trainer(config, tiny_data).state)
+        _, progress = checkpoints.restore_last(trainer.state)
     assert progress.n_slots == n_slots
     assert fitted.slots_per_s == pytest.approx(n_slots / progress.train_s)
 
@@ -213,13 +224,12 @@ def test_validation_never_sees_a_test_event(tiny_data):
     assert not np.any(tiny_data.split_ids[valid.histories.rows] == TEST)
 
 
-def test_training_lowers_the_loss_and_beats_chance(tmp_path, tiny_data):
-    fitted = train(make_config(**LONG_RUN), tiny_data, tmp_path)
-    losses = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+def test_training_lowers_the_loss_and_beats_chance(undisturbed):
+    folder, metrics = undisturbed
+    losses = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in losses if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
-    n_items = tiny_data.dataset.catalogue.n_items
-    assert fitted.valid["valid/union/recall@10"] > 1.5 * 10 / n_items
+    assert metrics["valid"]["valid/union/recall@10"] > 1.5 * 10 / metrics["dataset"]["n_items"]
 
 
 def test_the_best_step_is_kept_and_patience_stops(tmp_path, tiny_data):
@@ -260,7 +270,7 @@ def test_an_evaluator_of_ones_own_picks_the_step(tmp_path, tiny_data):
     [
         {"log_every": 5},
         {"eval_every": 0},  # one validation, after the last step
-        {"steps": 60, "eval_every": 2, "patience": 1},  # stops early
+        {"eval_every": 2, "patience": 1},  # stops early
     ],
 )
 def test_the_last_progress_line_shows_the_last_validation(tmp_path, tiny_data, capsys, train_fields):
@@ -290,7 +300,7 @@ def test_what_an_evaluator_of_ones_own_measures_is_not_called_ndcg(tmp_path, tin
 
 def test_a_loss_that_is_not_finite_fails_with_its_step(tmp_path, tiny_data, monkeypatch):
     config = make_config()
-    trainer = make_trainer(config, tiny_data)
+    trainer = loop.make_trainer(config, tiny_data)
     steps_done = 0
 
     def step(state, *arguments):
@@ -305,15 +315,6 @@ def test_a_loss_that_is_not_finite_fails_with_its_step(tmp_path, tiny_data, monk
         train(config, tiny_data, tmp_path)
 
 
-def test_a_directory_of_another_config_is_refused(tmp_path):
-    config = make_config()
-    run_experiment(config, tmp_path)
-    before = (tmp_path / "metrics.json").read_text()
-    with pytest.raises(InputError, match=r"config.model.n_layers was 2 and is 1"):
-        run_experiment(dataclasses.replace(config, model=dataclasses.replace(config.model, n_layers=1)), tmp_path)
-    assert (tmp_path / "metrics.json").read_text() == before
-
-
 def test_a_first_start_that_failed_leaves_the_directory_free(tmp_path):
     config = make_config()
     missing = dataclasses.replace(config.data, source="prepared", prepared=str(tmp_path / "nothing"))
@@ -325,7 +326,7 @@ def test_a_first_start_that_failed_leaves_the_directory_free(tmp_path):
 def test_metrics_are_read_when_the_next_step_is_under_way(tmp_path, tiny_data, monkeypatch):
     """And the state that a step was given is gone: its memory is the next one's."""
     config = make_config(log_every=1, eval_every=0, save_every=99)
-    events, trainer = [], make_trainer(config, tiny_data)
+    events, trainer = [], loop.make_trainer(config, tiny_data)
 
     def step(state, *arguments):
         after, metrics = trainer.train_step(state, *arguments)
@@ -417,6 +418,14 @@ def test_intervals_and_differences_are_those_of_their_own_row(finished):
             difference = metrics["test"][part][key]["ndcg@10"] - metrics["baselines"][name][part][key]["ndcg@10"]
             assert found["difference"] == pytest.approx(difference)
             assert 0 < found["p_value"] <= 1
+
+
+def test_a_directory_of_another_config_is_refused(finished):
+    config, folder, _ = finished
+    before = (folder / "metrics.json").read_text()
+    with pytest.raises(InputError, match=r"config.model.n_layers was 2 and is 1"):
+        run_experiment(dataclasses.replace(config, model=dataclasses.replace(config.model, n_layers=1)), folder)
+    assert (folder / "metrics.json").read_text() == before
 
 
 def test_a_directory_is_not_reused_for_other_data(finished, monkeypatch):

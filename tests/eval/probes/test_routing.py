@@ -58,9 +58,10 @@ def test_the_fitted_temperature_undoes_the_distortion(temperature):
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     config = dataclasses.replace(make_config(steps=4), baselines=("popularity", "sasrec_sampled"))
-    moe = MoEConfig(layers=(1,), n_per_group=2, d_expert=8, n_active=2, tile=8)
+    moe = MoEConfig(layers=(0,), n_per_group=2, d_expert=8, n_active=2, tile=8)
     folder = tmp_path_factory.mktemp("mixture")
-    return folder, run_experiment(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), folder)
+    model = dataclasses.replace(config.model, n_layers=1, moe=moe)
+    return folder, run_experiment(dataclasses.replace(config, model=model), folder)
 
 
 def test_a_run_of_a_mixture_reports_its_routing(mixture):
