@@ -102,15 +102,30 @@ def dense_probability(model, outputs, vector_ID, bias_I) -> jax.Array:
     return jnp.exp(log_weight_BTX[..., :1]) * softmax + jnp.einsum("BTS,BSI->BTI", copy_BTS, one_hot_BSI)
 
 
+WITH_POINTERS = make_config(n_layers=1, pointer="services", d_pointer=6)
+
+
+@functools.cache
+def dense_focal():
+    """The loss and what each slot's probabilities add up to, and the gradients."""
+    label_BT, weight_BT = target_of(BATCH)
+
+    def dense(model):
+        vector_ID, bias_I = model.head.vectors(jnp.arange(SIZES.n_items), ON_DEVICE, model.item_encoder)
+        p_BTI = dense_probability(model, model.encode(BATCH, ON_DEVICE), vector_ID, bias_I)
+        p_BT = jnp.take_along_axis(p_BTI, label_BT[..., None], axis=-1)[..., 0]
+        return jnp.sum(weight_BT * (1 - p_BT) ** 2 * -jnp.log(p_BT)), jnp.sum(p_BTI, axis=-1)
+
+    return jax.jit(jax.value_and_grad(dense, has_aux=True))(make_model(WITH_POINTERS))
+
+
 @pytest.mark.usefixtures("losses")
 @pytest.mark.parametrize("chunk", [4, 18])
 def test_a_loss_of_ones_own_has_the_value_and_gradients_of_a_dense_computation(chunk):
     """Of all the model's parameters, pointers included; S is 18."""
     register_loss("focal")(focal)
-    config = Config(
-        model=make_config(n_layers=1, pointer="services", d_pointer=6), loss=LossConfig(kind="focal", chunk=chunk)
-    )
-    model, (label_BT, weight_BT), task = make_model(config.model), target_of(BATCH), NextEvent()
+    config = Config(model=WITH_POINTERS, loss=LossConfig(kind="focal", chunk=chunk))
+    model, weight_BT, task = make_model(config.model), target_of(BATCH).weight_BT, NextEvent()
     assert task.binds_catalog(config)
     draws = task.draw(jax.random.key(0), BATCH, ON_DEVICE, task.constants(TABLE, config), config)
     assert draws == Draws()
@@ -121,14 +136,8 @@ def test_a_loss_of_ones_own_has_the_value_and_gradients_of_a_dense_computation(c
         assert sums.parts.keys() == {"loss"}
         return sums.total, sums.weight
 
-    def dense(model):
-        vector_ID, bias_I = model.head.vectors(jnp.arange(SIZES.n_items), ON_DEVICE, model.item_encoder)
-        p_BTI = dense_probability(model, model.encode(BATCH, ON_DEVICE), vector_ID, bias_I)
-        p_BT = jnp.take_along_axis(p_BTI, label_BT[..., None], axis=-1)[..., 0]
-        return jnp.sum(weight_BT * (1 - p_BT) ** 2 * -jnp.log(p_BT)), jnp.sum(p_BTI, axis=-1)
-
     (value, weight), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(model)
-    (expected, mass), dense_gradients = jax.jit(jax.value_and_grad(dense, has_aux=True))(model)
+    (expected, mass), dense_gradients = dense_focal()
     np.testing.assert_allclose(mass, 1, atol=1e-5)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert float(weight) == weight_BT.sum()
