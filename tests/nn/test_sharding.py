@@ -40,7 +40,8 @@ def make_run_config(
     Each has what is split nowhere else and little more, for a step takes long to compile: a mixture of one layer is
     trained in microbatches, one that is personal is the upper one of two layers.
     """
-    whole, layer = bool(strategy and memory), int(bool(memory and strategy))
+    whole = bool(strategy and memory)
+    layer = int(whole)
     small = {"n_per_group": 2, "d_expert": 4, "tile": 4, "backend": "xla_tiles"}
     moe = MoEConfig(layers=(layer,), strategy=strategy, **small) if strategy else MoEConfig()
     slots = {"n_aspects": 3, "n_scales": 2, "d_memory": 4, "chunk": 4}
