@@ -1,7 +1,7 @@
 """The whole model against its NumPy twin; packing, causality, number formats and dropout as properties."""
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,22 +52,36 @@ def encode(model, batch, table, key=None):
     return model.encode(batch, table, key).state_BTD
 
 
-@jax.jit
-def encode_all(model, batch, table):
-    """States and the mixture with the pointers, side by side."""
-    outputs = model.encode(batch, table)
-    return jnp.concatenate([outputs.state_BTD, *outputs.pointers], axis=-1)
+class Pulled(NamedTuple):
+    """Of a batch: the mean loss, its weight, states `[B, T, D]` with the pointers beside them, all gradients."""
+
+    loss: jax.Array
+    weight: jax.Array
+    output_BTX: jax.Array
+    gradients: SequenceModel
+
+    @property
+    def state_BTD(self) -> np.ndarray:
+        return np.asarray(self.output_BTX)[..., :8]
 
 
 @jax.jit
-def loss_and_gradients(model, batch, table):
+def pull(model, batch, table=ON_DEVICE) -> Pulled:
+    """All in one program, which most tests share."""
+
     def total(model):
         bound = model.bind(table)
-        config = Config(loss=LossConfig(chunk=5))
-        sums = NextEvent().loss(model, model.encode(batch, bound), batch, bound, Draws(), config)
-        return sums.parts["loss"], sums.weight
+        outputs = model.encode(batch, bound)
+        sums = NextEvent().loss(model, outputs, batch, bound, Draws(), Config(loss=LossConfig(chunk=5)))
+        return sums.parts["loss"], (sums.weight, jnp.concatenate([outputs.state_BTD, *outputs.pointers], axis=-1))
 
-    return jax.value_and_grad(total, has_aux=True)(model)
+    (loss, aux), gradients = jax.value_and_grad(total, has_aux=True)(model)
+    return Pulled(loss, *aux, gradients)
+
+
+@functools.cache
+def make_plain() -> SequenceModel:
+    return make_model(make_config(**ON))
 
 
 @functools.cache
@@ -85,6 +99,17 @@ def make_packed(control: bool = False):
 CONTROL = pytest.mark.parametrize("control", [False, True], ids=["events", "control slots"])
 
 
+@jax.jit
+def pull_states(model, batch, table, cotangent):
+    """Gradients under a cotangent of the states, and the states."""
+
+    def weighted(model):
+        out = model.encode(batch, table).state_BTD
+        return jnp.sum(out * cotangent), out
+
+    return jax.grad(weighted, has_aux=True)(model)
+
+
 @CONTROL
 @pytest.mark.parametrize("switches", [ON, BARE], ids=["all parts", "item rows alone"])
 def test_states_and_gradients_are_those_of_the_numpy_model(switches, control):
@@ -93,11 +118,7 @@ def test_states_and_gradients_are_those_of_the_numpy_model(switches, control):
     batch = make_batch(4, [[4, 2]], 7, control=control)
     cotangent = np.random.default_rng(5).standard_normal((1, 7, 8))
 
-    def weighted(model):
-        out = model.encode(batch, TABLE).state_BTD
-        return jnp.sum(out * cotangent), out
-
-    gradients, states = jax.jit(jax.grad(weighted, has_aux=True))(model)
+    gradients, states = pull_states(model, batch, TABLE, cotangent)
     weights = oracle.read_weights(model)
 
     def expected(weights):
@@ -109,23 +130,19 @@ def test_states_and_gradients_are_those_of_the_numpy_model(switches, control):
 
 @CONTROL
 def test_packed_sequences_have_the_states_loss_and_gradients_of_each_alone(control):
-    model = make_model(make_config(**ON))
     rows = make_sequences(control)
     packed, alone = make_packed(control), lay([[sequence] for row in rows for sequence in row], 12)
-    states, alone_states = encode(model, packed, TABLE), encode(model, alone, TABLE)
-    assert_packed_is_alone(states, alone_states, rows, atol=1e-5)
-    (loss, weight), gradients = loss_and_gradients(model, packed, TABLE)
-    (alone_loss, alone_weight), alone_gradients = loss_and_gradients(model, alone, TABLE)
-    assert weight == alone_weight == np.sum(target_of(packed).weight_BT)
-    assert loss == pytest.approx(float(alone_loss), rel=1e-5)
-    size = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
-    assert worst_gap(gradients, alone_gradients) < 1e-5 * size
+    found, expected = (pull(make_plain(), batch) for batch in (packed, alone))
+    assert_packed_is_alone(found.state_BTD, expected.state_BTD, rows, atol=1e-5)
+    assert found.weight == expected.weight == np.sum(target_of(packed).weight_BT)
+    assert found.loss == pytest.approx(float(expected.loss), rel=1e-5)
+    size = max(float(np.abs(g).max()) for g in jax.tree.leaves(found.gradients))
+    assert worst_gap(found.gradients, expected.gradients) < 1e-5 * size
 
 
 def test_a_slot_reaches_only_later_states_of_its_sequence():
-    model = make_model(make_config(**ON))
     batch = make_packed()
-    before = np.asarray(encode_all(model, batch, TABLE))
+    before = np.asarray(pull(make_plain(), batch).output_BTX)
     b, t = 0, 2
     reached = np.zeros(batch.item_BT.shape, bool)
     reached[b, t:5] = True
@@ -137,68 +154,65 @@ def test_a_slot_reaches_only_later_states_of_its_sequence():
         "request.context_BTC": (batch.request.context_BTC[b, t] + 1) % np.array(SIZES.context_sizes),
     }
     for name, value in changes.items():
-        after = np.asarray(encode_all(model, replace_slot(batch, name, (b, t), value), TABLE))
+        after = np.asarray(pull(make_plain(), replace_slot(batch, name, (b, t), value)).output_BTX)
         np.testing.assert_array_equal(after[~reached], before[~reached], err_msg=name)
         assert np.all(np.abs(after - before)[..., :8][reached].max(axis=-1) > 1e-6), name
 
 
 def test_the_answer_is_no_input():
-    model = make_model(make_config(**ON))
     batch = make_packed()
     label_BT, weight_BT = target_of(batch)
     other = with_target(batch, label_BT=(label_BT + 1) % SIZES.n_items, weight_BT=1 - weight_BT)
-    np.testing.assert_array_equal(encode_all(model, other, TABLE), encode_all(model, batch, TABLE))
+    found, expected = (pull(make_plain(), each) for each in (other, batch))
+    np.testing.assert_array_equal(found.output_BTX, expected.output_BTX)
+    assert found.loss != expected.loss
 
 
-# A slot goes to all experts: which of several it goes to may hang on a rounding.
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {},
-        {"moe": MoEConfig(layers=(1,), n_per_group=1, n_active=4, d_expert=8, tile=8)},
-        {"personal": PersonalConfig(layers=(1,), n_aspects=3, d_memory=4)},
-    ],
-)
-def test_bfloat16_is_close_and_weights_and_gradients_stay_float32(parts):
-    config = make_config(compute_dtype="bfloat16", **parts, **ON)
-    batch = make_packed()
-    full, half = make_model(make_config(**parts, **ON)), make_model(config)
-    states = encode(half, batch, TABLE)
-    assert states.dtype == jnp.float32
-    gap = np.asarray(states - encode(full, batch, TABLE))
+def test_bfloat16_is_close_and_weights_and_gradients_stay_float32():
+    """In a plain layer, and in one with experts and a profile above it."""
+    parts = {
+        # A slot goes to all experts: which of several it goes to may hang on a rounding.
+        "moe": MoEConfig(layers=(1,), n_per_group=1, n_active=4, d_expert=8, tile=8),
+        "personal": PersonalConfig(layers=(1,), n_aspects=3, d_memory=4),
+    }
+    half = make_model(make_config(compute_dtype="bfloat16", **parts, **ON))
+    found, exact = (pull(model, make_packed()) for model in (half, make_model(make_config(**parts, **ON))))
+    assert found.output_BTX.dtype == jnp.float32
+    gap = found.state_BTD - exact.state_BTD
     assert 0 < np.sqrt(np.mean(gap**2)) < 0.03  # states have a mean square of about 1
-    (loss, _), gradients = loss_and_gradients(half, batch, TABLE)
-    (exact, _), exact_gradients = loss_and_gradients(full, batch, TABLE)
-    assert loss == pytest.approx(float(exact), rel=0.02)
-    assert {x.dtype for x in jax.tree.leaves((half, gradients))} == {jnp.dtype("float32")}
-    flat, exact_flat = (np.concatenate([np.ravel(g) for g in jax.tree.leaves(t)]) for t in (gradients, exact_gradients))
+    assert found.loss == pytest.approx(float(exact.loss), rel=0.02)
+    assert {x.dtype for x in jax.tree.leaves((half, found.gradients))} == {jnp.dtype("float32")}
+    flat, exact_flat = (np.concatenate([np.ravel(g) for g in jax.tree.leaves(x.gradients)]) for x in (found, exact))
     cosine = flat @ exact_flat / np.linalg.norm(flat) / np.linalg.norm(exact_flat)
     assert cosine > 0.99
 
 
 def test_remat_changes_nothing():
-    batch = make_packed()
-    (loss, _), gradients = loss_and_gradients(make_model(make_config(remat=True, **ON)), batch, TABLE)
-    (plain_loss, _), plain_gradients = loss_and_gradients(make_model(make_config(**ON)), batch, TABLE)
-    assert loss == pytest.approx(float(plain_loss), rel=1e-6)
-    assert worst_gap(jax.tree.leaves(gradients), jax.tree.leaves(plain_gradients)) < 1e-4
+    found, plain = (pull(model, make_packed()) for model in (make_model(make_config(remat=True, **ON)), make_plain()))
+    assert found.loss == pytest.approx(float(plain.loss), rel=1e-6)
+    assert worst_gap(jax.tree.leaves(found.gradients), jax.tree.leaves(plain.gradients)) < 1e-4
 
 
 def test_dropout_is_a_function_of_its_key_and_off_without_one():
-    batch = make_packed()
-    model, plain = make_model(make_config(dropout=0.3, **ON)), make_model(make_config(**ON))
-    np.testing.assert_array_equal(encode(model, batch, TABLE), encode(plain, batch, TABLE))
+    batch, model = make_packed(), make_model(make_config(dropout=0.3, **ON))
+    off, plain = (encode.lower(m, batch, TABLE).as_text() for m in (model, make_plain()))
+    assert off == plain
     once, again, other = (encode(model, batch, TABLE, jax.random.key(k)) for k in (1, 1, 2))
     np.testing.assert_array_equal(once, again)
     assert np.abs(once - other).max() > 0.1
-    assert np.abs(once - encode(model, batch, TABLE)).max() > 0.1
+    assert np.abs(once - pull(make_plain(), batch).state_BTD).max() > 0.1
+
+
+@jax.jit
+def find_vectors(model, items, table):
+    return model.head.vectors(items, table, model.item_encoder)
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_candidates_use_the_input_vectors_only_if_tied(tie):
     model = make_model(make_config(tie_items=tie))
     items = np.array([[0, 5], [7, 12]])
-    vectors, bias = model.head.vectors(items, TABLE, model.item_encoder)
+    vectors, bias = find_vectors(model, items, TABLE)
     weights = oracle.read_weights(model)
     w = oracle.part(weights, "item_encoder" if tie else "head.encoder")
     expected = [[oracle.item_vector(w, i, TABLE, 1e-6) for i in row] for row in items]
@@ -207,47 +221,30 @@ def test_candidates_use_the_input_vectors_only_if_tied(tie):
     assert ("head.encoder.row_ID" in weights) != tie
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_vectors_that_are_there_already_change_neither_states_nor_gradients(tie):
-    model, batch = make_model(make_config(tie_items=tie)), make_batch(4, LENGTHS, 12)
-    table = jax.tree.map(jnp.asarray, TABLE)
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def pull(model, known):
-        def total(model):
-            catalog = model.bind(table) if known else table
-            state_BTD = model.encode(jax.tree.map(jnp.asarray, batch), catalog).state_BTD
-            return jnp.sum(jnp.sin(state_BTD)), state_BTD
-
-        return jax.value_and_grad(total, has_aux=True)(model)
-
-    ((_, state), grads), ((_, known_state), known_grads) = pull(model, False), pull(model, True)
-    np.testing.assert_allclose(known_state, state, atol=1e-5)
-    largest = worst_gap(grads, jax.tree.map(jnp.zeros_like, grads))
-    assert worst_gap(known_grads, grads) < 1e-6 * largest
-
-
 def test_without_item_bias_scores_have_none():
     model = make_model(make_config(item_bias=False))
     assert model.head.bias_I is None
-    np.testing.assert_array_equal(model.head.vectors(np.arange(3), TABLE, model.item_encoder)[1], np.zeros(3))
+    np.testing.assert_array_equal(find_vectors(model, np.arange(3), TABLE)[1], np.zeros(3))
 
 
 def test_contexts_are_hidden_in_training_alone():
     batch = make_batch(5, [[6]], 8)
-    key, states = jax.random.key(3), {}
-    for rate in (0.0, 0.9):
-        model = make_model(make_config(context_dropout=rate))
-        states[rate] = [np.asarray(encode(model, batch, TABLE, k))[0, :6] for k in (None, key)]
-    np.testing.assert_array_equal(states[0.0][0], states[0.9][0])
-    np.testing.assert_allclose(states[0.0][1], states[0.0][0], atol=1e-5)
-    assert np.abs(states[0.9][1] - states[0.9][0]).max() > 1e-2
+    small, key = {**BARE, "request_context": True}, jax.random.key(3)
+    models = [make_model(make_config(**small, context_dropout=rate)) for rate in (0.0, 0.9)]
+    assert len({encode.lower(model, batch, TABLE).as_text() for model in models}) == 1
+    plain = encode(models[0], batch, TABLE)
+    never, often = (encode(model, batch, TABLE, key) for model in models)
+    np.testing.assert_allclose(never[0, :6], plain[0, :6], atol=1e-5)
+    assert np.abs(often - plain)[0, :6].max() > 1e-2
 
 
-# Everything that a model can have: experts, profile, pointers; a slot goes to two experts of four.
+# Everything that a model can have: experts, profile, pointers; a slot goes to two experts of four. There are two layers
+# of each kind, so that the groups of a test that cuts them share a program with what it is compared with; and a tile
+# holds one row, so that no bit of a slot's answer hangs on which rows stand beside its own.
 FULL = {
-    "moe": MoEConfig(layers=(1,), n_per_group=1, n_active=2, d_expert=4, tile=4),
-    "personal": PersonalConfig(layers=(1,), n_aspects=3, d_memory=4, chunk=4),
+    "n_layers": 4,
+    "moe": MoEConfig(layers=(2, 3), n_per_group=1, n_active=2, d_expert=4, tile=1),
+    "personal": PersonalConfig(layers=(2, 3), n_aspects=3, d_memory=4, chunk=4),
     "pointer": "services",
     "d_pointer": 6,
 }
@@ -257,9 +254,18 @@ def make_full(tie: bool = True, **fields) -> SequenceModel:
     return make_model(make_config(**{**FULL, "tie_items": tie, **fields}))
 
 
-@functools.partial(jax.jit, static_argnames=("bind",))
-def encode_outputs(model, batch, table, bind=False, **options):
-    return model.encode(batch, model.bind(table) if bind else table, **options)
+@jax.jit
+def encode_predictor(predictor, batch, table, domain_BT):
+    return predictor.encode(batch, table, domain_BT=domain_BT)
+
+
+def encode_outputs(model, batch, table=TABLE, domain_BT=None, router_bias_LE=None):
+    """All outputs by one program for all batches of three rows; nothing is counted and steered if it is not asked."""
+    if domain_BT is None:
+        domain_BT = np.full(batch.item_BT.shape, -1, np.int32)
+    if router_bias_LE is None:
+        router_bias_LE = np.zeros((2, 4), np.float32)
+    return encode_predictor(Predictor(model, router_bias_LE), batch, table, domain_BT)
 
 
 def assert_outputs_equal(found, expected, atol: float = 0):
@@ -270,39 +276,58 @@ def assert_outputs_equal(found, expected, atol: float = 0):
 def test_nothing_but_the_routing_sums_depends_on_targets_or_domains():
     model, batch = make_full(), make_batch(4, LENGTHS, 12, control=True)
     domain_BT = np.random.default_rng(1).integers(-1, SIZES.n_services, batch.item_BT.shape).astype(np.int32)
-    first = encode_outputs(model, batch, TABLE, domain_BT=domain_BT)
+    first = encode_outputs(model, batch, domain_BT=domain_BT)
     label_BT, weight_BT = target_of(batch)
     other = with_target(batch, label_BT=(label_BT + 1) % SIZES.n_items, weight_BT=1 - weight_BT)
-    assert_outputs_equal(encode_outputs(model, other, TABLE, domain_BT=domain_BT), first)
+    assert_outputs_equal(encode_outputs(model, other, domain_BT=domain_BT), first)
     without_targets = batch._replace(targets={})
-    assert_outputs_equal(encode_outputs(model, without_targets, TABLE, domain_BT=domain_BT), first)
-    moved = encode_outputs(model, batch, TABLE, domain_BT=np.where(domain_BT >= 0, (domain_BT + 1) % 3, -1))
+    assert_outputs_equal(encode_outputs(model, without_targets, domain_BT=domain_BT), first)
+    moved = encode_outputs(model, batch, domain_BT=np.where(domain_BT >= 0, (domain_BT + 1) % 3, -1))
     assert_outputs_equal(moved._replace(routing=None), first._replace(routing=None))
     np.testing.assert_array_equal(moved.routing.count_LZE, np.roll(first.routing.count_LZE, 1, axis=1))
     np.testing.assert_allclose(moved.routing.probability_LZE, np.roll(first.routing.probability_LZE, 1, 1), atol=1e-5)
-    nowhere = encode_outputs(model, batch, TABLE)  # no domain is given: no slot is counted
+    nowhere = encode_outputs(model, batch)
     assert_outputs_equal(nowhere._replace(routing=None), first._replace(routing=None))
-    assert not np.any(nowhere.routing.count_LZE)
-    assert not np.any(nowhere.routing.square_lse_L)
+    not_given, _ = pull_outputs(model, batch)
+    assert_outputs_equal(not_given, nowhere, atol=1e-5)
+    for found in (nowhere, not_given):  # no slot is counted
+        assert not np.any(found.routing.count_LZE)
+        assert not np.any(found.routing.square_lse_L)
 
 
-def pull_outputs(model, batch, bind: bool):
-    """All outputs, and the gradients of all parameters under a random cotangent of states, posterior and mixture."""
+@functools.partial(jax.jit, static_argnames=("bind", "read"))
+def pull_outputs(model, batch, table=ON_DEVICE, bind: bool = False, read: bool = False):
+    """All outputs, and the gradients of all parameters under a random cotangent of states, posterior and mixture.
+
+    Of a catalogue that is bound, or of profiles that have been read before.
+    """
 
     def total(model):
-        outputs = encode_outputs(model, batch, TABLE, bind=bind)
+        catalog = model.bind(table) if bind else table
+        profile = model.read_profiles(batch, catalog) if read else None
+        outputs = model.encode(batch, catalog, profile=profile)
         parts = (outputs.state_BTD, outputs.log_domain_BTZ, outputs.relevance_BTM, outputs.pointers)
         pulled = jax.tree.map(lambda x, c: jnp.sum(x * c), parts, random_like(parts))
         return sum(jax.tree.leaves(pulled)), outputs
 
-    (_, outputs), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(model)
+    (_, outputs), gradients = jax.value_and_grad(total, has_aux=True)(model)
     return outputs, gradients
+
+
+@jax.jit
+def pull_both(model, batch, table):
+    return [pull_outputs(model, batch, table, bind) for bind in (False, True)]
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_bound_catalogue_gives_the_outputs_and_gradients_of_an_unbound_one(tie):
     model, batch = make_full(tie), make_batch(4, LENGTHS, 12, control=True)
-    (outputs, gradients), (bound, bound_gradients) = (pull_outputs(model, batch, bind) for bind in (False, True))
+    if tie:
+        (outputs, gradients), (bound, bound_gradients) = (
+            pull_outputs(model, batch, bind=bind) for bind in (False, True)
+        )
+    else:  # what is bound is read by none of these outputs: the two are compiled as little more than one
+        (outputs, gradients), (bound, bound_gradients) = pull_both(model, batch, TABLE)
     assert_outputs_equal(bound, outputs, atol=1e-5)
     largest = worst_gap(gradients, jax.tree.map(jnp.zeros_like, gradients))
     assert worst_gap(bound_gradients, gradients) < 2e-6 * largest
@@ -311,27 +336,20 @@ def test_a_bound_catalogue_gives_the_outputs_and_gradients_of_an_unbound_one(tie
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_bound_catalogue_holds_vectors_and_biases_of_all_candidates_and_can_be_bound_anew(tie):
     model = make_model(make_config(tie_items=tie))
-    bound, weights = model.bind(TABLE), oracle.read_weights(model)
+    bind = jax.jit(lambda model, table: model.bind(table))
+    bound, weights = bind(model, TABLE), oracle.read_weights(model)
     w = oracle.part(weights, "item_encoder" if tie else "head.encoder")
     expected = [oracle.item_vector(w, i, TABLE, 1e-6) for i in range(SIZES.n_items)]
     np.testing.assert_allclose(bound.vector_ID, expected, atol=1e-5)
     np.testing.assert_allclose(bound.bias_I, weights["head.bias_I"])
     other = make_model(make_config(tie_items=tie), seed=1)
-    assert_outputs_equal(other.bind(bound), other.bind(TABLE))
+    assert_outputs_equal(bind(other, bound), bind(other, TABLE))
 
 
 def test_profiles_that_are_read_before_are_those_that_the_model_reads():
     """Values, and gradients in the memory's parameters, from nobody and from what the past has left."""
     model, batch = make_full(), make_batch(4, LENGTHS, 12, control=True)
-    cotangent = random_like(np.zeros((3, 12, 8)))
-
-    def total(model, given):
-        profile = model.read_profiles(batch, TABLE) if given else None
-        outputs = model.encode(batch, TABLE, profile=profile)
-        return jnp.sum(outputs.state_BTD * cotangent), outputs
-
-    pull = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
-    ((_, outputs), gradients), ((_, read), read_gradients) = pull(model, False), pull(model, True)
+    (outputs, gradients), (read, read_gradients) = (pull_outputs(model, batch, read=read) for read in (False, True))
     assert_outputs_equal(read, outputs, atol=1e-5)
     largest = worst_gap(gradients.profile, jax.tree.map(jnp.zeros_like, gradients.profile))
     assert largest > 1e-3
@@ -353,19 +371,22 @@ def make_personal_model() -> SequenceModel:
 
 @jax.jit
 def encode_given(batch, source_BT):
-    """States of two rows of eight slots under the profiles of other slots."""
+    """States of two rows of eight slots under the profiles of other slots, and under none that is given."""
     model = make_personal_model()
     profile = model.replace_profiles(model.read_profiles(batch, ON_DEVICE), source_BT, batch)
-    return model.encode(batch, ON_DEVICE, profile=profile).state_BTD
+    return [model.encode(batch, ON_DEVICE, profile=given).state_BTD for given in (profile, None)]
+
+
+def encode_under(batch, source_BT) -> np.ndarray:
+    return np.asarray(encode_given(batch, source_BT)[0])
 
 
 OWN = np.arange(16, dtype=np.int32).reshape(2, 8)
 
 
 def test_with_its_own_profile_a_slot_is_as_it_was():
-    batch = make_twins(1)
-    own = make_personal_model().encode(batch, TABLE).state_BTD
-    np.testing.assert_allclose(encode_given(batch, OWN), own, atol=1e-5)
+    given, own = encode_given(make_twins(1), OWN)
+    np.testing.assert_allclose(given, own, atol=1e-5)
 
 
 def test_nobodys_profile_is_that_of_a_first_slot_without_fields():
@@ -373,7 +394,7 @@ def test_nobodys_profile_is_that_of_a_first_slot_without_fields():
     users = [make_sequence(rng, n) for n in (6, 7)]
     users[0]["request.field"] = np.zeros_like(users[0]["request.field"])
     batch = lay([[user] for user in users], 8)
-    gap = encode_given(batch, np.full_like(OWN, NO_PROFILE)) - encode_given(batch, OWN)
+    gap = encode_under(batch, np.full_like(OWN, NO_PROFILE)) - encode_under(batch, OWN)
     changed = np.abs(gap).max(axis=-1) > 1e-4
     assert changed[0, :6].tolist() == [False, *[True] * 5]
     assert changed[1, :7].all()
@@ -381,30 +402,27 @@ def test_nobodys_profile_is_that_of_a_first_slot_without_fields():
 
 def test_twins_with_each_others_profile_have_each_others_states():
     batch = make_twins(2)
-    plain = encode_given(batch, OWN)
+    plain = encode_under(batch, OWN)
     assert np.abs(plain[0] - plain[1]).max() > 1e-3
-    np.testing.assert_allclose(encode_given(batch, OWN[::-1]), plain[::-1], atol=1e-5)
+    np.testing.assert_allclose(encode_under(batch, OWN[::-1]), plain[::-1], atol=1e-5)
 
 
 def test_with_the_mean_profile_twins_have_one_state():
     """The mean is that of the slots alone: what stands in the padding changes nothing."""
     batch, mean = make_twins(3), np.full_like(OWN, MEAN_PROFILE)
-    states = encode_given(batch, mean)
+    states = encode_under(batch, mean)
     np.testing.assert_allclose(states[0], states[1], atol=1e-6)
-    assert np.abs(states - encode_given(batch, OWN))[:, :6].max() > 1e-3
+    assert np.abs(states - encode_under(batch, OWN))[:, :6].max() > 1e-3
     item_BT = np.where(batch.segment_BT > 0, batch.item_BT, 3)
-    other = encode_given(batch._replace(item_BT=item_BT), mean)
+    other = encode_under(batch._replace(item_BT=item_BT), mean)
     np.testing.assert_allclose(other[:, :6], states[:, :6], atol=1e-6)
 
 
-@pytest.mark.parametrize("starts", [(1,), (3,), (1, 2, 3)])
-def test_further_groups_of_the_same_layers_compute_the_same(starts):
-    """States, posterior, routing and pointers, and all gradients, of the same weights in other groups."""
-    layers = {"n_layers": 4, "moe": dataclasses.replace(FULL["moe"], layers=(2, 3))}
-    layers["personal"] = dataclasses.replace(FULL["personal"], layers=(2, 3))
-    plain = make_full(**layers)
-    config = make_config(**{**FULL, **layers, "group_starts": starts})
-    assert len(split_layers(config)) > len(plain.groups) == 2
+def test_further_groups_of_the_same_layers_compute_the_same():
+    """States, posterior, routing and pointers, and all gradients, of the same weights in a group a layer."""
+    plain = make_full()
+    config = make_config(**FULL, group_starts=(1, 2, 3))
+    assert (len(split_layers(config)), len(plain.groups)) == (4, 2)
     bounds = [(group.first, group.last) for group in split_layers(config)]
 
     def regroup(groups):
@@ -421,7 +439,7 @@ def test_further_groups_of_the_same_layers_compute_the_same(starts):
         leaves.append(next(grouped if "groups" in jax.tree_util.keystr(path) else other_leaves))
     model = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     batch = make_batch(4, LENGTHS, 12, control=True)
-    (found, d_found), (expected, d_expected) = (pull_outputs(m, batch, False) for m in (model, plain))
+    (found, d_found), (expected, d_expected) = (pull_outputs(m, batch) for m in (model, plain))
     assert_outputs_equal(found, expected, atol=1e-5)
     largest = worst_gap(d_expected, jax.tree.map(jnp.zeros_like, d_expected))
     assert (
@@ -434,12 +452,15 @@ def test_a_predictor_encodes_under_the_biases_of_its_routers():
     """A bias that is passed in steers; none is zero."""
     model, batch = make_full(), make_batch(4, LENGTHS, 12, control=True)
     nothing = zero_router_bias(model.config, SIZES.n_services)
-    assert nothing.shape == (1, 4)
-    bias_LE = jnp.asarray(np.random.default_rng(3).standard_normal((1, 4)), jnp.float32)
-    plain = encode_outputs(model, batch, TABLE)
-    assert_outputs_equal(jax.jit(Predictor(model, nothing).encode)(batch, TABLE), plain, atol=1e-6)
-    steered = encode_outputs(model, batch, TABLE, router_bias_LE=bias_LE)
-    assert_outputs_equal(jax.jit(Predictor(model, bias_LE).encode)(batch, TABLE), steered, atol=1e-6)
+    np.testing.assert_array_equal(nothing, np.zeros((2, 4)))
+    bias_LE = jnp.asarray(np.random.default_rng(3).standard_normal((2, 4)), jnp.float32)
+    plain, steered = (encode_outputs(model, batch, router_bias_LE=bias) for bias in (nothing, bias_LE))
+    assert_outputs_equal(plain, pull_outputs(model, batch)[0], atol=1e-5)
+    # The predictor's program, whatever the bias, is that of the model under it.
+    by_model = jax.jit(lambda given, batch: given[0].encode(batch, ON_DEVICE, router_bias_LE=given[1]))
+    by_predictor = jax.jit(lambda given, batch: given.encode(batch, ON_DEVICE))
+    expected = by_model.lower((model, bias_LE), batch).as_text()
+    assert by_predictor.lower(Predictor(model, bias_LE), batch).as_text() == expected
     assert np.abs(steered.state_BTD - plain.state_BTD).max() > 1e-2
     np.testing.assert_array_equal(steered.log_domain_BTZ, plain.log_domain_BTZ)  # below the experts
     assert Predictor(model, bias_LE).config is model.config
@@ -447,7 +468,7 @@ def test_a_predictor_encodes_under_the_biases_of_its_routers():
 
 def test_the_answer_of_a_control_slot_depends_on_the_request_and_the_fields_alone():
     """In a model with everything; and each of these reaches it."""
-    model, batch = make_full(), make_batch(4, [[5, 4], [3]], 12, control=True)
+    model, batch = make_full(), make_batch(4, [[5, 4], [3], []], 12, control=True)
     is_control = batch.kind_BT == RECOMMEND
     assert is_control.sum() == 3
 
@@ -502,8 +523,8 @@ def test_two_control_slots_with_one_request_have_one_answer_wherever_they_stand(
             column = user[f"request.{name}"].copy()
             column[0] = users[0][f"request.{name}"][0]
             user[f"request.{name}"] = column
-    batch = lay([users[:2], users[2:]], 9)
-    outputs = encode_outputs(model, batch, TABLE)
+    batch = lay([users[:2], users[2:], []], 12)
+    outputs = encode_outputs(model, batch)
     found = [outputs.state_BTD, outputs.log_domain_BTZ, outputs.relevance_BTM, outputs.pointers.log_weight_BTX]
     for part in found:
         first, *others = np.asarray(part)[batch.kind_BT == RECOMMEND]

@@ -1,5 +1,6 @@
 """The mixed answers against float64 loops: weights, pointers, loss with all gradients, and the scores of all items."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -65,6 +66,21 @@ def make_stub(copy: str) -> Stub:
     return Stub(make_aggregator(copy), *(jnp.asarray(x, jnp.float32) for x in (STATE, EVENT_VECTOR, VECTOR, BIAS)))
 
 
+@jax.jit
+def point(stub, batch):
+    return stub.encode(batch).pointers
+
+
+@jax.jit
+def score(stub, batch, slot_Q):
+    return score_items(stub.encode(batch), batch, slot_Q, stub.bind(ON_DEVICE))
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def pull_loss(stub, batch, chunk: int = 100):
+    return jax.value_and_grad(lambda stub: stub.loss(batch, LossConfig(chunk=chunk)))(stub)
+
+
 def read(stub: Stub) -> dict[str, np.ndarray]:
     return {name.lstrip("."): w for name, w in oracle.read_weights(stub).items()}
 
@@ -102,7 +118,7 @@ COPIES = pytest.mark.parametrize(("copy", "n_services"), [("all", 0), ("services
 @COPIES
 def test_weights_and_pointers_are_those_of_loops(copy, n_services, batch):
     stub = make_stub(copy)
-    answers, w = jax.jit(lambda s, batch: s.encode(batch).pointers)(stub, batch), read(stub)
+    answers, w = point(stub, batch), read(stub)
     n_closed = 0
     for b, t in zip(*np.nonzero(batch.segment_BT), strict=True):
         weight, pointers = answer_by_hand(w, batch, b, t, n_services)
@@ -124,10 +140,7 @@ def test_a_sampled_softmax_is_mixed_like_the_full_one():
     def sampled(stub):
         return stub.loss(BATCH, LossConfig(kind="sampled_softmax"), Draws(shared=drawn))
 
-    def full(stub):
-        return stub.loss(BATCH, LossConfig())
-
-    totals = (jax.jit(jax.value_and_grad(f))(stub) for f in (sampled, full))
+    totals = jax.jit(jax.value_and_grad(sampled))(stub), pull_loss(stub, BATCH)
     for found, expected in zip(*map(jax.tree.leaves, totals), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
 
@@ -146,7 +159,7 @@ def test_loss_and_all_gradients_are_those_of_the_mixture(copy, n_services, chunk
         p = [distribution_by_hand(w, batch, b, t, n_services)[label_BT[b, t]] for b, t in slots]
         return -sum(float(weight_BT[b, t]) * math.log(p_s) for (b, t), p_s in zip(slots, p, strict=True))
 
-    loss, gradients = jax.jit(jax.value_and_grad(lambda stub: stub.loss(batch, LossConfig(chunk=chunk))))(stub)
+    loss, gradients = pull_loss(stub, batch, chunk)
     assert float(loss) == pytest.approx(by_hand(read(stub)), rel=1e-5)
     oracle.assert_slopes(by_hand, read(stub), read(gradients), 1e-4)
     hits = [label_BT[b, t] in batch.item_BT[b, : t + 1] for b, t in slots]
@@ -157,9 +170,8 @@ def test_loss_and_all_gradients_are_those_of_the_mixture(copy, n_services, chunk
 @COPIES
 def test_scores_are_logarithms_of_a_distribution_over_all_items(copy, n_services, batch):
     stub = make_stub(copy)
-    asked = jnp.asarray([4, 7, 0, 15, -1, 9])
-    score = jax.jit(lambda s, batch: score_items(s.encode(batch), batch, asked, s.bind(ON_DEVICE)))(stub, batch)
-    for slot, found in zip(asked, np.asarray(score, np.float64), strict=True):
+    asked = np.array([4, 7, 0, 15, -1, 9])
+    for slot, found in zip(asked, np.asarray(score(stub, batch, asked), np.float64), strict=True):
         expected = oracle.softmax(BIAS)  # without a history only the biases speak
         if slot >= 0:
             expected = distribution_by_hand(read(stub), batch, int(slot) // 9, int(slot) % 9, n_services)
@@ -171,7 +183,7 @@ def test_scores_are_logarithms_of_a_distribution_over_all_items(copy, n_services
 def test_no_pointer_points_at_a_control_slot_and_at_it_the_softmax_alone_has_weight(copy, n_services):
     """Exactly; and its scores are those of the softmax."""
     stub = make_stub(copy)
-    pointers = jax.jit(lambda s, batch: s.encode(batch).pointers)(stub, CONTROL)
+    pointers = point(stub, CONTROL)
     is_control = CONTROL.kind_BT == RECOMMEND
     weight_BTX = np.exp(pointers.log_weight_BTX)
     np.testing.assert_array_equal(weight_BTX[is_control], np.eye(n_services + 2)[np.zeros(is_control.sum(), int)])
@@ -180,9 +192,9 @@ def test_no_pointer_points_at_a_control_slot_and_at_it_the_softmax_alone_has_wei
     later = (CONTROL.kind_BT == EVENT) & (CONTROL.position_BT > 0)
     np.testing.assert_allclose(np.sum(pointers.copy_BTS, axis=-1)[later], 1 - weight_BTX[later][:, 0], atol=1e-6)
     slot_Q = np.flatnonzero(is_control)
-    score = jax.jit(lambda s, batch: score_items(s.encode(batch), batch, slot_Q, s.bind(ON_DEVICE)))(stub, CONTROL)
+    found = score(stub, CONTROL, np.resize(slot_Q, 6))[: len(slot_Q)]  # as many as are asked above: one program
     states = STATE.reshape(-1, 8)[slot_Q]
-    np.testing.assert_allclose(np.exp(score), [oracle.softmax(VECTOR @ h + BIAS) for h in states], rtol=1e-4)
+    np.testing.assert_allclose(np.exp(found), [oracle.softmax(VECTOR @ h + BIAS) for h in states], rtol=1e-4)
 
 
 def test_a_window_bounds_what_pointers_see():
@@ -199,7 +211,7 @@ def test_an_item_that_nothing_but_a_pointer_speaks_for_keeps_its_gradients():
     stub = make_stub("all")._replace(bias=jnp.where(jnp.arange(13) == BATCH.item_BT[0, 0], -200.0, 0.0))
     label_BT = np.full((2, 9), BATCH.item_BT[0, 0])
     batch = with_target(BATCH, label_BT=label_BT, weight_BT=np.float32(BATCH.segment_BT > 0))
-    loss, gradients = jax.jit(jax.value_and_grad(lambda stub: stub.loss(batch, LossConfig())))(stub)
+    loss, gradients = pull_loss(stub, batch)
     assert np.isfinite(loss)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
     assert np.abs(gradients.aggregator.query_DGH[...]).max() > 1e-3

@@ -1,6 +1,7 @@
 """Tasks and losses of one's own: what the registries take and refuse, and a loss in a model with pointers."""
 
 import dataclasses
+import functools
 import re
 import types
 
@@ -101,15 +102,30 @@ def dense_probability(model, outputs, vector_ID, bias_I) -> jax.Array:
     return jnp.exp(log_weight_BTX[..., :1]) * softmax + jnp.einsum("BTS,BSI->BTI", copy_BTS, one_hot_BSI)
 
 
+WITH_POINTERS = make_config(n_layers=1, pointer="services", d_pointer=6)
+
+
+@functools.cache
+def dense_focal():
+    """The loss and what each slot's probabilities add up to, and the gradients."""
+    label_BT, weight_BT = target_of(BATCH)
+
+    def dense(model):
+        vector_ID, bias_I = model.head.vectors(jnp.arange(SIZES.n_items), ON_DEVICE, model.item_encoder)
+        p_BTI = dense_probability(model, model.encode(BATCH, ON_DEVICE), vector_ID, bias_I)
+        p_BT = jnp.take_along_axis(p_BTI, label_BT[..., None], axis=-1)[..., 0]
+        return jnp.sum(weight_BT * (1 - p_BT) ** 2 * -jnp.log(p_BT)), jnp.sum(p_BTI, axis=-1)
+
+    return jax.jit(jax.value_and_grad(dense, has_aux=True))(make_model(WITH_POINTERS))
+
+
 @pytest.mark.usefixtures("losses")
 @pytest.mark.parametrize("chunk", [4, 18])
 def test_a_loss_of_ones_own_has_the_value_and_gradients_of_a_dense_computation(chunk):
     """Of all the model's parameters, pointers included; S is 18."""
     register_loss("focal")(focal)
-    config = Config(
-        model=make_config(n_layers=1, pointer="services", d_pointer=6), loss=LossConfig(kind="focal", chunk=chunk)
-    )
-    model, (label_BT, weight_BT), task = make_model(config.model), target_of(BATCH), NextEvent()
+    config = Config(model=WITH_POINTERS, loss=LossConfig(kind="focal", chunk=chunk))
+    model, weight_BT, task = make_model(config.model), target_of(BATCH).weight_BT, NextEvent()
     assert task.binds_catalog(config)
     draws = task.draw(jax.random.key(0), BATCH, ON_DEVICE, task.constants(TABLE, config), config)
     assert draws == Draws()
@@ -120,14 +136,8 @@ def test_a_loss_of_ones_own_has_the_value_and_gradients_of_a_dense_computation(c
         assert sums.parts.keys() == {"loss"}
         return sums.total, sums.weight
 
-    def dense(model):
-        vector_ID, bias_I = model.head.vectors(jnp.arange(SIZES.n_items), ON_DEVICE, model.item_encoder)
-        p_BTI = dense_probability(model, model.encode(BATCH, ON_DEVICE), vector_ID, bias_I)
-        p_BT = jnp.take_along_axis(p_BTI, label_BT[..., None], axis=-1)[..., 0]
-        return jnp.sum(weight_BT * (1 - p_BT) ** 2 * -jnp.log(p_BT)), jnp.sum(p_BTI, axis=-1)
-
     (value, weight), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(model)
-    (expected, mass), dense_gradients = jax.jit(jax.value_and_grad(dense, has_aux=True))(model)
+    (expected, mass), dense_gradients = dense_focal()
     np.testing.assert_allclose(mass, 1, atol=1e-5)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert float(weight) == weight_BT.sum()
@@ -233,43 +243,51 @@ def test_tasks_have_their_own_names_and_each_stands_once():
         make_tasks(Config(tasks=("renamed",)))
 
 
+@functools.cache
+def draw_tasks():
+    """A model, and a batch in which `quiet` has half of the weight in half of the rows."""
+    model = make_config(n_layers=1, item_text=False, event_time=False, dropout=0.0)
+    config = Config(model=model, loss=LossConfig(chunk=4), train=TrainConfig(batch_size=4))
+    batch = make_batch(5, [[6, 2], [7], [3], [0]], 8, control=True)
+    target = target_of(batch)
+    less = target._replace(weight_BT=target.weight_BT * np.array([[0.5], [1], [0], [1]], np.float32))
+    return config, make_model(model, seed=2), batch._replace(targets={"next_event": target, "quiet": less})
+
+
+@functools.cache
+def means_alone():
+    """Of each task the mean of its loss and the gradient of that, as if there were no other, over the whole batch."""
+    config, model, batch = draw_tasks()
+
+    @jax.jit
+    def pull(params, target):
+        def mean(params):
+            own = batch._replace(targets={"next_event": target})
+            sums = sum_losses(params, own, ON_DEVICE, [NextEvent()], {"next_event": Draws()}, config)
+            return sums.tasks["next_event"].total / sums.tasks["next_event"].weight
+
+        return jax.value_and_grad(mean)(params)
+
+    return {name: pull(model, target) for name, target in batch.targets.items()}
+
+
 @pytest.mark.usefixtures("tasks")
 @pytest.mark.parametrize("names", [("quiet",), ("next_event", "quiet"), ("quiet", "next_event")])
 @pytest.mark.parametrize("n_microbatches", [1, 2])
 def test_losses_of_tasks_are_added_each_over_its_own_weight_whatever_the_microbatches(names, n_microbatches):
-    """`quiet` has half of the weight in half of the rows: its mean is another one than that of `next_event`."""
-    small = {"n_layers": 1, "item_text": False, "event_time": False, "dropout": 0.0}
-    train = TrainConfig(batch_size=4, n_microbatches=n_microbatches)
-    config = Config(model=make_config(**small), loss=LossConfig(chunk=4), train=train, tasks=names)
-    batch = make_batch(5, [[6, 2], [7], [3], [0]], 8, control=True)
-    target = target_of(batch)
-    less = target._replace(weight_BT=target.weight_BT * np.array([[0.5], [1], [0], [1]], np.float32))
-    batch = batch._replace(targets={"next_event": target, "quiet": less})
-    state = start_state(config, make_model(config.model, seed=2))
+    """The mean of `quiet` is another one than that of `next_event`."""
+    config, model, batch = draw_tasks()
+    config = dataclasses.replace(config, train=TrainConfig(batch_size=4, n_microbatches=n_microbatches), tasks=names)
+    state = start_state(config, model)
     found = make_tasks(config)
     constants = {task.name: task.constants(TABLE, config) for task in found}
     _, metrics = jax.jit(make_train_step(config, found))(state, batch, ON_DEVICE, constants)
 
-    def mean(name):
-        own = batch._replace(targets={"next_event": batch.targets[name]})
-        alone = dataclasses.replace(config, tasks=("next_event",), train=TrainConfig(batch_size=4))
-        sums = sum_losses(state.params, own, ON_DEVICE, [NextEvent()], {"next_event": Draws()}, alone)
-        return float(sums.tasks["next_event"].total / sums.tasks["next_event"].weight)
-
-    assert float(metrics["loss"]) == pytest.approx(mean(names[0]), rel=1e-5)
+    alone = means_alone()
+    assert float(metrics["loss"]) == pytest.approx(float(alone[names[0]][0]), rel=1e-5)
     if len(names) == 2:
-        assert float(metrics[f"{names[1]}/loss"]) == pytest.approx(mean(names[1]), rel=1e-5)
-
+        assert float(metrics[f"{names[1]}/loss"]) == pytest.approx(float(alone[names[1]][0]), rel=1e-5)
     # The norm of the gradient is that of the sum of the means.
-    def total(params):
-        parts = []
-        for name in names:
-            own = batch._replace(targets={"next_event": batch.targets[name]})
-            sums = sum_losses(params, own, ON_DEVICE, [NextEvent()], {"next_event": Draws()}, config).tasks[
-                "next_event"
-            ]
-            parts.append(sums.total / sums.weight)
-        return sum(parts)
-
-    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(jax.grad(total)(state.params))))
+    gradients = [jax.tree.leaves(alone[name][1]) for name in names]
+    norm = np.sqrt(sum(np.sum(np.sum(parts, axis=0) ** 2) for parts in zip(*gradients, strict=True)))
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)

@@ -75,6 +75,15 @@ def answer_densely(layer, x, request, bias_E):
     return y, (*sums, jnp.sum(counted * jnp.square(jax.nn.logsumexp(logit, axis=-1))))
 
 
+@jax.jit
+def dense_value_and_gradients(layer, x, request, bias):
+    def total(layer, x, log_domain, bias):
+        y, sums = answer_densely(layer, x, request._replace(log_domain_BTZ=log_domain), bias)
+        return pull(y, sums), (y, sums)
+
+    return jax.value_and_grad(total, argnums=(0, 1, 2, 3), has_aux=True)(layer, x, request.log_domain_BTZ, bias)
+
+
 COTANGENT = np.random.default_rng(1).standard_normal((B, T, D)).astype(np.float32)
 
 
@@ -120,13 +129,7 @@ def test_values_and_all_gradients_are_those_of_the_dense_oracle(strategy, mesh, 
     layer, x, request, bias = draw_layer(dataclasses.replace(MOE, strategy=strategy), skew)
     (got, (y, routing)), gradients = on_mesh(mesh, layer, x, request, bias)
 
-    def total(layer, x, log_domain, bias):
-        y, sums = answer_densely(layer, x, request._replace(log_domain_BTZ=log_domain), bias)
-        return pull(y, sums), (y, sums)
-
-    (expected, (dense_y, sums)), dense = jax.value_and_grad(total, argnums=(0, 1, 2, 3), has_aux=True)(
-        layer, x, request.log_domain_BTZ, bias
-    )
+    (expected, (dense_y, sums)), dense = dense_value_and_gradients(layer, x, request, bias)
     assert not np.any(gradients[3])
     assert_equal((got, y, routing[:3]), (expected, dense_y, sums))
     assert_equal(gradients, dense)
@@ -156,7 +159,7 @@ def test_capacity_and_jitter_on_a_mesh_are_those_of_one_device(strategy):
 def test_a_batch_that_the_devices_do_not_divide_is_answered():
     layer, x, request, bias = draw_layer()
     few = [jax.tree.map(lambda a: a[:3], part) for part in (x, request)]
-    expected = layer(*few, bias, None)
+    expected = jax.jit(lambda *a: layer(*a, bias, None))(*few)
     with jax.set_mesh(make_mesh(2, 4, 1)):
         got = jax.jit(lambda *a: layer(*a, bias, None))(*few)
     assert_equal(got, expected)

@@ -29,7 +29,6 @@ from tests.small_model import (
 
 N_SERVICES, D = 3, 8
 TABLE = make_table()
-DEVICE_TABLE = jax.tree.map(jnp.asarray, TABLE)
 BATCH, CONTROL = (make_batch(4, [[4, 2]], 7, control=control) for control in (False, True))
 BIAS = 0.4 * np.random.default_rng(7).standard_normal(8).astype(np.float32)  # what steers the choice
 SMALL = {"n_per_group": 2, "d_expert": 4, "tile": 4, "backend": "xla_tiles"}
@@ -191,72 +190,76 @@ def test_a_group_starts_where_it_is_asked_to_and_once_where_the_kind_changes_any
         dataclasses.replace(config, group_starts=(0, 4))
 
 
+@jax.jit
+def pull_model(model, batch, table, bias_LE, cotangents, domain_BT):
+    """Gradients under cotangents of states and posterior, and all outputs: one program for all that is asked below."""
+
+    def weighted(model):
+        out = model.encode(batch, table, router_bias_LE=bias_LE, domain_BT=domain_BT)
+        return jnp.sum(out.state_BTD * cotangents[0]) + jnp.sum(out.log_domain_BTZ * cotangents[1]), out
+
+    return jax.grad(weighted, has_aux=True)(model)
+
+
+BIAS_LE = 4 * np.random.default_rng(5).standard_normal((2, 4)).astype(np.float32)  # enough to change the choice
+COTANGENTS = tuple(random_like([np.zeros((1, 7, 8)), np.zeros((1, 7, N_SERVICES))]))
+NO_DOMAIN = np.full((1, 7), -1, np.int32)
+
+
+def pull(model, batch=BATCH, domain_BT=NO_DOMAIN):
+    return pull_model(model, batch, TABLE, BIAS_LE, COTANGENTS, domain_BT)
+
+
 @pytest.mark.parametrize("batch", [BATCH, CONTROL], ids=["events", "control slots"])
-@pytest.mark.parametrize("layers", [(1,), (0, 2)], ids=str)
+@pytest.mark.parametrize("layers", [(1, 2), (0, 2)], ids=str)
 def test_the_model_and_its_gradients_are_those_of_the_numpy_model(layers, batch):
     config = mixture_config(layers)
     model = make_model(config)
-    rng = np.random.default_rng(5)
-    bias_LE = 4 * rng.standard_normal((len(layers), 4))  # enough to change the choice
-    shapes = ((1, 7, 8), (1, 7, N_SERVICES))
-    cotangent, domain_cotangent = (rng.standard_normal(shape) for shape in shapes)
-
-    def weighted(model):
-        out = model.encode(batch, TABLE, router_bias_LE=jnp.asarray(bias_LE, jnp.float32))
-        return jnp.sum(out.state_BTD * cotangent) + jnp.sum(out.log_domain_BTZ * domain_cotangent), out
-
-    gradients, out = jax.jit(jax.grad(weighted, has_aux=True))(model)
+    gradients, out = pull(model, batch)
     weights = oracle.read_weights(model)
     arguments = (batch, TABLE, config, SIZES.context_sizes)
-    np.testing.assert_allclose(out.state_BTD, oracle.encode(weights, *arguments, bias_LE=bias_LE), atol=5e-5)
+    np.testing.assert_allclose(out.state_BTD, oracle.encode(weights, *arguments, bias_LE=BIAS_LE), atol=5e-5)
     assert np.abs(out.state_BTD - oracle.encode(weights, *arguments)).max() > 1e-2  # another choice
     np.testing.assert_allclose(out.log_domain_BTZ, oracle.posterior(weights, *arguments), atol=5e-5)
     assert out.routing.count_LZE.shape == (len(layers), N_SERVICES, N_SERVICES + 1)
 
     def total(w):
-        states = oracle.encode(w, *arguments, frozen=weights, bias_LE=bias_LE)  # what the routers read has no gradient
-        return np.sum(states * cotangent) + np.sum(oracle.posterior(w, *arguments) * domain_cotangent)
+        states = oracle.encode(w, *arguments, frozen=weights, bias_LE=BIAS_LE)  # what the routers read has no gradient
+        return np.sum(states * COTANGENTS[0]) + np.sum(oracle.posterior(w, *arguments) * COTANGENTS[1])
 
     oracle.assert_slopes(total, weights, oracle.read_weights(gradients), 2e-4)
 
 
 def test_remat_changes_nothing():
-    def value_and_gradients(remat):
-        config = make_config(n_layers=2, remat=remat, moe=mixture_config((1,)).moe)
-        model = make_model(config)
-        total = jax.jit(jax.value_and_grad(lambda m: jnp.sum(m.encode(BATCH, TABLE).state_BTD ** 2)))
-        value, gradients = total(model)
-        return value, jax.tree.leaves(gradients)
-
-    assert worst_gap(value_and_gradients(True), value_and_gradients(False)) < 1e-3
+    config = mixture_config((1, 2))
+    found, expected = (pull(make_model(c)) for c in (dataclasses.replace(config, remat=True), config))
+    assert worst_gap(jax.tree.leaves(found), jax.tree.leaves(expected)) < 1e-3
 
 
 def test_states_posterior_and_routing_know_nothing_of_the_answer_or_of_later_slots():
     model = make_model(mixture_config((1, 2)))
-    encode = jax.jit(lambda batch, table: model.encode(batch, table))
-    before = encode(BATCH, TABLE)
+    _, before = pull(model)
     label_BT, weight_BT = target_of(BATCH)
     domain_BT = np.where(weight_BT > 0, TABLE.service_I[label_BT], -1)
-    other = encode(with_target(BATCH, label_BT=(label_BT + 1) % SIZES.n_items), TABLE)
+    _, other = pull(model, with_target(BATCH, label_BT=(label_BT + 1) % SIZES.n_items))
     np.testing.assert_array_equal(other.state_BTD, before.state_BTD)
     np.testing.assert_array_equal(other.log_domain_BTZ, before.log_domain_BTZ)
     counts = [
-        np.sum(jax.jit(lambda d: model.encode(BATCH, DEVICE_TABLE, domain_BT=d).routing.count_LZE)(domain), axis=1)
+        np.sum(pull(model, domain_BT=domain)[1].routing.count_LZE, axis=1)
         for domain in (domain_BT, np.where(domain_BT >= 0, (domain_BT + 1) % N_SERVICES, -1))
     ]
     np.testing.assert_array_equal(*counts)  # counted under other domains, but routed alike
     assert np.all(counts[0].sum(axis=1) == 2 * np.sum(weight_BT > 0))
     item = BATCH.item_BT.copy()
     item[0, 2] = (item[0, 2] + 1) % SIZES.n_items
-    after = encode(BATCH._replace(item_BT=item), TABLE)
+    _, after = pull(model, BATCH._replace(item_BT=item))
     changed = np.abs(np.asarray(after.log_domain_BTZ - before.log_domain_BTZ)).max(axis=-1)[0] > 0
     np.testing.assert_array_equal(changed, [False, False, True, True, False, False, False])
 
 
 def test_repeats_are_identical_to_the_bit():
-    model = make_model(mixture_config((1,)))
-    step = jax.jit(jax.value_and_grad(lambda m: jnp.sum(m.encode(BATCH, TABLE).state_BTD ** 2)))
-    once, again = step(model), step(model)
+    model = make_model(mixture_config((1, 2)))
+    once, again = pull(model), pull(model)
     for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -17,13 +17,27 @@ from tests.small_model import fill, worst_gap
 
 SIZES = MemorySizes(d_model=6, n_aspects=2, n_scales=2, d_memory=3, field_sizes=(3, 2), rank=3)
 MEMORIES = {"ema": ema_memory, "delta": delta_memory, "low_rank": low_rank_memory}
+ALL = {**MEMORIES, "null": null}
 LENGTHS = (1, 5, 1, 9, 4)
 HOUR, YEAR = 3600, 31_557_600
 
 
 @functools.cache
 def make_params(name: str):
+    if name == "null":
+        return ()
     return fill(jax.eval_shape(lambda: MEMORIES[name](SIZES).init(jax.random.key(0))), stddev=0.7)
+
+
+@functools.cache
+def compile_states(name: str, chunk: int = 64):
+    """Compiled once for all rows of a length: the states before each slot, of parameters, events and first slots."""
+    return jax.jit(ALL[name](SIZES, chunk).prefix_states)
+
+
+@functools.cache
+def compile_update(name: str):
+    return jax.jit(ALL[name](SIZES).update)
 
 
 def draw_row(seed: int, lengths=LENGTHS, no_events: float = 0.0):
@@ -83,7 +97,7 @@ def remember_by_hand(name: str, params, event: Event, first: np.ndarray):
 def test_a_packed_row_holds_the_states_of_each_user_alone(name, chunk, no_events):
     params = make_params(name)
     event, first = draw_row(1, no_events=no_events)
-    states = jax.jit(lambda p, e, f: MEMORIES[name](SIZES, chunk).prefix_states(p, e, f))(params, event, first)
+    states = compile_states(name, chunk)(params, event, first)
     for t, (memory, last, n) in enumerate(remember_by_hand(name, params, event, first)):
         np.testing.assert_allclose(states.memory_MP[t], memory, atol=3e-6 * max(np.abs(memory).max(), 1))
         assert (states.time[t], states.n_events[t]) == (last, n)
@@ -92,14 +106,12 @@ def test_a_packed_row_holds_the_states_of_each_user_alone(name, chunk, no_events
 @pytest.mark.parametrize("no_events", [0.0, 0.3])
 @pytest.mark.parametrize("name", [*MEMORIES, "null"])
 def test_serving_keeps_the_state_that_training_saw(name, no_events):
-    personalizer = {**MEMORIES, "null": null}[name](SIZES)
-    params = () if name == "null" else make_params(name)
+    params, nobody = make_params(name), ALL[name](SIZES).init_user()
     event, first = draw_row(2, no_events=no_events)
-    states = jax.jit(personalizer.prefix_states)(params, event, first)
-    update = jax.jit(personalizer.update)
-    state = personalizer.init_user()
+    states = jax.device_get(compile_states(name)(params, event, first))
+    update, state = compile_update(name), nobody
     for t in range(len(first)):
-        state = personalizer.init_user() if first[t] else state
+        state = nobody if first[t] else state
         np.testing.assert_allclose(states.memory_MP[t], state.memory_MP, atol=1e-5)
         assert states.n_events[t] == state.n_events
         if name != "null":
@@ -107,16 +119,16 @@ def test_serving_keeps_the_state_that_training_saw(name, no_events):
         state = update(params, state, jax.tree.map(lambda x, t=t: x[t], event))
 
 
-def pull_states(name: str, event: Event, first: np.ndarray):
-    """The states before each slot, and the gradients of a sum of squares in parameters and events' vectors."""
-    personalizer, params = {**MEMORIES, "null": null}[name](SIZES, 3), () if name == "null" else make_params(name)
+@functools.cache
+def compile_slopes(name: str):
+    """Compiled: the gradients of the states' sum of squares in parameters and events' vectors, and the states."""
+    prefix_states = ALL[name](SIZES, 3).prefix_states
 
-    def total(params, x_D):
-        states = personalizer.prefix_states(params, event._replace(x_D=x_D), first)
+    def total(params, x_D, event, first):
+        states = prefix_states(params, event._replace(x_D=x_D), first)
         return jnp.sum(states.memory_MP**2), states
 
-    (_, states), slopes = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(params, event.x_D)
-    return states, slopes
+    return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
 
 
 @pytest.mark.parametrize("name", [*MEMORIES, "null"])
@@ -127,12 +139,15 @@ def test_a_control_slot_leaves_no_trace_in_the_profile(name):
     slot = Event(np.full((2, SIZES.d_model), 9.0, np.float32), np.full(2, NO_TIME, np.int32), np.zeros(2, bool))
     longer = Event(*(np.insert(column, start, new, axis=0) for column, new in zip(event, slot, strict=True)))
     is_new = np.isin(np.arange(9), start + np.arange(2))
-    (states, (d_params, d_x)), (more, (more_d_params, more_d_x)) = (
-        pull_states(name, event, first),
-        pull_states(name, longer, is_new),  # a sequence begins with its control slot
-    )
+    # Behind the row without them each stands alone, before which nothing is remembered: of one length, one program.
+    plain = Event(*(np.append(column, new, axis=0) for column, new in zip(event, slot, strict=True)))
+    params, pull = make_params(name), compile_slopes(name)
+    (d_params, d_x), states = pull(params, plain.x_D, plain, np.append(first, [True, True]))
+    # A sequence begins with its control slot.
+    (more_d_params, more_d_x), more = pull(params, longer.x_D, longer, is_new)
+    d_x, more_d_x, more = np.asarray(d_x)[:7], np.asarray(more_d_x), jax.device_get(more)
     for found, expected in zip(more, states, strict=True):
-        np.testing.assert_allclose(np.asarray(found)[~is_new], expected, atol=1e-6, rtol=1e-6)
+        np.testing.assert_allclose(found[~is_new], expected[:7], atol=1e-6, rtol=1e-6)
     assert not np.any(more.n_events[is_new])
     assert np.all(more.time[is_new] == NO_TIME)
     assert not np.any(more_d_x[is_new])
@@ -144,34 +159,52 @@ def test_a_control_slot_leaves_no_trace_in_the_profile(name):
         )
 
 
+@functools.cache
+def compile_rest(name: str):
+    """Compiled once for all cuts: slopes and states of a row from `cut` on, gone on with there, and of the whole row.
+
+    What goes on stands first in a row of one length; behind it, as others, stand the slots before the cut.
+    """
+    personalizer, params = ALL[name](SIZES, 3), make_params(name)
+
+    def go_on(event, first, cut):
+        def step(state, part):
+            t, one = part
+            after = personalizer.update(params, state, one)
+            return jax.tree.map(functools.partial(jnp.where, t < cut), after, state), t
+
+        start, _ = jax.lax.scan(step, personalizer.init_user(), (jnp.arange(len(first)), event))
+        rest, is_first = jax.tree.map(lambda leaf: jnp.roll(leaf, -cut, axis=0), (event, first))
+        # The first slot of the row is one, whoever goes on in it.
+        return personalizer.prefix_states(params, rest, is_first.at[0].set(True), start)
+
+    def take_rest(event, first, cut):
+        states = personalizer.prefix_states(params, event, first)
+        return jax.tree.map(lambda leaf: jnp.roll(leaf, -cut, axis=0), states)
+
+    def pull(run, event, first, cut):
+        def total(x_D):
+            states = run(event._replace(x_D=x_D), first, cut)
+            is_rest = jnp.arange(len(first)) < len(first) - cut
+            return jnp.sum(jnp.where(is_rest[:, None, None], states.memory_MP, 0) ** 2), states
+
+        return jax.grad(total, has_aux=True)(event.x_D)
+
+    return jax.jit(lambda *row: [pull(run, *row) for run in (go_on, take_rest)])
+
+
 @settings(max_examples=10)
 @given(st.integers(0, 99), st.integers(1, 11), st.sampled_from([*MEMORIES, "null"]))
 def test_a_row_that_goes_on_from_a_state_is_the_rest_of_the_whole_one(seed, cut, name):
     """Values, and gradients with respect to what came before, of a first user cut anywhere and a second one."""
-    personalizer = {**MEMORIES, "null": null}[name](SIZES, 3)
-    params = () if name == "null" else make_params(name)
-    event, first = draw_row(seed, (12, 3))
-    prefix_states, update = jax.jit(personalizer.prefix_states), jax.jit(personalizer.update)
+    event, first = draw_row(seed, (12, 4))
+    (slopes, found), (expected_slopes, expected) = jax.device_get(compile_rest(name)(event, first, cut))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a[: 16 - cut], b[: 16 - cut], atol=2e-5)
+    np.testing.assert_allclose(slopes, expected_slopes, atol=1e-3 * max(np.abs(expected_slopes).max(), 1))
 
-    def go_on(x_D):
-        start = personalizer.init_user()
-        for t in range(cut):
-            start = update(params, start, Event(x_D[t], event.time[t]))
-        rest = jax.tree.map(lambda leaf: leaf[cut:], event._replace(x_D=x_D))
-        is_first = jnp.asarray(first[cut:]).at[0].set(True)  # of the row, whoever goes on in it
-        return prefix_states(params, rest, is_first, start)
 
-    whole = prefix_states(params, event, first)
-    for found, expected in zip(go_on(event.x_D), whole, strict=True):
-        np.testing.assert_allclose(found, expected[cut:], atol=2e-5)
-    slopes = [
-        jax.grad(lambda x_D, run=run: jnp.sum(run(x_D).memory_MP ** 2))(event.x_D)
-        for run in (
-            go_on,
-            lambda x: jax.tree.map(lambda leaf: leaf[cut:], prefix_states(params, event._replace(x_D=x), first)),
-        )
-    ]
-    np.testing.assert_allclose(*slopes, atol=1e-3 * max(np.abs(slopes[1]).max(), 1))
+accumulate = jax.jit(accumulate_elapsed)
 
 
 def draw_writes(seed: int, lengths, m: int = 3, p: int = 2) -> Writes:
@@ -181,7 +214,7 @@ def draw_writes(seed: int, lengths, m: int = 3, p: int = 2) -> Writes:
     keep = -rng.exponential(0.3, (n, m)) * rng.integers(0, 2, (n, m))
     arrays = (rng.exponential(0.01, m), keep, rng.random((n, m)), rng.standard_normal((n, p)))
     rate, keep, gain, value = (np.asarray(x, np.float32) for x in arrays)
-    return Writes(accumulate_elapsed(event.time, jnp.asarray(first)), rate, keep, gain, value, first)
+    return Writes(accumulate(event.time, first), rate, keep, gain, value, first)
 
 
 @functools.cache
@@ -218,11 +251,11 @@ def test_a_long_gap_costs_no_digits_afterwards():
     first = np.arange(5) == 0
     value = np.ones((5, 1), np.float32)
     writes = Writes(
-        accumulate_elapsed(time, first), np.array([0.7], np.float32), np.zeros((5, 1), np.float32), value, value, first
+        accumulate(time, first), np.array([0.7], np.float32), np.zeros((5, 1), np.float32), value, value, first
     )
     last = 1 + np.exp(-0.7 / 60)
-    for before in (chunked_exclusive_scan, exclusive_scan):
-        np.testing.assert_allclose(before(writes)[:, 0, 0], [0, 1, 1 + np.exp(-0.7 * 10 / 3600), 1, last], rtol=1e-6)
+    for states in jax.jit(lambda w: (chunked_exclusive_scan(w), exclusive_scan(w)))(writes):
+        np.testing.assert_allclose(states[:, 0, 0], [0, 1, 1 + np.exp(-0.7 * 10 / 3600), 1, last], rtol=1e-6)
 
 
 @given(st.floats(-50, 50))
@@ -233,15 +266,12 @@ def test_half_lives_stay_within_their_bounds(x):
 
 
 def test_without_events_a_memory_is_forgotten_at_its_half_life():
-    personalizer, params = ema_memory(SIZES), make_params("ema")
+    nobody, update, params = ema_memory(SIZES).init_user(), compile_update("ema"), make_params("ema")
     event, _ = draw_row(3)
-    state = personalizer.update(params, personalizer.init_user(), Event(event.x_D[0], jnp.int32(0)))
+    state = update(params, nobody, Event(event.x_D[0], jnp.int32(0), True))
     half_life = float(np.log(2) / decay_rates(params)[1])
-    later = Event(jnp.asarray(event.x_D[1]), jnp.int32(round(half_life * HOUR)))
-    after = (
-        personalizer.update(params, state, later).memory_MP
-        - personalizer.update(params, personalizer.init_user(), later).memory_MP
-    )
+    later = Event(event.x_D[1], jnp.int32(round(half_life * HOUR)), True)
+    after = np.asarray(update(params, state, later).memory_MP) - update(params, nobody, later).memory_MP
     np.testing.assert_allclose(after[1], state.memory_MP[1] / 2, rtol=1e-4)
 
 
@@ -257,7 +287,7 @@ def test_a_condition_knows_what_is_known(name):
     personalizer, params = MEMORIES[name](SIZES), make_params(name)
     nobody = personalizer.init_user()
     event, _ = draw_row(4)
-    somebody = personalizer.update(params, nobody, Event(event.x_D[0], jnp.int32(100)))
+    somebody = compile_update(name)(params, nobody, Event(event.x_D[0], jnp.int32(100), True))
     nothing, fields = np.zeros(2, np.int32), np.array([2, 0], np.int32)
 
     def read_state(state, time, codes):
@@ -294,8 +324,7 @@ def test_slots_are_means_of_what_was_written_by_hand(name):
     written = written.reshape(4, -1) + np.log1p(mass).reshape(4, 1) * w["mass_MD"]
     fields = w["field_XD"][2] + w["field_XD"][3 + 1]
     expected = w["slot_MD"] + np.concatenate([written, fields[None]])
-    states = personalizer.prefix_states(params, event, first)
-    state = jax.tree.map(lambda x: x[-1], states)
+    state = jax.tree.map(lambda x: x[-1], compile_states(name)(params, event, first))
     request = ProfileRequest(jnp.int32(int(last) + int(hours * HOUR)), np.array([2, 1], np.int32))
     found = personalizer.read(params, state, request)
     np.testing.assert_allclose(form_slots(personalizer, params, found), expected, atol=1e-5)
