@@ -22,10 +22,12 @@ def main(config, flags) -> dict:
     if not out:
         raise InputError("--out is missing: the folder to write")
     report = prepare(config.data, Path(out))
+    print(describe_report(report))
     if config.data.schema.zone_column or config.data.schema.zone != "UTC":
         _, unzoned = settle_zones(load_dataset(Path(out)), config.data.schema)
-        report = dataclasses.replace(report, notes=(*report.notes, *([unzoned] if unzoned else [])))
-    print(describe_report(report))
+        if unzoned:
+            print(unzoned)
+            report = dataclasses.replace(report, notes=(*report.notes, unzoned))
     return dataclasses.asdict(report)
 
 

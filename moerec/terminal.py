@@ -70,7 +70,7 @@ def safe_output() -> Iterator[None]:
 
     def make_safe(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        with contextlib.suppress(TypeError, ValueError, KeyError):  # of a message with other arguments; logging tells
+        with contextlib.suppress(Exception):  # a message that cannot be formatted; logging tells of it
             record.msg, record.args = printable(record.getMessage(), keep="\n\t"), ()
         return record
 

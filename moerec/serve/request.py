@@ -41,7 +41,7 @@ class RecommendRequest(NamedTuple):
 def read_request(context: list[str], time: str, service: str, fields: list[str] | None = None) -> RecommendRequest:
     """A request in words: entries `name=value` or `name=value,name=value`; an ISO date and time, or nothing.
 
-    The time is UTC unless it names an offset, which is then that of the clock at the request's place.
+    The time is UTC unless it names an offset, which is then that of the clock at the request's place; "Z" names none.
 
     Raises:
       InputError: an entry is of another form, or a name is there twice; no such time.

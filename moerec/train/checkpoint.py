@@ -256,10 +256,14 @@ class Checkpoints:
 
     def close(self) -> None:
         """Raises: WorkError, where what is asked for cannot be written, and nobody was told."""
-        for manager in (self._last, self._best):
-            with contextlib.suppress(WorkError) if self._is_failed else contextlib.nullcontext(), self._told_if_full():
-                manager.close()
-        if self._quiet_failure:
-            if self._is_failed:
-                gc.collect()  # writes that failed are told of when they are collected
-            self._quiet_failure.close()
+        try:
+            for manager in (self._last, self._best):
+                # After a failure, which is told of already, orbax cannot end what it had begun.
+                quiet = contextlib.suppress(Exception) if self._is_failed else contextlib.nullcontext()
+                with quiet, self._told_if_full():
+                    manager.close()
+        finally:
+            if self._quiet_failure:
+                if self._is_failed:
+                    gc.collect()  # a write that failed is told of when it is collected: now, while that is kept quiet
+                self._quiet_failure.close()

@@ -92,6 +92,24 @@ def test_under_a_split_by_time_the_window_is_full_at_the_test_too():
     np.testing.assert_array_equal(np.floor(scores), np.broadcast_to(expected, scores.shape))
 
 
+def test_the_window_of_a_split_by_time_is_that_of_its_validation(tmp_path):
+    """A day of training, a day of validation, a day of tests: an hour is chosen on the one and full for the other."""
+    dataset = make_news()
+    start = 19_000 * DAY
+    own = SplitConfig(kind="time", valid_from="2022-01-13", test_from="2022-01-14")
+    assert start == splits.parse_date("2022-01-08", "").time_us
+    config, split_ids = make_config(), splits.assign_split_ids(dataset, own, 0)
+    data = dataclasses.replace(load_data(config.data, tmp_path), dataset=dataset, split_ids=split_ids)
+    test = make_test_set(config, data)
+    for days in (1 / 24, 3.0):
+        scorer = baselines.fit_recent_popularity(dataset, split_ids, days)
+        for targets in (np.flatnonzero(split_ids == splits.VALID)[:5], test.targets[:5]):
+            asked = dataset.log.time_us[targets]
+            assert np.all(asked > scorer.time_us[-1])
+            scores = scorer.score(dataset, targets, None)
+            assert np.all(np.floor(scores).sum(axis=1) == np.sum(scorer.time_us > scorer.time_us[-1] - days * DAY))
+
+
 def make_news(n_users=1000, seed=0):
     """A week in which what is read changes by the hour, one of a hundred items most of the time; ten events a user."""
     rng = np.random.default_rng(seed)

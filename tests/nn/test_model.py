@@ -239,11 +239,10 @@ def test_contexts_are_hidden_in_training_alone():
 
 
 # Everything that a model can have: experts, profile, pointers; a slot goes to two experts of four. There are two layers
-# of each kind, so that the groups of a test that cuts them share a program with what it is compared with; and a tile
-# holds one row, so that no bit of a slot's answer hangs on which rows stand beside its own.
+# of each kind, so that the groups of a test that cuts them share a program with what it is compared with.
 FULL = {
     "n_layers": 4,
-    "moe": MoEConfig(layers=(2, 3), n_per_group=1, n_active=2, d_expert=4, tile=1),
+    "moe": MoEConfig(layers=(2, 3), n_per_group=1, n_active=2, d_expert=4, tile=4),
     "personal": PersonalConfig(layers=(2, 3), n_aspects=3, d_memory=4, chunk=4),
     "pointer": "services",
     "d_pointer": 6,
@@ -419,10 +418,10 @@ def test_with_the_mean_profile_twins_have_one_state():
 
 
 def test_further_groups_of_the_same_layers_compute_the_same():
-    """States, posterior, routing and pointers, and all gradients, of the same weights in a group a layer."""
+    """States, posterior, routing and pointers, and all gradients, of the same weights where a group is cut in two."""
     plain = make_full()
-    config = make_config(**FULL, group_starts=(1, 2, 3))
-    assert (len(split_layers(config)), len(plain.groups)) == (4, 2)
+    config = make_config(**FULL, group_starts=(3,))
+    assert (len(split_layers(config)), len(plain.groups)) == (3, 2)
     bounds = [(group.first, group.last) for group in split_layers(config)]
 
     def regroup(groups):
@@ -477,6 +476,10 @@ def test_the_answer_of_a_control_slot_depends_on_the_request_and_the_fields_alon
         parts = (outputs.state_BTD, outputs.log_domain_BTZ, outputs.relevance_BTM, outputs.pointers.log_weight_BTX)
         return np.concatenate(parts, axis=-1)[is_control]
 
+    def assert_same(found, expected, err_msg=""):
+        # The last bit of what an expert gives may hang on the rows that stand beside its own.
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=err_msg)
+
     before, rng = look(batch), np.random.default_rng(5)
 
     def redraw(column, n: int):
@@ -490,9 +493,9 @@ def test_the_answer_of_a_control_slot_depends_on_the_request_and_the_fields_alon
         "service_BT": np.where(batch.kind_BT == EVENT, redraw(batch.service_BT, 3), batch.service_BT).astype(np.int32),
     }
     for name, column in events.items():
-        np.testing.assert_array_equal(look(batch._replace(**{name: column})), before, err_msg=name)
+        assert_same(look(batch._replace(**{name: column})), before, name)
     label_BT = target_of(batch).label_BT
-    np.testing.assert_array_equal(look(with_target(batch, label_BT=(label_BT + 1) % SIZES.n_items)), before)
+    assert_same(look(with_target(batch, label_BT=(label_BT + 1) % SIZES.n_items)), before)
     # Requests of other slots, which are carried by events, say nothing to it.
     request = batch.request
     requests = {
@@ -507,11 +510,11 @@ def test_the_answer_of_a_control_slot_depends_on_the_request_and_the_fields_alon
         old = getattr(known.request, name)
         over = is_control.reshape(*is_control.shape, *[1] * (old.ndim - 2))
         elsewhere = with_request(known, **{name: np.where(over, old, column).astype(np.int32)})
-        np.testing.assert_array_equal(look(elsewhere), known_before, err_msg=name)
+        assert_same(look(elsewhere), known_before, name)
         here = with_request(known, **{name: np.where(over, column, old).astype(np.int32)})
         assert np.all(np.abs(look(here) - known_before).max(axis=-1) > 1e-5), name
     # Of the catalogue nothing, either: there is no item.
-    np.testing.assert_array_equal(look(batch, TABLE._replace(token_IW=np.roll(TABLE.token_IW, 1, axis=0))), before)
+    assert_same(look(batch, TABLE._replace(token_IW=np.roll(TABLE.token_IW, 1, axis=0))), before)
 
 
 def test_two_control_slots_with_one_request_have_one_answer_wherever_they_stand():

@@ -37,8 +37,8 @@ def make_run_config(
 ) -> Config:
     """Dense, or with experts under a strategy, personal or not; the one with both has pointers, too.
 
-    Each has what is split nowhere else and little more, for a step takes long to compile: a mixture of one layer is
-    trained in microbatches, one that is personal is the upper one of two layers.
+    Each has what is split nowhere else and little more, for a step takes long to compile: a mixture or a profile of one
+    layer is trained in microbatches, a mixture that is personal is the upper one of two layers.
     """
     whole = bool(strategy and memory)
     layer = int(whole)
@@ -61,7 +61,7 @@ def make_run_config(
         train=TrainConfig(
             steps=10,
             batch_size=8,
-            n_microbatches=1 if memory else 2,
+            n_microbatches=1 if whole else 2,
             mesh_data=n_data,
             mesh_expert=n_expert,
             mesh_model=n_model,

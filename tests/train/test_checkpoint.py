@@ -1,6 +1,7 @@
 """A checkpoint gives back every bit, on any mesh, and tells what does not fit."""
 
 import dataclasses
+import logging
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.errors import InputError
+from moerec.errors import InputError, WorkError
 from moerec.nn.model import ModelSizes
 from moerec.nn.sharding import make_mesh, param_shardings
 from moerec.train.checkpoint import Checkpoints, TrainProgress
@@ -265,7 +266,7 @@ def save(config, flags):
     try:
         fill(flags)
     finally:
-        print(logging.getLogger("absl").filters, sys.unraisablehook == before)
+        print(*(logging.getLogger(name).filters for name in ("absl", "asyncio")), sys.unraisablehook == before)
 
 def fill(flags):
     with contextlib.closing(Checkpoints(Path(flags.workdir))) as checkpoints:
@@ -288,7 +289,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path):
     assert done.stderr == (
         f"error: {tmp_path}: a checkpoint cannot be written (File too large); what was saved before stays\n"
     )
-    assert (done.returncode, done.stdout) == (1, "[] True\n")  # nothing else is kept quiet afterwards
+    assert (done.returncode, done.stdout) == (1, "[] [] True\n")  # nothing else is kept quiet afterwards
     noise = np.random.default_rng(0)
     leaves = {f"a{k}": jnp.asarray(noise.standard_normal(9), jnp.float32) for k in range(20)}
     checkpoints = Checkpoints(tmp_path)
@@ -299,6 +300,20 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path):
     checkpoints.wait()
     assert checkpoints.last_step() == 6
     checkpoints.close()
+
+
+@pytest.mark.parametrize(("error", "is_told"), [(RuntimeError("a defect"), False), (OSError(28, "no space"), True)])
+def test_only_what_the_machine_refuses_is_told_as_such(small, tmp_path, monkeypatch, error, is_told):
+    """A defect is not said to be a full disk; either way the checkpoints are closed."""
+    writer = Checkpoints(tmp_path)
+    monkeypatch.setattr(writer, "_save_last", lambda *arguments: (_ for _ in ()).throw(error))
+    kind, message = (WorkError, "a checkpoint cannot be written") if is_told else (RuntimeError, "a defect")
+    with pytest.raises(kind, match=message):
+        writer.save_last(3, small, PROGRESS)
+    monkeypatch.setattr(writer._last, "close", lambda: (_ for _ in ()).throw(RuntimeError("no loop")))
+    writer.close()
+    filters = [x for name in ("absl", "asyncio") for x in logging.getLogger(name).filters]
+    assert writer._quiet_failure not in [getattr(x, "__self__", None) for x in filters]
 
 
 @pytest.mark.parametrize("record", ["{", '{"best": "high"}', '{"step_of_old": 3}', '{"stream": [1]}', "[]"])

@@ -39,21 +39,22 @@ def find_quantiles(numbers: np.ndarray, n_ranges: int) -> tuple[float, ...]:
 
 
 class AmountScan:
-    """Looks for amounts in a column that is read as categories: nothing but numbers, and one that is no likely code, or
-    more than `MOST_CODES` different ones, of which no row has two.
+    """Looks for amounts in a column that is read as categories: nothing but numbers, and one that is no likely code; or
+    more than `MOST_CODES` different numbers where no row has two.
 
     Attributes:
       example: the first number that is no code, if all values so far are numbers; otherwise the empty string.
     """
 
     def __init__(self, is_code: Callable[[np.ndarray], np.ndarray]):
-        self._is_code, self._is_numeric, self._example = is_code, True, ""
+        self._is_code, self._is_numeric, self._is_single = is_code, True, True
+        self._example, self._one_of_many = "", ""
         self._known: set[str] = set()
-        self._is_single = True
 
     @property
     def example(self) -> str:
-        return self._example if self._is_numeric else ""
+        of_many = self._one_of_many if self._is_single else ""
+        return (self._example or of_many) if self._is_numeric else ""
 
     def add(self, values: pa.Array) -> None:
         """Looks at `[n]` strings, or lists of strings; empty ones and "nan" are missing."""
@@ -67,10 +68,9 @@ class AmountScan:
         if self._is_numeric and not self._example:
             strange = np.flatnonzero(~self._is_code(values.cast(pa.float64()).to_numpy(zero_copy_only=False)))
             self._example = values[int(strange[0])].as_py() if len(strange) else ""
-        if self._is_numeric and self._is_single and not self._example:
+        if self._is_numeric and self._is_single and not self._one_of_many:
             self._known.update(pc.unique(values).to_pylist())
-            if len(self._known) > MOST_CODES:
-                self._example = values[-1].as_py()
+            self._one_of_many = values[-1].as_py() if len(self._known) > MOST_CODES else ""
 
 
 def is_whole(numbers: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def parse_times(values: pa.Array, unit: str) -> Times:
     """Reads a column of times.
 
     `unit` is s, ms, day or iso (without an offset: UTC); a column of dates or timestamps says its own, and its time
-    zone is that of the events' clocks. Beyond microseconds the digits of ISO texts and of timestamps are cut, other
+    zone is that of the events' clocks. Beyond microseconds the digits of ISO texts and of timestamps are cut;
     numbers are rounded. Times outside the years 1 to 9999 are bad: they are in another unit.
 
     Raises:

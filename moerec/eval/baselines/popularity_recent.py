@@ -42,6 +42,8 @@ class RecentPopularity:
     window_us: int
 
     def score(self, dataset: Dataset, targets: np.ndarray, histories: Histories) -> np.ndarray:
+        if not len(targets):
+            return np.zeros((0, dataset.catalogue.n_items), np.float32)
         asked, last = dataset.log.time_us[targets], self.time_us[-1] + 1
         end = np.where(asked == UNKNOWN_TIME, last + 1, np.minimum(asked, last))
         order = np.argsort(end, kind="stable")

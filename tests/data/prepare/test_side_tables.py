@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
 from moerec.data.load import load_data
-from moerec.data.prepare.binning import find_quantiles
+from moerec.data.prepare.binning import AmountScan, find_quantiles, is_whole
 from moerec.data.prepare.shards import load_dataset
 from moerec.data.prepare.tables_to_shards import describe_report, is_current, prepare
 from moerec.errors import InputError
@@ -213,6 +213,17 @@ def test_very_many_whole_numbers_are_amounts_too(tmp_path, monkeypatch):
                 run(tmp_path, tables, schema)
             schema = dataclasses.replace(schema, categorical=("price",))
         run(tmp_path, tables, schema)
+
+
+@pytest.mark.parametrize("batches", [(["1", "2", "3", "4"], ["7,8"]), (["7,8"], ["1", "2", "3", "4"])])
+def test_codes_are_codes_in_whatever_order_they_come(monkeypatch, batches):
+    monkeypatch.setattr("moerec.data.prepare.binning.MOST_CODES", 3)
+    scan, single = AmountScan(is_whole), AmountScan(is_whole)
+    for batch in batches:
+        scan.add(pa.array([value.split(",") for value in batch]))
+        single.add(pa.array([[value] for row in batch for value in row.split(",")]))
+    assert scan.example == ""
+    assert single.example == "4"
 
 
 def test_the_hints_for_amounts_name_the_field_that_takes_them(tmp_path):

@@ -247,7 +247,7 @@ def test_a_clock_of_no_place_among_those_of_one_is_a_defect_and_the_reverse(tmp_
     assert str(error.value) == f"events.tsv, row 3, column time: {texts[2]!r} has {has}"
     config.tables.on_bad_rows = "quarantine"
     report = prepare(config, tmp_path / "out")
-    reason = "time whose UTC offset is there where others have none, or missing where others have one"
+    reason = "time with a UTC offset where others have none, or without one where others have it"
     assert (report.n_events, report.quarantined) == (4, {"events.tsv": {reason: 1}})
 
 

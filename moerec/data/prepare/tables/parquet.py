@@ -64,37 +64,45 @@ def _plan_batches(path: Path, label: str, columns: list[str]) -> int:
     references to it, in lists too: what a row may take is known from the dictionaries, which are read here. Of a plain
     column of texts that is done without the rows, of a column of lists with the references only.
     """
-    groups: dict[str, list[int]] = {}  # by column, the row groups where it has a dictionary
+    dictionaries: dict[str, dict[int, int]] = {}  # by column and row group, how many rows may be read at a time
     with pq.ParquetFile(path, pre_buffer=False) as file:
-        lists = {field.name for field in file.schema_arrow if is_list(field.type)}
+        wanted = [field for field in file.schema_arrow if field.name in columns]
+        for field in wanted:
+            _require_plain(f"{label}, column {field.name}", field.type)
+        lists = {field.name for field in wanted if is_list(field.type)}
         leaves = [(k, file.schema.column(k)) for k in range(file.metadata.num_columns)]
         owned = [(k, leaf, name) for k, leaf in leaves for name in columns if f"{leaf.path}.".startswith(f"{name}.")]
         for group in range(file.num_row_groups):
+            n_rows = file.metadata.row_group(group).num_rows
             for k, leaf, name in owned:
                 chunk = file.metadata.row_group(group).column(k)
                 _refuse_bombs(f"{label}, column {leaf.path}", chunk, name in lists)
-                if name in lists or (leaf.physical_type == "BYTE_ARRAY" and _has_dictionary(chunk)):
-                    groups.setdefault(name, []).append(group)
+                if name in lists:
+                    most = max(1, PARQUET_ROWS * n_rows // max(1, chunk.num_values))
+                    dictionaries.setdefault(name, {})[group] = most
+                elif leaf.physical_type == "BYTE_ARRAY" and _has_dictionary(chunk):
+                    dictionaries.setdefault(name, {})[group] = 1
     texts, longest = [leaf.path for _, leaf, _ in owned if leaf.physical_type == "BYTE_ARRAY"], 1
     with pq.ParquetFile(path, pre_buffer=False, read_dictionary=texts, buffer_size=_READ_BYTES) as file:
-        for name, of_column in groups.items():
-            for group in of_column:
-                rows = file.metadata.row_group(group).num_rows
-                most = (
-                    max(1, PARQUET_ROWS * rows // _most_values(file.metadata.row_group(group))) if name in lists else 1
-                )
+        for name, groups in dictionaries.items():
+            for group, most in groups.items():
                 for batch in file.iter_batches(most, row_groups=[group], columns=[name], use_threads=False):
                     array = batch.column(0)
-                    is_whole = pa.types.is_dictionary(array.type) and name not in lists
-                    longest = max(longest, _refuse_long_values(label, {name: array.dictionary if is_whole else array}))
+                    if name not in lists and pa.types.is_dictionary(array.type):
+                        array = array.dictionary
+                    longest = max(longest, _refuse_long_values(label, {name: array}))
                     if name not in lists:
-                        break
+                        break  # the dictionary is that of all rows
     return max(1, min(PARQUET_ROWS, MAX_BATCH_BYTES // longest))
 
 
-def _most_values(group: pq.RowGroupMetaData) -> int:
-    """Of any column, elements of lists included."""
-    return max(1, *(group.column(k).num_values for k in range(group.num_columns)))
+def _require_plain(where: str, kind: pa.DataType) -> None:
+    """Raises InputError for structs, maps and unions, and lists of them: what they hold has no one text."""
+    element = kind
+    while is_list(element) and not pa.types.is_map(element):
+        element = element.value_type
+    if pa.types.is_nested(element):
+        raise InputError(f"{where}: values of type {kind} cannot be read")
 
 
 def _has_dictionary(chunk: pq.ColumnChunkMetaData) -> bool:
@@ -123,31 +131,35 @@ def _refuse_long_values(label: str, arrays: dict[str, pa.Array]) -> int:
 
 def _count_bytes(array: pa.Array) -> np.ndarray:
     """`[n]` int64 of each text, or of all elements of each list, with a separator each; 0 for what is neither."""
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
     kind = array.type
-    if is_list(kind) and not pa.types.is_dictionary(kind) and not pa.types.is_map(kind):
+    if pa.types.is_dictionary(kind):
+        of_entry, entry = _count_bytes(array.dictionary), pc.fill_null(array.indices, -1)
+        return np.append(of_entry, 0)[entry.to_numpy(zero_copy_only=False)]
+    if is_list(kind):
         within = pc.list_flatten(array)
         own = _count_bytes(within) if _is_text(within.type) else np.full(len(within), _NUMBER_BYTES)
         owner = pc.list_parent_indices(array).to_numpy(zero_copy_only=False)
         return np.bincount(owner, own + 1, len(array)).astype(np.int64)
     if not _is_text(kind):
         return np.zeros(len(array), np.int64)
-    if pa.types.is_dictionary(kind):
-        of_entry, entry = _count_bytes(array.dictionary), pc.fill_null(array.indices, -1)
-        return np.append(of_entry, 0)[entry.to_numpy(zero_copy_only=False)]
-    if _is_view(kind):
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
         array = array.cast(pa.large_binary())
     return pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
+    """Of texts, and of lists of texts."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _is_text(kind.storage_type)
+    if pa.types.is_dictionary(kind) or is_list(kind):
         return _is_text(kind.value_type)
-    plain = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary, _is_view)
-    return any(is_kind(kind) for is_kind in plain)
-
-
-def _is_view(kind: pa.DataType) -> bool:
-    return pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
+    views = pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
+    return views or any(
+        is_kind(kind)
+        for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    )
 
 
 def _list_parts(folder: Path, label: str) -> list[Path]:
