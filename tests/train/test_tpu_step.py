@@ -56,8 +56,11 @@ def test_a_step_with_a_profile_compiles_for_sixteen_chips():
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
     config = make_config("all_gather")
-    personal = PersonalConfig(layers=(1,), n_aspects=8, d_memory=32)
-    model = dataclasses.replace(config.model, personal=personal, window=128, event_time=True, pointer="none")
+    personal = PersonalConfig(layers=(0,), n_aspects=8, d_memory=32)
+    moe = dataclasses.replace(config.model.moe, layers=(0,))  # beside a dense layer it stands in the steps below
+    model = dataclasses.replace(
+        config.model, n_layers=1, moe=moe, personal=personal, window=128, event_time=True, pointer="none"
+    )
     data = dataclasses.replace(config.data, seq_len=512, history_len=512)
     compiled = compile_step(devices, dataclasses.replace(config, model=model, data=data))
     text = compiled.as_text()
