@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="moerec-jax-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-# Tracing makes millions of small objects that live on: looking through them as often as Python does takes a tenth of it.
+# Tracing makes millions of objects that live on: looking through them as often as Python does takes a tenth of it.
 gc.set_threshold(100_000, 20, 100)
 
 import hypothesis  # noqa: E402 - what is set above is read at import

@@ -67,9 +67,7 @@ def _plan_batches(path: Path, label: str, columns: list[str]) -> int:
     dictionaries: dict[str, dict[int, int]] = {}  # by column and row group, how many rows may be read at a time
     with pq.ParquetFile(path, pre_buffer=False) as file:
         wanted = [field for field in file.schema_arrow if field.name in columns]
-        for field in wanted:
-            _require_plain(f"{label}, column {field.name}", field.type)
-        lists = {field.name for field in wanted if is_list(field.type)}
+        lists = {field.name for field in wanted if is_list(field.type) or pa.types.is_nested(field.type)}
         leaves = [(k, file.schema.column(k)) for k in range(file.metadata.num_columns)]
         owned = [(k, leaf, name) for k, leaf in leaves for name in columns if f"{leaf.path}.".startswith(f"{name}.")]
         for group in range(file.num_row_groups):
@@ -94,15 +92,6 @@ def _plan_batches(path: Path, label: str, columns: list[str]) -> int:
                     if name not in lists:
                         break  # the dictionary is that of all rows
     return max(1, min(PARQUET_ROWS, MAX_BATCH_BYTES // longest))
-
-
-def _require_plain(where: str, kind: pa.DataType) -> None:
-    """Raises InputError for structs, maps and unions, and lists of them: what they hold has no one text."""
-    element = kind
-    while is_list(element) and not pa.types.is_map(element):
-        element = element.value_type
-    if pa.types.is_nested(element):
-        raise InputError(f"{where}: values of type {kind} cannot be read")
 
 
 def _has_dictionary(chunk: pq.ColumnChunkMetaData) -> bool:
@@ -130,13 +119,17 @@ def _refuse_long_values(label: str, arrays: dict[str, pa.Array]) -> int:
 
 
 def _count_bytes(array: pa.Array) -> np.ndarray:
-    """`[n]` int64 of each text, or of all elements of each list, with a separator each; 0 for what is neither."""
+    """`[n]` int64 of each text, or of all in each list or struct, with a separator each; 0 for what is neither."""
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     kind = array.type
     if pa.types.is_dictionary(kind):
         of_entry, entry = _count_bytes(array.dictionary), pc.fill_null(array.indices, -1)
         return np.append(of_entry, 0)[entry.to_numpy(zero_copy_only=False)]
+    if pa.types.is_struct(kind):
+        return sum((_count_bytes(part) + 1 for part in array.flatten()), np.zeros(len(array), np.int64))
+    if pa.types.is_map(kind):
+        array = array.cast(pa.list_(pa.struct([("key", kind.key_type), ("value", kind.item_type)])))
     if is_list(kind):
         within = pc.list_flatten(array)
         own = _count_bytes(within) if _is_text(within.type) else np.full(len(within), _NUMBER_BYTES)
@@ -150,9 +143,11 @@ def _count_bytes(array: pa.Array) -> np.ndarray:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Of texts, and of lists of texts."""
+    """Of texts, and of lists and structs that hold some."""
     if isinstance(kind, pa.BaseExtensionType):
         return _is_text(kind.storage_type)
+    if pa.types.is_struct(kind) or pa.types.is_map(kind):
+        return any(_is_text(kind.field(k).type) for k in range(kind.num_fields))
     if pa.types.is_dictionary(kind) or is_list(kind):
         return _is_text(kind.value_type)
     views = pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
