@@ -185,7 +185,7 @@ class RowCheck:
         def say(k: int) -> str:
             text = as_binary(values.slice(k, 1))
             lost = ", whose last digits are lost" if has_lost_digits(text)[0] else ""
-            return f"cannot read {printed(text[0].as_py())} as {column.meaning}{lost}"
+            return f"cannot read {printed(text[0].as_py())} as {column.meaning} (data.schema.time_unit){lost}"
 
         self.refuse(times.is_bad, BAD_TIME, column.name, say)
         has = "no offset from UTC; others have one" if column.has_offsets else "an offset from UTC; others have none"
