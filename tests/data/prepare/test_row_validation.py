@@ -34,7 +34,11 @@ def write(folder, lines, items=ITEMS, users=USERS):
 
 DEFECTS = [  # a bad row of the interactions, the message after "row 3, ", and the reason
     (b"anna\tfood\t1\tbuy\t12x", "column day: cannot read '12x' as days (data.schema.time_unit)", "unparsable time"),
-    (b"anna\tfood\t1\tbuy\t1500000000000", "column day: cannot read '1500000000000' as days (data.schema.time_unit)", "unparsable time"),
+    (
+        b"anna\tfood\t1\tbuy\t1500000000000",
+        "column day: cannot read '1500000000000' as days (data.schema.time_unit)",
+        "unparsable time",
+    ),
     (b"anna\tfood\t1\tbuy\t", "column day: the time is empty", "empty time"),
     (b"anna\tfood\t9\tbuy\t5", "column item: the item table has no item '9' of this service", "unknown item"),
     (b"anna\ttoys\t2\tbuy\t5", "column item: the item table has no item '2' of this service", "unknown item"),
