@@ -36,21 +36,21 @@ def run(operands, expert_TA, n_experts, tile, backend, capacity=None):
     return y, *pull(g)
 
 
-def check(backend, operands, expert_TA, n_experts, tile, capacity=None):
+def assert_as_by_hand(backend, operands, expert_TA, n_experts, tile, capacity=None):
     got = run(operands, expert_TA, n_experts, tile, backend, capacity)
     assert_right(got, operands, expert_TA, n_experts, tile, capacity)
 
 
 @pytest.mark.parametrize("capacity", [None, 11])
 def test_every_expert_over_every_row_is_the_network_by_hand(capacity):
-    check("reference", draw_operands(60, 2, 5), draw_experts("zipf", 60, 2, 5), 5, 8, capacity)
+    assert_as_by_hand("reference", draw_operands(60, 2, 5), draw_experts("zipf", 60, 2, 5), 5, 8, capacity)
 
 
 @pytest.mark.parametrize("load", ["zipf", "one_expert"])
 def test_tokamax_is_one_more_backend(load):
     pytest.importorskip("tokamax", reason="the extra is not here: pip install -c requirements.lock -e '.[tokamax]'")
     expert_TA = draw_experts(load, 60, 2, 5)
-    check("tokamax", draw_operands(60, 2, 5), expert_TA, 5, 8, capacity=40)
+    assert_as_by_hand("tokamax", draw_operands(60, 2, 5), expert_TA, 5, 8, capacity=40)
 
 
 @pytest.mark.parametrize("backend", ["xla_tiles", "ragged_dot"])  # the kernels have tests of their own
@@ -60,18 +60,18 @@ class TestBackends:
     def test_values_and_gradients_for_any_load(self, backend, route):
         expert_TA, n_experts, tile = route
         operands = draw_operands(*expert_TA.shape, n_experts)
-        check(backend, operands, expert_TA, n_experts, tile)
+        assert_as_by_hand(backend, operands, expert_TA, n_experts, tile)
 
     @pytest.mark.parametrize("load", LOADS)
     @pytest.mark.parametrize("tile", [4, 32])
     def test_values_and_gradients_over_many_tiles(self, backend, load, tile):
         expert_TA = draw_experts(load, 300, 2, 7)
-        check(backend, draw_operands(300, 2, 7), expert_TA, 7, tile)
+        assert_as_by_hand(backend, draw_operands(300, 2, 7), expert_TA, 7, tile)
 
     def test_dropped_assignments_add_nothing_and_pull_nothing(self, backend):
         expert_TA = draw_experts("zipf", 60, 2, 5)
         operands = draw_operands(60, 2, 5)
-        check(backend, operands, expert_TA, 5, 8, capacity=11)
+        assert_as_by_hand(backend, operands, expert_TA, 5, 8, capacity=11)
 
     def test_repeats_are_bitwise_identical(self, backend):
         expert_TA, operands = draw_experts("zipf", 90, 2, 6), draw_operands(90, 2, 6)

@@ -36,7 +36,7 @@ def run(operands, expert_TA, n_experts, tile, backend="pallas_interpret", capaci
     return y, *pull(g)
 
 
-def check(operands, expert_TA, n_experts, tile, capacity=None, tolerance=3e-6):
+def assert_as_by_hand(operands, expert_TA, n_experts, tile, capacity=None, tolerance=3e-6):
     got = run(operands, expert_TA, n_experts, tile, "pallas_interpret", capacity)
     assert_right(got, operands, expert_TA, n_experts, tile, capacity, tolerance)
 
@@ -53,7 +53,7 @@ def routes(draw, n_rows=12, n_choices=2, n_experts=5):
 @given(routes())
 def test_values_and_gradients_for_any_load(expert_TA):
     # One shape, so that all examples share one program.
-    check(draw_operands(12, 2, 5), expert_TA, 5, 8)
+    assert_as_by_hand(draw_operands(12, 2, 5), expert_TA, 5, 8)
 
 
 @pytest.mark.parametrize(
@@ -69,20 +69,20 @@ def test_values_and_gradients_for_any_load(expert_TA):
 )
 def test_values_and_gradients_for_any_shape(n_rows, n_choices, n_experts, tile, load, capacity):
     expert_TA = draw_experts(load, n_rows, n_choices, n_experts)
-    check(draw_operands(n_rows, n_choices, n_experts), expert_TA, n_experts, tile, capacity)
+    assert_as_by_hand(draw_operands(n_rows, n_choices, n_experts), expert_TA, n_experts, tile, capacity)
 
 
 @pytest.mark.parametrize("load", LOADS)
 def test_experts_wider_than_a_block(load, monkeypatch):
     monkeypatch.setattr(tpu, "choose_block", lambda count_bytes, f: tpu.LANES)
     expert_TA = draw_experts(load, 50, 2, 4)
-    check(draw_operands(50, 2, 4, 130, 300), expert_TA, 4, 16)
+    assert_as_by_hand(draw_operands(50, 2, 4, 130, 300), expert_TA, 4, 16)
 
 
 @pytest.mark.parametrize("n_rows", [30, 31])
 def test_bfloat16_is_right_to_its_own_precision(n_rows):
     operands = draw_operands(n_rows, 2, 4, 130, 200, jnp.bfloat16)
-    check(operands, draw_experts("zipf", n_rows, 2, 4), 4, 16, tolerance=0.02)
+    assert_as_by_hand(operands, draw_experts("zipf", n_rows, 2, 4), 4, 16, tolerance=0.02)
 
 
 def test_repeats_are_bitwise_identical():
