@@ -85,6 +85,9 @@ class Catalog(NamedTuple):
       token_IW: int32 text and attribute tokens, 0 is padding.
       count_I: float32 number of training events of each item.
       vector_ID, bias_I: of the items as candidates, once the catalogue is bound to parameters (`SequenceModel.bind`).
+      has_row_I: bool, in a training step, which items are not without their rows; None: all that were trained.
+      neighbor_IX, similarity_IX: int32 items of the same service whose texts are nearest, -1 where there are fewer, and
+        float32 cosines; None without a text pointer.
     """
 
     service_I: Array
@@ -92,6 +95,9 @@ class Catalog(NamedTuple):
     count_I: Array
     vector_ID: Array | None = None
     bias_I: Array | None = None
+    has_row_I: Array | None = None
+    neighbor_IX: Array | None = None
+    similarity_IX: Array | None = None
 
 
 class Routing(NamedTuple):
@@ -114,22 +120,28 @@ class Routing(NamedTuple):
 
 
 class PointerMixture(NamedTuple):
-    """The mixture `p(item) = w_0 softmax(item) + Σ_s copy_s [item_s = item]` of the softmax and the pointers.
+    """The mixture `p(item) = w_0 softmax(item) + Σ_s (copy_s [item_s = item] + neighbor_s share_s(item))`.
 
     Attributes:
       log_weight_BTX: float32 logs of the components' weights, the softmax first, then the pointers.
       copy_BTS: float32, what all pointers together give to each event of the history, their weights included.
+      neighbor_BTS: float32, what the text pointer gives to each event, to be shared by its item's text neighbours, its
+        weight included. share_BSX: float32, their shares, in the order of `Catalog.neighbor_IX`. None without one.
+      part_BXTS: float32, what each pointer of an asked service gives to each event, its weight included; else None.
     """
 
     log_weight_BTX: Array
     copy_BTS: Array
+    neighbor_BTS: Array | None = None
+    share_BSX: Array | None = None
+    part_BXTS: Array | None = None
 
 
 class Outputs(NamedTuple):
-    """What the model makes of a batch. Nothing in it depends on a target.
+    """What the model makes of a batch. Nothing in it depends on a target, but through the hypotheses in training.
 
     Attributes:
-      state_BTD: float32, from which the next item is predicted.
+      state_BTD: float32, from which the next item is predicted; where services are asked, under the slots' hypotheses.
       log_domain_BTZ: float32 log-posterior over the services of what comes next; None in a dense model.
       routing: of the mixture layers; None in a dense model.
       relevance_BTM: float32, how much each memory slot of the user's profile matters to the request; adds up to one.
@@ -142,3 +154,27 @@ class Outputs(NamedTuple):
     routing: Routing | None
     relevance_BTM: Array | None = None
     pointers: PointerMixture | None = None
+
+
+class Answers(NamedTuple):
+    """What X services answer at Q slots: `p(item) = Σ_x p(x) p(item | x)`.
+
+    Attributes:
+      log_service_QX: float32 log-probabilities of the services asked; they add up to one over X.
+      service_QX: int32, whose answers they are.
+      state_QXD: float32 states, each under its hypothesis.
+      pointers: mixtures `[Q, X, ...]` over the events of `item_QS`; None where the softmax is the only component.
+      item_QS: int32 items of the row's slots.
+      log_domain_QZ: the posterior over all services, before some are left out.
+      relevance_QM: as `Outputs.relevance_BTM`.
+      routing: of the mixture layers, sums over the slots under each hypothesis; None without experts.
+    """
+
+    log_service_QX: Array
+    service_QX: Array
+    state_QXD: Array
+    pointers: PointerMixture | None
+    item_QS: Array
+    log_domain_QZ: Array
+    relevance_QM: Array | None
+    routing: Routing | None

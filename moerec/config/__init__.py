@@ -7,11 +7,12 @@ import dataclasses
 
 from moerec.config.checks import require, require_seed
 from moerec.config.data import CityConfig, DataConfig, SchemaConfig, SplitConfig, TablesConfig
-from moerec.config.model import ModelConfig, MoEConfig, PersonalConfig, TimeConfig
+from moerec.config.model import AskConfig, ModelConfig, MoEConfig, PersonalConfig, TimeConfig
 from moerec.config.train import AuditConfig, EvalConfig, LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "DEFAULT_BASELINES",
+    "AskConfig",
     "AuditConfig",
     "CityConfig",
     "Config",
@@ -59,6 +60,10 @@ class Config:
     def __post_init__(self):
         require_seed(self.seed, "seed")
         require(bool(self.tasks), "tasks", "at least one is needed")
+        has_table = bool(self.data.text_neighbors) or not self.model.text_pointer
+        require(has_table, "model.text_pointer", "needs a table of neighbours (data.text_neighbors)")
+        one_row = self.model.row_dropout == 0 or (self.model.item_text and not self.model.untrained_rows)
+        require(one_row, "model.row_dropout", "needs texts (model.item_text), and model.untrained_rows=false")
 
 
 def checked(config):

@@ -222,6 +222,7 @@ class DataConfig:
     n_shards: int = 4  # ArrayRecord files of a prepared folder
     max_tokens: int = 24  # text and attribute tokens of an item
     vocab_size: int = 20000  # most text tokens kept
+    text_neighbors: int = 0  # items of the same service whose texts are nearest, kept of each item; 0 makes no table
 
     def __post_init__(self):
         one_of(self.source, "data.source", ("city", "tables", "prepared"))
@@ -240,3 +241,4 @@ class DataConfig:
         require(1 <= self.history_len <= self.seq_len, "data.history_len", "must lie in [1, data.seq_len]")
         for name in ("n_shards", "max_tokens", "vocab_size"):
             require(getattr(self, name) >= 1, f"data.{name}", "must be at least 1")
+        require(self.text_neighbors >= 0, "data.text_neighbors", "must not be negative")

@@ -16,6 +16,7 @@ class MoEConfig:
     n_per_group: int = 2  # experts of a group; with `d_expert` the granularity
     d_expert: int = 128  # width of an expert
     n_active: int = 2  # experts that a slot goes to
+    cross: bool = True  # whether there is a group across all services
     d_shared: int = 0  # width of an expert that sees every slot; 0 is none
     n_open_groups: int = 0  # most probable services whose groups a slot may use, beside the cross group; 0 is all
     capacity_factor: float = 0.0  # in training, most slots of an expert, a multiple of its even share; 0: no limit
@@ -102,6 +103,23 @@ class PersonalConfig:
 
 
 @dataclasses.dataclass
+class AskConfig:
+    """Every service asked: the layers above the analyser run under the hypothesis of each service that it is wanted.
+
+    With `from_layer` 0 nothing is asked, and nothing else here counts.
+    """
+
+    from_layer: int = 0  # the layers from here on are asked; those below are the trunk
+    analyser_layers: int = 1  # dense layers that the analyser has of its own above the trunk
+    d_analyser: int = 64  # their feed-forward width
+
+    def __post_init__(self):
+        for name in ("from_layer", "analyser_layers"):
+            require(getattr(self, name) >= 0, f"model.ask.{name}", "must not be negative")
+        require(self.d_analyser >= 1, "model.ask.d_analyser", "must be at least 1")
+
+
+@dataclasses.dataclass
 class ModelConfig:
     """The Qwen2-shaped decoder over slots, and which parts of an event it reads (each a switch, for ablations)."""
 
@@ -131,12 +149,17 @@ class ModelConfig:
         "none"  # pointers into the user's history: none, all (over all of it), or services (and one for each)
     )
     d_pointer: int = 32  # width of a pointer's queries and keys
+    pointer_time_bias: bool = False  # asked services' pointers know how long ago an event was
+    text_pointer: bool = False  # one more, to the items whose texts resemble an event's; see `data.text_neighbors`
+    untrained_rows: bool = False  # items without a training event have rows and biases, and are negatives
+    row_dropout: float = 0.0  # in training, the share of the items that are without row and bias, drawn each step
     group_starts: tuple[int, ...] = ()  # layers at which a new group begins, beside those where their kind changes
     window: int = 0  # slots that a slot attends to at most, itself among them; 0 is all
     attention: str = "auto"  # in blocks where rows are long; reference: all weights at once; or xla_blocks
     time: TimeConfig = dataclasses.field(default_factory=TimeConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     personal: PersonalConfig = dataclasses.field(default_factory=PersonalConfig)
+    ask: AskConfig = dataclasses.field(default_factory=AskConfig)
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "d_text", "d_pointer"):
@@ -144,7 +167,7 @@ class ModelConfig:
         require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", "must divide model.n_heads")
         for name in ("d_head", "d_pointer"):
             require(getattr(self, name) % 2 == 0, f"model.{name}", "must be even (rotary embeddings turn pairs)")
-        for name in ("dropout", "context_dropout"):
+        for name in ("dropout", "context_dropout", "row_dropout"):
             require(0 <= getattr(self, name) < 1, f"model.{name}", "must lie in [0, 1)")
         require(self.norm_eps > 0, "model.norm_eps", "must be positive")
         require(self.rope_theta > 1, "model.rope_theta", "must be above 1")
@@ -153,13 +176,25 @@ class ModelConfig:
         one_of(self.pointer, "model.pointer", ("none", "all", "services"))
         one_of(self.attention, "model.attention", ("auto", "reference", "xla_blocks"))
         require(self.window >= 0, "model.window", "must not be negative")
+        require(not self.pointer_time_bias or self.is_asked, "model.pointer_time_bias", "needs model.ask.from_layer")
+        needed = "the text pointer is one of several (model.pointer)"
+        require(not self.text_pointer or self.pointer != "none", "model.text_pointer", needed)
         outside = [layer for layer in self.group_starts if not 0 < layer < self.n_layers]
         require(not outside, "model.group_starts", f"{outside} of {self.n_layers} layers (from 1)")
         for name in ("moe", "personal"):
             outside = [layer for layer in getattr(self, name).layers if not 0 <= layer < self.n_layers]
             require(not outside, f"model.{name}.layers", f"{outside} of {self.n_layers} layers (from 0)")
-        early = [layer for layer in self.personal.layers if layer < min(self.moe.layers, default=0)]
+        require(self.ask.from_layer < self.n_layers, "model.ask.from_layer", f"there are {self.n_layers} layers (from 0)")
+        early = [layer for layer in self.moe.layers if layer < self.ask.from_layer]
+        require(not early, "model.moe.layers", f"{early} are of the trunk, below what is asked (model.ask.from_layer)")
+        first_upper = self.ask.from_layer or min(self.moe.layers, default=0)
+        early = [layer for layer in self.personal.layers if layer < first_upper]
         require(not early, "model.personal.layers", f"{early} are of the trunk, which is dense and nobody's own")
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the layers above the analyser are asked under the hypothesis of each service."""
+        return self.ask.from_layer > 0
 
     @property
     def has_pointers(self) -> bool:

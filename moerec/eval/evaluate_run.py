@@ -18,7 +18,7 @@ from moerec.data.prepare.tables_to_shards import describe_quarantine
 from moerec.data.splits import TRAIN
 from moerec.errors import InputError
 from moerec.eval.baselines import BASELINES, BaselineInputs
-from moerec.eval.baselines.ceiling import measure_attainable, rank_ceiling
+from moerec.eval.baselines.ceiling import excess_log_loss, measure_attainable, rank_ceiling
 from moerec.eval.metrics import (
     Ranks,
     bucket_coldness,
@@ -144,7 +144,7 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
     columns = [(column.part, column.key, column.metric) for column in list_columns(metrics["test"])]
     metrics["best"] = compare_best_rows(ranks, baselines, columns, service, services, examples.user, config.seed)
     if data.world is not None:
-        _add_ceiling(metrics, config, data, examples)
+        _add_ceiling(metrics, config, data, examples, ranks)
     metrics["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return metrics
 
@@ -164,11 +164,12 @@ def _slices(config: Config, examples: EvalDataset, data: RunData, ranks: Ranks) 
 def _probe(metrics: dict[str, Any], config: Config, data: RunData, trained: TrainResult, examples: EvalDataset) -> None:
     """Adds what experts, mixture and profile router do at the test targets, where the model has them."""
     model = config.model
-    if not (model.moe.layers or model.has_pointers or count_profile_slots(model)):
+    has_analyser = bool(model.moe.layers) or model.is_asked
+    if not (has_analyser or model.has_pointers or count_profile_slots(model)):
         return
     predictor, catalog = trained.predictor, trained.catalog
     seen = collect_routing(predictor, examples, catalog)
-    if model.moe.layers:
+    if has_analyser:
         on_valid = collect_routing(predictor, make_valid_set(config, data), catalog)
         metrics["routing"] = summarize_routing(on_valid, seen)
     if model.has_pointers:
@@ -193,10 +194,13 @@ def _intervene(
     return found
 
 
-def _add_ceiling(metrics: dict[str, Any], config: Config, data: RunData, examples: EvalDataset) -> None:
+def _add_ceiling(
+    metrics: dict[str, Any], config: Config, data: RunData, examples: EvalDataset, ranks: Ranks
+) -> None:
     ceiling = rank_ceiling(examples, data, config.eval.mask_seen)
     services = data.dataset.catalogue.services
     metrics["ceiling"] = build_table(ceiling.ranks, examples.target_service, services)
+    metrics["excess_log_loss"] = excess_log_loss(ranks, ceiling.ranks, examples.target_service, services)
     if "routing" in metrics:
         asked = examples.has_slot  # as the analyser is
         truth = examples.target_service[asked]

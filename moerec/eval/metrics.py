@@ -41,10 +41,13 @@ class RankCounts:
 class Ranks(NamedTuple):
     """Where each target stands in its service's catalogue and among the items of all services: of a model, a baseline
     or the oracle.
+
+    `log_p` is float64, the targets' log-probabilities over the union; None of what gives no probabilities.
     """
 
     in_service: RankCounts
     union: RankCounts
+    log_p: np.ndarray | None = None
 
 
 def concatenate_counts(parts: list[RankCounts]) -> RankCounts:

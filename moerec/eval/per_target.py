@@ -56,7 +56,7 @@ def write_ranks(path: Path, dataset: Dataset, targets: np.ndarray, ranks: Ranks)
     columns = [
         *names,
         find_multi_service_users(dataset)[user],
-        *(np.stack([p.greater, p.equal], axis=1) for p in ranks),
+        *(np.stack([p.greater, p.equal], axis=1) for p in (ranks.in_service, ranks.union)),
     ]
     order = np.lexsort(names[::-1])  # of two data sets that hold the same targets, whatever their codes are
     stored = TargetRanks(*(column[order] for column in columns))

@@ -131,15 +131,21 @@ class ProfileAttention(nnx.Module):
         time = (None, None) if self.time_bias_NX is None else (context.time_BT, self.time_bias_NX[...])
         group = (None, None) if group_bias_BTNG is None else (context.service_BT, group_bias_BTNG)
         out, lse = _attend(rotated_BTNH, k_BTKH, v_BTKH, segment_BT, self.window, self.backend, time, group)
+        return self.join_prefix(q_BTNH, out, lse, context)
+
+    def join_prefix(
+        self, q_BTNH: jax.Array, out_BTNH: jax.Array, lse_BTN: jax.Array, context: ProfileContext
+    ) -> jax.Array:
+        """What was attended to, `[B, T, N, H]`, with the memory slots beside it as far as the gates are open."""
         if self.key_DNH is None:
-            return out
+            return out_BTNH
         assert self.value_DNH is not None
         assert self.gate_N is not None
         keys, values = (context.slots.project(w[...], q_BTNH.dtype) for w in (self.key_DNH, self.value_DNH))
         logit_BTNM = keys.score(q_BTNH) * q_BTNH.shape[-1] ** -0.5 + context.log_relevance_BTM[:, :, None]
         prefix = attend_few(logit_BTNM, values.read)
-        joined, _ = merge([(out, lse), prefix])
-        return out + (jnp.tanh(self.gate_N[...])[:, None] * (joined - out)).astype(out.dtype)
+        joined, _ = merge([(out_BTNH, lse_BTN), prefix])
+        return out_BTNH + (jnp.tanh(self.gate_N[...])[:, None] * (joined - out_BTNH)).astype(out_BTNH.dtype)
 
 
 def attend_plain(
@@ -212,9 +218,10 @@ class Attention(nnx.Module):
         self.rope_theta, self.window, self.backend = config.rope_theta, config.window, config.attention
         self.personal = personal
 
-    def __call__(
-        self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, context: ProfileContext | None = None
-    ) -> jax.Array:
+    def project(
+        self, x_BTD: jax.Array, position_BT: jax.Array, context: ProfileContext | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Queries (scaled by the profile, where it is read) before and after rotation, rotated keys, and values."""
         dtype = x_BTD.dtype
         q = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...].astype(dtype)) + self.q_bias_NH[...].astype(dtype)
         k = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH[...].astype(dtype)) + self.k_bias_KH[...].astype(dtype)
@@ -223,9 +230,25 @@ class Attention(nnx.Module):
             assert context is not None
             q = self.personal.scale(q, context)
         rotated, k = rotate(q, position_BT, self.rope_theta), rotate(k, position_BT, self.rope_theta)
+        return q, rotated, k, v
+
+    def project_out(self, out_BTNH: jax.Array) -> jax.Array:
+        """`[B, T, D]`, what the heads attended to, brought together."""
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o_NHD[...].astype(out_BTNH.dtype))
+
+    def __call__(
+        self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, context: ProfileContext | None = None
+    ) -> jax.Array:
+        return self.attend(x_BTD, position_BT, segment_BT, context)[0]
+
+    def attend(
+        self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, context: ProfileContext | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """What the layer puts out, `[B, T, D]`; and the rotated keys and the values, `[B, T, K, H]` each."""
+        q, rotated, k, v = self.project(x_BTD, position_BT, context)
         if self.personal is not None:
             assert context is not None
             out = self.personal(q, rotated, k, v, segment_BT, context)
         else:
             out = attend_plain(rotated, k, v, segment_BT, self.window, self.backend)
-        return jnp.einsum("BTNH,NHD->BTD", out, self.o_NHD[...].astype(dtype))
+        return self.project_out(out), (k, v)

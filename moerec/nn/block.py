@@ -9,9 +9,10 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.attention import Attention, ProfileAttention, ProfileContext
+from moerec.nn.cache import AskedSlots, attend_asked
 from moerec.nn.layers import RMSNorm, SwiGLU, dropout
 from moerec.nn.moe.experts import DomainExperts
-from moerec.nn.moe.router import RouterInputs
+from moerec.nn.moe.router import RouterInputs, count_groups
 from moerec.types import Routing
 
 
@@ -63,24 +64,41 @@ class Block(nnx.Module):
         k_attention, k_ffn = (None, None) if key is None else jax.random.split(key)
         y = self.attention(self.attention_norm(x_BTD), context.position_BT, context.segment_BT, context.profile)
         x_BTD = x_BTD + dropout(y, self.dropout_rate, k_attention)
+        return self._feed_forward(x_BTD, context.router, bias_E, k_ffn)
+
+    def ask(
+        self, x_BTD: jax.Array, x_QXD: jax.Array, context: LayerContext, asked: AskedSlots, bias_E: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, Routing | None]:
+        """The new states of all slots, and of those that are asked, under each hypothesis (`moerec.nn.cache`); and the
+        sums of the latter's routing.
+        """
+        y = self.attention_norm(x_BTD)
+        y, keys = self.attention.attend(y, context.position_BT, context.segment_BT, context.profile)
+        y_QXD = attend_asked(self.attention, self.attention_norm(x_QXD), *keys, asked)
+        x_BTD, _ = self._feed_forward(x_BTD + y, context.router, bias_E, None)
+        x_QXD, routing = self._feed_forward(x_QXD + y_QXD, asked.router, bias_E, None)
+        return x_BTD, x_QXD, routing
+
+    def _feed_forward(
+        self, x_BTD: jax.Array, router: RouterInputs | None, bias_E: jax.Array | None, key: jax.Array | None
+    ) -> tuple[jax.Array, Routing | None]:
         y, routing = self.ffn_norm(x_BTD), None
         if isinstance(self.ffn, DomainExperts):
-            assert context.router is not None
+            assert router is not None
             assert bias_E is not None
-            y, routing = self.ffn(y, context.router, bias_E, None if k_ffn is None else jax.random.fold_in(k_ffn, 1))
+            y, routing = self.ffn(y, router, bias_E, None if key is None else jax.random.fold_in(key, 1))
         else:
             y = self.ffn(y)
-        return x_BTD + dropout(y, self.dropout_rate, k_ffn), routing
+        return x_BTD + dropout(y, self.dropout_rate, key), routing
 
 
 def split_layers(config: ModelConfig) -> list[LayerGroup]:
-    """The groups of equal layers, from below; a new one begins where the kind changes, and at `config.group_starts`."""
+    """The groups of equal layers, from below; a new one begins where the kind changes, where the layers begin that are
+    asked, and at `config.group_starts`.
+    """
+    starts = {*config.group_starts, config.ask.from_layer}
     kinds = [
-        (
-            layer in config.moe.layers,
-            layer in config.personal.layers,
-            sum(start <= layer for start in config.group_starts),
-        )
+        (layer in config.moe.layers, layer in config.personal.layers, sum(start <= layer for start in starts))
         for layer in range(config.n_layers)
     ]
     groups, first = [], 0
@@ -119,7 +137,26 @@ def run_blocks(
     return jax.lax.scan(body, x_BTD, (blocks, bias_LE, keys))
 
 
+def run_asked_blocks(
+    blocks: Block,
+    x_BTD: jax.Array,
+    x_QXD: jax.Array,
+    context: LayerContext,
+    asked: AskedSlots,
+    bias_LE: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, Routing | None]:
+    """`run_blocks` without dropout, over all slots and, beside them, over those that are asked."""
+
+    def step(x, layer):
+        block, layer_bias_E = layer
+        *x, routing = block.ask(*x, context, asked, layer_bias_E)
+        return tuple(x), routing
+
+    x, routing = jax.lax.scan(step, (x_BTD, x_QXD), (blocks, bias_LE))
+    return *x, routing
+
+
 def zero_router_bias(config: ModelConfig, n_services: int) -> jax.Array | None:
     """`[L, E]` float32 biases of the mixture layers' routers before any step; None in a dense model."""
-    n_experts = (n_services + 1) * config.moe.n_per_group
-    return jnp.zeros((len(config.moe.layers), n_experts)) if config.moe.layers else None
+    n_layers = len(config.moe.layers)
+    return jnp.zeros((n_layers, count_groups(config.moe, n_services) * config.moe.n_per_group)) if n_layers else None

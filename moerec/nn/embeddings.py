@@ -33,8 +33,16 @@ class TextEncoder(nnx.Module):
         return (mean + jax.nn.silu(mean @ self.gate_DD[...])) @ self.out_DD[...]
 
 
+def has_row(item_X: jax.Array, catalog: Catalog) -> jax.Array:
+    """Bool, which items have a row and a bias of their own: those that were trained, less those dropped in a step."""
+    has_row_I = catalog.count_I > 0 if catalog.has_row_I is None else catalog.has_row_I
+    return has_row_I[item_X]
+
+
 class ItemEncoder(nnx.Module):
-    """An item's vector: its own row, plus its text. A new item without a trained row still has its text."""
+    """An item's vector: its own row, plus its text. An item without a training event has its text alone, and a vector
+    that all such items share.
+    """
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_items: int, n_tokens: int):
         k_row, k_text = jax.random.split(key)
@@ -46,12 +54,19 @@ class ItemEncoder(nnx.Module):
         self.text = (
             TextEncoder(k_text, n_tokens, config.d_text, config.d_model, config.norm_eps) if config.item_text else None
         )
+        has_other = config.item_row and not config.untrained_rows
+        zeros = jax.nn.initializers.zeros
+        shape = (config.d_model,)
+        self.no_row_D = declare(k_row, shape, ("embed",), zeros, decay="embedding") if has_other else None
 
     def __call__(self, item_X: jax.Array, catalog: Catalog) -> jax.Array:
         """Args: catalogue indices of any shape `[...]`. Returns `[..., D]` float32."""
         parts = []
         if self.row_ID is not None:
-            parts.append(self.row_ID[...][item_X])
+            row_XD = self.row_ID[...][item_X]
+            if self.no_row_D is not None:
+                row_XD = jnp.where(has_row(item_X, catalog)[..., None], row_XD, self.no_row_D[...])
+            parts.append(row_XD)
         if self.text is not None:
             parts.append(self.text(catalog.token_IW[item_X]))
         return sum(parts[1:], parts[0])

@@ -9,16 +9,44 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.attention import ProfileContext, causal_segment_mask
-from moerec.nn.block import LayerContext, run_blocks, split_layers, stack_blocks, zero_router_bias
+from moerec.nn.block import (
+    LayerContext,
+    run_asked_blocks,
+    run_blocks,
+    split_layers,
+    stack_blocks,
+    zero_router_bias,
+)
+from moerec.nn.cache import AskedSlots, place_asked
 from moerec.nn.embeddings import ItemEncoder, SlotEncoder
-from moerec.nn.heads.item import ItemHead
-from moerec.nn.layers import RMSNorm, dropout
+from moerec.nn.heads.answers import log_prob_all
+from moerec.nn.heads.item import ItemHead, score_items
+from moerec.nn.heads.service_answers import Asking, ServiceAnswers
+from moerec.nn.layers import RMSNorm, declare, dropout, normal
 from moerec.nn.moe.analyser import Analyser
 from moerec.nn.moe.experts import DomainExperts
-from moerec.nn.moe.router import RouterInputs
+from moerec.nn.moe.hypotheses import Hypotheses, ask_all, close_groups, followed_services, suppose_vector, temper
+from moerec.nn.moe.router import RouterInputs, count_groups
 from moerec.nn.profile import ProfileRequest, ProfileState, UserState, count_profile_slots, make_personalizer
 from moerec.nn.profile.profile_router import ProfileRouter, read_slot_profiles, swap_profiles
-from moerec.types import NO_TIME, Batch, Catalog, Outputs, Routing
+from moerec.types import NO_TIME, Answers, Batch, Catalog, Outputs, PointerMixture, Routing
+
+
+class Below(NamedTuple):
+    """What the layers above the trunk begin with.
+
+    Attributes:
+      x_BTD: states of the trunk, with what was read of the profile. event_BTD: the slots' own vectors.
+      context: what layers see. log_domain_BTZ, relevance_BTM: as in `Outputs`.
+      keys: one a layer in training, else None.
+    """
+
+    x_BTD: jax.Array
+    event_BTD: jax.Array
+    context: LayerContext
+    log_domain_BTZ: jax.Array | None
+    relevance_BTM: jax.Array | None
+    keys: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +60,7 @@ class ModelSizes:
     context_sizes: tuple[int, ...]  # codes of each context feature, the first "missing"; the next one is "unseen"
     field_sizes: tuple[int, ...] = ()  # codes of each static profile field, the first of them "missing"
     has_control: bool = False  # whether sequences begin with the control slot `<|recommend|>`
+    service_offsets: tuple[int, ...] = ()  # where each service's items begin in the catalogue, and its end
 
 
 class SequenceModel(nnx.Module):
@@ -58,14 +87,19 @@ class SequenceModel(nnx.Module):
                 for group in split_layers(config)
             ]
         )
-        k_analyser, k_profile, k_router = (jax.random.fold_in(k_head, n) for n in range(1, 4))
+        k_analyser, k_profile, k_router, k_ask = (jax.random.fold_in(k_head, n) for n in (1, 2, 3, 6))
         is_mixture, is_personal = bool(config.moe.layers), bool(config.personal.layers)
-        self.analyser = Analyser(k_analyser, config.d_model, sizes.n_services, config.norm_eps) if is_mixture else None
+        has_analyser = is_mixture or config.is_asked
+        self.analyser = Analyser(k_analyser, config, sizes.n_services) if has_analyser else None
+        shape, axes = (sizes.n_services, config.d_model), (None, "embed")
+        # As large as what it is added to, or it goes unheard.
+        self.hypothesis_ZD = declare(k_ask, shape, axes, normal(0.5), decay="embedding") if config.is_asked else None
         self.profile = make_personalizer(config, sizes.field_sizes).init(k_profile) if is_personal else None
         self.profile_router = ProfileRouter(k_router, config) if count_profile_slots(config) else None
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = ItemHead(k_head, config, *items, sizes.n_services)
         self.config, self.field_sizes, self.n_services = config, sizes.field_sizes, sizes.n_services
+        self.service_offsets = sizes.service_offsets
 
     def bind(self, catalog: Catalog) -> Catalog:
         """The catalogue with the vectors and biases of all its items, computed once."""
@@ -116,6 +150,7 @@ class SequenceModel(nnx.Module):
         key: jax.Array | None = None,
         *,
         domain_BT: jax.Array | None = None,
+        hypothesis_BT: jax.Array | None = None,
         profile: ProfileState | None = None,
         router_bias_LE: jax.Array | None = None,
     ) -> Outputs:
@@ -124,9 +159,108 @@ class SequenceModel(nnx.Module):
         Args:
           key: switches dropout and jitter on.
           domain_BT: int32 domain under which a slot's routing is counted, -1 for none; it decides nothing else.
+          hypothesis_BT: where services are asked, int32 whom each slot asks, -1 for nobody; None: the past's slots ask
+            the services that followed, and a sequence's last slot nobody (`ask` asks there).
           profile: of `read_profiles`, where it is not to be computed from the batch.
           router_bias_LE: of the training state; None for zeros.
         """
+        config = self.config
+        below = self._read(batch, catalog, key, domain_BT, profile)
+        x_BTD, context = below.x_BTD, below.context
+        if self.hypothesis_ZD is not None:
+            hypothesis_BT = followed_services(batch, self.n_services) if hypothesis_BT is None else hypothesis_BT
+            x_BTD, context = self._suppose(x_BTD, context, hypothesis_BT)
+        bias_LE = zero_router_bias(config, self.n_services) if router_bias_LE is None else router_bias_LE
+        routings = []
+        for blocks, group, bias in self._upper_groups(bias_LE):
+            own = None if below.keys is None else below.keys[group.first : group.last]
+            x_BTD, routing = run_blocks(blocks, x_BTD, context, bias, own, config.remat)
+            routings += [routing] if group.experts else []
+        routing = Routing(*map(jnp.concatenate, zip(*routings, strict=True))) if routings else None
+        state_BTD, pointers = self.final_norm(x_BTD.astype(jnp.float32)), None
+        aggregator = self.head.aggregator
+        if aggregator is not None:
+            mask_BTS = causal_segment_mask(batch.segment_BT, config.window)
+            remember: Any = jax.checkpoint if config.remat else lambda f: f
+            if isinstance(aggregator, ServiceAnswers):
+                assert hypothesis_BT is not None
+                asking = Asking(state_BTD, hypothesis_BT, batch.position_BT, batch.request.time_BT, mask_BTS)
+                point = remember(lambda a, event, asking: a(asking, a.see_events(event, batch), catalog))
+                pointers = point(aggregator, below.event_BTD, asking)
+            else:
+                point = remember(lambda a, state, event: a(state, event, batch, mask_BTS, catalog))
+                pointers = point(aggregator, state_BTD, below.event_BTD)
+        return Outputs(state_BTD, below.log_domain_BTZ, routing, below.relevance_BTM, pointers)
+
+    def ask(
+        self,
+        batch: Batch,
+        catalog: Catalog,
+        flat_Q: jax.Array,
+        hypotheses: Hypotheses,
+        *,
+        profile: ProfileState | None = None,
+        router_bias_LE: jax.Array | None = None,
+        closed_G: jax.Array | None = None,
+        below: Below | None = None,
+    ) -> Answers:
+        """What services answer at slots; the past is computed once, and at each hypothesis the asked slot alone.
+
+        Args:
+          flat_Q: int32 flat slots, each a sequence's last one.
+          hypotheses: whom they ask.
+          profile, router_bias_LE: as in `encode`.
+          closed_G: float32, added to what is closed: `MASK_VALUE` for groups that are taken away (a probe's).
+          below: of `read`, where it is there already.
+        """
+        config = self.config
+        assert self.hypothesis_ZD is not None
+        assert self.analyser is not None
+        below = self._read(batch, catalog, None, None, profile) if below is None else below
+        x_BTD, context = self._suppose(below.x_BTD, below.context, followed_services(batch, self.n_services))
+        asked = place_asked(batch, flat_Q, config.window, context.profile)
+
+        def pick(x_BTX):
+            return x_BTX.reshape(-1, x_BTX.shape[-1])[flat_Q]
+
+        vector_QXD = suppose_vector(hypotheses.vector_QX, self.hypothesis_ZD[...])
+        x_QXD = pick(below.x_BTD)[:, None] + vector_QXD.astype(x_BTD.dtype)
+        if context.router is not None:
+            asked = asked._replace(router=self._open(context.router, flat_Q, hypotheses, closed_G))
+        bias_LE = zero_router_bias(config, self.n_services) if router_bias_LE is None else router_bias_LE
+        routings = []
+        for blocks, _, bias in self._upper_groups(bias_LE):
+            x_BTD, x_QXD, routing = run_asked_blocks(blocks, x_BTD, x_QXD, context, asked, bias)
+            routings += [] if routing is None else [routing]
+        routing = Routing(*map(jnp.concatenate, zip(*routings, strict=True))) if routings else None
+        state_QXD, pointers = self.final_norm(x_QXD.astype(jnp.float32)), None
+        if isinstance(self.head.aggregator, ServiceAnswers):
+            pointers = self._point_asked(batch, catalog, asked, hypotheses.answer_QX, state_QXD, below.event_BTD)
+        relevance_QM = None if below.relevance_BTM is None else pick(below.relevance_BTM)
+        log_domain_QZ = pick(below.log_domain_BTZ)
+        return Answers(
+            hypotheses.log_weight_QX,
+            hypotheses.answer_QX,
+            state_QXD,
+            pointers,
+            batch.item_BT[asked.row_Q],
+            log_domain_QZ,
+            relevance_QM,
+            routing,
+        )
+
+    def read(self, batch: Batch, catalog: Catalog, profile: ProfileState | None = None) -> Below:
+        """The trunk, the profile and the analyser's posterior, without dropout: all that no hypothesis changes."""
+        return self._read(batch, catalog, None, None, profile)
+
+    def _read(
+        self,
+        batch: Batch,
+        catalog: Catalog,
+        key: jax.Array | None,
+        domain_BT: jax.Array | None,
+        profile: ProfileState | None,
+    ) -> Below:
         config = self.config
         k_input, k_context, k_blocks = None, None, None
         if key is not None:
@@ -135,29 +269,83 @@ class SequenceModel(nnx.Module):
         event_BTD = self.input_norm(self.slot_encoder(batch, item_BTD, catalog, k_context))
         x_BTD = dropout(event_BTD, config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
         keys = None if k_blocks is None else jax.random.split(k_blocks, config.n_layers)
-        bias_LE = zero_router_bias(config, self.n_services) if router_bias_LE is None else router_bias_LE
+        k_analyser = None if k_blocks is None else jax.random.fold_in(k_blocks, config.n_layers)
         context = LayerContext(batch.position_BT, batch.segment_BT)
-        log_domain_BTZ, relevance_BTM, routings, n_mixtures, is_trunk = None, None, [], 0, True
-        for blocks, group in zip(self.groups, split_layers(config), strict=True):
-            n, bias = group.last - group.first, None
-            if is_trunk and (group.experts or group.personal):
-                x_BTD, context, log_domain_BTZ, relevance_BTM = self._condition(
-                    x_BTD, item_BTD, batch, catalog, context, profile, domain_BT
-                )
-                is_trunk = False
+        groups = split_layers(config)
+        for blocks, group in zip(self.groups, groups, strict=True):
+            if group.last > self._n_trunk:
+                break
+            own = None if keys is None else keys[group.first : group.last]
+            x_BTD, _ = run_blocks(blocks, x_BTD, context, None, own, config.remat)
+        of_trunk = x_BTD, item_BTD, batch, catalog, context, profile, domain_BT, k_analyser
+        x_BTD, context, log_domain_BTZ, relevance_BTM = self._condition(*of_trunk)
+        return Below(x_BTD, event_BTD, context, log_domain_BTZ, relevance_BTM, keys)
+
+    @property
+    def _n_trunk(self) -> int:
+        """Layers below the first that is asked, mixed or personal."""
+        config = self.config
+        if config.is_asked:
+            return config.ask.from_layer
+        return min((*config.moe.layers, *config.personal.layers), default=config.n_layers)
+
+    def _upper_groups(self, bias_LE: jax.Array | None):
+        """The groups of layers above the trunk, each with its routers' biases."""
+        n_mixtures = 0
+        for blocks, group in zip(self.groups, split_layers(self.config), strict=True):
+            if group.first < self._n_trunk:
+                continue
+            bias, n = None, group.last - group.first
             if group.experts:
                 assert bias_LE is not None
                 bias, n_mixtures = bias_LE[n_mixtures : n_mixtures + n], n_mixtures + n
-            own = None if keys is None else keys[group.first : group.last]
-            x_BTD, routing = run_blocks(blocks, x_BTD, context, bias, own, config.remat)
-            routings += [routing] if group.experts else []
-        routing = Routing(*map(jnp.concatenate, zip(*routings, strict=True))) if routings else None
-        state_BTD, pointers = self.final_norm(x_BTD.astype(jnp.float32)), None
-        if self.head.aggregator is not None:
-            mask_BTS = causal_segment_mask(batch.segment_BT, config.window)
-            aggregate: Any = jax.checkpoint(lambda a, *x: a(*x)) if config.remat else lambda a, *x: a(*x)
-            pointers = aggregate(self.head.aggregator, state_BTD, event_BTD, batch, mask_BTS)
-        return Outputs(state_BTD, log_domain_BTZ, routing, relevance_BTM, pointers)
+            yield blocks, group, bias
+
+    def _suppose(
+        self, x_BTD: jax.Array, context: LayerContext, hypothesis_BT: jax.Array
+    ) -> tuple[jax.Array, LayerContext]:
+        """States and context under the hypotheses of the slots."""
+        assert self.hypothesis_ZD is not None
+        x_BTD = x_BTD + suppose_vector(hypothesis_BT, self.hypothesis_ZD[...]).astype(x_BTD.dtype)
+        if context.router is not None:
+            n_groups = count_groups(self.config.moe, self.n_services)
+            closed_BTG = close_groups(hypothesis_BT, self.n_services, n_groups)
+            context = context._replace(router=context.router._replace(closed_BTG=closed_BTG))
+        return x_BTD, context
+
+    def _open(
+        self, known: RouterInputs, flat_Q: jax.Array, hypotheses: Hypotheses, closed_G: jax.Array | None
+    ) -> RouterInputs:
+        """What the routers know of the asked slots, `[Q, X]`; routing is counted under the service that answers."""
+        group_QX = hypotheses.group_QX
+
+        def pick(x_BTX):
+            x_QX = x_BTX.reshape(-1, *x_BTX.shape[2:])[flat_Q][:, None]
+            return jnp.broadcast_to(x_QX, (*group_QX.shape, *x_QX.shape[2:]))
+
+        closed_QXG = close_groups(group_QX, self.n_services, count_groups(self.config.moe, self.n_services))
+        if closed_G is not None:
+            closed_QXG = jnp.minimum(closed_QXG, closed_G)
+        relevance_QXM = None if known.relevance_BTM is None else pick(known.relevance_BTM)
+        log_domain_QXZ, real_QX = pick(known.log_domain_BTZ), pick(known.real_BT)
+        return RouterInputs(log_domain_QXZ, hypotheses.answer_QX, real_QX, relevance_QXM, closed_QXG)
+
+    def _point_asked(
+        self,
+        batch: Batch,
+        catalog: Catalog,
+        asked: AskedSlots,
+        service_QX: jax.Array,
+        state_QXD: jax.Array,
+        event_BTD: jax.Array,
+    ) -> PointerMixture:
+        aggregator = self.head.aggregator
+        assert isinstance(aggregator, ServiceAnswers)
+        events = jax.tree.map(lambda x: x[asked.row_Q], aggregator.see_events(event_BTD, batch))
+        time_Q1 = batch.request.time_BT.reshape(-1)[asked.flat_Q][:, None]
+        position_QX, time_QX = (jnp.broadcast_to(x, service_QX.shape) for x in (asked.position_Q1, time_Q1))
+        mask_QXS = jnp.broadcast_to(asked.seen_QS[:, None], (*service_QX.shape, asked.seen_QS.shape[1]))
+        return aggregator(Asking(state_QXD, service_QX, position_QX, time_QX, mask_QXS), events, catalog)
 
     def _condition(
         self,
@@ -168,6 +356,7 @@ class SequenceModel(nnx.Module):
         context: LayerContext,
         profile: ProfileState | None,
         domain_BT: jax.Array | None,
+        key: jax.Array | None,
     ) -> tuple[jax.Array, LayerContext, jax.Array | None, jax.Array | None]:
         """What stands between the trunk and the layers above it: the profile and its router, then the analyser."""
         relevance_BTM, log_domain_BTZ = None, None
@@ -182,27 +371,69 @@ class SequenceModel(nnx.Module):
             seen = (batch.time_BT, batch.service_BT, slots, log_relevance_BTM, profile.summary_D)
             context = context._replace(profile=ProfileContext(*seen))
         if self.analyser is not None:
-            log_domain_BTZ = self.analyser(x_BTD)
-            # The posterior stays one: the routers read it, but do not bend it to their ends.
-            known = jax.lax.stop_gradient(log_domain_BTZ)
-            domain_BT = jnp.full_like(batch.segment_BT, -1) if domain_BT is None else domain_BT
-            context = context._replace(router=RouterInputs(known, domain_BT, batch.segment_BT > 0, relevance_BTM))
+            log_domain_BTZ = self.analyser(x_BTD, context, key)
+            if self.config.moe.layers:
+                # The posterior stays one: the routers read it, but do not bend it to their ends.
+                known = jax.lax.stop_gradient(log_domain_BTZ)
+                domain_BT = jnp.full_like(batch.segment_BT, -1) if domain_BT is None else domain_BT
+                context = context._replace(router=RouterInputs(known, domain_BT, batch.segment_BT > 0, relevance_BTM))
         return x_BTD, context, log_domain_BTZ, relevance_BTM
 
 
 class Predictor(NamedTuple):
-    """All that a trained model needs to answer: its parameters, and the biases of its routers, which are none.
+    """All that a trained model needs to answer: its parameters, and what is none of them.
 
     Attributes:
-      params: the module. router_bias_LE: None in a dense model.
+      params: the module. router_bias_LE: biases of its routers; None in a dense model.
+      temperature: of the posterior by which the services' answers are weighed, fitted on validation.
     """
 
     params: SequenceModel
     router_bias_LE: jax.Array | None
+    temperature: jax.Array | float = 1.0
 
     def encode(self, batch: Batch, catalog: Catalog, **options: Any) -> Outputs:
         """`SequenceModel.encode` under the routers' biases."""
         return self.params.encode(batch, catalog, router_bias_LE=self.router_bias_LE, **options)
+
+    def ask(self, batch: Batch, catalog: Catalog, flat_Q: jax.Array, hypotheses: Hypotheses, **options: Any) -> Answers:
+        """`SequenceModel.ask` under the routers' biases."""
+        options["router_bias_LE"] = self.router_bias_LE
+        return self.params.ask(batch, catalog, flat_Q, hypotheses, **options)
+
+    def weigh_services(self, below: Below, flat_Q: jax.Array) -> jax.Array:
+        """`[Q, Z]`, log p(service) at flat slots, as it weighs the answers."""
+        assert below.log_domain_BTZ is not None
+        return temper(below.log_domain_BTZ.reshape(-1, below.log_domain_BTZ.shape[-1])[flat_Q], self.temperature)
+
+    def score(
+        self, batch: Batch, slot_Q: jax.Array, catalog: Catalog, profile: ProfileState | None = None
+    ) -> jax.Array:
+        """`[Q, I]` scores of all items of a bound catalogue at flat slots, whose softmax over the items is p(item).
+
+        Where services are asked (all of them) they are its logarithm. At slot -1, where there is no history and no
+        control slot, the biases speak alone.
+        """
+        if not self.config.is_asked:
+            return score_items(self.encode(batch, catalog, profile=profile), batch, slot_Q, catalog)
+        flat_Q = jnp.maximum(slot_Q, 0)
+        below = self.params.read(batch, catalog, profile)
+        answers = self.ask(batch, catalog, flat_Q, ask_all(self.weigh_services(below, flat_Q)), below=below)
+        return self.weigh_answers(answers, slot_Q, catalog)
+
+    def weigh_answers(self, answers: Answers, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
+        """`[Q, I]`, log p(item) by the answers of all services; at slot -1 by biases alone."""
+        log_p_QI = log_prob_all(answers, catalog, self.params.service_offsets)
+        assert self.params.analyser is not None
+        log_bias_Z = temper(jax.nn.log_softmax(self.params.analyser.bias_Z[...]), self.temperature)
+        nothing = Answers(
+            jnp.broadcast_to(log_bias_Z, answers.log_service_QX.shape),
+            answers.service_QX,
+            jnp.zeros_like(answers.state_QXD),
+            *(None, answers.item_QS, answers.log_domain_QZ, None, None),
+        )
+        log_prior_QI = log_prob_all(jax.tree.map(lambda x: x[:1], nothing), catalog, self.params.service_offsets)
+        return jnp.where(slot_Q[:, None] >= 0, log_p_QI, log_prior_QI)
 
     @property
     def config(self) -> ModelConfig:

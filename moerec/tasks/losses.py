@@ -17,17 +17,24 @@ from moerec.nn.heads.item import Candidates, TargetItems
 from moerec.types import Array, Catalog
 
 
+class SamplingTable(NamedTuple):
+    """What may be drawn: `item_J` int32, in the catalogue's order; and `cdf_J` of `sampling_cdf`."""
+
+    item_J: Array
+    cdf_J: Array
+
+
 class DrawInputs(NamedTuple):
     """What candidates are drawn from, once a step and for the global batch.
 
     Attributes:
-      target_BT: int32 items. catalog: what is known of the items. cdf_I: uint32, of `sampling_cdf`.
+      target_BT: int32 items. catalog: what is known of the items. table: of `make_sampling_table`.
       config: the loss's.
     """
 
     target_BT: jax.Array
     catalog: Catalog
-    cdf_I: jax.Array
+    table: SamplingTable
     config: LossConfig
 
 
@@ -85,13 +92,22 @@ def sampling_cdf(count_I: np.ndarray, power: float) -> np.ndarray:
     return (np.cumsum(width) - 1).astype(np.uint32)
 
 
-def sample_negatives(key: jax.Array, cdf_I: Array, shape: tuple[int, ...]) -> Candidates:
-    """Draws with replacement from `cdf_I` and their log-Q corrections."""
-    item_J = jnp.searchsorted(cdf_I, jax.random.bits(key, shape, jnp.uint32), side="left").astype(jnp.int32)
-    before = jnp.where(item_J > 0, cdf_I[item_J - 1], jnp.uint32(0xFFFFFFFF))
-    width = cdf_I[item_J] - before  # modulo 2^32, so the whole range, of a single item, comes out as 0
+def make_sampling_table(count_I: np.ndarray, power: float, untrained: bool) -> SamplingTable:
+    """Of all items that were trained; of every item, where none was, or `untrained` ones are drawn, too."""
+    count_I = np.asarray(count_I)
+    is_drawn_I = np.full(len(count_I), untrained or not (count_I > 0).any()) | (count_I > 0)
+    item_J = np.flatnonzero(is_drawn_I).astype(np.int32)
+    return SamplingTable(item_J, sampling_cdf(count_I[item_J], power))
+
+
+def sample_negatives(key: jax.Array, table: SamplingTable, shape: tuple[int, ...]) -> Candidates:
+    """Draws with replacement and their log-Q corrections."""
+    cdf_J = table.cdf_J
+    place_X = jnp.searchsorted(cdf_J, jax.random.bits(key, shape, jnp.uint32), side="left").astype(jnp.int32)
+    before = jnp.where(place_X > 0, cdf_J[place_X - 1], jnp.uint32(0xFFFFFFFF))
+    width = cdf_J[place_X] - before  # modulo 2^32, so the whole range, of a single item, comes out as 0
     q = jnp.where(width == 0, 1.0, width.astype(jnp.float32) * 2.0**-32)
-    return Candidates(item_J, -jnp.log(np.prod(shape) * q))
+    return Candidates(jnp.asarray(table.item_J)[place_X], -jnp.log(np.prod(shape) * q))
 
 
 def _multiply_high(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -104,28 +120,29 @@ def _multiply_high(a: jax.Array, b: jax.Array) -> jax.Array:
     return a1 * b1 + ((a1 * b0) >> 16) + ((a0 * b1) >> 16) + (middle >> 16)
 
 
-def sample_in_service(key: jax.Array, cdf_I: jax.Array, service_I: jax.Array, item_X: jax.Array) -> jax.Array:
-    """One item a slot from the service of the slot's item, with the probabilities of `cdf_I` within it."""
+def sample_in_service(key: jax.Array, table: SamplingTable, service_I: jax.Array, item_X: jax.Array) -> jax.Array:
+    """One item a slot from the service of the slot's item, with the probabilities of the table within it."""
+    cdf_J, service_J = table.cdf_J, service_I[table.item_J]
     service_X = service_I[item_X]  # `service_I` rises: a service's items stand together
-    first_X = jnp.searchsorted(service_I, service_X, side="left")
-    last_X = jnp.searchsorted(service_I, service_X, side="right") - 1
-    low_X = jnp.where(first_X > 0, cdf_I[first_X - 1] + 1, jnp.uint32(0))
-    width_X = cdf_I[last_X] - low_X + 1  # modulo 2^32, so that of a single service is 0: any word will do
+    first_X = jnp.searchsorted(service_J, service_X, side="left")
+    last_X = jnp.searchsorted(service_J, service_X, side="right") - 1
+    low_X = jnp.where(first_X > 0, cdf_J[first_X - 1] + 1, jnp.uint32(0))
+    width_X = cdf_J[last_X] - low_X + 1  # modulo 2^32, so that of a single service is 0: any word will do
     word_X = jax.random.bits(key, item_X.shape, jnp.uint32)
     within_X = jnp.where(width_X == 0, word_X, _multiply_high(word_X, width_X))
-    return jnp.searchsorted(cdf_I, low_X + within_X, side="left").astype(jnp.int32)
+    return jnp.asarray(table.item_J)[jnp.searchsorted(cdf_J, low_X + within_X, side="left")]
 
 
 def draw_shared(key: jax.Array, inputs: DrawInputs) -> Candidates:
     """`n_negatives` items for all slots together."""
-    return sample_negatives(key, inputs.cdf_I, (inputs.config.n_negatives,))
+    return sample_negatives(key, inputs.table, (inputs.config.n_negatives,))
 
 
 def draw_one_each(key: jax.Array, inputs: DrawInputs) -> Candidates:
     """An item for each slot, of its target's service if the loss's scope is that."""
     if not inputs.config.by_service:
-        return sample_negatives(key, inputs.cdf_I, inputs.target_BT.shape)
-    item_BT = sample_in_service(key, inputs.cdf_I, inputs.catalog.service_I, inputs.target_BT)
+        return sample_negatives(key, inputs.table, inputs.target_BT.shape)
+    item_BT = sample_in_service(key, inputs.table, inputs.catalog.service_I, inputs.target_BT)
     return Candidates(item_BT, jnp.zeros(item_BT.shape))  # cross-entropy of pairs has no correction
 
 

@@ -12,7 +12,7 @@ from moerec.errors import InputError
 from moerec.nn.heads.item import TargetItems
 from moerec.nn.model import SequenceModel
 from moerec.tasks.base import Draws, TaskSums, register_task
-from moerec.tasks.losses import LOSSES, DrawInputs, draw_all, sampling_cdf
+from moerec.tasks.losses import LOSSES, DrawInputs, SamplingTable, draw_all, make_sampling_table
 from moerec.types import Batch, Catalog, Outputs, Target
 
 
@@ -29,9 +29,9 @@ class NextEvent:
         weight_BT = (packed.batch.segment_BT > 0).astype(np.float32)
         return Target(packed.next_item_BT, weight_BT)
 
-    def constants(self, catalog: Catalog, config: Config) -> np.ndarray:
-        """`sampling_cdf`."""
-        return sampling_cdf(catalog.count_I, config.loss.sampling_power)
+    def constants(self, catalog: Catalog, config: Config) -> SamplingTable:
+        """`make_sampling_table`."""
+        return make_sampling_table(catalog.count_I, config.loss.sampling_power, config.model.untrained_rows)
 
     def binds_catalog(self, config: Config) -> bool:
         # The full softmax needs the vectors of all items anyway: then no text is read for each slot that it stands in.
@@ -60,6 +60,7 @@ class NextEvent:
             target.weight_BT.reshape(-1),
             options.by_service,
             options.chunk,
+            config.model.is_asked,
         )
         candidates = draws.shared if draws.by_row is None else draws.by_row
         item = LOSSES[options.kind].function(targets, candidates, options)
@@ -68,13 +69,18 @@ class NextEvent:
             service_BT = catalog.service_I[target.label_BT]
             log_p_BT = jnp.take_along_axis(outputs.log_domain_BTZ, service_BT[..., None], axis=-1)[..., 0]
             parts["analyser"] = -jnp.sum(target.weight_BT * log_p_BT)
-            total += options.analyser_weight * parts["analyser"]
+            if not config.model.is_asked:  # there it is a part of the item's log-probability
+                total += options.analyser_weight * parts["analyser"]
         return TaskSums(total, jnp.sum(target.weight_BT), parts)
 
 
 def check_loss(config: Config) -> None:
     """Raises: InputError, where the loss is not known, or does not go with the model's head."""
     loss = LOSSES[config.loss.kind]
-    if config.model.has_pointers and (not loss.is_normalised or config.loss.by_service):
+    is_union = loss.is_normalised and not config.loss.by_service
+    if config.model.has_pointers and not is_union:
         # A pointer adds to the probability of an item among those of all services.
         raise InputError("config.model.pointer: needs a softmax over the union (loss.kind, loss.scope)")
+    if config.model.is_asked and not is_union:
+        # The posterior over services is learnt as a factor of the item's probability.
+        raise InputError("config.model.ask.from_layer: needs a softmax over the union (loss.kind, loss.scope)")

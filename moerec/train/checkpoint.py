@@ -35,6 +35,7 @@ class TrainProgress:
       wall_s: time so far, over all interrupted runs; train_s of it without validation, in which n_slots were trained.
       stream: position of the data stream.
       is_eval_due: the state is one that is to be evaluated, and the process ended before that was done.
+      temperature: at `best_step`, of the posterior over services (`Predictor.temperature`).
     """
 
     best: float = -1.0
@@ -45,6 +46,7 @@ class TrainProgress:
     n_slots: float = 0.0
     stream: dict[str, Any] = dataclasses.field(default_factory=dict)
     is_eval_due: bool = False
+    temperature: float = 1.0
 
     @property
     def slots_per_s(self) -> float:

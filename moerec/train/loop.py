@@ -50,6 +50,8 @@ class TrainResult(NamedTuple):
     valid: dict[str, float]
 
 
+# Among the metrics of a validation: what the posterior over services was calibrated to, where it weighs answers.
+TEMPERATURE = "valid/temperature"
 # Scores what is trained: the number that picks the best step, and the metrics of the validation.
 Evaluator = Callable[[Predictor, Catalog], tuple[float, dict[str, float]]]
 
@@ -211,6 +213,7 @@ def fit(config: Config, data: RunData, workdir: Path, evaluate: Evaluator) -> Tr
     with mesh_of(best):
         catalog = bind_catalog(predictor, trainer.catalog)
         _, valid = evaluate(predictor, catalog)
+    predictor = predictor._replace(temperature=valid.get(TEMPERATURE, 1.0))
     return TrainResult(
         predictor, catalog, at_best.best_step, int(state.step), progress.wall_s, progress.slots_per_s, valid
     )
@@ -257,6 +260,7 @@ def _run_steps(
             progress.wall_s, progress.is_eval_due = earlier_s + time.monotonic() - started, False
             if score > progress.best:
                 progress.best, progress.best_step, progress.evals_since_best = score, step, 0
+                progress.temperature = valid.get(TEMPERATURE, 1.0)
                 checkpoints.save_best(step, state, progress)
             else:
                 progress.evals_since_best += 1

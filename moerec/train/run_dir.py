@@ -34,6 +34,7 @@ def make_sizes(config: Config, data: RunData) -> ModelSizes:
         context_sizes=tuple(len(values) + 1 for values in dataset.context.values()),
         field_sizes=dataset.profile_codes[1],
         has_control=config.data.first_event,
+        service_offsets=tuple(dataset.catalogue.offsets.tolist()),
     )
 
 
@@ -108,7 +109,8 @@ class Run:
             raise InputError(f"{self.folder}: holds no checkpoint")
         checkpoints = Checkpoints(self.folder / "checkpoints", read_only=True)
         try:
-            return make_predictor(checkpoints.restore_best(like)[0])
+            state, progress = checkpoints.restore_best(like)
+            return make_predictor(state)._replace(temperature=progress.temperature)
         finally:
             checkpoints.close()
 

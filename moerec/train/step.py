@@ -51,7 +51,7 @@ def total_loss(sums: StepSums, config: Config) -> tuple[jax.Array, dict[str, jax
         metrics.setdefault(f"{prefix}loss", task.total / weight)
         metrics[f"{prefix}slots"] = task.weight
     if sums.routing is not None:
-        losses = balance_losses(sums.routing, config.model.moe)
+        losses = balance_losses(sums.routing, config.model.moe, config.model.is_asked)
         total += weigh_losses(losses, config.loss)
         metrics |= losses | {"dropped": jnp.sum(sums.routing.dropped_L3)}
     return total, metrics
@@ -71,7 +71,9 @@ def sum_losses(
     if any(task.binds_catalog(config) for task in tasks):
         catalog = params.bind(catalog)
     domain_BT = find_domains(tasks, batch, catalog)
-    outputs = params.encode(batch, catalog, dropout_key, domain_BT=domain_BT, router_bias_LE=router_bias_LE)
+    # Where services are asked, the one that a slot asks in training is its target's.
+    asked = {"hypothesis_BT": domain_BT} if config.model.is_asked else {}
+    outputs = params.encode(batch, catalog, dropout_key, domain_BT=domain_BT, router_bias_LE=router_bias_LE, **asked)
     sums = {task.name: task.loss(params, outputs, batch, catalog, draws[task.name], config) for task in tasks}
     return StepSums(sums, outputs.routing)
 
@@ -148,13 +150,14 @@ def make_train_step(config: Config, tasks: list[Task]) -> TrainStep:
             task.name: task.draw(k, batch, catalog, constants[task.name], config)
             for task, k in zip(tasks, keys, strict=True)
         }
+        catalog = _drop_rows(catalog, jax.random.fold_in(k_draws, len(tasks)), config)
         grads, metrics, sums = _differentiate(config, tasks, state, batch, catalog, draws, k_dropout)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         bias_LE = state.router_bias_LE
         if bias_LE is not None and config.model.moe.bias_rate:
             assert sums.routing is not None
-            bias_LE = update_bias(bias_LE, sums.routing, config.model.moe)
+            bias_LE = update_bias(bias_LE, sums.routing, config.model.moe, config.model.is_asked)
         average = state.average
         if average is not None:
             # The warm-up of the average forgets the initial parameters as fast as the plain mean would.
@@ -164,6 +167,14 @@ def make_train_step(config: Config, tasks: list[Task]) -> TrainStep:
         return TrainState(state.step + 1, params, opt_state, bias_LE, average), metrics
 
     return train_step
+
+
+def _drop_rows(catalog: Catalog, key: jax.Array, config: Config) -> Catalog:
+    """The catalogue in which a share of the items is without row and bias, so that their texts have to speak."""
+    if not config.model.row_dropout:
+        return catalog
+    kept_I = jax.random.bernoulli(key, 1 - config.model.row_dropout, catalog.count_I.shape)
+    return catalog._replace(has_row_I=kept_I & (catalog.count_I > 0))
 
 
 def _trained_norm(grads: SequenceModel, config: Config) -> jax.Array:
@@ -196,6 +207,9 @@ def lower_train_step(config: Config, sizes: ModelSizes, mesh: Mesh | None = None
     state = jax.eval_shape(lambda: init_state(config, sizes))
     n = sizes.n_items
     catalog = Catalog(np.zeros(n, np.int32), np.zeros((n, config.data.max_tokens), np.int32), np.ones(n, np.float32))
+    if config.data.text_neighbors:
+        shape = n, config.data.text_neighbors
+        catalog = catalog._replace(neighbor_IX=np.zeros(shape, np.int32), similarity_IX=np.zeros(shape, np.float32))
     constants = {task.name: task.constants(catalog, config) for task in tasks}
     arguments = (state, abstract_batch(config, sizes, tasks), jax.eval_shape(lambda: (catalog, constants)))
     step = make_train_step(config, tasks)

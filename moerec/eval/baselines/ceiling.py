@@ -24,7 +24,7 @@ def rank_ceiling(examples: EvalDataset, data: RunData, mask_seen: bool, **knowle
     """The best that can be known of the targets. `knowledge` as in `predict_targets`."""
     assert data.world is not None
     n = len(examples.targets)
-    counts, guess = np.zeros((4, n), np.int64), np.zeros(n, np.int64)
+    counts, guess, log_p = np.zeros((4, n), np.int64), np.zeros(n, np.int64), np.zeros(n)
     catalogue, item_of = examples.dataset.catalogue, examples.dataset.log.item
     for positions, scores in predict_targets(data.world, examples.dataset, examples.targets, **knowledge):
         item, service = examples.target_item[positions], examples.target_service[positions]
@@ -37,8 +37,22 @@ def rank_ceiling(examples: EvalDataset, data: RunData, mask_seen: bool, **knowle
         own = count_ranks(scores, item, seen, (low, high))
         union = count_ranks(scores, item, seen)
         counts[:, positions] = own.greater, own.equal, union.greater, union.equal
+        log_p[positions] = scores[np.arange(len(item)), item]
         guess[positions] = np.add.reduceat(np.exp(scores), catalogue.offsets[:-1], axis=1).argmax(axis=1)
-    return Ceiling(Ranks(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3])), guess)
+    return Ceiling(Ranks(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3]), log_p), guess)
+
+
+def excess_log_loss(ranks: Ranks, exact: Ranks, service: np.ndarray, services: tuple[str, ...]) -> dict[str, float]:
+    """`{"all" and services: nats}`, how much less log-probability a model gives to the targets than the exact posterior
+    does, in the mean; what is left to be learnt. A service without a target is not there.
+
+    Args: of the same targets; their services.
+    """
+    assert ranks.log_p is not None
+    assert exact.log_p is not None
+    excess = exact.log_p - ranks.log_p
+    rows = {"all": np.ones(len(service), bool), **{name: service == z for z, name in enumerate(services)}}
+    return {name: float(excess[own].mean()) for name, own in rows.items() if own.any()}
 
 
 def measure_attainable(config: Config, data: RunData, examples: EvalDataset) -> dict[str, float]:

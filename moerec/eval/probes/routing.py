@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moerec.eval.ranking import EvalDataset
+from moerec.eval.ranking.calibrate import calibration_error, fit_temperature, scale_posterior
 from moerec.nn.model import Predictor
 from moerec.nn.moe.balance import describe_load
 from moerec.nn.sharding import mesh_of
 from moerec.tasks.base import find_domains
 from moerec.tasks.next_event import NextEvent
 from moerec.types import Batch, Catalog, Routing
-
-N_BINS = 15  # of the calibration error
-_LOG_TEMPERATURES = np.array(sorted(np.linspace(-2, 2, 161), key=abs))  # of equals the nearest to none
 
 
 class RoutingStats(NamedTuple):
@@ -38,7 +36,8 @@ class RoutingStats(NamedTuple):
 def _encode_batch(predictor: Predictor, batch: Batch, slot_Q: jax.Array, catalog: Catalog):
     """What of `RoutingStats` is the model's: the first three at each query, and the routing of the batch."""
     domain_BT = find_domains([NextEvent()], batch, catalog)
-    outputs = predictor.encode(batch, catalog, domain_BT=domain_BT)
+    asked = {"hypothesis_BT": domain_BT} if predictor.config.is_asked else {}
+    outputs = predictor.encode(batch, catalog, domain_BT=domain_BT, **asked)
 
     def pick(values_BTX):
         return values_BTX.reshape(-1, values_BTX.shape[-1])[jnp.maximum(slot_Q, 0)]
@@ -70,27 +69,6 @@ def macro_f1(guess: np.ndarray, truth: np.ndarray, n_classes: int) -> float:
     return float(f1[wanted > 0].mean()) if len(truth) else 0.0
 
 
-def calibration_error(log_p_QZ: np.ndarray, truth: np.ndarray) -> float:
-    """Expected calibration error of the most probable class, over bins of equal width (Guo et al. 2017)."""
-    confidence = np.exp(log_p_QZ.max(axis=1))
-    hit = log_p_QZ.argmax(axis=1) == truth
-    bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
-    gap = np.bincount(bins, weights=hit - confidence, minlength=N_BINS)
-    return float(np.abs(gap).sum() / max(len(truth), 1))
-
-
-def _scale(log_p_QZ: np.ndarray, temperature: float) -> np.ndarray:
-    scaled = log_p_QZ.astype(np.float64) / temperature
-    return scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
-
-
-def fit_temperature(log_p_QZ: np.ndarray, truth: np.ndarray) -> float:
-    """The temperature of least cross-entropy (Guo et al. 2017), to 2.5 %; 1 where it makes no difference."""
-    rows = np.arange(len(truth))
-    losses = [-np.sum(_scale(log_p_QZ, np.exp(t))[rows, truth]) for t in _LOG_TEMPERATURES]
-    return float(np.exp(_LOG_TEMPERATURES[int(np.argmin(losses))]))
-
-
 def summarize_routing(fitted: RoutingStats, seen: RoutingStats) -> dict[str, Any]:
     """`metrics["routing"]`: the load on the test histories; the analyser's macro-F1 and calibration at the targets.
 
@@ -101,16 +79,16 @@ def summarize_routing(fitted: RoutingStats, seen: RoutingStats) -> dict[str, Any
     """
     assert fitted.log_domain_QZ is not None
     assert seen.log_domain_QZ is not None
-    assert seen.routing is not None
     temperature = fit_temperature(fitted.log_domain_QZ, fitted.service_Q)
     log_p_QZ, truth = seen.log_domain_QZ, seen.service_Q
     analyser = {
         "macro_f1": macro_f1(log_p_QZ.argmax(axis=1), truth, log_p_QZ.shape[1]),
-        "ece": calibration_error(_scale(log_p_QZ, temperature), truth),
+        "ece": calibration_error(scale_posterior(log_p_QZ, temperature), truth),
         "ece_raw": calibration_error(log_p_QZ, truth),
         "temperature": temperature,
     }
-    return {**describe_load(seen.routing), "analyser": analyser}
+    load = {} if seen.routing is None else describe_load(seen.routing)
+    return {**load, "analyser": analyser}
 
 
 def describe_mixture(seen: RoutingStats, n_services: int) -> list[list[float] | None]:

@@ -11,22 +11,26 @@ from moerec.config import Config
 from moerec.data.load import RunData
 from moerec.errors import WorkError
 from moerec.eval.metrics import MISS, RankCounts, Ranks, per_target_metrics
+from moerec.eval.ranking.calibrate import calibrate
 from moerec.eval.ranking.dataset import EvalDataset, RankQueries, make_valid_set
-from moerec.nn.heads.item import score_items
 from moerec.nn.model import Predictor
 from moerec.nn.sharding import mesh_of
-from moerec.train.loop import Evaluator
+from moerec.train.loop import TEMPERATURE, Evaluator
 from moerec.types import Array, Batch, Catalog
 
 
 class BatchRanks(NamedTuple):
-    """Candidates above (`greater`) and level with (`equal`, the target included) each target; int32 `[Q]`."""
+    """Candidates above (`greater`) and level with (`equal`, the target included) each target; int32 `[Q]`.
+
+    `finite` is whether all scores are, `log_p` float32, the target's log-probability over the union.
+    """
 
     greater_in_service: jax.Array
     equal_in_service: jax.Array
     greater_union: jax.Array
     equal_union: jax.Array
     finite: jax.Array
+    log_p: jax.Array
 
 
 @jax.jit
@@ -46,7 +50,11 @@ def rank_batch(
     if profile_source_BT is not None:
         own = predictor.params.read_profiles(batch, catalog)
         profile = predictor.params.replace_profiles(own, profile_source_BT, batch)
-    score_QI = score_items(predictor.encode(batch, catalog, profile=profile), batch, queries.slot, catalog)
+    score_QI = predictor.score(batch, queries.slot, catalog, profile)
+    return _count_ranks(score_QI, queries)
+
+
+def _count_ranks(score_QI: jax.Array, queries: RankQueries) -> BatchRanks:
     target = jnp.maximum(queries.target, 0)[:, None]
     level = jnp.take_along_axis(score_QI, target, axis=1)
     item_I = jnp.arange(score_QI.shape[1])
@@ -69,6 +77,7 @@ def rank_batch(
         greater_all,
         jnp.where(missed, 1, count(jnp.equal, True, masked)),
         jnp.all(jnp.isfinite(score_QI), axis=1),
+        level[:, 0] - jax.nn.logsumexp(score_QI, axis=1),
     )
 
 
@@ -90,15 +99,17 @@ def rank_targets(
     """
     parts: list[tuple[slice, BatchRanks]] = []
     ranked: list[np.ndarray] = []
+    log_p: list[np.ndarray] = []
 
     def collect():
         which, ranks = parts.pop()
         n = which.stop - which.start
-        counts = [np.asarray(x)[:n] for x in ranks]
-        if not counts[-1].all():
-            row = which.start + int(np.flatnonzero(~counts[-1])[0])
+        *counts, finite, of_target = [np.asarray(x)[:n] for x in ranks]
+        if not finite.all():
+            row = which.start + int(np.flatnonzero(~finite)[0])
             raise WorkError(f"evaluation: target {row} got a score that is not finite")
-        ranked.append(np.stack(counts[:-1]).astype(np.int64))
+        ranked.append(np.stack(counts).astype(np.int64))
+        log_p.append(of_target.astype(np.float64))
 
     with mesh_of(predictor):
         for which, batch, queries in examples.batches():
@@ -112,15 +123,21 @@ def rank_targets(
     if parts:
         collect()
     joined = np.concatenate(ranked, axis=1) if ranked else np.zeros((4, 0), np.int64)
-    return Ranks(RankCounts(joined[0], joined[1]), RankCounts(joined[2], joined[3]))
+    counts = RankCounts(joined[0], joined[1]), RankCounts(joined[2], joined[3])
+    return Ranks(*counts, np.concatenate([np.zeros(0), *log_p]))
 
 
 def evaluate_targets(
     predictor: Predictor, catalog: Catalog, examples: EvalDataset, selection: str
 ) -> tuple[float, dict[str, float]]:
-    """The score that picks the best step (`eval.selection`), and the validation metrics."""
+    """The score that picks the best step (`eval.selection`), and the validation metrics; with the temperature that they
+    were calibrated to where services are asked, `valid/temperature`.
+    """
+    predictor = calibrate(predictor, catalog, examples)
     in_service, union = map(per_target_metrics, rank_targets(predictor, examples, catalog))
     metrics = {f"valid/union/{name}": float(union[name].mean()) for name in ("ndcg@10", "recall@10")}
+    if predictor.config.is_asked:
+        metrics[TEMPERATURE] = float(predictor.temperature)
     own = {}
     for code, service in enumerate(examples.dataset.catalogue.services):
         rows = examples.target_service == code

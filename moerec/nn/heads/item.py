@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moerec.config import ModelConfig
-from moerec.nn.embeddings import ItemEncoder
+from moerec.nn.embeddings import ItemEncoder, has_row
 from moerec.nn.heads.pointer import AnswerAggregator
+from moerec.nn.heads.service_answers import ServiceAnswers
+from moerec.nn.heads.text_pointer import share_targets
 from moerec.nn.heads.xent import Mixture, XentCandidates, XentSlots, chunked_log_prob, chunked_softmax_xent
 from moerec.nn.layers import declare
 from moerec.types import Batch, Catalog, Outputs, PointerMixture
@@ -34,9 +36,13 @@ class ItemHead(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig, n_items: int, n_tokens: int, n_services: int):
         k_pointer, k_untied = (jax.random.fold_in(key, n) for n in (4, 5))
         self.encoder = None if config.tie_items else ItemEncoder(k_untied, config, n_items, n_tokens)
-        self.aggregator = AnswerAggregator(k_pointer, config, n_services) if config.has_pointers else None
+        mixture = ServiceAnswers if config.is_asked else AnswerAggregator
+        self.aggregator = mixture(k_pointer, config, n_services) if config.has_pointers else None
         zeros = jax.nn.initializers.zeros
         self.bias_I = declare(key, (n_items,), ("items",), zeros, decay="none") if config.item_bias else None
+        self.untrained_rows = config.untrained_rows
+        has_other = config.item_bias and not config.untrained_rows
+        self.no_row_bias_Z = declare(key, (n_services,), (None,), zeros, decay="none") if has_other else None
 
     def vectors(self, item_X: jax.Array, catalog: Catalog, tied: ItemEncoder) -> tuple[jax.Array, jax.Array]:
         """Vectors `[..., D]` and biases `[...]` of candidates; a state's score is its dot product plus the bias."""
@@ -45,6 +51,9 @@ class ItemHead(nnx.Module):
             return catalog.vector_ID[item_X], catalog.bias_I[item_X]
         encoder = tied if self.encoder is None else self.encoder
         bias = jnp.zeros(item_X.shape, jnp.float32) if self.bias_I is None else self.bias_I[...][item_X]
+        if self.no_row_bias_Z is not None:
+            other = self.no_row_bias_Z[...][catalog.service_I[item_X]]
+            bias = jnp.where(has_row(item_X, catalog), bias, other)
         return encoder(item_X, catalog), bias
 
 
@@ -61,13 +70,39 @@ def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Cata
     score_QI = h_QD @ vector_ID.T + bias_I
     if outputs.pointers is None:
         return score_QI
-    log_weight_BTX, copy_BTS = outputs.pointers
-    n_slots = copy_BTS.shape[-1]
+    n_slots = batch.item_BT.shape[1]
+    pointers = pick_slots(outputs.pointers, at_Q, n_slots)
     item_QS = batch.item_BT[at_Q // n_slots]
-    copy_QS = jnp.where(known_Q1, copy_BTS.reshape(-1, n_slots)[at_Q], 0)
-    log_share_Q1 = jnp.where(known_Q1, log_weight_BTX.reshape(-1, log_weight_BTX.shape[-1])[at_Q, :1], 0)
-    copied_QI = jnp.zeros_like(score_QI).at[jnp.arange(len(at_Q))[:, None], item_QS].add(copy_QS)
-    return jnp.logaddexp(jax.nn.log_softmax(score_QI) + log_share_Q1, jnp.log(copied_QI))
+    log_share_Q1 = jnp.where(known_Q1, pointers.log_weight_BTX[..., :1], 0)
+    pointed_QI = jnp.where(known_Q1, spread_pointers(pointers, item_QS, catalog), 0)
+    return jnp.logaddexp(jax.nn.log_softmax(score_QI) + log_share_Q1, jnp.log(pointed_QI))
+
+
+def pick_slots(pointers: PointerMixture, flat_Q: jax.Array, n_slots: int) -> PointerMixture:
+    """The mixtures at flat slots, with a leading axis Q in the place of B and T."""
+
+    def pick(x_BTX):
+        return None if x_BTX is None else x_BTX.reshape(-1, x_BTX.shape[-1])[flat_Q]
+
+    share_BSX = pointers.share_BSX
+    share_QSX = None if share_BSX is None else share_BSX[flat_Q // n_slots]
+    of_slots = (pick(x) for x in (pointers.log_weight_BTX, pointers.copy_BTS, pointers.neighbor_BTS))
+    return PointerMixture(*of_slots, share_QSX)
+
+
+def spread_pointers(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog) -> jax.Array:
+    """`[Q, I]`, the probability that the pointers of each slot give to each item."""
+    copy_QS, neighbor_QS = pointers.copy_BTS, pointers.neighbor_BTS
+    row_Q1 = jnp.arange(item_QS.shape[0])[:, None]
+    out_QI = jnp.zeros((item_QS.shape[0], catalog.service_I.shape[0]), copy_QS.dtype).at[row_Q1, item_QS].add(copy_QS)
+    if neighbor_QS is None:
+        return out_QI
+    assert catalog.neighbor_IX is not None
+    assert pointers.share_BSX is not None
+    neighbor_QSX = catalog.neighbor_IX[item_QS]
+    # What is no neighbour has no share: it may stand anywhere.
+    given_QSX = neighbor_QS[..., None] * pointers.share_BSX
+    return out_QI.at[row_Q1[..., None], jnp.maximum(neighbor_QSX, 0)].add(given_QSX)
 
 
 def log_prob_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
@@ -75,10 +110,14 @@ def log_prob_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: C
     return jax.nn.log_softmax(score_items(outputs, batch, slot_Q, catalog))
 
 
-def _mix_targets(pointers: PointerMixture, batch: Batch, target_BT: jax.Array) -> Mixture:
+def _mix_targets(pointers: PointerMixture, batch: Batch, target_BT: jax.Array, catalog: Catalog) -> Mixture:
     """What the pointers give to each slot's target: their shares of the events that are of that item."""
     hit_BTS = batch.item_BT[:, None] == target_BT[..., None]
     copied_BT = jnp.sum(jnp.where(hit_BTS, pointers.copy_BTS, 0), axis=-1)
+    if pointers.neighbor_BTS is not None:
+        assert pointers.share_BSX is not None
+        share_BTS = share_targets(pointers.share_BSX, batch.item_BT, target_BT, catalog)
+        copied_BT += jnp.sum(pointers.neighbor_BTS * share_BTS, axis=-1)
     found_BT = copied_BT >= jnp.finfo(jnp.float32).tiny  # the inverse of a smaller number may be infinite
     log_copied_BT = jnp.where(found_BT, jnp.log(jnp.where(found_BT, copied_BT, 1)), -jnp.inf)
     return Mixture(pointers.log_weight_BTX[..., 0].reshape(-1), log_copied_BT.reshape(-1))
@@ -92,6 +131,8 @@ class TargetItems(NamedTuple):
       target_S: int32 items. weight_S: float32 weights of the slots' losses.
       by_service: whether the competitors of a target are the items of its own service alone.
       chunk: slots whose logits are in memory at once.
+      is_asked: whether services are asked, so that a target's probability is that of its service times that of the item
+        by its service's answer.
     """
 
     head: ItemHead
@@ -103,6 +144,7 @@ class TargetItems(NamedTuple):
     weight_S: jax.Array
     by_service: bool
     chunk: int
+    is_asked: bool = False
 
     @property
     def state_SD(self) -> jax.Array:
@@ -116,17 +158,23 @@ class TargetItems(NamedTuple):
     def _operands(self, candidates: Candidates | None) -> tuple[XentSlots, XentCandidates]:
         service_I, target_S = self.catalog.service_I, self.target_S
         if candidates is None:
-            candidates = Candidates(jnp.arange(service_I.shape[0]), jnp.zeros(service_I.shape[0]))
+            # Of items without a training event nothing is to be learnt, not even that nobody chose them.
+            correction_I = jnp.zeros(service_I.shape[0])
+            if not self.head.untrained_rows:
+                correction_I = jnp.where(self.catalog.count_I > 0, correction_I, -jnp.inf)
+            candidates = Candidates(jnp.arange(service_I.shape[0]), correction_I)
             vector_JD, bias_J = self.catalog.vector_ID, self.catalog.bias_I
             assert vector_JD is not None
             assert bias_J is not None
         else:
             vector_JD, bias_J = self.head.vectors(candidates.item_J, self.catalog, self.tied)
-        scope_S = service_I[target_S] if self.by_service else jnp.zeros_like(target_S)
-        scope_J = service_I[candidates.item_J] if self.by_service else jnp.zeros_like(candidates.item_J)
+        by_service = self.by_service or self.is_asked
+        scope_S = service_I[target_S] if by_service else jnp.zeros_like(target_S)
+        scope_J = service_I[candidates.item_J] if by_service else jnp.zeros_like(candidates.item_J)
         mixture = None
         if self.outputs.pointers is not None:
-            mixture = _mix_targets(self.outputs.pointers, self.batch, target_S.reshape(self.batch.item_BT.shape))
+            target_BT = target_S.reshape(self.batch.item_BT.shape)
+            mixture = _mix_targets(self.outputs.pointers, self.batch, target_BT, self.catalog)
         slots = XentSlots(self.state_SD, self.score(target_S), target_S, scope_S, mixture)
         return slots, XentCandidates(vector_JD, bias_J + candidates.correction_J, candidates.item_J, scope_J)
 
@@ -136,8 +184,17 @@ class TargetItems(NamedTuple):
         Args: None for all items of the catalogue, which is then bound.
         """
         slots, others = self._operands(candidates)
-        return chunked_softmax_xent(slots, self.weight_S, others, min(self.chunk, self.target_S.shape[0]))
+        total = chunked_softmax_xent(slots, self.weight_S, others, min(self.chunk, self.target_S.shape[0]))
+        return total - jnp.sum(self.weight_S * self.log_service()) if self.is_asked else total
 
     def log_prob(self, candidates: Candidates | None) -> jax.Array:
         """`[S]`, the targets' log-probabilities, for losses that are no weighted sum of them; dearer than `sum_nll`."""
-        return chunked_log_prob(*self._operands(candidates), min(self.chunk, self.target_S.shape[0]))
+        log_p_S = chunked_log_prob(*self._operands(candidates), min(self.chunk, self.target_S.shape[0]))
+        return log_p_S + self.log_service() if self.is_asked else log_p_S
+
+    def log_service(self) -> jax.Array:
+        """`[S]`, log-probabilities of the targets' services by the analyser."""
+        log_domain_BTZ = self.outputs.log_domain_BTZ
+        assert log_domain_BTZ is not None
+        log_domain_SZ = log_domain_BTZ.reshape(self.target_S.shape[0], -1)
+        return jnp.take_along_axis(log_domain_SZ, self.catalog.service_I[self.target_S][:, None], axis=1)[:, 0]

@@ -13,8 +13,9 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.attention import rotate
+from moerec.nn.heads.text_pointer import FIRST_SHARPNESS, has_neighbors, share_neighbors
 from moerec.nn.layers import MASK_VALUE, declare, fan_in
-from moerec.types import EVENT, Batch, PointerMixture
+from moerec.types import EVENT, Batch, Catalog, PointerMixture
 
 CATALOGUE_BIAS = 2.0  # what the softmax's logit has ahead of each pointer's at first
 
@@ -22,22 +23,27 @@ CATALOGUE_BIAS = 2.0  # what the softmax's logit has ahead of each pointer's at 
 class AnswerAggregator(nnx.Module):
     """`p(item) = w_0 softmax(item) + Σ_g w_g pointer_g(item)`: the weights, and what the pointers point at.
 
-    A service's pointer sees the events of its service, the last one those of all. The weights are a softmax over the
-    components that there are: a pointer without any event to point at has none.
+    A service's pointer sees the events of its service, the one after them those of all, and the text pointer, the last
+    where there is one, those whose items have text neighbours. The weights are a softmax over the components that there
+    are: a pointer without any event to point at has none.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
         k_query, k_key, k_weight = jax.random.split(key, 3)
         self.n_services = n_services if config.has_service_pointers else 0
-        d, g, h = config.d_model, self.n_services + 1, config.d_pointer
+        self.has_text = config.text_pointer
+        d, g, h = config.d_model, self.n_services + 1 + self.has_text, config.d_pointer
         zeros = jax.nn.initializers.zeros
         self.query_DGH = declare(k_query, (d, g, h), ("embed", None, None), fan_in)
         self.key_DGH = declare(k_key, (d, g, h), ("embed", None, None), fan_in)
         self.weight_DX = declare(k_weight, (d, g + 1), ("embed", None), zeros)
         self.bias_X = declare(k_weight, (g + 1,), (None,), _favour_catalogue, decay="none")
+        self.sharpness = declare(key, (), (), _first_sharpness, decay="none") if self.has_text else None
         self.theta = config.rope_theta
 
-    def __call__(self, state_BTD: jax.Array, event_BTD: jax.Array, batch: Batch, mask_BTS: jax.Array) -> PointerMixture:
+    def __call__(
+        self, state_BTD: jax.Array, event_BTD: jax.Array, batch: Batch, mask_BTS: jax.Array, catalog: Catalog
+    ) -> PointerMixture:
         """Args: final states, which ask; the events' vectors, which are pointed at; the slots; who sees which."""
         query_BTGH, key_BTGH = (
             rotate(jnp.einsum("BTD,DGH->BTGH", x, w[...]), batch.position_BT, self.theta)
@@ -45,7 +51,11 @@ class AnswerAggregator(nnx.Module):
         )
         logit_BGTS = jnp.einsum("BTGH,BSGH->BGTS", query_BTGH, key_BTGH) * query_BTGH.shape[-1] ** -0.5
         own_BGS = batch.service_BT[:, None] == jnp.arange(self.n_services)[:, None]
-        own_BGS = jnp.concatenate([own_BGS, (batch.kind_BT == EVENT)[:, None]], axis=1)
+        is_event_BS = batch.kind_BT == EVENT
+        own_BGS = jnp.concatenate([own_BGS, is_event_BS[:, None]], axis=1)
+        if self.has_text:
+            has_BS = is_event_BS & has_neighbors(batch.item_BT, catalog)
+            own_BGS = jnp.concatenate([own_BGS, has_BS[:, None]], axis=1)
         open_BGTS = mask_BTS[:, None] & own_BGS[:, :, None]
         pointer_BGTS = jax.nn.softmax(jnp.where(open_BGTS, logit_BGTS, MASK_VALUE))
         logit_BTX = state_BTD @ self.weight_DX[...] + self.bias_X[...]
@@ -53,8 +63,18 @@ class AnswerAggregator(nnx.Module):
         can_BTG = jnp.moveaxis(jnp.any(open_BGTS, axis=-1), 1, 2)
         can_BTX = jnp.pad(can_BTG, ((0, 0), (0, 0), (1, 0)), constant_values=True)
         log_weight_BTX = jax.nn.log_softmax(jnp.where(can_BTX, logit_BTX, MASK_VALUE))
-        copy_BTS = jnp.einsum("BTG,BGTS->BTS", jnp.exp(log_weight_BTX[..., 1:]), pointer_BGTS)
-        return PointerMixture(log_weight_BTX, copy_BTS)
+        weight_BTG, n_copy = jnp.exp(log_weight_BTX[..., 1:]), self.n_services + 1
+        copy_BTS = jnp.einsum("BTG,BGTS->BTS", weight_BTG[..., :n_copy], pointer_BGTS[:, :n_copy])
+        if not self.has_text:
+            return PointerMixture(log_weight_BTX, copy_BTS)
+        assert self.sharpness is not None
+        sharpness_BS = jnp.broadcast_to(self.sharpness[...], batch.item_BT.shape)
+        share_BSX = share_neighbors(batch.item_BT, sharpness_BS, catalog)
+        return PointerMixture(log_weight_BTX, copy_BTS, weight_BTG[..., -1:] * pointer_BGTS[:, -1], share_BSX)
+
+
+def _first_sharpness(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    return jnp.full(shape, FIRST_SHARPNESS, dtype)
 
 
 def _favour_catalogue(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

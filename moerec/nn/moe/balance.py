@@ -9,19 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from moerec.config import LossConfig, MoEConfig
+from moerec.nn.moe.router import count_groups
 from moerec.types import Routing
 
 
-def target_load(config: MoEConfig, n_services: int) -> np.ndarray:
+def target_load(config: MoEConfig, n_services: int, is_asked: bool = False) -> np.ndarray:
     """`[Z, E]`, rows adding up to one: of the assignments of a domain's slots, the share that each expert should get.
 
-    The own group gets `own_group_fraction`, the cross group `cross_group_fraction`, the other groups what is left.
+    The own group gets `own_group_fraction`, the cross group `cross_group_fraction`, the other groups what is left; under
+    a hypothesis, which closes them, nothing.
     """
-    share_ZG = np.zeros((n_services, n_services + 1))
-    others = 1 - config.own_group_fraction - config.cross_group_fraction
-    share_ZG[:, :-1] = others / max(n_services - 1, 1)
+    share_ZG = np.zeros((n_services, count_groups(config, n_services)))
+    others = 0 if is_asked else 1 - config.own_group_fraction - config.cross_group_fraction
+    share_ZG[:, :n_services] = others / max(n_services - 1, 1)
     share_ZG[np.arange(n_services), np.arange(n_services)] = config.own_group_fraction
-    share_ZG[:, -1] = config.cross_group_fraction
+    share_ZG[:, n_services:] = config.cross_group_fraction
     share_ZG /= share_ZG.sum(axis=1, keepdims=True)  # with a single service there are no others
     return np.repeat(share_ZG / config.n_per_group, config.n_per_group, axis=1).astype(np.float32)
 
@@ -36,7 +38,7 @@ def _divergence(count: jax.Array, probability: jax.Array, asked: jax.Array) -> j
     return jnp.sum(jnp.where(asked > 0, f * p / jnp.where(asked > 0, asked, 1), 0), axis=-1)
 
 
-def balance_losses(routing: Routing, config: MoEConfig) -> dict[str, jax.Array]:
+def balance_losses(routing: Routing, config: MoEConfig, is_asked: bool = False) -> dict[str, jax.Array]:
     """Means over the mixture layers.
 
     `balance`: the load of all slots against what their domains ask for together, so a batch that is all food is to load
@@ -44,7 +46,7 @@ def balance_losses(routing: Routing, config: MoEConfig) -> dict[str, jax.Array]:
     square of the log-sum-exp (Zoph et al. 2022).
     """
     count_LZE, probability_LZE = routing.count_LZE, routing.probability_LZE
-    asked_ZE = jnp.asarray(target_load(config, count_LZE.shape[1]))
+    asked_ZE = jnp.asarray(target_load(config, count_LZE.shape[1], is_asked))
     slots_LZ = jnp.sum(probability_LZE, axis=-1)  # the probabilities of a slot add up to one
     slots_LZ = jax.lax.stop_gradient(slots_LZ)
     n_L = jnp.maximum(jnp.sum(slots_LZ, axis=-1), 1)
@@ -67,14 +69,14 @@ def weigh_losses(losses: dict[str, jax.Array], config: LossConfig) -> jax.Array:
     )
 
 
-def update_bias(bias_LE: jax.Array, routing: Routing, config: MoEConfig) -> jax.Array:
+def update_bias(bias_LE: jax.Array, routing: Routing, config: MoEConfig, is_asked: bool = False) -> jax.Array:
     """The routers' biases one step towards the load that is asked for: up where it is short, down where it is over.
 
     Wang et al. (2024), with the domains' asked load in place of the even one. A function of global sums alone, so it is
     the same on every device.
     """
     count_LZE = routing.count_LZE
-    asked_LE = jnp.sum(count_LZE, axis=-1) @ jnp.asarray(target_load(config, count_LZE.shape[1]))
+    asked_LE = jnp.sum(count_LZE, axis=-1) @ jnp.asarray(target_load(config, count_LZE.shape[1], is_asked))
     return bias_LE + config.bias_rate * jnp.sign(asked_LE - jnp.sum(count_LZE, axis=1))
 
 

@@ -12,7 +12,7 @@ from moerec.config import ModelConfig, MoEConfig
 from moerec.errors import InputError
 from moerec.nn.layers import SwiGLU, declare, fan_in, fan_in_second
 from moerec.nn.moe.expert_parallel import Assignment, apply_local, apply_on_mesh
-from moerec.nn.moe.router import RouterInputs, route_slots
+from moerec.nn.moe.router import RouterInputs, count_groups, route_slots
 from moerec.nn.profile import count_profile_slots
 from moerec.nn.sharding import ROW_AXES, param_spec
 from moerec.types import Array, Routing
@@ -20,8 +20,10 @@ from moerec.types import Array, Routing
 MATRICES = ("gate_EDF", "up_EDF", "down_EFD")
 
 
-def count_experts(config: MoEConfig, n_services: int) -> int:
+def count_experts(config: MoEConfig, n_services: int, is_asked: bool = False) -> int:
     """Experts of a layer: the groups of the services, then the cross group.
+
+    Args: `is_asked`, whether a hypothesis opens one service's group alone, beside the cross group.
 
     Raises:
       InputError: a slot could not find `n_active` experts.
@@ -29,14 +31,16 @@ def count_experts(config: MoEConfig, n_services: int) -> int:
     n_open = n_services if config.n_open_groups == 0 else config.n_open_groups
     if n_open > n_services:
         raise InputError(f"config.model.moe.n_open_groups: {n_open} of {n_services} services")
-    if config.n_active > (n_open + 1) * config.n_per_group:
-        at_hand = f"a slot has {n_open + 1} groups of {config.n_per_group}"
+    n_at_hand = (1 if is_asked else n_open) + int(config.cross)
+    if config.n_active > n_at_hand * config.n_per_group:
+        at_hand = f"a slot has {n_at_hand} groups of {config.n_per_group}"
         raise InputError(f"config.model.moe.n_active: {config.n_active} experts, but {at_hand}")
-    return (n_services + 1) * config.n_per_group
+    return count_groups(config, n_services) * config.n_per_group
 
 
 class DomainExperts(nnx.Module):
-    """Routed gated feed-forward experts; expert e belongs to group `e // n_per_group`, the last group is cross-domain.
+    """Routed gated feed-forward experts; expert e belongs to group `e // n_per_group`, the last group is cross-domain
+    (but with `moe.cross` off).
 
     Shazeer et al. (2017) for the mixture; softmax before top-k. The bias that steers the choice without a gradient is
     no parameter: it is part of the training state (`moerec.nn.moe.balance.update_bias`).
@@ -44,11 +48,15 @@ class DomainExperts(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
         moe, d = config.moe, config.d_model
-        e, f = count_experts(moe, n_services), moe.d_expert
+        e, f = count_experts(moe, n_services, config.is_asked), moe.d_expert
         k_router, k_gate, k_up, k_down, k_shared = jax.random.split(key, 5)
         zeros = jax.nn.initializers.zeros
         self.router_ED = declare(k_router, (e, d), ("experts", "embed"), fan_in_second)
-        self.w_domain_EZ = declare(k_router, (e, n_services), ("experts", None), zeros, decay="none")
+        # Under a hypothesis the domain is known.
+        reads_domain = not config.is_asked
+        self.w_domain_EZ = (
+            declare(k_router, (e, n_services), ("experts", None), zeros, decay="none") if reads_domain else None
+        )
         m = count_profile_slots(config) if config.personal.route else 0
         self.w_profile_EM = declare(k_router, (e, m), ("experts", None), zeros, decay="none") if m else None
         self.gate_EDF = declare(k_gate, (e, d, f), ("experts", "embed", "mlp"), _fan_in_each)
@@ -74,12 +82,11 @@ class DomainExperts(nnx.Module):
             seen_BTD = x_BTD * jax.random.uniform(
                 key, x_BTD.shape, x_BTD.dtype, 1 - moe.jitter_rate, 1 + moe.jitter_rate
             )
-        w_profile_EM, relevance_BTM = None, None
-        if self.w_profile_EM is not None:
-            w_profile_EM, relevance_BTM = self.w_profile_EM[...], inputs.relevance_BTM
-        rows = Rows(x_BTD, seen_BTD, inputs.log_domain_BTZ, relevance_BTM, inputs.domain_BT, inputs.real_BT)
+        relevance_BTM = None if self.w_profile_EM is None else inputs.relevance_BTM
+        rows = Rows(x_BTD, seen_BTD, inputs._replace(relevance_BTM=relevance_BTM))
         matrices = (getattr(self, name)[...] for name in MATRICES)
-        weights = Weights(self.router_ED[...], self.w_domain_EZ[...], w_profile_EM, bias_E, *matrices)
+        features = (None if w is None else w[...] for w in (self.w_domain_EZ, self.w_profile_EM))
+        weights = Weights(self.router_ED[...], *features, bias_E, *matrices)
         bounded = key is not None and bool(moe.capacity_factor)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
@@ -97,17 +104,14 @@ class Rows(NamedTuple):
 
     x_BTD: jax.Array
     seen_BTD: jax.Array
-    log_domain_BTZ: jax.Array
-    relevance_BTM: jax.Array | None
-    domain_BT: jax.Array
-    real_BT: jax.Array
+    known: RouterInputs
 
 
 class Weights(NamedTuple):
     """The arrays of `DomainExperts` and the router's bias, or where each is."""
 
     router_ED: Array
-    w_domain_EZ: Array
+    w_domain_EZ: Array | None
     w_profile_EM: Array | None
     bias_E: Array
     gate_EDF: Array
@@ -126,7 +130,7 @@ def _apply_on_mesh(
         raise InputError(f"config.train.mesh_model: {mesh.shape['model']} devices for experts of width {f}")
     spare = -n_batch % math.prod(mesh.shape[name] for name in ROW_AXES)
     rows = jax.tree.map(lambda a: jnp.pad(a, ((0, spare), *((0, 0),) * (a.ndim - 1))), rows)
-    rows = rows._replace(domain_BT=rows.domain_BT.at[n_batch:].set(-1))
+    rows = rows._replace(known=rows.known._replace(domain_BT=rows.known.domain_BT.at[n_batch:].set(-1)))
     spec, everywhere = PartitionSpec(ROW_AXES), PartitionSpec()
     matrices = {name: param_spec(axes[name], getattr(weights, name).shape, mesh) for name in axes}
 
@@ -154,9 +158,10 @@ def _apply(
     """Routes the rows of a device and applies their experts; the sums are those of all devices."""
     shape, n_experts = rows.x_BTD.shape, weights.router_ED.shape[0]
     flat = jax.tree.map(lambda x: x.reshape(shape[0] * shape[1], *x.shape[2:]), rows)
-    x_SD, seen_SD, log_domain_SZ, relevance_SM, domain_S, real_S = flat
+    x_SD, seen_SD, known = flat
+    domain_S, real_S = known.domain_BT, known.real_BT
     routing_weights = weights.router_ED, weights.w_domain_EZ, weights.w_profile_EM, weights.bias_E
-    routed = route_slots(seen_SD, log_domain_SZ, relevance_SM, domain_S, *routing_weights, moe)
+    routed = route_slots(seen_SD, known, *routing_weights, moe)
     expert_SA = jnp.where(real_S[:, None], routed.expert_TA, n_experts)
     capacity = None
     if bounded:

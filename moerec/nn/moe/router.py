@@ -17,28 +17,34 @@ class RouterInputs(NamedTuple):
       log_domain_BTZ: the analyser's log-posterior. domain_BT: int32 domain under which the slot is counted, or -1.
       real_BT: bool, false in padding, which goes to no expert.
       relevance_BTM: how much each memory slot of the profile matters, or None.
+      closed_BTG: of each group 0, or `MASK_VALUE` where a hypothesis closes it; None where there are no hypotheses.
     """
 
     log_domain_BTZ: jax.Array
     domain_BT: jax.Array
     real_BT: jax.Array
     relevance_BTM: jax.Array | None = None
+    closed_BTG: jax.Array | None = None
 
 
-def open_groups(log_domain_SZ: jax.Array, n_open: int) -> jax.Array:
+def count_groups(config: MoEConfig, n_services: int) -> int:
+    """G, the groups of experts: one of each service, and the cross group where there is one."""
+    return n_services + int(config.cross)
+
+
+def open_groups(log_domain_SZ: jax.Array, n_open: int, n_groups: int) -> jax.Array:
     """`[S, G]`, zero for the `n_open` most probable services and for the cross group, else `MASK_VALUE`."""
     best_SA = jax.lax.top_k(log_domain_SZ, n_open)[1]
-    chosen_SZ = jnp.sum(jax.nn.one_hot(best_SA, log_domain_SZ.shape[1], dtype=jnp.float32), axis=1)
-    return jnp.pad(MASK_VALUE * (1 - chosen_SZ), ((0, 0), (0, 1)))
+    n_services = log_domain_SZ.shape[1]
+    chosen_SZ = jnp.sum(jax.nn.one_hot(best_SA, n_services, dtype=jnp.float32), axis=1)
+    return jnp.pad(MASK_VALUE * (1 - chosen_SZ), ((0, 0), (0, n_groups - n_services)))
 
 
 def route_slots(
     seen_SD: jax.Array,
-    log_domain_SZ: jax.Array,
-    relevance_SM: jax.Array | None,
-    domain_S: jax.Array,
+    inputs: RouterInputs,
     router_ED: jax.Array,
-    w_domain_EZ: jax.Array,
+    w_domain_EZ: jax.Array | None,
     w_profile_EM: jax.Array | None,
     bias_E: jax.Array,
     config: MoEConfig,
@@ -46,18 +52,31 @@ def route_slots(
     """The experts of each slot, and the statistics of Z domains.
 
     Here alone the router's logits are made; `pallas_kernels.router` takes the softmax and the top k. The logits are
-    linear in the state, in the log-posterior over domains, in the profile's relevance and, where only some groups are
-    open, in which ones are. `bias_E` steers the choice alone (Wang et al. 2024).
+    linear in the state, in the log-posterior over domains (not under a hypothesis, which is a domain known), in the
+    profile's relevance and, where only some groups are open, in which ones are. `bias_E` steers the choice alone (Wang
+    et al. 2024).
+
+    Args:
+      inputs: with a leading axis S in the place of B and T.
     """
-    features, weights = [log_domain_SZ], [w_domain_EZ]
+    log_domain_SZ = inputs.log_domain_BTZ
+    n_services, n_experts = log_domain_SZ.shape[1], router_ED.shape[0]
+    features, weights = [], []
+    if w_domain_EZ is not None:
+        features.append(log_domain_SZ)
+        weights.append(w_domain_EZ)
     if w_profile_EM is not None:
-        assert relevance_SM is not None
-        features.append(relevance_SM)
+        assert inputs.relevance_BTM is not None
+        features.append(inputs.relevance_BTM)
         weights.append(w_profile_EM)
-    if config.n_open_groups:
-        group_E = jnp.arange(w_domain_EZ.shape[0]) // config.n_per_group
-        features.append(open_groups(log_domain_SZ, config.n_open_groups))
-        weights.append(jax.nn.one_hot(group_E, log_domain_SZ.shape[1] + 1))
+    n_groups = count_groups(config, n_services)
+    closed_SG = inputs.closed_BTG
+    if closed_SG is None and config.n_open_groups:
+        closed_SG = open_groups(log_domain_SZ, config.n_open_groups, n_groups)
+    if closed_SG is not None:
+        group_E = jnp.arange(n_experts) // config.n_per_group
+        features.append(closed_SG)
+        weights.append(jax.nn.one_hot(group_E, n_groups))
     backend = {"auto": "auto", "pallas_tpu": "pallas_tpu"}.get(config.backend, "xla")
     return route(
         seen_SD,
@@ -65,8 +84,8 @@ def route_slots(
         jnp.concatenate(features, axis=1),
         jnp.concatenate(weights, axis=1),
         bias_E,
-        domain_S,
-        log_domain_SZ.shape[1],
+        inputs.domain_BT,
+        n_services,
         config.n_active,
         backend,
     )

@@ -1,0 +1,88 @@
+"""The answer aggregator: `p(item) = Σ_z p(z) p(item | z)`, of services that were asked; computed nowhere else.
+
+Each service answers over its own catalogue, so that an item is one service's to give.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moerec.nn.heads.item import spread_pointers
+from moerec.nn.layers import MASK_VALUE
+from moerec.types import Answers, Catalog, PointerMixture
+
+
+def _of_service(x: PointerMixture | None, place: int) -> PointerMixture | None:
+    """The mixtures `[Q, ...]` of the services asked at one place of X; shares of neighbours are of the row's events."""
+    if x is None:
+        return None
+    neighbor_QS = None if x.neighbor_BTS is None else x.neighbor_BTS[:, place]
+    part_QXS = None if x.part_BXTS is None else x.part_BXTS[:, :, place]
+    return PointerMixture(x.log_weight_BTX[:, place], x.copy_BTS[:, place], neighbor_QS, x.share_BSX, part_QXS)
+
+
+def _mix(log_softmax_QI: jax.Array, pointers: PointerMixture | None, pointed_QI: jax.Array | None) -> jax.Array:
+    if pointers is None or pointed_QI is None:
+        return log_softmax_QI
+    return jnp.logaddexp(log_softmax_QI + pointers.log_weight_BTX[:, :1], jnp.log(pointed_QI))
+
+
+def log_prob_all(answers: Answers, catalog: Catalog, offsets: tuple[int, ...]) -> jax.Array:
+    """`[Q, I]`, log p(item), where all services were asked, in the order of the catalogue.
+
+    Args: a bound catalogue; where each service's items begin in it, and its end.
+    """
+    vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
+    assert vector_ID is not None
+    assert bias_I is not None
+    parts = []
+    for z, (low, high) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):  # over services: shapes differ
+        score_QI = answers.state_QXD[:, z] @ vector_ID[low:high].T + bias_I[low:high]
+        pointers, pointed_QI = _of_service(answers.pointers, z), None
+        if pointers is not None:
+            pointed_QI = spread_pointers(pointers, answers.item_QS, catalog)[:, low:high]
+        answer_QI = _mix(jax.nn.log_softmax(score_QI), pointers, pointed_QI)
+        parts.append(answers.log_service_QX[:, z, None] + answer_QI)
+    return jnp.concatenate(parts, axis=1)
+
+
+def log_prob_chosen(answers: Answers, catalog: Catalog) -> jax.Array:
+    """`[Q, I]`, log p(item), whichever services were asked; -inf for the items of others.
+
+    Every service's answer is laid over all items, so that it is for few queries, or few services.
+    """
+    vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
+    assert vector_ID is not None
+    assert bias_I is not None
+    total_QI = jnp.full((answers.state_QXD.shape[0], vector_ID.shape[0]), -jnp.inf)
+    for place in range(answers.service_QX.shape[1]):  # over the few services asked
+        own_QI = catalog.service_I == answers.service_QX[:, place, None]
+        score_QI = jnp.where(own_QI, answers.state_QXD[:, place] @ vector_ID.T + bias_I, -jnp.inf)
+        pointers, pointed_QI = _of_service(answers.pointers, place), None
+        if pointers is not None:
+            pointed_QI = spread_pointers(pointers, answers.item_QS, catalog)
+        answer_QI = _mix(jax.nn.log_softmax(score_QI), pointers, pointed_QI)
+        total_QI = jnp.where(own_QI, answers.log_service_QX[:, place, None] + answer_QI, total_QI)
+    return total_QI
+
+
+def drop_component(pointers: PointerMixture, component: int) -> PointerMixture:
+    """The mixtures without one of their components, the others' weights made larger in proportion.
+
+    Where it was the only one it stays: an answer needs one.
+
+    Args:
+      component: its place among the weights; 0 is the softmax.
+    """
+    log_weight, part_BXTS = pointers.log_weight_BTX, pointers.part_BXTS
+    assert part_BXTS is not None
+    kept = jnp.where(jnp.arange(log_weight.shape[-1]) == component, MASK_VALUE, log_weight)
+    log_left = jax.nn.logsumexp(kept, axis=-1)
+    is_alone = log_left < -30.0
+    kept = jnp.where(is_alone[..., None], log_weight, kept - log_left[..., None])
+    scale_BT1 = jnp.where(is_alone, 1.0, jnp.exp(-jnp.where(is_alone, 0, log_left)))[..., None]
+    dropped = (jnp.arange(part_BXTS.shape[1]) == component - 1)[:, None, None]
+    part_BXTS = jnp.where(dropped & ~is_alone[:, None, :, None], 0, part_BXTS) * scale_BT1[:, None]
+    has_text = pointers.neighbor_BTS is not None
+    copies_BXTS = part_BXTS[:, :-1] if has_text else part_BXTS
+    neighbor_BTS = part_BXTS[:, -1] if has_text else None
+    return PointerMixture(kept, jnp.sum(copies_BXTS, axis=1), neighbor_BTS, pointers.share_BSX, part_BXTS)

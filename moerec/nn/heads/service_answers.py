@@ -1,0 +1,145 @@
+"""What each service answers with when it is asked: `p(item | state, service)` over its own catalogue.
+
+A mixture of a softmax over the service's items with pointers into the user's events there: one with queries and keys of
+the service's own, one that all services share, and one to the events' text neighbours. Its weights are a gate of the
+service's own (pointer networks: Vinyals et al. 2015; their mixture with a softmax: Merity et al. 2017).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moerec.config import ModelConfig
+from moerec.nn.attention import rotate
+from moerec.nn.heads.pointer import CATALOGUE_BIAS
+from moerec.nn.heads.text_pointer import FIRST_SHARPNESS, has_neighbors, share_neighbors
+from moerec.nn.layers import MASK_VALUE, declare, fan_in
+from moerec.nn.temporal import N_GAPS
+from moerec.types import Array, Batch, Catalog, PointerMixture
+from pallas_kernels.attention import find_bucket
+
+
+class Pointees(NamedTuple):
+    """Events as pointers see them; S slots of a row.
+
+    Attributes:
+      key_BSXH: float32, the rotated keys of each pointer.
+      item_BS, service_BS, time_BS: int32; the service is Z where a slot is no event.
+    """
+
+    key_BSXH: Array
+    item_BS: Array
+    service_BS: Array
+    time_BS: Array
+
+
+class Asking(NamedTuple):
+    """Slots that ask.
+
+    Attributes:
+      state_BTD: float32. service_BT: int32, whom they ask; -1 for nobody.
+      position_BT: int32 places in the own sequence. time_BT: int32 times of the requests.
+      mask_BTS: bool, which slots they see.
+    """
+
+    state_BTD: Array
+    service_BT: Array
+    position_BT: Array
+    time_BT: Array
+    mask_BTS: Array
+
+
+def component_names(config: ModelConfig) -> tuple[str, ...]:
+    """The components of a service's answer, in the order of their weights."""
+    pointers = (("own", config.has_service_pointers), ("shared", config.has_pointers), ("text", config.text_pointer))
+    return ("softmax", *(name for name, is_there in pointers if is_there))
+
+
+class ServiceAnswers(nnx.Module):
+    """Weights of the components, and what the pointers point at, for slots each of which asks one service.
+
+    A pointer sees the events of the service asked alone, since the answer is an item of its catalogue. One without any
+    event to point at has no weight.
+    """
+
+    def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
+        k_query, k_key, k_weight = jax.random.split(key, 3)
+        self.components, self.n_services = component_names(config), n_services
+        self.has_own, self.has_text = config.has_service_pointers, config.text_pointer
+        z, d, h = n_services, config.d_model, config.d_pointer
+        n_shared = len(self.components) - 1 - self.has_own
+        zeros = jax.nn.initializers.zeros
+        # Of the services first, then those that they share.
+        g = self.has_own * z + n_shared
+        self.query_DGH = declare(k_query, (d, g, h), ("embed", None, None), fan_in)
+        self.key_DGH = declare(k_key, (d, g, h), ("embed", None, None), fan_in)
+        n_components = len(self.components)
+        self.weight_ZDX = declare(k_weight, (z, d, n_components), (None, "embed", None), zeros)
+        self.bias_ZX = declare(k_weight, (z, n_components), (None, None), _favour_softmax, decay="none")
+        has_time = config.pointer_time_bias
+        self.time_bias_ZXX = (
+            declare(k_weight, (z, n_components - 1, N_GAPS + 1), (None, None, None), zeros, decay="none")
+            if has_time
+            else None
+        )
+        self.sharpness_Z = declare(key, (z,), (None,), _first_sharpness, decay="none") if self.has_text else None
+        self.theta = config.rope_theta
+
+    def _project(self, x_BTD: jax.Array, w_DGH: nnx.Param, service_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
+        """`[B, T, X, H]`, rotated queries or keys of each pointer; the own one's by the slot's service."""
+        all_BTGH = jnp.einsum("BTD,DGH->BTGH", x_BTD, w_DGH[...])
+        if self.has_own:
+            own_BTZ = jax.nn.one_hot(service_BT, self.n_services)
+            own_BT1H = jnp.einsum("BTZH,BTZ->BTH", all_BTGH[:, :, : self.n_services], own_BTZ)[:, :, None]
+            all_BTGH = jnp.concatenate([own_BT1H, all_BTGH[:, :, self.n_services :]], axis=2)
+        return rotate(all_BTGH, position_BT, self.theta)
+
+    def see_events(self, event_BSD: jax.Array, batch: Batch) -> Pointees:
+        """Args: the events' vectors, of the slots of a batch."""
+        key_BSXH = self._project(event_BSD, self.key_DGH, batch.service_BT, batch.position_BT)
+        return Pointees(key_BSXH, batch.item_BT, batch.service_BT, batch.time_BT)
+
+    def __call__(self, asking: Asking, events: Pointees, catalog: Catalog) -> PointerMixture:
+        """The mixture at each slot that asks; `copy_BTS` and `neighbor_BTS` are of the events that it sees."""
+        service_BT = asking.service_BT
+        query_BTXH = self._project(asking.state_BTD, self.query_DGH, service_BT, asking.position_BT)
+        logit_BXTS = jnp.einsum("BTXH,BSXH->BXTS", query_BTXH, events.key_BSXH) * query_BTXH.shape[-1] ** -0.5
+        of_BTZ = jax.nn.one_hot(service_BT, self.n_services)
+        if self.time_bias_ZXX is not None:
+            bucket_BTS = find_bucket(events.time_BS[:, None], asking.time_BT[:, :, None], N_GAPS + 1)
+            table_BTXX = jnp.einsum("BTZ,ZXJ->BXTJ", of_BTZ, self.time_bias_ZXX[...])
+            logit_BXTS += jnp.take_along_axis(table_BTXX, bucket_BTS[:, None], axis=-1)
+        open_BTS = asking.mask_BTS & (events.service_BS[:, None] == service_BT[..., None])
+        open_BXTS = jnp.broadcast_to(open_BTS[:, None], logit_BXTS.shape)
+        if self.has_text:
+            has_BS = has_neighbors(events.item_BS, catalog)
+            open_BXTS = open_BXTS.at[:, -1].set(open_BTS & has_BS[:, None])
+        pointer_BXTS = jax.nn.softmax(jnp.where(open_BXTS, logit_BXTS, MASK_VALUE))
+        logit_BTX = jnp.einsum("BTD,ZDX,BTZ->BTX", asking.state_BTD, self.weight_ZDX[...], of_BTZ, optimize="optimal")
+        logit_BTX += of_BTZ @ self.bias_ZX[...]
+        # A pointer with nothing to point at would be spread over what it must not see.
+        can_BTX = jnp.moveaxis(jnp.any(open_BXTS, axis=-1), 1, 2)
+        can_BTX = jnp.pad(can_BTX, ((0, 0), (0, 0), (1, 0)), constant_values=True)
+        log_weight_BTX = jax.nn.log_softmax(jnp.where(can_BTX, logit_BTX, MASK_VALUE))
+        weight_BXT1 = jnp.moveaxis(jnp.exp(log_weight_BTX[..., 1:]), 2, 1)[..., None]
+        given_BXTS = weight_BXT1 * pointer_BXTS
+        if not self.has_text:
+            return PointerMixture(log_weight_BTX, jnp.sum(given_BXTS, axis=1), part_BXTS=given_BXTS)
+        assert self.sharpness_Z is not None
+        sharpness_BS = self.sharpness_Z[...][jnp.minimum(events.service_BS, self.n_services - 1)]
+        share_BSX = share_neighbors(events.item_BS, sharpness_BS, catalog)
+        copy_BTS = jnp.sum(given_BXTS[:, :-1], axis=1)
+        return PointerMixture(log_weight_BTX, copy_BTS, given_BXTS[:, -1], share_BSX, given_BXTS)
+
+
+def _favour_softmax(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    return jnp.zeros(shape, dtype).at[:, 0].set(CATALOGUE_BIAS)
+
+
+
+
+
+def _first_sharpness(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    return jnp.full(shape, FIRST_SHARPNESS, dtype)

@@ -1,0 +1,171 @@
+"""Every service asked: what an answer may depend on, and that asking one slot is what a whole pass gives."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moerec.config import AskConfig, MoEConfig, PersonalConfig
+from moerec.nn.heads.answers import log_prob_all, log_prob_chosen
+from moerec.nn.model import Predictor
+from moerec.nn.moe.hypotheses import ask_all, ask_most_probable, ask_one, followed_services
+from moerec.types import Catalog
+from tests.small_model import SIZES, make_batch, make_config, make_model, make_table
+
+Z = SIZES.n_services
+TABLE = make_table()
+OFFSETS = tuple(np.searchsorted(TABLE.service_I, np.arange(Z + 1)).tolist())
+ASKED_SIZES = dataclasses.replace(SIZES, service_offsets=OFFSETS)
+BATCH = make_batch(3, [[5, 4], [7], [1, 2, 3]], 9, control=True)
+ASK = AskConfig(from_layer=1, analyser_layers=1, d_analyser=6)
+EXPERTS = MoEConfig(layers=(1, 2), n_per_group=2, n_active=3, d_expert=4, tile=4)
+PERSONAL = PersonalConfig(layers=(1, 2), n_aspects=2, d_memory=3)
+KINDS = {
+    "shared": {},
+    "experts": {"moe": EXPERTS},
+    "personal": {"moe": EXPERTS, "personal": PERSONAL, "pointer_time_bias": True},
+    "window": {"window": 3, "personal": dataclasses.replace(PERSONAL, layers=(2,), other_services=False)},
+    "text": {"text_pointer": True, "moe": dataclasses.replace(EXPERTS, cross=False, n_active=2)},
+}
+
+
+def with_neighbors(catalog: Catalog, n: int = 3) -> Catalog:
+    """Random neighbours of the same service; some items have fewer, one has none."""
+    rng, n_items = np.random.default_rng(5), len(catalog.service_I)
+    neighbor_IX = np.full((n_items, n), -1, np.int32)
+    for item in range(n_items - 1):
+        others = [i for i in range(n_items) if catalog.service_I[i] == catalog.service_I[item] and i != item]
+        chosen = rng.permutation(others)[: rng.integers(0, n + 1)]
+        neighbor_IX[item, : len(chosen)] = chosen
+    similarity_IX = np.sort(rng.random((n_items, n)))[:, ::-1].astype(np.float32)
+    return catalog._replace(neighbor_IX=neighbor_IX, similarity_IX=similarity_IX)
+
+
+CATALOG = jax.tree.map(jnp.asarray, with_neighbors(TABLE))
+
+
+def make_asked(kind: str):
+    config = make_config(n_layers=3, pointer="services", ask=ASK, **KINDS[kind])
+    return make_model(config, 1, ASKED_SIZES)
+
+
+def last_slots(batch) -> np.ndarray:
+    segment = batch.segment_BT
+    following = np.pad(segment[:, 1:], ((0, 0), (0, 1)))
+    return np.flatnonzero((segment > 0) & (following != segment))
+
+
+LAST = last_slots(BATCH)
+
+
+@jax.jit
+def encode_under(model, batch, catalog, hypothesis_BT):
+    outputs = model.encode(batch, catalog, hypothesis_BT=hypothesis_BT)
+    return outputs.state_BTD, outputs.pointers, outputs.log_domain_BTZ
+
+
+@jax.jit
+def ask_everybody(model, batch, catalog, flat_Q):
+    below = model.read(batch, catalog)
+    log_QZ = below.log_domain_BTZ.reshape(-1, Z)[flat_Q]
+    return model.ask(batch, catalog, flat_Q, ask_all(log_QZ), below=below)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_asking_a_slot_is_what_a_pass_over_all_slots_gives(kind):
+    """The request's slot alone is recomputed for each service, against a past that is computed once."""
+    model = make_asked(kind)
+    answers = ask_everybody(model, BATCH, CATALOG, LAST)
+    followed = np.asarray(followed_services(BATCH, Z))
+    assert np.all(followed.reshape(-1)[LAST] == -1)
+    for z in range(Z):
+        hypothesis = followed.copy()
+        hypothesis.reshape(-1)[LAST] = z
+        state, pointers, log_domain = encode_under(model, BATCH, CATALOG, hypothesis)
+        np.testing.assert_allclose(answers.state_QXD[:, z], state.reshape(-1, 8)[LAST], atol=3e-5)
+        flat = [None if x is None else x.reshape(-1, x.shape[-1])[LAST] for x in pointers[:3]]
+        for got, wanted in zip(answers.pointers[:3], flat, strict=True):
+            if wanted is not None:
+                np.testing.assert_allclose(got[:, z], wanted, atol=3e-5)
+        np.testing.assert_allclose(answers.log_domain_QZ, log_domain.reshape(-1, Z)[LAST], atol=1e-6)
+    sums = jax.nn.logsumexp(log_prob_all(answers, model.bind(CATALOG), OFFSETS), axis=1)
+    np.testing.assert_allclose(sums, 0, atol=2e-5)
+
+
+def test_all_services_asked_at_once_or_by_choice_give_the_same():
+    model = make_asked("text")
+    catalog = model.bind(CATALOG)
+    answers = ask_everybody(model, BATCH, CATALOG, LAST)
+    everything = log_prob_all(answers, catalog, OFFSETS)
+    np.testing.assert_allclose(log_prob_chosen(answers, catalog), everything, atol=1e-5)
+    two = model.ask(BATCH, CATALOG, LAST, ask_most_probable(answers.log_domain_QZ, 2))
+    chosen = np.asarray(log_prob_chosen(two, catalog))
+    kept = np.sort(np.argsort(-np.asarray(answers.log_domain_QZ), axis=1)[:, :2], axis=1)
+    left = np.log(np.take_along_axis(np.exp(np.asarray(answers.log_domain_QZ)), kept, axis=1).sum(axis=1))
+    is_kept = np.any(np.asarray(TABLE.service_I)[None, :, None] == kept[:, None], axis=-1)
+    assert np.all(np.isneginf(chosen[~is_kept]))
+    np.testing.assert_allclose(chosen[is_kept], (np.asarray(everything) - left[:, None])[is_kept], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_score_depends_on_a_target(kind):
+    """Neither the target's item nor its service, wherever a batch could hold it."""
+    model = make_asked(kind)
+    catalog, queries = model.bind(CATALOG), jnp.asarray(LAST)
+    predictor = Predictor(model, None, 1.3)
+    score = jax.jit(lambda b: predictor.score(b, queries, catalog))
+    before = score(BATCH)
+    label = BATCH.targets["next_event"].label_BT
+    for other in ((label + 1) % SIZES.n_items, (label + 5) % SIZES.n_items, 0 * label):
+        target = BATCH.targets["next_event"]._replace(label_BT=other.astype(np.int32))
+        np.testing.assert_array_equal(score(BATCH._replace(targets={"next_event": target})), before)
+    np.testing.assert_array_equal(score(BATCH._replace(targets={})), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slot_sees_of_earlier_slots_only_services_known_by_then(kind):
+    """A slot's hypothesis reaches no other slot at or before it, nor other sequences; and later ones it does reach."""
+    model = make_asked(kind)
+    followed = np.where(BATCH.segment_BT > 0, np.maximum(followed_services(BATCH, Z), 0), -1)
+    before = encode_under(model, BATCH, CATALOG, followed)
+    row, slot = 1, 3
+    for z in range(Z):
+        changed = followed.copy()
+        changed[row, slot] = z
+        after = encode_under(model, BATCH, CATALOG, changed)
+        np.testing.assert_array_equal(after[2], before[2])  # the posterior is below all hypotheses
+        if z == followed[row, slot]:
+            continue
+        is_same = np.all(np.asarray(after[0] == before[0]), axis=-1)
+        reached = np.zeros_like(is_same)
+        reached[row, slot:7] = True
+        assert np.all(is_same[~reached])
+        assert not is_same[row, slot]
+        assert not is_same[row, slot + 1]
+
+
+@pytest.mark.parametrize("kind", ["experts", "personal", "text"])
+def test_a_hypothesis_opens_its_own_group_and_cross_alone(kind):
+    """Other services' experts change nothing of an answer, whatever they are."""
+    model = make_asked(kind)
+    moe = model.config.moe
+
+    def state(model, z):
+        one = jnp.full(len(LAST), z)
+        return model.ask(BATCH, CATALOG, LAST, ask_one(one)).state_QXD
+
+    ask = jax.jit(state)
+    for z, other in itertools.product(range(Z), range(Z + moe.cross)):
+        rows = slice(other * moe.n_per_group, (other + 1) * moe.n_per_group)
+        changed = jax.tree_util.tree_map_with_path(
+            lambda path, x, rows=rows: x.at[:, rows].add(0.5) if "_EDF" in str(path) or "_EFD" in str(path) else x,
+            model,
+        )
+        # The past's slots asked others: only a sequence of a single slot has none.
+        alone = [q for q, flat in enumerate(LAST) if BATCH.position_BT.reshape(-1)[flat] == 0]
+        assert alone
+        moved = np.abs(np.asarray(ask(changed, z) - ask(model, z)))[alone].max()
+        assert (moved > 1e-3) == (other in (z, Z)), (z, other)
