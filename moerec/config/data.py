@@ -23,6 +23,8 @@ class CityConfig:
     kappa: float = 1.0  # strength of hour, weekday, season, weather and holiday on the needs' transitions
     tau: float = 1.0  # recency: how much the needs drift, and how much the last need matters for the next
     habit: float = 1.0  # strength of brand loyalty and of buying (or, a durable, not buying) the very same item again
+    own_dynamics: float = 0.0  # strength of each service's own laws of repeats and follow-ups: `city/dynamics.py`
+    n_services: int = 3  # a multiple of 3: as many of each kind (food, marketplace, health)
     n_closed: int = 0  # events for which each service in turn is closed to a user; 0: all are always open
     identical_users: bool = False
     identical_services: bool = False
@@ -32,12 +34,17 @@ class CityConfig:
     def __post_init__(self):
         for name in ("n_users", "items_per_service", "n_types", "n_needs"):
             require(getattr(self, name) >= 1, f"data.city.{name}", "must be at least 1")
+        require(
+            self.n_services >= 3 and self.n_services % 3 == 0, "data.city.n_services", "must be 3 or a multiple of it"
+        )
         require(self.n_closed >= 0, "data.city.n_closed", "must not be negative")
         require(self.events_per_user >= 3, "data.city.events_per_user", "must be at least 3")
-        for name in ("rho", "profile_missing_rate", "profile_noise_rate"):
+        for name in ("rho", "own_dynamics", "profile_missing_rate", "profile_noise_rate"):
             require(0 <= getattr(self, name) <= 1, f"data.city.{name}", "must lie in [0, 1]")
         for name in ("kappa", "tau", "habit"):
             require(0 <= getattr(self, name) <= 10, f"data.city.{name}", "must lie in [0, 10]")
+        is_alike = self.identical_services and self.own_dynamics > 0
+        require(not is_alike, "data.city.own_dynamics", "must be 0 with identical_services: it makes services differ")
 
 
 @dataclasses.dataclass

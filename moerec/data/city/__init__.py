@@ -1,4 +1,4 @@
-"""The city: a synthetic world of three services whose exact posterior predictive is computable (`data/oracle.py`)."""
+"""The city: a synthetic world of several services whose exact posterior predictive is computable (`data/oracle.py`)."""
 
 from moerec.data.city.simulate import generate
 from moerec.data.city.world import Truth, World, make_world

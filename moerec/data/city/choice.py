@@ -1,8 +1,11 @@
 """The world's conditional probabilities, vectorised; the simulation and the oracle share them."""
 
+import dataclasses
+
 import numpy as np
 
 from moerec.data.city import names, timeline
+from moerec.data.city.dynamics import Dynamics, Orders
 from moerec.data.city.world import BUDGET_WEIGHT, LOYALTY, RECENCY_S, VARIETY_WEIGHT, World
 
 _CONTEXT_COLUMN = {name: column for column, name in enumerate(timeline.CONTEXT)}
@@ -36,11 +39,24 @@ def service_probabilities(world: World) -> np.ndarray:
     return softmax(logits).astype(np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What the next choices of users depend on, written in place by `ItemChoice.remember`.
+
+    Attributes:
+      last_PZC: `[users, Z, C]` int32, the position (in its service) of the last item that a user bought in each service
+        and category, -1 where there is none.
+      orders: what the services' own dynamics depend on; None without them.
+    """
+
+    last_PZC: np.ndarray
+    orders: Orders | None
+
+
 class ItemChoice:
     """The choice of an item: weights that depend on need and type, times weights that depend on context and past.
 
-    `base[z]` is `[N, K, items of z]` float32; the past is `last_PZC`, the position (in its service) of the last item a
-    user bought in each service and category, -1 where there is none.
+    `base[z]` is `[N, K, items of z]` float32.
     """
 
     def __init__(self, world: World):
@@ -63,19 +79,27 @@ class ItemChoice:
         )
         self._loyalty = np.float32(np.exp(habit * LOYALTY))
         self._repeat_C = np.exp(habit * world.repeat_C).astype(np.float32)
+        self._dynamics = Dynamics(world) if world.config.own_dynamics else None
 
-    def empty_past(self, n_users: int) -> np.ndarray:
-        """`[users, Z, C]` int32 of -1."""
-        return np.full((n_users, len(self.ranges), len(names.CATEGORIES)), -1, np.int32)
+    def empty_past(self, n_users: int) -> Past:
+        """The past of users who have bought nothing."""
+        last_PZC = np.full((n_users, len(self.ranges), len(names.CATEGORIES)), -1, np.int32)
+        return Past(last_PZC, self._dynamics.no_orders(n_users) if self._dynamics else None)
 
-    def remember(self, last_PZC: np.ndarray, service_P: np.ndarray, position_P: np.ndarray):
-        """Notes (in place) that each user bought the item at `position_P` of `service_P`."""
+    def remember(self, past: Past, service_P: np.ndarray, position_P: np.ndarray, time_P: np.ndarray):
+        """Notes (in place) that each of the first P users bought the item at `position_P` of `service_P`, and when."""
         category = self._world.category_I[self._world.catalogue.offsets[service_P] + position_P]
-        last_PZC[np.arange(len(last_PZC)), service_P, category] = position_P
+        past.last_PZC[np.arange(len(service_P)), service_P, category] = position_P
+        if self._dynamics is not None and past.orders is not None:
+            self._dynamics.remember(past.orders, service_P, position_P, time_P)
 
-    def weights(self, service: int, context: np.ndarray, last_PC: np.ndarray) -> np.ndarray:
-        """`[users, items of the service]` float32: the factor of context (`[users, 3]`) and past (`[users, C]`)."""
+    def weights(self, service: int, context: np.ndarray, time: np.ndarray, past: Past, rows: np.ndarray) -> np.ndarray:
+        """`[P, items of the service]` float32: the factor of context, time and past.
+
+        Args: context `[P, 3]`, time `[P]` (unix seconds) of the requests; `[P]` the rows of their users in `past`.
+        """
         lo, hi = self.ranges[service]
+        last_PC = past.last_PZC[rows, service]
         when_PC = self._weather_when[context[:, 0]] * self._temperature_when[context[:, 1]]
         line_PL = when_PC[:, self._category_of_line]
         user, category = np.nonzero(last_PC >= 0)
@@ -83,6 +107,8 @@ class ItemChoice:
         line_PL[user, self._line_I[lo + position]] *= self._loyalty
         weight_PI = np.take(line_PL, self._line_I[lo:hi], axis=1)
         weight_PI[user, position] *= self._repeat_C[category]
+        if self._dynamics is not None and past.orders is not None:
+            self._dynamics.apply(weight_PI, service, past.orders, rows, time)
         return weight_PI
 
 

@@ -1,8 +1,8 @@
 """The exact Bayes posterior predictive of the city world: the ceiling of every model of its items.
 
-A forward filter over (need of the last event, type in each service): the shared type is summed out beforehand, since
-the types by service are independent given it, so the belief of a user is one table `[N, K, K, K]` (K types, one
-axis a service). An event multiplies the belief by its likelihood, which sees the need and one service's type only.
+A forward filter over (need of the last event, type in each kind of service): the shared type is summed out beforehand,
+since the types by kind are independent given it, so the belief of a user is one table `[N, K, K, K]` (K types, one
+axis a kind). An event multiplies the belief by its likelihood, which sees the need and one kind's type only.
 Method: the forward recursion of hidden Markov models (Rabiner 1989), with the static types as part of the state.
 """
 
@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from moerec.data.city import timeline
-from moerec.data.city.choice import ItemChoice, need_logits, recency, service_probabilities, softmax
+from moerec.data.city.choice import ItemChoice, Past, need_logits, recency, service_probabilities, softmax
 from moerec.data.city.profile import profile_likelihood
+from moerec.data.city.services import N_KINDS
 from moerec.data.city.world import World
 from moerec.data.dataset import Dataset, floor_seconds
 from moerec.errors import InputError
@@ -51,7 +52,7 @@ def predict_targets(
     contexts) and the target's own time and context; with `use_profile` also given the user's profile fields; without
     `use_context` in the mean over the contexts of the days of the target's month, instead of its own (but for what is
     open). The data set may number the items of a service as it likes: they are matched with the world's by id. Memory:
-    about `users_per_chunk` beliefs of `N * K**Z` floats and two chunks of rows.
+    about `users_per_chunk` beliefs of `N * K**3` floats and two chunks of rows.
 
     Raises: InputError where the data set is not of this world or a target is not an event of its log.
     """
@@ -131,27 +132,27 @@ class _Filter:
         past = self.choice.empty_past(len(users))
         for step in range(int(steps[0]) + 1):
             n = np.count_nonzero(steps >= step)
-            event, belief, past = offsets[:n] + step, belief[:n], past[:n]
+            event, belief = offsets[:n] + step, belief[:n]
             before, belief = belief, self._predict_need(belief, event, self.need_logits[event])
             place = np.searchsorted(targets, event)
             wanted = np.flatnonzero(targets[np.minimum(place, len(targets) - 1)] == event)
             if len(wanted) and use_context:
                 context = self.dataset.log.context[event[wanted]]
-                yield event[wanted], self._score(belief[wanted], event[wanted], past[wanted], context)
+                yield event[wanted], self._score(belief[wanted], event[wanted], past, wanted, context)
             elif len(wanted):
-                yield event[wanted], self._score_any_context(before[wanted], event[wanted], past[wanted])
+                yield event[wanted], self._score_any_context(before[wanted], event[wanted], past, wanted)
             service = self.service[event]
             for z in range(len(self.base)):
                 rows = np.flatnonzero(service == z)
-                likelihood = self._likelihood(z, event[rows], past[rows, z])
-                shape = (len(rows), n_needs, *(n_types if axis == z else 1 for axis in range(len(self.base))))
+                likelihood = self._likelihood(z, event[rows], past, rows)
+                shape = (len(rows), n_needs, *(n_types if kind == z % N_KINDS else 1 for kind in range(N_KINDS)))
                 belief[rows] *= likelihood.reshape(shape)
             belief /= belief.sum(axis=tuple(range(1, belief.ndim)), keepdims=True)
             belief *= belief > _NEGLIGIBLE
-            self.choice.remember(past, service, self.position[event])
+            self.choice.remember(past, service, self.position[event], self.time[event])
 
     def _prior(self, users: np.ndarray, use_profile: bool) -> np.ndarray:
-        """`[users, 1, K, K, K]` float32: the types by service before any event, the shared type summed out."""
+        """`[users, 1, K, K, K]` float32: the types by kind before any event, the shared type summed out."""
         shared = np.repeat(self.world.type_prior_K[None], len(users), axis=0)
         if use_profile:
             shared = shared * profile_likelihood(self.world, self.dataset.profile, users)
@@ -172,25 +173,30 @@ class _Filter:
         return np.matmul(transition, flat).reshape(belief.shape)
 
     def _normalised_weights(
-        self, z: int, event: np.ndarray, past_PC: np.ndarray, context: np.ndarray
+        self, z: int, event: np.ndarray, past: Past, rows: np.ndarray, context: np.ndarray, share_PNZ: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """`[events, items]` weights of context and past, `[events, N, K]` p(service | need) / Σ_i base * weight."""
-        weight_PI = self.choice.weights(z, context, past_PC)
+        weight_PI = self.choice.weights(z, context, self.time[event], past, rows)
         total = (weight_PI @ self.base[z].T).reshape(len(event), *self.choice.base[z].shape[:2])
+        return weight_PI, share_PNZ[:, :, z, None] / total
+
+    def _service_shares(self, event: np.ndarray) -> np.ndarray:
+        """`[events, N, Z]`: p(service | need), of those that are open."""
         share_PNZ = self.service_DNZ[self.daypart[event]]
         if self.open_EZ is not None:
             share_PNZ = share_PNZ * self.open_EZ[event][:, None]
             share_PNZ /= share_PNZ.sum(axis=2, keepdims=True)
-        return weight_PI, share_PNZ[:, :, z, None] / total
+        return share_PNZ
 
-    def _likelihood(self, z: int, event: np.ndarray, past_PC: np.ndarray) -> np.ndarray:
-        """`[events, N, K]`: p(service and item of the event | need, type in `z`)."""
-        weight_PI, factor = self._normalised_weights(z, event, past_PC, self.dataset.log.context[event])
+    def _likelihood(self, z: int, event: np.ndarray, past: Past, rows: np.ndarray) -> np.ndarray:
+        """`[events, N, K]`: p(service and item of the event | need, type in `z`), of users in `rows` of `past`."""
+        context, share_PNZ = self.dataset.log.context[event], self._service_shares(event)
+        weight_PI, factor = self._normalised_weights(z, event, past, rows, context, share_PNZ)
         position = self.position[event]
         chosen = self.choice.base[z][:, :, position].transpose(2, 0, 1)
         return factor * chosen * weight_PI[np.arange(len(event)), position][:, None, None]
 
-    def _score_any_context(self, before: np.ndarray, event: np.ndarray, past: np.ndarray) -> np.ndarray:
+    def _score_any_context(self, before: np.ndarray, event: np.ndarray, past: Past, rows: np.ndarray) -> np.ndarray:
         """As `_score`, in the mean over the contexts of the days of each event's month; belief before the event."""
         time = self.time[event]
         contexts, of_day = np.unique(self.world.days, axis=0, return_inverse=True)
@@ -199,21 +205,23 @@ class _Filter:
         share_EX = (share_MX / share_MX.sum(axis=1, keepdims=True))[timeline.month_of(time)]
         total = np.zeros((len(event), len(self.world_item_I)))
         for k, code in enumerate(contexts):
-            rows = np.flatnonzero(share_EX[:, k])
-            if len(rows):
-                context = np.broadcast_to(code, (len(rows), len(code)))
-                logits = need_logits(self.world, time[rows], context)
-                belief = self._predict_need(before[rows], event[rows], logits)
-                total[rows] += share_EX[rows, k, None] * np.exp(self._score(belief, event[rows], past[rows], context))
+            at = np.flatnonzero(share_EX[:, k])
+            if len(at):
+                context = np.broadcast_to(code, (len(at), len(code)))
+                logits = need_logits(self.world, time[at], context)
+                belief = self._predict_need(before[at], event[at], logits)
+                total[at] += share_EX[at, k, None] * np.exp(self._score(belief, event[at], past, rows[at], context))
         return np.log(total).astype(np.float32)
 
-    def _score(self, belief: np.ndarray, event: np.ndarray, past: np.ndarray, context: np.ndarray) -> np.ndarray:
+    def _score(
+        self, belief: np.ndarray, event: np.ndarray, past: Past, rows: np.ndarray, context: np.ndarray
+    ) -> np.ndarray:
         """`[events, I]` float32 log p(item) in the data set's numbering; `belief` is that of the events' needs."""
-        parts = []
-        type_axes = range(2, belief.ndim)
+        parts, share_PNZ = [], self._service_shares(event)
+        others = [tuple(2 + other for other in range(N_KINDS) if other != kind) for kind in range(N_KINDS)]
+        marginal_JPNK = [belief.sum(axis=axes) for axes in others]
         for z in range(len(self.base)):
-            marginal = belief.sum(axis=tuple(axis for axis in type_axes if axis != z + 2))
-            weight_PI, factor = self._normalised_weights(z, event, past[:, z], context)
-            parts.append((marginal * factor).reshape(len(event), -1) @ self.base[z] * weight_PI)
+            weight_PI, factor = self._normalised_weights(z, event, past, rows, context, share_PNZ)
+            parts.append((marginal_JPNK[z % N_KINDS] * factor).reshape(len(event), -1) @ self.base[z] * weight_PI)
         probability = np.concatenate(parts, axis=1)
         return np.log(np.maximum(probability[:, self.world_item_I], np.finfo(np.float32).tiny))

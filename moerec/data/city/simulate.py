@@ -6,10 +6,13 @@ import numpy as np
 
 from moerec.config import CityConfig
 from moerec.data.city import timeline
-from moerec.data.city.choice import ItemChoice, need_logits, recency, service_probabilities, softmax
+from moerec.data.city.choice import ItemChoice, Past, need_logits, recency, service_probabilities, softmax
 from moerec.data.city.profile import draw_profile
+from moerec.data.city.services import N_KINDS
 from moerec.data.city.world import Truth, World, make_world
 from moerec.data.dataset import SECOND_US, Dataset, EventLog
+
+_PAST_BYTES = 64 * 2**20  # of the users' orders at a time, where services have dynamics of their own
 
 
 def generate(config: CityConfig, seed: int) -> tuple[Dataset, World]:
@@ -42,11 +45,12 @@ def generate(config: CityConfig, seed: int) -> tuple[Dataset, World]:
 
 def _draw_users(world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Shared types `[users]` and types by service `[users, Z]`."""
-    n, n_services = world.config.n_users, world.catalogue.n_services
+    n = world.config.n_users
     shared = rng.choice(world.n_types, size=n, p=world.type_prior_K)
-    private = rng.choice(world.n_types, size=(n, n_services), p=world.type_prior_K)
-    keep = rng.random((n, n_services)) < world.config.rho
-    return shared, np.where(keep, shared[:, None], private)
+    private = rng.choice(world.n_types, size=(n, N_KINDS), p=world.type_prior_K)
+    keep = rng.random((n, N_KINDS)) < world.config.rho
+    of_kind = np.where(keep, shared[:, None], private)
+    return shared, np.tile(of_kind, (1, world.catalogue.n_services // N_KINDS))
 
 
 def _pick(weights: np.ndarray, uniform: np.ndarray) -> np.ndarray:
@@ -66,33 +70,71 @@ def _draw_events(
     open_EZ: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`[events]` needs (int16) and items (int32)."""
-    choice = ItemChoice(world)
-    n_events = len(time)
-    uniform = rng.random((n_events, 3), dtype=np.float32)
-    logits = need_logits(world, time, context)
-    weight = recency(world, time, offsets)
-    after = world.need_after_NN.astype(np.float32)
-    service_DNZ = service_probabilities(world)
-    daypart = timeline.clock_of(time)[0]
-    lengths = np.diff(offsets)
-    users = np.argsort(-lengths, kind="stable")  # so that those who still have events are always the first
-    last_PZC = choice.empty_past(len(users))
-    need, item = np.zeros(n_events, np.int16), np.zeros(n_events, np.int32)
-    previous = np.zeros(len(users), np.int64)
-    for step in range(int(lengths.max())):
-        active = users[: np.count_nonzero(lengths > step)]
-        event = offsets[active] + step
-        n = len(active)
-        now = _pick(softmax(logits[event] + weight[event, None] * after[previous[:n]]), uniform[event, 0])
-        share = service_DNZ[daypart[event], now]
-        service = _pick(share if open_EZ is None else share * open_EZ[event], uniform[event, 1])
-        position = np.zeros(n, np.int64)
-        for z in range(len(choice.ranges)):
+    uniform = rng.random((len(time), 3), dtype=np.float32)
+    draw = _EventDraw(world, type_PZ, offsets, time, context, open_EZ, uniform)
+    users = np.argsort(-np.diff(offsets), kind="stable")  # so that those who still have events are always the first
+    n = len(users)
+    if world.config.own_dynamics:  # the time of each user's last order of each item is kept
+        n = max(1, _PAST_BYTES // (4 * world.catalogue.n_items))
+    for lo in range(0, len(users), n):
+        draw.run(users[lo : lo + n])
+    return draw.need, draw.item
+
+
+class _EventDraw:
+    """The choices of users, given their types, the times and contexts of their events, and uniform draws `[events, 3]`.
+
+    `need` and `item` are filled by `run`.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        type_PZ: np.ndarray,
+        offsets: np.ndarray,
+        time: np.ndarray,
+        context: np.ndarray,
+        open_EZ: np.ndarray | None,
+        uniform: np.ndarray,
+    ):
+        self._type_PZ, self._offsets, self._time, self._context = type_PZ, offsets, time, context
+        self._open_EZ, self._uniform = open_EZ, uniform
+        self._choice, self._bounds = ItemChoice(world), world.catalogue.offsets
+        self._logits = need_logits(world, time, context)
+        self._recency = recency(world, time, offsets)
+        self._after_NN = world.need_after_NN.astype(np.float32)
+        self._service_DNZ = service_probabilities(world)
+        self._daypart = timeline.clock_of(time)[0]
+        self.need, self.item = np.zeros(len(time), np.int16), np.zeros(len(time), np.int32)
+
+    def run(self, users: np.ndarray):
+        """Draws all events of users, who are sorted by falling numbers of events."""
+        lengths = np.diff(self._offsets)[users]
+        past = self._choice.empty_past(len(users))
+        previous = np.zeros(len(users), np.int64)
+        for step in range(int(lengths[0])):
+            active = users[: np.count_nonzero(lengths > step)]
+            event = self._offsets[active] + step
+            n = len(active)
+            logits = self._logits[event] + self._recency[event, None] * self._after_NN[previous[:n]]
+            need = _pick(softmax(logits), self._uniform[event, 0])
+            share = self._service_DNZ[self._daypart[event], need]
+            share = share if self._open_EZ is None else share * self._open_EZ[event]
+            service = _pick(share, self._uniform[event, 1])
+            position = self._draw_positions(past, active, event, need, service)
+            self._choice.remember(past, service, position, self._time[event])
+            self.need[event], self.item[event] = need, self._bounds[service] + position
+            previous[:n] = need
+
+    def _draw_positions(
+        self, past: Past, active: np.ndarray, event: np.ndarray, need: np.ndarray, service: np.ndarray
+    ) -> np.ndarray:
+        """`[active]` the items' positions in their services."""
+        position = np.zeros(len(active), np.int64)
+        for z in range(len(self._choice.ranges)):
             rows = np.flatnonzero(service == z)
-            weights = choice.weights(z, context[event[rows]], last_PZC[rows, z])
-            weights *= choice.base[z][now[rows], type_PZ[active[rows], z]]
-            position[rows] = _pick(weights, uniform[event[rows], 2])
-        choice.remember(last_PZC[:n], service, position)
-        need[event], item[event] = now, world.catalogue.offsets[service] + position
-        previous[:n] = now
-    return need, item
+            here = event[rows]
+            weights = self._choice.weights(z, self._context[here], self._time[here], past, rows)
+            weights *= self._choice.base[z][need[rows], self._type_PZ[active[rows], z]]
+            position[rows] = _pick(weights, self._uniform[here, 2])
+        return position

@@ -1,8 +1,9 @@
 """The parameters of the city and its generative model.
 
-A user has a shared taste type `u ~ type_prior` and, in each service `z`, the type `s_z`, which is `u` with
-probability rho and otherwise drawn anew from `type_prior`. The `t`-th event of a user comes at an exogenous time with
-an exogenous context (`timeline.py`); then
+There are three kinds of services (food, marketplace, health) with as many services each (`services.py`). A user has a
+shared taste type `u ~ type_prior` and, in the services of each kind, one type, which is `u` with probability rho and
+otherwise drawn anew from `type_prior`; `s_z` is that of the kind of service `z`. The `t`-th event of a user comes at an
+exogenous time with an exogenous context (`timeline.py`); then
 
     need     p(n | previous n')  ~ exp(need_base[n] + kappa * Σ_f need_when[f][value of f, n]
                                        + tau * recency * need_after[n', n]),   recency = 1 / (1 + gap / RECENCY_S)
@@ -16,10 +17,13 @@ an exogenous context (`timeline.py`); then
              popularity       popularity[i]
              weather fit      kappa * Σ_f category_when[f][value of f, category], f over weather and temperature
              brand loyalty    habit * LOYALTY where the user's last item of the category in this service has the brand
-             repeat           habit * repeat[category] where it is the very item (negative for durables).
+             repeat           habit * repeat[category] where it is the very item (negative for durables)
+             own dynamics     own_dynamics * what the laws of the service's kind make of the user's earlier orders in it
+                              and the time (`dynamics.py`): routines, things bought once and what follows, refills.
 
 Rows of `*_when` for a context are by code, row 0 ("missing") being zero. Nothing latent but (n, s) enters, so the exact
-posterior is computable. rho = 0 leaves nothing shared between services but the needs, tau = 0 nothing in the needs.
+posterior is computable, and the number of services does not enlarge the table of it. rho = 0 leaves nothing shared
+between kinds of services but the needs, tau = 0 nothing in the needs.
 """
 
 import dataclasses
@@ -29,6 +33,14 @@ import numpy as np
 
 from moerec.config import CityConfig
 from moerec.data.city import names, timeline
+from moerec.data.city.services import (
+    BRANDS_PER_CATEGORY,
+    N_KINDS,
+    ServiceTables,
+    draw_tables,
+    name_services,
+    spread_weights,
+)
 from moerec.data.dataset import ItemTable
 from moerec.errors import InputError
 
@@ -39,15 +51,20 @@ BRAND_WEIGHT = 1.4
 POPULARITY_SCALE = 0.7
 LOYALTY = 0.8
 NEED_FIT = 5.5  # of a category that serves the need at all
-BRANDS_PER_CATEGORY = 6
 
 _CLOCK = {"daypart": timeline.DAYPARTS, "weekday": timeline.WEEKDAYS, "season": timeline.SEASONS}
-_SERVICE_WHEN = {"night": (1.2, 0.0, -0.6), "morning": (0.5, 0.0, 0.0), "evening": (0.0, 0.0, 0.4)}
+_KIND_WHEN = {"night": (1.2, 0.0, -0.6), "morning": (0.5, 0.0, 0.0), "evening": (0.0, 0.0, 0.4)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What nobody observes: `type_P` the shared type, `type_PZ` each user's type by service, `need` `[events]`."""
+    """What nobody observes.
+
+    Attributes:
+      type_P: the shared type.
+      type_PZ: each user's type by service; the services of a kind have one.
+      need: `[events]`.
+    """
 
     type_P: np.ndarray
     type_PZ: np.ndarray
@@ -66,8 +83,10 @@ class World:
       need_when: feature -> `[values, N]`; `category_when`: feature -> `[values, C]`.
       service_fit_NZ, service_when_DZ: `[dayparts, Z]`.
       category_I, brand_I, price_I, variety_I, product_I: int attributes of the items; popularity_I.
+      place_I: the brand's place among those of the item's category.
       repeat_C: log-odds of the very same item again.
       days: `[days, 3]` context codes of the year.
+      tables: what differs between services of a kind, for `dynamics.py`.
     """
 
     config: CityConfig
@@ -85,12 +104,14 @@ class World:
     service_when_DZ: np.ndarray
     category_I: np.ndarray
     brand_I: np.ndarray
+    place_I: np.ndarray
     price_I: np.ndarray
     variety_I: np.ndarray
     product_I: np.ndarray
     popularity_I: np.ndarray
     repeat_C: np.ndarray
     days: np.ndarray
+    tables: ServiceTables
     truth: Truth | None = None
 
     @property
@@ -108,7 +129,7 @@ class World:
 
 
 def make_world(config: CityConfig, seed: int) -> World:
-    """Draws the world's parameters; they do not depend on rho, kappa, tau, habit or the number of users.
+    """Draws the world's parameters; they do not depend on rho, kappa, tau, habit, own_dynamics or the number of users.
 
     Raises: InputError where more needs are asked for than the city knows.
     """
@@ -117,14 +138,15 @@ def make_world(config: CityConfig, seed: int) -> World:
     rng = np.random.default_rng([seed, 0])
     chosen = list(names.NEEDS)[: config.n_needs]
     needs = [names.NEEDS[name] for name in chosen]
-    service_NZ = np.array([need.services for need in needs], float)
-    service_when_DZ = np.array([_SERVICE_WHEN.get(d, (0.0, 0.0, 0.0)) for d in timeline.DAYPARTS])
+    n_copies = config.n_services // N_KINDS
+    service_NZ = spread_weights(np.array([need.services for need in needs], float), config.n_services, seed)
+    service_when_DZ = np.array([_KIND_WHEN.get(d, (0.0, 0.0, 0.0)) * n_copies for d in timeline.DAYPARTS])
     if config.identical_services:
         service_NZ, service_when_DZ = np.ones_like(service_NZ), np.zeros_like(service_when_DZ)
     service_NZ /= service_NZ.sum(axis=1, keepdims=True)
     fit = [{name: NEED_FIT + value for name, value in need.categories.items()} for need in needs]
     fit_NC = np.array([[row.get(category, 0.0) for category in names.CATEGORIES] for row in fit])
-    items = _draw_items(rng, config, service_NZ.T @ (fit_NC > 0))
+    items = _draw_items(rng, config, n_copies * (service_NZ.T @ (fit_NC > 0)))
     n_types = 1 if config.identical_users else config.n_types
     aspects, brand_taste = _draw_types(rng, config.n_types)
     prior = 1 / (np.arange(n_types) + 4.0)
@@ -144,6 +166,7 @@ def make_world(config: CityConfig, seed: int) -> World:
         service_when_DZ=service_when_DZ,
         repeat_C=np.array([c.repeat for c in names.CATEGORIES.values()]),
         days=timeline.make_days(np.random.default_rng([seed, 2])),
+        tables=draw_tables(seed, config.n_services),
         **items,
     )
 
@@ -163,7 +186,7 @@ def _draw_types(rng: np.random.Generator, n_types: int) -> tuple[dict[str, np.nd
 
 def _draw_items(rng: np.random.Generator, config: CityConfig, demand_ZC: np.ndarray) -> dict[str, Any]:
     """The items' attributes, independent draws, so that an index carries no information; `[I]` arrays by name."""
-    n, n_services = config.items_per_service, len(names.SERVICES)
+    n, n_services = config.items_per_service, config.n_services
     n_varieties = np.array([len(names.VARIETIES[c.aspect]) for c in names.CATEGORIES.values()])
     brands_CB = np.stack([rng.permutation(len(names.BRANDS))[:BRANDS_PER_CATEGORY] for _ in names.CATEGORIES])
     share_ZC = demand_ZC + 0.15
@@ -171,9 +194,11 @@ def _draw_items(rng: np.random.Generator, config: CityConfig, demand_ZC: np.ndar
     draws = 1 if config.identical_services else n_services
     category = np.concatenate([rng.choice(len(names.CATEGORIES), size=n, p=share_ZC[z]) for z in range(draws)])
     size = n * draws
+    place = rng.integers(BRANDS_PER_CATEGORY, size=size)
     items = {
         "category_I": category,
-        "brand_I": brands_CB[category, rng.integers(BRANDS_PER_CATEGORY, size=size)],
+        "brand_I": brands_CB[category, place],
+        "place_I": place,
         "price_I": rng.integers(len(names.ASPECTS["budget"]), size=size),
         "variety_I": rng.integers(n_varieties[category]),
         "product_I": rng.integers(12, size=size),
@@ -186,11 +211,11 @@ def _make_catalogue(config: CityConfig, items: dict[str, np.ndarray]) -> ItemTab
     text, attributes = names.write_titles(
         items["category_I"], items["product_I"], items["brand_I"], items["variety_I"], items["price_I"]
     )
-    n = config.items_per_service
+    n, services = config.items_per_service, name_services(config.n_services)
     return ItemTable(
-        services=names.SERVICES,
-        offsets=np.arange(len(names.SERVICES) + 1, dtype=np.int64) * n,
-        ids=np.array([f"{service}-{k:05d}" for service in names.SERVICES for k in range(n)], dtype=np.str_),
+        services=services,
+        offsets=np.arange(len(services) + 1, dtype=np.int64) * n,
+        ids=np.array([f"{service}-{k:05d}" for service in services for k in range(n)], dtype=np.str_),
         text=text,
         attributes=attributes,
     )

@@ -1,125 +1,20 @@
 """The oracle against enumeration of every latent path, and the properties an exact posterior must have."""
 
 import dataclasses
-import itertools
-import math
 
 import numpy as np
 import pytest
 
 from moerec.config import CityConfig
-from moerec.data.city import generate, names
+from moerec.data.city import generate
 from moerec.data.city.oracle import posterior_predictive, predict_targets
 from moerec.data.city.timeline import read_openings
 from moerec.data.dataset import EventLog, permute_items
 from moerec.errors import InputError
+from tests.data.city.enumeration import Enumeration
 
 TINY = {"n_users": 6, "events_per_user": 3, "items_per_service": 4, "n_types": 2, "n_needs": 3}
 SMALL = {"n_users": 60, "events_per_user": 14, "items_per_service": 40, "n_types": 4, "n_needs": 8}
-CATEGORIES = list(names.CATEGORIES.values())
-
-
-def normalise(logits):
-    weights = [math.exp(x) for x in logits]
-    return [x / sum(weights) for x in weights]
-
-
-class Enumeration:
-    """The module docstring of `city/world.py` in scalars: sums over shared type, types by service and needs."""
-
-    def __init__(self, world, dataset, use_profile=False):
-        self.world, self.log, self.use_profile, self.profile = world, dataset.log, use_profile, dataset.profile
-        self.config, self.n = world.config, world.config.items_per_service
-        self.openings = dataset.context.get("open", ())
-        self.n_needs, self.n_types = len(world.need_base_N), len(world.type_prior_K)
-
-    def values(self, e):
-        stamp = self.log.time_us[e].astype("datetime64[us]").item()
-        hour, month = stamp.hour, stamp.month
-        weather, temperature, holiday = (int(c) for c in self.log.context[e, :3])
-        return {
-            "daypart": 0 if hour < 6 else 1 if hour < 11 else 2 if hour < 17 else 3,
-            "weekday": int(stamp.weekday() >= 5),
-            "season": month % 12 // 3,
-            "weather": weather,
-            "temperature": temperature,
-            "holiday": holiday,
-        }
-
-    def needs(self, e, previous):
-        w, value = self.world, self.values(e)
-        gap = 0 if previous is None else (self.log.time_us[e] - self.log.time_us[e - 1]) / 86_400e6
-        return normalise(
-            w.need_base_N[n]
-            + self.config.kappa * sum(w.need_when[f][value[f], n] for f in w.need_when)
-            + (0 if previous is None else self.config.tau / (1 + gap / 4) * w.need_after_NN[previous, n])
-            for n in range(self.n_needs)
-        )
-
-    def services(self, e, n):
-        when = self.world.service_when_DZ[self.values(e)["daypart"]]
-        opened = [True] * 3
-        if self.log.context.shape[1] > 3 and self.log.context[e, 3]:
-            word, name = self.openings[self.log.context[e, 3] - 1].split()
-            opened = [(service == name) == (word == "only") for service in ("samokat", "megamarket", "kuper")]
-        closed = [0 if is_open else -1e9 for is_open in opened]
-        return normalise(self.world.service_fit_NZ[n, z] + self.config.kappa * when[z] + closed[z] for z in range(3))
-
-    def items(self, e, start, n, z, s):
-        w, value = self.world, self.values(e)
-        last = {}
-        for i in self.log.item[start:e]:
-            if i // self.n == z:
-                last[w.category_I[i]] = i
-        logits = []
-        for i in range(z * self.n, (z + 1) * self.n):
-            c = w.category_I[i]
-            u = w.need_fit_NC[n, c] + w.brand_taste_KR[s, w.brand_I[i]] + w.popularity_I[i]
-            u += 2.8 if w.aspect_K[CATEGORIES[c].aspect][s] == w.variety_I[i] else 0
-            u -= 1.5 * abs(int(w.aspect_K["budget"][s]) - int(w.price_I[i]))
-            u += self.config.kappa * sum(table[value[f], c] for f, table in w.category_when.items())
-            if c in last:
-                u += self.config.habit * 0.8 * (w.brand_I[last[c]] == w.brand_I[i])
-                u += self.config.habit * w.repeat_C[c] * (last[c] == i)
-            logits.append(u)
-        return normalise(logits)
-
-    def fields(self, user, u):
-        noise, product = self.config.profile_noise_rate, 1.0
-        for field, values in names.ASPECTS.items():
-            if self.use_profile and self.profile[field][user]:
-                hit = self.profile[field][user] == values[self.world.aspect_K[field][u]]
-                product *= noise / len(values) + (1 - noise) * hit
-        return product
-
-    def predict(self, user, t):
-        """The predictive over all items of the user's event `t`, by sums over all latent paths."""
-        w, start = self.world, int(self.log.offsets[user])
-        prior, rho = w.type_prior_K, self.config.rho
-        events = range(start, start + t + 1)
-        total = np.zeros(3 * self.n)
-        item = [(int(self.log.item[e]) // self.n, int(self.log.item[e]) % self.n) for e in events]
-        service = {(e, n): self.services(e, n) for e in events for n in range(self.n_needs)}
-        chosen = {
-            (e, n, z, s): self.items(e, start, n, z, s)
-            for e in events for n in range(self.n_needs) for z in range(3) for s in range(self.n_types)
-        }  # fmt: skip
-        chain = {(e, p): self.needs(e, p) for e in events for p in ([None] if e == start else range(self.n_needs))}
-        for u, *types in itertools.product(range(self.n_types), repeat=4):
-            weight = prior[u] * self.fields(user, u)
-            for s in types:
-                weight *= rho * (s == u) + (1 - rho) * prior[s]
-            for path in itertools.product(range(self.n_needs), repeat=t + 1):
-                probability = weight
-                for k, e in enumerate(events):
-                    probability *= chain[e, path[k - 1] if k else None][path[k]]
-                    if k < t:
-                        z, position = item[k]
-                        probability *= service[e, path[k]][z] * chosen[e, path[k], z, types[z]][position]
-                for z in range(3):
-                    share = probability * service[e, path[t]][z]
-                    total[z * self.n : (z + 1) * self.n] += share * np.array(chosen[e, path[t], z, types[z]])
-        return total / total.sum()
 
 
 @pytest.mark.parametrize(
@@ -133,6 +28,7 @@ class Enumeration:
         ({"identical_users": True}, False, 5),
         ({"n_needs": 1, "n_types": 3}, True, 6),
         ({"rho": 0.0, "n_closed": 2}, False, 7),
+        ({"n_services": 6, "n_closed": 2}, True, 8),
     ],
 )
 def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
@@ -149,7 +45,7 @@ def test_equals_the_enumeration_of_all_latent_paths(fields, use_profile, seed):
         ),
     )
     if "n_closed" in fields:  # as drawn, but never the event's own service
-        opened = read_openings(dataset.context, dataset.log.context, 3)
+        opened = read_openings(dataset.context, dataset.log.context, dataset.catalogue.n_services)
         is_closed = ~opened[np.arange(len(opened)), dataset.event_service]
         assert not opened[~is_closed].all()
         dataset.log.context[is_closed, 3] = 0
@@ -342,11 +238,13 @@ def test_other_services_tell_nothing_of_a_service_exactly_when_rho_and_tau_are_z
     assert (np.abs(one - other).max() < 1e-4) == (fields["rho"] == fields["tau"] == 0)
 
 
-def test_identical_services_are_exchangeable():
-    """Exchanging two services everywhere in the past exchanges them in the prediction."""
-    dataset, world = generate(CityConfig(**(SMALL | {"identical_services": True})), 0)
+@pytest.mark.parametrize("order", [(1, 0, 2), (1, 0, 2, 4, 3, 5), (3, 1, 2, 0, 4, 5)])
+def test_identical_services_are_exchangeable(order):
+    """Exchanging two kinds, or two services of a kind, everywhere in the past exchanges them in the prediction."""
+    fields = {"identical_services": True, "n_services": len(order)}
+    dataset, world = generate(CityConfig(**(SMALL | fields)), 0)
     n = world.config.items_per_service
-    exchange = np.concatenate([np.arange(n) + z * n for z in (1, 0, 2)])
+    exchange = np.concatenate([np.arange(n) + z * n for z in order])
     swapped = with_log(dataset, item=exchange[dataset.log.item].astype(np.int32))
     a, b = (posterior_predictive(world, data, last_events(dataset)) for data in (dataset, swapped))
     np.testing.assert_allclose(b[:, exchange], a, atol=1e-4)
