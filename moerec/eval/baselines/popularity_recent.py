@@ -173,7 +173,7 @@ def _rank_by_time(
     order = np.argsort(dataset.log.time_us[examples.targets], kind="stable")
     ranks = rank_by_scores(scorer, dataset, examples.targets[order], examples.histories.take(order), mask_seen)
     back = np.argsort(order)
-    own, union = (RankCounts(counts.greater[back], counts.equal[back]) for counts in ranks)
+    own, union = (RankCounts(counts.greater[back], counts.equal[back]) for counts in (ranks.in_service, ranks.union))
     return Ranks(own, union)
 
 

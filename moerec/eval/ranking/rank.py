@@ -134,7 +134,8 @@ def evaluate_targets(
     were calibrated to where services are asked, `valid/temperature`.
     """
     predictor = calibrate(predictor, catalog, examples)
-    in_service, union = map(per_target_metrics, rank_targets(predictor, examples, catalog))
+    ranks = rank_targets(predictor, examples, catalog)
+    in_service, union = per_target_metrics(ranks.in_service), per_target_metrics(ranks.union)
     metrics = {f"valid/union/{name}": float(union[name].mean()) for name in ("ndcg@10", "recall@10")}
     if predictor.config.is_asked:
         metrics[TEMPERATURE] = float(predictor.temperature)
