@@ -65,7 +65,7 @@ def build_graph(dataset, split_ids, crosses, gap_decay):
         for sequence in train_sequences(dataset, split_ids, within).values():
             for a, b in itertools.combinations(range(len(sequence)), 2):
                 i, j = sequence[a], sequence[b]
-                if b - a <= 3 and i != j and (within or (crosses and of[i] != of[j])):
+                if b - a <= 10 and i != j and (within or (crosses and of[i] != of[j])):
                     add(i, j, gap_decay ** (b - a - 1))
                     add(j, i, gap_decay ** (b - a - 1))
     degree = {}

@@ -17,7 +17,7 @@ from moerec.data.histories import Histories
 from moerec.data.neighbors import count_transitions, make_item_graph, make_text_vectors, weigh_transitions
 from moerec.eval.baselines.item_to_item import weigh_histories
 
-MAX_GAP = 3  # places between two events that count as a transition
+MAX_GAP = 10  # places between two events that count as a transition
 OWN, ALL, JOINT = "own", "all", "joint"
 
 
@@ -33,7 +33,7 @@ class Settings(NamedTuple):
 
     history: str = ALL
     decay: float = 0.7
-    gap_decay: float | None = 0.5
+    gap_decay: float | None = 0.8
     text_weight: float = 0.1
 
 

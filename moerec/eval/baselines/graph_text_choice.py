@@ -14,7 +14,7 @@ from moerec.eval.baselines.graph_text import ALL, DEFAULT, JOINT, OWN, GraphText
 from moerec.eval.metrics import count_ranks, per_target_metrics
 from moerec.eval.ranking.dataset import EvalDataset, make_valid_set
 
-MOST_VALID = 4000  # validation targets that choose
+MOST_VALID = 8000  # validation targets that choose
 MOST_CELLS = 1 << 23  # scores of a block of targets
 
 
@@ -23,7 +23,7 @@ class Grid(NamedTuple):
 
     history: tuple[str, ...] = (OWN, ALL, JOINT)
     decay: tuple[float, ...] = (0.3, 0.5, 0.7, 0.85, 1.0)
-    gap_decay: tuple[float | None, ...] = (0.0, 0.5, 1.0)
+    gap_decay: tuple[float | None, ...] = (0.0, 0.5, 0.8, 1.0)
     text_weight: tuple[float, ...] = (0.0, 0.03, 0.1, 0.3, 1.0)
 
     @property
