@@ -10,6 +10,8 @@ import numpy as np
 from moerec.config import DataConfig
 from moerec.data import city
 from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset, floor_seconds, mark_unseen, permute_items
+from moerec.data.neighbors import FILE as NEIGHBORS
+from moerec.data.neighbors import Neighbors, load_neighbors, make_text_table, save_neighbors
 from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.prepare.tables_to_shards import is_current, prepare
@@ -35,6 +37,7 @@ class RunData:
       quarantined: rows that were put aside when it was prepared, by file and reason.
       notes: lines about what is odd in its times and clocks.
       zones: those that its clocks are by; None where the events' times name the offsets of their own, or all show UTC.
+      neighbors: the items' nearest by text, where the config asks for them.
     """
 
     dataset: Dataset
@@ -46,6 +49,7 @@ class RunData:
     quarantined: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     zones: Zones | None = None
+    neighbors: Neighbors | None = None
 
     @functools.cached_property
     def items_digest(self) -> str:
@@ -77,7 +81,10 @@ class RunData:
         """What a model is given of the items."""
         catalogue = self.dataset.catalogue
         count = np.bincount(self.dataset.log.item[self.split_ids == TRAIN], minlength=catalogue.n_items)
-        return Catalog(catalogue.service, self.tokens.ids, count.astype(np.float32))
+        found = Catalog(catalogue.service, self.tokens.ids, count.astype(np.float32))
+        if self.neighbors is None:
+            return found
+        return found._replace(neighbor_IX=self.neighbors.item_IX, similarity_IX=self.neighbors.similarity_IX)
 
 
 def _coarsen(time_us: np.ndarray) -> np.ndarray:
@@ -102,7 +109,7 @@ def load_data(config: DataConfig, workdir: Path) -> RunData:
         prepare(config, cache, accept if (workdir / DIGEST).exists() else None)
     data = _assemble(config, *_open(config, cache))
     _require_same(data, workdir)
-    return data
+    return _with_neighbors(config, data, workdir, is_kept=True)
 
 
 def reload_data(config: DataConfig, workdir: Path) -> RunData:
@@ -114,7 +121,26 @@ def reload_data(config: DataConfig, workdir: Path) -> RunData:
     from_memory = dataclasses.replace(config, reader="memory")  # a city's shards would be written anew
     data = _assemble(from_memory, *_open(from_memory, workdir / "data"))
     _require_same(data, workdir)
-    return data
+    return _with_neighbors(config, data, workdir, is_kept=False)
+
+
+def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: bool) -> RunData:
+    """The data with their text neighbors, of the run's table where it has one; `is_kept`: it is made, and written.
+
+    The table is data beside the run: one that was extended to items that came later is read as it is.
+    """
+    if not config.text_neighbors:
+        return data
+    path, catalogue = workdir / NEIGHBORS, data.dataset.catalogue
+    if path.exists():
+        neighbors = load_neighbors(path).align(catalogue)
+    else:
+        table = make_text_table(catalogue, config.text_neighbors)
+        neighbors = table.neighbors
+        if is_kept:
+            workdir.mkdir(parents=True, exist_ok=True)
+            save_neighbors(path, table)
+    return dataclasses.replace(data, neighbors=neighbors)
 
 
 def read_digests(workdir: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from moerec.data.load import DIGEST, RunData, load_data
 from moerec.data.prepare.tables_to_shards import describe_quarantine
 from moerec.data.splits import TRAIN
 from moerec.errors import InputError
-from moerec.eval.baselines import BASELINES, BaselineInputs
+from moerec.eval.baselines import BASELINES, BaselineInputs, TunedRanks
 from moerec.eval.baselines.ceiling import excess_log_loss, measure_attainable, rank_ceiling
 from moerec.eval.metrics import (
     Ranks,
@@ -137,6 +137,9 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
         for name in config.baselines
     }
     metrics["baselines"] = {name: build_table(found, service, services) for name, found in baselines.items()}
+    tuned = {name: found.settings for name, found in baselines.items() if isinstance(found, TunedRanks)}
+    if tuned:
+        metrics["baseline_settings"] = tuned
     intervals = table_intervals({"": ranks, **baselines}, service, services, examples.user, config.eval.n_boot)
     metrics["intervals"] = intervals.pop("")
     metrics["baseline_intervals"] = intervals

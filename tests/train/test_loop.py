@@ -365,7 +365,7 @@ def finished(tmp_path_factory):
     """A run with baselines of every kind: its config, its directory and its metrics."""
     folder = tmp_path_factory.mktemp("run")
     config = make_config()
-    config.baselines = ("popularity", "item_knn", "sasrec_one_negative", "sasrec_sampled")
+    config.baselines = ("popularity", "item_knn", "graph_text_own", "sasrec_one_negative", "sasrec_sampled")
     config.loss.n_negatives = 16
     return config, folder, run_experiment(config, folder)
 
@@ -383,6 +383,12 @@ def test_a_run_directory_holds_what_is_promised(finished):
             assert {"recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr", "n"} <= row.keys()
             assert 0 <= row["ndcg@5"] <= row["ndcg@10"] <= row["recall@10"] <= 1
             assert row["recall@5"] <= row["recall@10"]
+
+
+def test_what_a_baseline_was_tuned_to_is_kept(finished):
+    (settings,) = finished[2]["baseline_settings"].values()
+    assert settings["history"] == "own"
+    assert 0 < settings["valid_ndcg@10"] < 1
 
 
 def test_a_run_keeps_the_contract(finished, data_dir):

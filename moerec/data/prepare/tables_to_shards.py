@@ -16,7 +16,10 @@ import pyarrow as pa
 
 from moerec.config import DataConfig
 from moerec.data.dataset import TOTAL, UNKNOWN_TIME
-from moerec.data.far_times import (
+from moerec.data.prepare import row_validation as defects
+from moerec.data.prepare import shards, spill
+from moerec.data.prepare.binning import AmountScan, find_ranges, is_flag, name_ranges
+from moerec.data.prepare.far_times import (
     TimeCounts,
     add_counts,
     count_times,
@@ -24,9 +27,6 @@ from moerec.data.far_times import (
     describe_times,
     find_far_times,
 )
-from moerec.data.prepare import row_validation as defects
-from moerec.data.prepare import shards, spill
-from moerec.data.prepare.binning import AmountScan, find_ranges, is_flag, name_ranges
 from moerec.data.prepare.row_validation import DefectLog, RowCheck
 from moerec.data.prepare.side_tables import (
     Strangers,

@@ -6,7 +6,7 @@ import numpy as np
 
 from moerec.config import AuditConfig
 from moerec.data.dataset import UNKNOWN_TIME
-from moerec.data.far_times import count_times, describe_far_times, describe_times, find_far_times
+from moerec.data.prepare.far_times import count_times, describe_far_times, describe_times, find_far_times
 from moerec.data.splits import TEST, VALID
 from moerec.eval.audit.report import AuditRow, make_row
 from moerec.eval.audit.subject import Subject

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -35,6 +35,17 @@ class BaselineInputs(NamedTuple):
     data: RunData
     examples: EvalDataset
     workdir: Path
+
+
+class TunedRanks(Ranks):
+    """Ranks that come with what was chosen for them on the validation targets, for `metrics.json`."""
+
+    settings: dict[str, Any]
+
+    def __new__(cls, ranks: Ranks, settings: dict[str, Any]) -> "TunedRanks":
+        made = super().__new__(cls, *ranks)
+        made.settings = settings
+        return made
 
 
 Baseline = Callable[[BaselineInputs], Ranks]

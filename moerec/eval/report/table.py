@@ -17,6 +17,10 @@ _LABELS = {
     "popularity_by_hour": "popularity by service and hour",
     "markov": "Markov",
     "item_knn": "item kNN",
+    "graph_text": "item graph + texts",
+    "graph_text_no_text": "item graph",
+    "graph_text_no_graph": "item texts",
+    "graph_text_own": "item graph + texts (own service)",
     "sasrec_one_negative": "SASRec (one negative)",
     "sasrec_sampled": "SASRec (sampled softmax)",
 }

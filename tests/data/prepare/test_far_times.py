@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moerec.config import AuditConfig, DataConfig, SchemaConfig, SplitConfig, TablesConfig
 from moerec.data.dataset import UNKNOWN_TIME
-from moerec.data.far_times import add_counts, count_times, describe_far_times, find_far_times
+from moerec.data.prepare.far_times import add_counts, count_times, describe_far_times, find_far_times
 from moerec.data.prepare.shards import load_dataset
 from moerec.data.prepare.tables_to_shards import describe_report, prepare
 from moerec.eval.audit import run_audit
