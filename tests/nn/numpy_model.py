@@ -116,7 +116,8 @@ def text_vector(w: Weights, tokens, eps):
 def item_vector(w: Weights, item, table, eps):
     parts = []
     if "row_ID" in w:
-        parts.append(w["row_ID"][item])
+        is_trained = "no_row_D" not in w or table.count_I[item] > 0
+        parts.append(w["row_ID"][item] if is_trained else w["no_row_D"])
     if "text.table_VD" in w:
         parts.append(text_vector(part(w, "text"), table.token_IW[item], eps))
     return sum(parts)

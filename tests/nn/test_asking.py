@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.config import AskConfig, MoEConfig, PersonalConfig
+from moerec.config import AskConfig, Config, DataConfig, MoEConfig, PersonalConfig
 from moerec.nn.heads.answers import log_prob_all, log_prob_chosen
 from moerec.nn.model import Predictor
 from moerec.nn.moe.hypotheses import ask_all, ask_most_probable, ask_one, followed_services
-from moerec.types import Catalog
+from moerec.tasks import Draws, NextEvent
+from moerec.train.step import sum_losses
+from moerec.types import NO_TIME, Catalog
+from tests.nn import numpy_model as oracle
 from tests.small_model import SIZES, make_batch, make_config, make_model, make_table
 
 Z = SIZES.n_services
@@ -101,7 +104,8 @@ def test_all_services_asked_at_once_or_by_choice_give_the_same():
     answers = ask_everybody(model, BATCH, CATALOG, LAST)
     everything = log_prob_all(answers, catalog, OFFSETS)
     np.testing.assert_allclose(log_prob_chosen(answers, catalog), everything, atol=1e-5)
-    two = model.ask(BATCH, CATALOG, LAST, ask_most_probable(answers.log_domain_QZ, 2))
+    ask_two = jax.jit(lambda model, log_QZ: model.ask(BATCH, CATALOG, LAST, ask_most_probable(log_QZ, 2)))
+    two = ask_two(model, answers.log_domain_QZ)
     chosen = np.asarray(log_prob_chosen(two, catalog))
     kept = np.sort(np.argsort(-np.asarray(answers.log_domain_QZ), axis=1)[:, :2], axis=1)
     left = np.log(np.take_along_axis(np.exp(np.asarray(answers.log_domain_QZ)), kept, axis=1).sum(axis=1))
@@ -169,3 +173,101 @@ def test_a_hypothesis_opens_its_own_group_and_cross_alone(kind):
         assert alone
         moved = np.abs(np.asarray(ask(changed, z) - ask(model, z)))[alone].max()
         assert (moved > 1e-3) == (other in (z, Z)), (z, other)
+
+
+def answer_by_hand(w, model, state, row: int, slot: int, z: int) -> np.ndarray:
+    """`[I]`, p(item | service z) of a slot whose state is given, in loops and float64."""
+    service_I = np.asarray(TABLE.service_I)
+    head, config = oracle.part(w, "head.aggregator"), model.config
+    items = [oracle.item_vector(oracle.part(w, "item_encoder"), i, TABLE, 1e-6) for i in range(SIZES.n_items)]
+    own = service_I == z
+    softmax = np.zeros(SIZES.n_items)
+    softmax[own] = oracle.softmax(np.array(items)[own] @ state + w["head.bias_I"][own])
+    x = oracle.embed(w, BATCH, TABLE, config, SIZES.context_sizes, row)
+    seen = [s for s in range(slot + 1) if BATCH.segment_BT[row, s] == BATCH.segment_BT[row, slot]]
+    seen = [s for s in seen if BATCH.service_BT[row, s] == z]
+    logits = head["bias_ZX"][z] + state @ head["weight_ZDX"][z]
+    neighbor_IX, similarity_IX = np.asarray(CATALOG.neighbor_IX), np.asarray(CATALOG.similarity_IX)
+    parts = [softmax]
+    for x_place, group in enumerate([z, Z, Z + 1][: len(logits) - 1]):
+        is_text = group == Z + 1
+        pointees = [s for s in seen if not is_text or neighbor_IX[BATCH.item_BT[row, s], 0] >= 0]
+        p = np.zeros(SIZES.n_items)
+        if not pointees:
+            logits[x_place + 1] = -np.inf
+        else:
+            place, theta = BATCH.position_BT[row], config.rope_theta
+            query = oracle.rope(state @ head["query_DGH"][:, group], place[slot], theta)
+            keys = [oracle.rope(x[s] @ head["key_DGH"][:, group], place[s], theta) for s in pointees]
+            weight = np.array([query @ key for key in keys]) / np.sqrt(len(query))
+            if "time_bias_ZXX" in head:
+                asked_at = BATCH.request.time_BT[row, slot]
+                times = [(BATCH.time_BT[row, s], asked_at) for s in pointees]
+                buckets = [24 if NO_TIME in pair else oracle.gap(*pair) for pair in times]
+                weight += head["time_bias_ZXX"][z, x_place][buckets]
+            for s, share in zip(pointees, oracle.softmax(weight), strict=True):
+                item = BATCH.item_BT[row, s]
+                near = [j for j in neighbor_IX[item] if j >= 0]
+                if not is_text:
+                    p[item] += share
+                else:
+                    p[near] += share * oracle.softmax(head["sharpness_Z"][z] * similarity_IX[item][: len(near)])
+        parts.append(p)
+    return oracle.softmax(logits) @ np.array(parts)
+
+
+@pytest.mark.parametrize("kind", ["shared", "text", "personal"])
+def test_answers_are_those_of_loops_over_events_and_items(kind):
+    model = make_asked(kind)
+    answers = ask_everybody(model, BATCH, CATALOG, LAST)
+    log_p = log_prob_all(answers, model.bind(CATALOG), OFFSETS)
+    w = oracle.read_weights(model)
+    for q, flat in enumerate(LAST):
+        expected = np.zeros(SIZES.n_items)
+        for z in range(Z):
+            state = np.asarray(answers.state_QXD[q, z], np.float64)
+            p = answer_by_hand(w, model, state, *divmod(int(flat), BATCH.item_BT.shape[1]), z)
+            expected += np.exp(np.float64(answers.log_service_QX[q, z])) * p
+        np.testing.assert_allclose(np.exp(log_p[q]), expected, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["experts", "text"])
+def test_the_loss_of_a_target_is_its_log_probability_among_all_answers(kind):
+    """What training minimises, under the target's hypothesis, is what evaluation gives, having asked everybody."""
+    model, task = make_asked(kind), NextEvent()
+    config = Config(model=model.config, data=DataConfig(text_neighbors=3))
+    catalog = model.bind(CATALOG)
+    log_p = log_prob_all(ask_everybody(model, BATCH, CATALOG, LAST), catalog, OFFSETS)
+    followed = np.asarray(followed_services(BATCH, Z))
+
+    @jax.jit
+    def loss(item):
+        target = BATCH.targets["next_event"]._replace(label_BT=jnp.full(BATCH.item_BT.shape, item))
+        weight = jnp.zeros(BATCH.item_BT.size)
+        hypothesis = jnp.asarray(followed).reshape(-1).at[LAST].set(CATALOG.service_I[item]).reshape(followed.shape)
+        outputs = model.encode(BATCH, CATALOG, hypothesis_BT=hypothesis)
+
+        def of_slot(flat):
+            own = target._replace(weight_BT=weight.at[flat].set(1.0).reshape(followed.shape))
+            batch = BATCH._replace(targets={"next_event": own})
+            return task.loss(model, outputs, batch, catalog, Draws(), config).total
+
+        return jnp.stack([of_slot(flat) for flat in LAST])
+
+    for item in range(SIZES.n_items):
+        np.testing.assert_allclose(-loss(item), log_p[:, item], rtol=1e-4, atol=1e-4)
+
+
+def test_no_gradient_of_the_posterior_comes_from_the_answers_and_hypotheses_learn():
+    """Every parameter of the asked part is trained by the loss of one batch."""
+    model = make_asked("personal")
+    config = Config(model=model.config)
+
+    def total(model):
+        sums = sum_losses(model, BATCH, CATALOG, [NextEvent()], {"next_event": Draws()}, config)
+        return sums.tasks["next_event"].total
+
+    gradient = jax.jit(jax.grad(total))(model)
+    for name in ("hypothesis_ZD", "analyser"):
+        for leaf in jax.tree.leaves(getattr(gradient, name)):
+            assert np.abs(leaf).max() > 0

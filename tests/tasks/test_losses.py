@@ -12,7 +12,14 @@ import pytest
 from moerec.config import Config, LossConfig
 from moerec.nn.heads.xent import Mixture, XentCandidates, XentSlots, chunked_log_prob, chunked_softmax_xent
 from moerec.tasks import Candidates, Draws, NextEvent
-from moerec.tasks.losses import LOSSES, sample_in_service, sample_negatives, sampling_cdf
+from moerec.tasks.losses import (
+    LOSSES,
+    SamplingTable,
+    make_sampling_table,
+    sample_in_service,
+    sample_negatives,
+    sampling_cdf,
+)
 from moerec.types import Batch, Catalog, Outputs, Request, Target
 
 N_SLOTS, N_ITEMS, D = 7, 11, 4
@@ -284,16 +291,19 @@ def test_expectation_over_all_possible_draws_is_the_full_sum(n_draws):
     assert expectation == pytest.approx(exact, rel=1e-5)
 
 
+def make_whole_table(counts: np.ndarray, power: float) -> SamplingTable:
+    return jax.tree.map(jnp.asarray, make_sampling_table(counts, power, untrained=True))
+
+
 @functools.partial(jax.jit, static_argnums=2)
-def draw_sets(keys, cdf, n_draws):
-    return jax.vmap(lambda key: sample_negatives(key, cdf, (n_draws,)))(keys)
+def draw_sets(keys, table, n_draws):
+    return jax.vmap(lambda key: sample_negatives(key, table, (n_draws,)))(keys)
 
 
 @functools.cache
 def draw_many(power: float, n_draws: int = 20, n_sets: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
-    cdf = jnp.asarray(sampling_cdf(COUNT, power))
     keys = jax.random.split(jax.random.key(4), n_sets)
-    candidates = draw_sets(keys, cdf, n_draws)
+    candidates = draw_sets(keys, make_whole_table(COUNT, power), n_draws)
     return np.asarray(candidates.item_J), np.asarray(candidates.correction_J, np.float64)
 
 
@@ -318,10 +328,10 @@ def test_sums_over_draws_estimate_the_sum_over_the_catalogue():
 
 def test_gradients_of_the_sampled_softmax_converge_to_the_full_one():
     _, exact = softmax_by_hand(range(N_ITEMS), np.zeros(N_ITEMS))
-    cdf = jnp.asarray(sampling_cdf(COUNT, 0.5))
+    table = make_whole_table(COUNT, 0.5)
 
     def error(n_draws):
-        *_, gradients = loss_and_gradients(sample_negatives(jax.random.key(8), cdf, (n_draws,)), "sampled_softmax")
+        *_, gradients = loss_and_gradients(sample_negatives(jax.random.key(8), table, (n_draws,)), "sampled_softmax")
         return np.sqrt(sum(np.sum((g - e) ** 2) for g, e in zip(gradients, exact, strict=True)))
 
     size = np.sqrt(sum(np.sum(e**2) for e in exact))
@@ -348,17 +358,17 @@ def test_corrections_of_a_large_skewed_catalogue_are_those_of_the_draw():
     width = np.diff(cdf.astype(np.int64), prepend=-1)
     wanted = (1 + counts) / (1 + counts).sum()
     np.testing.assert_allclose(width / 2**32, wanted, rtol=1e-3)
-    drawn = sample_negatives(jax.random.key(0), jnp.asarray(cdf), (20_000,))
+    drawn = sample_negatives(jax.random.key(0), make_whole_table(counts, 1.0), (20_000,))
     np.testing.assert_allclose(drawn.correction_J, -np.log(20_000 * width[drawn.item_J] / 2**32), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("power", "sizes"), [(0.0, (3, 1, 7)), (1.0, (3, 1, 7)), (1.0, (11,))])
 def test_a_draw_in_the_service_follows_q_within_it(power, sizes):
     service = np.repeat(np.arange(len(sizes)), sizes)
-    cdf, n = jnp.asarray(sampling_cdf(COUNT, power)), 20_000
+    table, n = make_whole_table(COUNT, power), 20_000
     for target in (0, 3, 10):
         own = service == service[target]
-        items = sample_in_service(jax.random.key(target), cdf, jnp.asarray(service), jnp.full(n, target))
+        items = sample_in_service(jax.random.key(target), table, jnp.asarray(service), jnp.full(n, target))
         q = np.where(own, (1.0 + COUNT) ** power, 0)
         q /= q.sum()
         share = np.bincount(items, minlength=N_ITEMS) / n
@@ -366,8 +376,24 @@ def test_a_draw_in_the_service_follows_q_within_it(power, sizes):
         assert np.all(np.abs(share - q) <= 5 * np.sqrt(q * (1 - q) / n))
 
 
+def test_items_without_a_training_event_are_never_drawn():
+    """Wherever in the catalogue they stand; the others' shares and corrections are those of a catalogue without them."""
+    counts = np.array([0, 0, 3, 0, 1, 0, 4, 0])
+    trained = np.flatnonzero(counts)
+    table = make_sampling_table(counts, 0.8, untrained=False)
+    drawn = sample_negatives(jax.random.key(1), jax.tree.map(jnp.asarray, table), (4000,))
+    alone = sample_negatives(jax.random.key(1), make_whole_table(counts[trained], 0.8), (4000,))
+    np.testing.assert_array_equal(drawn.item_J, trained[alone.item_J])
+    np.testing.assert_array_equal(drawn.correction_J, alone.correction_J)
+    service = np.array([0, 0, 0, 1, 1, 1, 2, 2])
+    own = sample_in_service(jax.random.key(2), table, jnp.asarray(service), jnp.array([0, 3, 4, 7] * 50))
+    assert set(np.asarray(own).tolist()) == set(trained.tolist())
+    np.testing.assert_array_equal(service[own], service[[0, 3, 4, 7] * 50])
+    np.testing.assert_array_equal(make_sampling_table(np.zeros(3), 1.0, untrained=False).item_J, np.arange(3))
+
+
 def test_a_single_item_is_always_drawn():
-    drawn = sample_negatives(jax.random.key(0), jnp.asarray(sampling_cdf(np.array([3]), 1.0)), (5,))
+    drawn = sample_negatives(jax.random.key(0), make_whole_table(np.array([3]), 1.0), (5,))
     np.testing.assert_array_equal(drawn.item_J, 0)
     np.testing.assert_allclose(drawn.correction_J, -np.log(5), rtol=1e-6)
 

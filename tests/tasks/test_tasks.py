@@ -15,7 +15,7 @@ from moerec.errors import InputError
 from moerec.nn.attention import causal_segment_mask
 from moerec.tasks import Draws, NextEvent, check_loss, draw_one_each, draw_shared, make_tasks, register_loss
 from moerec.tasks.base import TASKS, find_domains, render_targets
-from moerec.tasks.losses import LOSSES, DrawInputs, sampling_cdf
+from moerec.tasks.losses import LOSSES, DrawInputs, make_sampling_table
 from moerec.train.state import start_state
 from moerec.train.step import make_train_step, sum_losses
 from moerec.types import EVENT
@@ -97,7 +97,7 @@ def test_pointers_need_a_loss_that_is_a_function_of_the_probability_among_all_it
 def dense_probability(model, outputs, vector_ID, bias_I) -> jax.Array:
     """`[B, T, I]`, p(item) of all items at once: the softmax, and the pointers' shares added where their events are."""
     softmax = jax.nn.softmax(outputs.state_BTD @ vector_ID.T + bias_I)
-    log_weight_BTX, copy_BTS = outputs.pointers
+    log_weight_BTX, copy_BTS = outputs.pointers[:2]
     one_hot_BSI = jax.nn.one_hot(BATCH.item_BT, SIZES.n_items) * (BATCH.kind_BT == EVENT)[..., None]
     return jnp.exp(log_weight_BTX[..., :1]) * softmax + jnp.einsum("BTS,BSI->BTI", copy_BTS, one_hot_BSI)
 
@@ -191,7 +191,7 @@ def test_what_is_drawn_goes_with_the_rows_or_is_shared_as_the_loss_says():
     assert draws["one_negative"].shared is None
     assert draws["one_negative"].by_row.item_J.shape == BATCH.item_BT.shape
     assert {kind for kind, c in config.items() if task.binds_catalog(c)} == {"full_softmax"}
-    inputs = DrawInputs(target_of(BATCH).label_BT, ON_DEVICE, jnp.asarray(sampling_cdf(TABLE.count_I, 0.5)), None)
+    inputs = DrawInputs(target_of(BATCH).label_BT, ON_DEVICE, make_sampling_table(TABLE.count_I, 0.5, True), None)
     inputs = inputs._replace(config=LossConfig(kind="one_negative", scope="service"))
     drawn = draw_one_each(key, inputs)
     np.testing.assert_array_equal(TABLE.service_I[drawn.item_J], TABLE.service_I[inputs.target_BT])

@@ -11,7 +11,8 @@ import pytest
 from moerec.config import MoEConfig
 from moerec.data.load import load_data
 from moerec.eval.evaluate_run import run_experiment
-from moerec.eval.probes.routing import calibration_error, collect_routing, describe_mixture, fit_temperature, macro_f1
+from moerec.eval.probes.routing import collect_routing, describe_mixture, macro_f1
+from moerec.eval.ranking.calibrate import calibration_error, fit_temperature
 from moerec.eval.ranking import EvalDataset, make_test_set
 from moerec.eval.report import write_report
 from moerec.nn.model import Predictor, SequenceModel
