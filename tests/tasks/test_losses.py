@@ -43,6 +43,7 @@ class Stub(NamedTuple):
         return self
 
     item_encoder = None
+    untrained_rows = True
 
     def vectors(self, item_X, catalog, tied):
         return self.vector_ID[item_X], self.bias_I[item_X]

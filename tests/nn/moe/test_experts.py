@@ -278,7 +278,8 @@ def route(operands, domain_S, moe, profile: bool):
     o = operands
     relevance, w_profile = (o["relevance"], o["w_profile"]) if profile else (None, None)
     weights = (o["router"], o["w_domain"], w_profile, o["bias"])
-    return route_slots(o["seen"], o["log_domain"], relevance, domain_S, *weights, moe)
+    inputs = RouterInputs(o["log_domain"], domain_S, jnp.ones(len(domain_S), bool), relevance)
+    return route_slots(o["seen"], inputs, *weights, moe)
 
 
 def route_by_hand(operands, domain_S, moe, profile: bool):
