@@ -127,13 +127,15 @@ class EvalConfig:
     n_boot: int = 1000
     n_test: int = 0  # 0 evaluates every test target
     popularity_days: float = 0.0  # window of popularity (recent); 0: the best of several on the validation targets
+    n_probed: int = 500  # targets on which the parts of an asked model are forced and taken away; 0 leaves that out
     interventions: bool = False  # what predictions lose without own profile, own context, events in other services
 
     def __post_init__(self):
         one_of(self.selection, "eval.selection", ("union", "in_service"))
         for name in ("batch_size", "n_boot"):
             require(getattr(self, name) >= 1, f"eval.{name}", "must be at least 1")
-        require(self.n_test >= 0, "eval.n_test", "must not be negative")
+        for name in ("n_test", "n_probed"):
+            require(getattr(self, name) >= 0, f"eval.{name}", "must not be negative")
         require(0 <= self.popularity_days < math.inf, "eval.popularity_days", "must be 0 or a number of days")
 
 

@@ -15,7 +15,7 @@ from moerec.config import Config
 from moerec.config.stored import store_config
 from moerec.data.load import DIGEST, RunData, load_data
 from moerec.data.prepare.tables_to_shards import describe_quarantine
-from moerec.data.splits import TRAIN
+from moerec.data.splits import TEST, TRAIN
 from moerec.errors import InputError
 from moerec.eval.baselines import BASELINES, BaselineInputs, TunedRanks
 from moerec.eval.baselines.ceiling import excess_log_loss, measure_attainable, rank_ceiling
@@ -29,12 +29,14 @@ from moerec.eval.metrics import (
 )
 from moerec.eval.per_target import FILE as RANKS
 from moerec.eval.per_target import write_ranks
+from moerec.eval.probes.asking import Prober, evaluate_asking
 from moerec.eval.probes.first_events import evaluate_first_events
 from moerec.eval.probes.interventions import evaluate_interventions
 from moerec.eval.probes.profile_aspects import describe_aspects
 from moerec.eval.probes.routing import collect_routing, describe_mixture, macro_f1, summarize_routing
 from moerec.eval.probes.transfer import describe_transfer
 from moerec.eval.ranking import EvalDataset, make_evaluator, make_test_set, make_valid_set, rank_targets
+from moerec.eval.ranking.calibrate import scale_posterior
 from moerec.eval.report import write_report
 from moerec.eval.report.result import read_result
 from moerec.eval.report.table import gap_closed, list_columns
@@ -148,6 +150,8 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
     metrics["best"] = compare_best_rows(ranks, baselines, columns, service, services, examples.user, config.seed)
     if data.world is not None:
         _add_ceiling(metrics, config, data, examples, ranks)
+    if config.model.is_asked and config.eval.n_probed:
+        metrics["probes"]["asking"] = _probe_asking(config, data, trained, examples)
     metrics["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return metrics
 
@@ -181,6 +185,19 @@ def _probe(metrics: dict[str, Any], config: Config, data: RunData, trained: Trai
         rows = examples.targets[examples.has_slot]
         aspects = describe_aspects(data.world, data.dataset, predictor.params, catalog, seen.relevance_QM, rows)
         metrics["probes"] |= {"profile_aspects": aspects} if aspects else {}
+
+
+def _probe_asking(config: Config, data: RunData, trained: TrainResult, examples: EvalDataset) -> dict[str, Any]:
+    """What the parts of an asked model are worth, on a fixed sample of the targets that have a slot."""
+    rng = np.random.default_rng([config.data.seed, TEST])
+    chosen = np.sort(rng.permutation(np.flatnonzero(examples.has_slot))[: config.eval.n_probed])
+    sample = EvalDataset(data.dataset, examples.targets[chosen], config)
+    seen = collect_routing(trained.predictor, sample, trained.catalog)
+    assert seen.log_domain_QZ is not None
+    log_posterior = scale_posterior(seen.log_domain_QZ, float(trained.predictor.temperature))
+    exact = rank_ceiling(sample, data, config.eval.mask_seen).log_service if data.world is not None else None
+    prober = Prober(trained.predictor, sample, trained.catalog)
+    return evaluate_asking(config, prober, log_posterior, exact, np.asarray(data.catalog.count_I))
 
 
 def _intervene(

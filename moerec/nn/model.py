@@ -218,6 +218,9 @@ class SequenceModel(nnx.Module):
         assert self.analyser is not None
         below = self._read(batch, catalog, None, None, profile) if below is None else below
         x_BTD, context = self._suppose(below.x_BTD, below.context, followed_services(batch, self.n_services))
+        if closed_G is not None and context.router is not None:
+            closed_BTG = jnp.minimum(context.router.closed_BTG, closed_G)
+            context = context._replace(router=context.router._replace(closed_BTG=closed_BTG))
         asked = place_asked(batch, flat_Q, config.window, context.profile)
 
         def pick(x_BTX):

@@ -14,17 +14,19 @@ from moerec.eval.ranking.dataset import EvalDataset
 
 
 class Ceiling(NamedTuple):
-    """Where the oracle puts each target, and its guess of the service."""
+    """Where the oracle puts each target, its guess of the service, and its log-posterior over services `[n, Z]`."""
 
     ranks: Ranks
     service: np.ndarray
+    log_service: np.ndarray
 
 
 def rank_ceiling(examples: EvalDataset, data: RunData, mask_seen: bool, **knowledge: bool) -> Ceiling:
     """The best that can be known of the targets. `knowledge` as in `predict_targets`."""
     assert data.world is not None
     n = len(examples.targets)
-    counts, guess, log_p = np.zeros((4, n), np.int64), np.zeros(n, np.int64), np.zeros(n)
+    counts, log_p = np.zeros((4, n), np.int64), np.zeros(n)
+    share = np.zeros((n, examples.dataset.catalogue.n_services))
     catalogue, item_of = examples.dataset.catalogue, examples.dataset.log.item
     for positions, scores in predict_targets(data.world, examples.dataset, examples.targets, **knowledge):
         item, service = examples.target_item[positions], examples.target_service[positions]
@@ -38,8 +40,8 @@ def rank_ceiling(examples: EvalDataset, data: RunData, mask_seen: bool, **knowle
         union = count_ranks(scores, item, seen)
         counts[:, positions] = own.greater, own.equal, union.greater, union.equal
         log_p[positions] = scores[np.arange(len(item)), item]
-        guess[positions] = np.add.reduceat(np.exp(scores), catalogue.offsets[:-1], axis=1).argmax(axis=1)
-    return Ceiling(Ranks(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3]), log_p), guess)
+        share[positions] = np.add.reduceat(np.exp(scores.astype(np.float64)), catalogue.offsets[:-1], axis=1)
+    return Ceiling(Ranks(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3]), log_p), share.argmax(axis=1), np.log(share))
 
 
 def excess_log_loss(ranks: Ranks, exact: Ranks, service: np.ndarray, services: tuple[str, ...]) -> dict[str, float]:

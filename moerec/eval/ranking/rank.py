@@ -41,7 +41,7 @@ def rank_batch(
     catalog: Catalog,
     profile_source_BT: jax.Array | None = None,
 ) -> BatchRanks:
-    """Counts by comparison, without a sort. A target that is itself among the seen items is a miss.
+    """Where a batch's targets stand.
 
     Args:
       catalog: bound. profile_source_BT: whose profile each slot gets, where not its own (`swap_profiles`).
@@ -51,10 +51,11 @@ def rank_batch(
         own = predictor.params.read_profiles(batch, catalog)
         profile = predictor.params.replace_profiles(own, profile_source_BT, batch)
     score_QI = predictor.score(batch, queries.slot, catalog, profile)
-    return _count_ranks(score_QI, queries)
+    return count_ranks_of_scores(score_QI, queries)
 
 
-def _count_ranks(score_QI: jax.Array, queries: RankQueries) -> BatchRanks:
+def count_ranks_of_scores(score_QI: jax.Array, queries: RankQueries) -> BatchRanks:
+    """Counts by comparison, without a sort. A target that is itself among the seen items is a miss."""
     target = jnp.maximum(queries.target, 0)[:, None]
     level = jnp.take_along_axis(score_QI, target, axis=1)
     item_I = jnp.arange(score_QI.shape[1])

@@ -155,11 +155,12 @@ def _draw_slices(slices: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     """The load as a picture, and the analyser's figures; None in a dense run."""
     routing = metrics.get("routing")
-    if not routing:
+    if not routing or "load" not in routing:
         return None
     services = metrics["dataset"]["services"]
-    groups = [*services, "cross-domain"]
-    n_per_group = len(routing["load"][0]) // len(groups)
+    n_experts, has_cross = len(routing["load"][0]), _has_cross(metrics)
+    groups = [*services, *(["cross-domain"] if has_cross else [])]
+    n_per_group = n_experts // len(groups)
     columns = [group for group in groups for _ in range(n_per_group)]
     labels = (
         ("macro-F1", "macro_f1"),
@@ -175,6 +176,12 @@ def _describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         "dropped": routing["dropped"],
         "max_over_mean": format_value(routing["max_over_mean"]),
     }
+
+
+def _has_cross(metrics: Mapping[str, Any]) -> bool:
+    """Whether there is a group across services; runs before `model.moe.cross` have one."""
+    model = (metrics.get("config") or {}).get("model") or {}
+    return bool((model.get("moe") or {}).get("cross", True))
 
 
 def _probe(metrics: Mapping[str, Any], name: str) -> Any:

@@ -11,7 +11,7 @@ from moerec.nn.layers import MASK_VALUE
 from moerec.types import Answers, Catalog, PointerMixture
 
 
-def _of_service(x: PointerMixture | None, place: int) -> PointerMixture | None:
+def _of_service(x: PointerMixture | None, place: int | jax.Array) -> PointerMixture | None:
     """The mixtures `[Q, ...]` of the services asked at one place of X; shares of neighbours are of the row's events."""
     if x is None:
         return None
@@ -45,27 +45,46 @@ def log_prob_all(answers: Answers, catalog: Catalog, offsets: tuple[int, ...]) -
     return jnp.concatenate(parts, axis=1)
 
 
+def _answer(answers: Answers, catalog: Catalog, place: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`[Q, I]`, log p(item | service) of the services asked at one place of X, laid over all items; and whose those are.
+
+    Outside a service's catalogue the values mean nothing.
+    """
+    vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
+    assert vector_ID is not None
+    assert bias_I is not None
+    own_QI = catalog.service_I == answers.service_QX[:, place, None]
+    score_QI = jnp.where(own_QI, answers.state_QXD[:, place] @ vector_ID.T + bias_I, -jnp.inf)
+    pointers, pointed_QI = _of_service(answers.pointers, place), None
+    if pointers is not None:
+        pointed_QI = spread_pointers(pointers, answers.item_QS, catalog)
+    return _mix(jax.nn.log_softmax(score_QI), pointers, pointed_QI), own_QI
+
+
 def log_prob_chosen(answers: Answers, catalog: Catalog) -> jax.Array:
     """`[Q, I]`, log p(item), whichever services were asked; -inf for the items of others.
 
     Every service's answer is laid over all items, so that it is for few queries, or few services.
     """
-    vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
-    assert vector_ID is not None
-    assert bias_I is not None
-    total_QI = jnp.full((answers.state_QXD.shape[0], vector_ID.shape[0]), -jnp.inf)
+    total_QI = jnp.full((answers.state_QXD.shape[0], catalog.service_I.shape[0]), -jnp.inf)
     for place in range(answers.service_QX.shape[1]):  # over the few services asked
-        own_QI = catalog.service_I == answers.service_QX[:, place, None]
-        score_QI = jnp.where(own_QI, answers.state_QXD[:, place] @ vector_ID.T + bias_I, -jnp.inf)
-        pointers, pointed_QI = _of_service(answers.pointers, place), None
-        if pointers is not None:
-            pointed_QI = spread_pointers(pointers, answers.item_QS, catalog)
-        answer_QI = _mix(jax.nn.log_softmax(score_QI), pointers, pointed_QI)
+        answer_QI, own_QI = _answer(answers, catalog, place)
         total_QI = jnp.where(own_QI, answers.log_service_QX[:, place, None] + answer_QI, total_QI)
     return total_QI
 
 
-def drop_component(pointers: PointerMixture, component: int) -> PointerMixture:
+def log_prob_target(answers: Answers, catalog: Catalog, target_Q: jax.Array) -> jax.Array:
+    """`[Q, X]`, log p(target | service) by each answer; -inf where the target is not of the service that answers."""
+
+    def of_place(place):
+        answer_QI, own_QI = _answer(answers, catalog, place)
+        answer_QI = jnp.where(own_QI, answer_QI, -jnp.inf)
+        return jnp.take_along_axis(answer_QI, target_Q[:, None], axis=1)[:, 0]
+
+    return jax.lax.map(of_place, jnp.arange(answers.service_QX.shape[1])).T
+
+
+def drop_component(pointers: PointerMixture, component: int | jax.Array) -> PointerMixture:
     """The mixtures without one of their components, the others' weights made larger in proportion.
 
     Where it was the only one it stays: an answer needs one.

@@ -1,0 +1,190 @@
+"""What experts, hypotheses, the posterior and the components of an asked model are worth, on a sample of the targets.
+
+Nothing is trained: parts of a trained model are forced, taken away or replaced, and what changes is the log-loss of the
+targets and their place in the union. A forced matrix whose diagonal is best proves that services differ, not that their
+experts are of use; `experiments.compare` of a run without them does.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.config import Config
+from moerec.eval.metrics import RankCounts, bucket_coldness, per_target_metrics
+from moerec.eval.ranking import EvalDataset, RankQueries
+from moerec.eval.ranking.rank import BatchRanks, count_ranks_of_scores
+from moerec.nn.heads.answers import drop_component, log_prob_target
+from moerec.nn.heads.service_answers import component_names
+from moerec.nn.layers import MASK_VALUE
+from moerec.nn.model import Predictor
+from moerec.nn.moe.hypotheses import Hypotheses, ask_all
+from moerec.nn.moe.router import count_groups
+from moerec.nn.sharding import mesh_of
+from moerec.types import Batch, Catalog
+
+FORCED = {"both": (True, True), "experts": (True, False), "vector": (False, True)}
+
+
+class Asked(NamedTuple):
+    """Of the targets that were probed. Attributes: `[n]` log-probabilities of the targets over the union, and their
+    NDCG@10 there.
+    """
+
+    log_p: np.ndarray
+    ndcg: np.ndarray
+
+
+@jax.jit
+def _answer_targets(
+    predictor: Predictor,
+    batch: Batch,
+    queries: RankQueries,
+    catalog: Catalog,
+    hypotheses: Hypotheses,
+    closed_G: jax.Array | None,
+) -> jax.Array:
+    """`[Q, X]`, log p(target | the service that answers) under each hypothesis."""
+    flat_Q = jnp.maximum(queries.slot, 0)
+    answers = predictor.ask(batch, catalog, flat_Q, hypotheses, closed_G=closed_G)
+    return log_prob_target(answers, catalog, jnp.maximum(queries.target, 0))
+
+
+@jax.jit
+def _rank_weighed(
+    predictor: Predictor,
+    batch: Batch,
+    queries: RankQueries,
+    catalog: Catalog,
+    log_weight_QZ: jax.Array | None,
+    component: jax.Array,
+) -> BatchRanks:
+    """Ranks where the answers have these weights (None: the analyser's), and one component (-1: none) is taken away."""
+    flat_Q = jnp.maximum(queries.slot, 0)
+    below = predictor.params.read(batch, catalog)
+    log_weight_QZ = predictor.weigh_services(below, flat_Q) if log_weight_QZ is None else log_weight_QZ
+    answers = predictor.ask(batch, catalog, flat_Q, ask_all(log_weight_QZ), below=below)
+    if answers.pointers is not None:
+        dropped = drop_component(answers.pointers, component)
+        pointers = jax.tree.map(lambda a, b: jnp.where(component >= 0, a, b), dropped, answers.pointers)
+        answers = answers._replace(pointers=pointers)
+    return count_ranks_of_scores(predictor.weigh_answers(answers, queries.slot, catalog), queries)
+
+
+class Prober:
+    """Runs probes over targets that have a slot to ask at."""
+
+    def __init__(self, predictor: Predictor, examples: EvalDataset, catalog: Catalog):
+        self.predictor, self.examples, self.catalog = predictor, examples, catalog
+        self.n_services = examples.dataset.catalogue.n_services
+
+    def answers(self, vector: int | None, group: int | None, closed: int | None = None) -> np.ndarray:
+        """`[n]`, log p(target | its service), under another service's vector and experts, or without a group."""
+        parts, n_groups = [], count_groups(self.predictor.config.moe, self.n_services)
+        closed_G = None if closed is None else jnp.where(jnp.arange(n_groups) == closed, MASK_VALUE, 0.0)
+        with mesh_of(self.predictor):
+            for which, batch, queries in self.examples.batches():
+                own_Q1 = np.zeros((len(queries.slot), 1), np.int32)
+                own_Q1[: which.stop - which.start, 0] = self.examples.target_service[which]
+                vector_Q1, group_Q1 = (own_Q1 if z is None else np.full_like(own_Q1, z) for z in (vector, group))
+                asked = Hypotheses(np.zeros(own_Q1.shape, np.float32), own_Q1, vector_Q1, group_Q1)
+                found = _answer_targets(self.predictor, batch, queries, self.catalog, asked, closed_G)
+                parts.append(np.asarray(found, np.float64)[: which.stop - which.start, 0])
+        return np.concatenate(parts)
+
+    def ranks(self, log_weight: np.ndarray | None = None, component: int = -1) -> Asked:
+        """The targets' log-probabilities and places, where the answers of services have other weights `[n, Z]`."""
+        log_p, greater, equal = [], [], []
+        with mesh_of(self.predictor):
+            for which, batch, queries in self.examples.batches():
+                n, weight_QZ = which.stop - which.start, None
+                if log_weight is not None:
+                    weight_QZ = np.zeros((len(queries.slot), self.n_services), np.float32)
+                    weight_QZ[:n] = log_weight[which]
+                place = jnp.asarray(component)
+                found = _rank_weighed(self.predictor, batch, queries, self.catalog, weight_QZ, place)
+                log_p.append(np.asarray(found.log_p, np.float64)[:n])
+                greater.append(np.asarray(found.greater_union, np.int64)[:n])
+                equal.append(np.asarray(found.equal_union, np.int64)[:n])
+        counts = RankCounts(np.concatenate(greater), np.concatenate(equal))
+        return Asked(np.concatenate(log_p), per_target_metrics(counts)["ndcg@10"])
+
+
+def evaluate_asking(
+    config: Config, prober: Prober, log_posterior: np.ndarray, exact: np.ndarray | None, count_I: np.ndarray
+) -> dict[str, Any]:
+    """`probes["asking"]`: `forced`, `removed`, `posteriors` and `components`.
+
+    `forced[what][a][z]` is the mean loss (nats) of the targets of service z, which answers, under the vector and the
+    experts of a (`both`), or one of the two. `removed[group][z]` is what the loss of z's targets grows by without a
+    group of experts. `posteriors` are log-loss and union NDCG@10 by whose p(service) weighs the answers: the model's
+    own, uniform, another target's, the exact one (built-in world). `components[name]` is what log-probability and union
+    NDCG@10 lose without a component, by how many training events the target and the last event before it have.
+
+    Args:
+      log_posterior: `[n, Z]`, the model's own p(service). exact: that of the oracle, or None. count_I: training events.
+    """
+    examples, services = prober.examples, prober.examples.dataset.catalogue.services
+    service = examples.target_service
+    has_experts = bool(config.model.moe.layers)
+    own_answer = prober.answers(None, None)
+
+    def by_service(values: np.ndarray) -> list[float | None]:
+        return [float(values[service == z].mean()) if np.any(service == z) else None for z in range(len(services))]
+
+    found: dict[str, Any] = {"n": len(service), "forced": {}, "removed": {}}
+    for what, (is_expert, is_vector) in FORCED.items():
+        if has_experts or not is_expert:
+            found["forced"][what] = [
+                by_service(-prober.answers(z if is_vector else None, z if is_expert else None))
+                for z in range(len(services))
+            ]
+    if has_experts:
+        groups = (*services, "cross")[: count_groups(config.model.moe, len(services))]
+        for g, name in enumerate(groups):
+            found["removed"][name] = by_service(own_answer - prober.answers(None, None, closed=g))
+    own = prober.ranks()
+    found["posteriors"] = _weigh(prober, own, log_posterior, exact)
+    found["components"] = _drop(config, prober, own, count_I)
+    return found
+
+
+def _weigh(
+    prober: Prober, own: Asked, log_posterior: np.ndarray, exact: np.ndarray | None
+) -> dict[str, dict[str, float]]:
+    n_services = log_posterior.shape[1]
+    weights = {"uniform": np.full_like(log_posterior, -np.log(n_services)), "another's": np.roll(log_posterior, 1, 0)}
+    if exact is not None:
+        weights["exact"] = exact
+    found = {"own": own} | {name: prober.ranks(weight) for name, weight in weights.items()}
+    return {name: {"log_loss": float(-x.log_p.mean()), "ndcg@10": float(x.ndcg.mean())} for name, x in found.items()}
+
+
+def _drop(config: Config, prober: Prober, own: Asked, count_I: np.ndarray) -> dict[str, Any]:
+    examples = prober.examples
+    if not config.model.has_pointers:
+        return {}
+    item = examples.dataset.log.item
+    last = examples.histories.last(1)
+    count_before = np.zeros(len(examples.targets))
+    count_before[last.owner] = count_I[item[last.rows]]
+    labels = {
+        "target": bucket_coldness(count_I[examples.target_item]),
+        "last_event": bucket_coldness(count_before),
+    }
+    found = {}
+    for place, name in enumerate(component_names(config.model)):
+        without = prober.ranks(component=place)
+        lost = {"log_p": own.log_p - without.log_p, "ndcg@10": own.ndcg - without.ndcg}
+        row: dict[str, Any] = {"all": {metric: float(x.mean()) for metric, x in lost.items()}}
+        for which, label in labels.items():
+            row[which] = {
+                str(value): {
+                    "n": int(np.sum(label == value)),
+                    **{metric: float(x[label == value].mean()) for metric, x in lost.items()},
+                }
+                for value in dict.fromkeys(label[np.argsort(label, kind="stable")].tolist())
+            }
+        found[name] = row
+    return found
