@@ -20,7 +20,7 @@ _LABELS = {
     "graph_text": "item graph + texts",
     "graph_text_no_text": "item graph",
     "graph_text_no_graph": "item texts",
-    "graph_text_own": "item graph + texts (own service)",
+    "graph_text_own": "item graph + texts (own)",
     "sasrec_one_negative": "SASRec (one negative)",
     "sasrec_sampled": "SASRec (sampled softmax)",
 }
