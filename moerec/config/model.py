@@ -177,8 +177,6 @@ class ModelConfig:
         one_of(self.attention, "model.attention", ("auto", "reference", "xla_blocks"))
         require(self.window >= 0, "model.window", "must not be negative")
         require(not self.pointer_time_bias or self.is_asked, "model.pointer_time_bias", "needs model.ask.from_layer")
-        needed = "the text pointer is one of several (model.pointer)"
-        require(not self.text_pointer or self.pointer != "none", "model.text_pointer", needed)
         outside = [layer for layer in self.group_starts if not 0 < layer < self.n_layers]
         require(not outside, "model.group_starts", f"{outside} of {self.n_layers} layers (from 1)")
         for name in ("moe", "personal"):
@@ -199,6 +197,11 @@ class ModelConfig:
     @property
     def has_pointers(self) -> bool:
         """Whether the softmax is mixed with pointers."""
+        return self.has_copies or self.text_pointer
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether some of them give items of the user's own history again."""
         return self.pointer != "none"
 
     @property

@@ -31,8 +31,8 @@ class AnswerAggregator(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
         k_query, k_key, k_weight = jax.random.split(key, 3)
         self.n_services = n_services if config.has_service_pointers else 0
-        self.has_text = config.text_pointer
-        d, g, h = config.d_model, self.n_services + 1 + self.has_text, config.d_pointer
+        self.has_copies, self.has_text = config.has_copies, config.text_pointer
+        d, g, h = config.d_model, self.n_services + self.has_copies + self.has_text, config.d_pointer
         zeros = jax.nn.initializers.zeros
         self.query_DGH = declare(k_query, (d, g, h), ("embed", None, None), fan_in)
         self.key_DGH = declare(k_key, (d, g, h), ("embed", None, None), fan_in)
@@ -52,7 +52,8 @@ class AnswerAggregator(nnx.Module):
         logit_BGTS = jnp.einsum("BTGH,BSGH->BGTS", query_BTGH, key_BTGH) * query_BTGH.shape[-1] ** -0.5
         own_BGS = batch.service_BT[:, None] == jnp.arange(self.n_services)[:, None]
         is_event_BS = batch.kind_BT == EVENT
-        own_BGS = jnp.concatenate([own_BGS, is_event_BS[:, None]], axis=1)
+        if self.has_copies:
+            own_BGS = jnp.concatenate([own_BGS, is_event_BS[:, None]], axis=1)
         if self.has_text:
             has_BS = is_event_BS & has_neighbors(batch.item_BT, catalog)
             own_BGS = jnp.concatenate([own_BGS, has_BS[:, None]], axis=1)
@@ -63,7 +64,7 @@ class AnswerAggregator(nnx.Module):
         can_BTG = jnp.moveaxis(jnp.any(open_BGTS, axis=-1), 1, 2)
         can_BTX = jnp.pad(can_BTG, ((0, 0), (0, 0), (1, 0)), constant_values=True)
         log_weight_BTX = jax.nn.log_softmax(jnp.where(can_BTX, logit_BTX, MASK_VALUE))
-        weight_BTG, n_copy = jnp.exp(log_weight_BTX[..., 1:]), self.n_services + 1
+        weight_BTG, n_copy = jnp.exp(log_weight_BTX[..., 1:]), self.n_services + self.has_copies
         copy_BTS = jnp.einsum("BTG,BGTS->BTS", weight_BTG[..., :n_copy], pointer_BGTS[:, :n_copy])
         if not self.has_text:
             return PointerMixture(log_weight_BTX, copy_BTS)

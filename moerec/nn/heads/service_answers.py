@@ -53,7 +53,7 @@ class Asking(NamedTuple):
 
 def component_names(config: ModelConfig) -> tuple[str, ...]:
     """The components of a service's answer, in the order of their weights."""
-    pointers = (("own", config.has_service_pointers), ("shared", config.has_pointers), ("text", config.text_pointer))
+    pointers = (("own", config.has_service_pointers), ("shared", config.has_copies), ("text", config.text_pointer))
     return ("softmax", *(name for name, is_there in pointers if is_there))
 
 
