@@ -1,4 +1,4 @@
-"""The main job on the built-in world: domain experts, a profile over three services, their baselines and the ceiling.
+"""The main job on the built-in world: every service asked, a profile over three services, their baselines and the ceiling.
 
 Command: python -m experiments.train --config=configs/demo.py --workdir=runs/demo   (or `make demo`)
 Hardware: two CPU cores.
@@ -8,13 +8,13 @@ Result: union NDCG@10 .2083; SASRec with sampled softmax .1116, ceiling .2497; 8
 
 import dataclasses
 
-from configs import city_moe
+from configs import city_asked
 from moerec.config import DEFAULT_BASELINES, Config, PersonalConfig
 
 
 def get_config() -> Config:
     """The configuration of this file."""
-    base = city_moe.get_config()
+    base = city_asked.get_config()
     # Fewer steps than the study's: the whole demo is to end in minutes.
     train = dataclasses.replace(base.train, steps=300, eval_every=150, save_every=150)
     model = dataclasses.replace(base.model, personal=PersonalConfig(layers=(1,)))

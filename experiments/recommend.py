@@ -1,7 +1,8 @@
 """Lists what a user most probably wants next, by the best parameters of a run.
 
 python -m experiments.recommend --workdir=runs/demo --user=NAME [--context=weather=rain,holiday=yes]
-    [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--profiles=DIR] [--fields=age=35-49] [--new_user] [--json]
+    [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--profiles=DIR] [--fields=age=35-49] [--new_user]
+    [--mass=.99] [--json]
 
 Without `--time` and `--context` they are not known; `--time` is UTC or names an offset, its place's clock. `p` is the
 probability that the item is what the user takes next, of all items of all services, if that is what the model was
@@ -9,8 +10,8 @@ trained for (`loss.scope=union`). With `--profiles`, a store of `experiments.obs
 Who has no event before the time, or is new (`--new_user`), is answered by the request alone, its fields included.
 
 Below the list stands what the model made of the request: the services that its need may belong to (the semantic
-analyser), the mixture's weights (the answer aggregator: the softmax over the catalogue, and pointers into the user's
-history), and what of the profile matters (the profile router).
+analyser); where services are asked, what each answers, with its weight, its experts and its components (the answer
+aggregator); else the mixture's weights; and what of the profile matters (the profile router).
 """
 
 import sys
@@ -34,7 +35,7 @@ def main(_, flags):
     profile, notes = recall_profile(run, user, request, Path(flags.profiles) if flags.profiles else None)
     for note in [*list_unseen(run, request.context), *notes]:
         print(note, file=sys.stderr)
-    answer = recommend(run, user, request, flags.top_k, profile)
+    answer = recommend(run, user, request, flags.top_k, profile, flags.mass)
     if flags.profiles and profile is None:
         answer = answer._replace(relevance=None)
     found = describe_answer(run, answer)
@@ -51,6 +52,7 @@ FLAGS = {
     "service": ("", "a service, for a list of its items alone"),
     "profiles": ("", "a store of profiles, made by experiments.observe"),
     "top_k": (10, "items of the list"),
+    "mass": (1.0, "where services are asked: only the most probable ones, that have this much of the posterior together"),
 }
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ class RankCounts:
         return len(self.greater)
 
 
+PARTS = ("in_service", "union")  # of `Ranks`: among what targets are ranked
+
+
 class Ranks(NamedTuple):
     """Where each target stands in its service's catalogue and among the items of all services: of a model, a baseline
     or the oracle.

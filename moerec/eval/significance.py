@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moerec.eval.metrics import RankCounts, Ranks, per_target_metrics
+from moerec.eval.metrics import PARTS, RankCounts, Ranks, per_target_metrics
 
 INTERVAL_METRICS = ("ndcg@10", "recall@10")
 LEVEL = 0.05  # a row is called the best where the corrected p-value is below
@@ -157,8 +157,8 @@ def compare_best_rows(
     rows: dict[str | None, Ranks] = {None: model}
     for name, ranks in baselines.items():
         rows[name] = ranks
-    values = {part: {name: per_target_metrics(getattr(r, part)) for name, r in rows.items()} for part in Ranks._fields}
-    found: dict[str, dict[str, dict[str, Any]]] = {part: {} for part in Ranks._fields}
+    values = {part: {name: per_target_metrics(getattr(r, part)) for name, r in rows.items()} for part in PARTS}
+    found: dict[str, dict[str, dict[str, Any]]] = {part: {} for part in PARTS}
     tests = []
     for part, key, metric in columns:
         chosen = np.ones(len(user), bool) if key == "all" else service == services.index(key)

@@ -15,6 +15,7 @@ from moerec.eval.probes.profile_aspects import relevance_of_aspects
 from moerec.nn.heads.item import log_prob_items
 from moerec.nn.model import Predictor
 from moerec.nn.profile import MemoryParams, UserState
+from moerec.serve.asking import AskedAnswer, ask_services, describe_asked
 from moerec.serve.profiles import explain_difference, observe_events, open_profiles, read_profile
 from moerec.serve.request import RecommendRequest, encode_context, encode_fields, hide_unknown
 from moerec.terminal import printable
@@ -29,7 +30,8 @@ class Recommendation(NamedTuple):
     domain: `[Z]`, the analyser's posterior over services; None in a dense model.
     relevance: `[M]`, what each slot of the profile matters to the request; None in a model without one, and where
       nothing is known of a user that a profile could hold.
-    weight: `[X]`, weights of the mixture's components; None where there is one.
+    weight: `[X]`, weights of the mixture's components; None where there is one, and where services are asked.
+    asked: where they are, what each answers.
     """
 
     item: np.ndarray
@@ -37,46 +39,62 @@ class Recommendation(NamedTuple):
     domain: np.ndarray | None
     relevance: np.ndarray | None
     weight: np.ndarray | None
+    asked: AskedAnswer | None = None
 
 
 def recommend(
-    run: Run, user: str | None, request: RecommendRequest, n: int, profile: UserState | None = None
+    run: Run, user: str | None, request: RecommendRequest, n: int, profile: UserState | None = None, mass: float = 1.0
 ) -> Recommendation:
     """The `n` items that a user most probably wants next, after all of their events before the request.
 
     Who has no event before it, or is nobody yet (None), is answered by the request alone: its time, context and fields.
     Items that the user had by then are no candidates where the configuration says so (`eval.mask_seen`). Of the events
     the model is given the last `data.history_len`; with a `profile`, those that it has not seen, and it beside them.
+    Where services are asked, those are that have `mass` of the posterior together; the items of others have no
+    probability.
 
     Raises:
-      InputError: `n` below 1; nobody is called so; there are no events, and the model was not trained to do without;
+      InputError: `n` below 1; `mass` out of (0, 1]; nobody is called so; there are no events, and the model was not trained to do without;
         an unknown feature, field or service; no such time; the profile has seen all events before the request.
     """
     config, dataset = run.config, run.data.dataset
     if n < 1:
         raise InputError("--top_k: must be at least 1")
+    if not 0 < mass <= 1:
+        raise InputError("--mass: must lie in (0, 1]")
     rows = find_history(run, user, request)
     if not len(rows) and not config.data.first_event:
         raise InputError(f"--user: {user!r} has no events before the request, and the run has data.first_event=false")
-    allowed = np.ones(dataset.catalogue.n_items, bool)
+    allowed, service = np.ones(dataset.catalogue.n_items, bool), None
     if request.service:
         if request.service not in dataset.catalogue.services:
             raise InputError(f"--service: {request.service!r} is none of {', '.join(dataset.catalogue.services)}")
-        allowed = dataset.catalogue.service == dataset.catalogue.services.index(request.service)
+        service = dataset.catalogue.services.index(request.service)
+        allowed = dataset.catalogue.service == service
     if config.eval.mask_seen:
         allowed[dataset.log.item[rows]] = False
     is_continued = profile is not None and int(profile.n_events) > 0
     if profile is not None:
         rows, profile = _continue_profile(run, rows, profile)
     batch, slot = _make_batch(run, user, rows, request, is_continued)
+    is_known = bool(is_continued or len(rows) or batch.request.field_BTY[0, slot].any())
+    if config.model.is_asked:
+        log_p_I, asked = ask_services(run, batch, slot, profile, allowed, n, mass, service)
+        best = _find_best(log_p_I, allowed & np.isfinite(log_p_I), n)
+        relevance = asked.relevance if is_known else None
+        return Recommendation(best, log_p_I[best].astype(np.float64), asked.domain, relevance, None, asked)
     log_p_I, found = _predict(run.predictor, batch, slot, run.catalog, profile)
     log_p_I = np.asarray(log_p_I, np.float64)
-    best = np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
+    best = _find_best(log_p_I, allowed, n)
     domain, relevance, weight = found
-    if not (is_continued or len(rows) or batch.request.field_BTY[0, slot].any()):
+    if not is_known:
         relevance = None
     found = domain, relevance, weight
     return Recommendation(best, log_p_I[best], *(None if x is None else np.asarray(x) for x in found))
+
+
+def _find_best(log_p_I: np.ndarray, allowed: np.ndarray, n: int) -> np.ndarray:
+    return np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
 
 
 def recall_profile(
@@ -218,6 +236,9 @@ def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:
         found["domain"] = dict(zip(catalogue.services, map(float, answer.domain), strict=True))
         shares = ", ".join(f"{name} {p:.2f}" for name, p in found["domain"].items())
         lines.append(f"service of what comes next: {shares}")
+    if answer.asked is not None:
+        found["services"], of_services = describe_asked(run, answer.asked)
+        lines += of_services
     if answer.weight is not None:
         names = ["catalogue", *(f"own {name}" for name in catalogue.services), "own history"]
         names = names if len(names) == len(answer.weight) else [names[0], names[-1]]  # one pointer

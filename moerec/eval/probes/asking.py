@@ -119,8 +119,9 @@ def evaluate_asking(
     `forced[what][a][z]` is the mean loss (nats) of the targets of service z, which answers, under the vector and the
     experts of a (`both`), or one of the two. `removed[group][z]` is what the loss of z's targets grows by without a
     group of experts. `posteriors` are log-loss and union NDCG@10 by whose p(service) weighs the answers: the model's
-    own, uniform, another target's, the exact one (built-in world). `components[name]` is what log-probability and union
-    NDCG@10 lose without a component, by how many training events the target and the last event before it have.
+    own, uniform, another target's (`random`), the exact one (built-in world). `components[name]` is what log-probability and union
+    NDCG@10 lose without a component (which leaves a target no less than a uniform guess), by how many training events
+    the target and the last event before it have.
 
     Args:
       log_posterior: `[n, Z]`, the model's own p(service). exact: that of the oracle, or None. count_I: training events.
@@ -154,7 +155,7 @@ def _weigh(
     prober: Prober, own: Asked, log_posterior: np.ndarray, exact: np.ndarray | None
 ) -> dict[str, dict[str, float]]:
     n_services = log_posterior.shape[1]
-    weights = {"uniform": np.full_like(log_posterior, -np.log(n_services)), "another's": np.roll(log_posterior, 1, 0)}
+    weights = {"uniform": np.full_like(log_posterior, -np.log(n_services)), "random": np.roll(log_posterior, 1, axis=0)}
     if exact is not None:
         weights["exact"] = exact
     found = {"own": own} | {name: prober.ranks(weight) for name, weight in weights.items()}
@@ -176,7 +177,9 @@ def _drop(config: Config, prober: Prober, own: Asked, count_I: np.ndarray) -> di
     found = {}
     for place, name in enumerate(component_names(config.model)):
         without = prober.ranks(component=place)
-        lost = {"log_p": own.log_p - without.log_p, "ndcg@10": own.ndcg - without.ndcg}
+        # What is left may give an item nothing at all: then it knows no more than a uniform guess.
+        log_p = np.maximum(without.log_p, -np.log(examples.dataset.catalogue.n_items))
+        lost = {"log_p": own.log_p - log_p, "ndcg@10": own.ndcg - without.ndcg}
         row: dict[str, Any] = {"all": {metric: float(x.mean()) for metric, x in lost.items()}}
         for which, label in labels.items():
             row[which] = {

@@ -84,6 +84,36 @@ def log_prob_target(answers: Answers, catalog: Catalog, target_Q: jax.Array) -> 
     return jax.lax.map(of_place, jnp.arange(answers.service_QX.shape[1])).T
 
 
+def split_components(answers: Answers, catalog: Catalog) -> jax.Array:
+    """`[Q, X, C, I]`, what each component gives to each item; over C they add up to p(item | service).
+
+    For few queries: it is laid over all items.
+    """
+    vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
+    assert vector_ID is not None
+    assert bias_I is not None
+    rows = []
+    for place in range(answers.service_QX.shape[1]):  # over the few services asked
+        own_QI = catalog.service_I == answers.service_QX[:, place, None]
+        score_QI = jnp.where(own_QI, answers.state_QXD[:, place] @ vector_ID.T + bias_I, -jnp.inf)
+        softmax_QI = jax.nn.softmax(score_QI)
+        pointers = _of_service(answers.pointers, place)
+        if pointers is None:
+            rows.append(softmax_QI[:, None])
+            continue
+        assert pointers.part_BXTS is not None
+        parts = [jnp.exp(pointers.log_weight_BTX[:, :1]) * softmax_QI]
+        n_pointers, has_text = pointers.part_BXTS.shape[1], pointers.neighbor_BTS is not None
+        for x in range(n_pointers):
+            given_QS, is_text = pointers.part_BXTS[:, x], has_text and x == n_pointers - 1
+            alone = pointers._replace(
+                copy_BTS=jnp.zeros_like(given_QS) if is_text else given_QS, neighbor_BTS=given_QS if is_text else None
+            )
+            parts.append(spread_pointers(alone, answers.item_QS, catalog))
+        rows.append(jnp.stack(parts, axis=1))
+    return jnp.stack(rows, axis=1)
+
+
 def drop_component(pointers: PointerMixture, component: int | jax.Array) -> PointerMixture:
     """The mixtures without one of their components, the others' weights made larger in proportion.
 
