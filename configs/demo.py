@@ -1,4 +1,4 @@
-"""The main job on the built-in world: every service asked, a profile over three services, their baselines and the ceiling.
+"""The main job on the built-in world: every service asked, with a profile over all, its baselines and the ceiling.
 
 Command: python -m experiments.train --config=configs/demo.py --workdir=runs/demo   (or `make demo`)
 Hardware: two CPU cores.

@@ -52,7 +52,10 @@ FLAGS = {
     "service": ("", "a service, for a list of its items alone"),
     "profiles": ("", "a store of profiles, made by experiments.observe"),
     "top_k": (10, "items of the list"),
-    "mass": (1.0, "where services are asked: only the most probable ones, that have this much of the posterior together"),
+    "mass": (
+        1.0,
+        "where services are asked: only the most probable ones, with this much of the posterior",
+    ),
 }
 
 if __name__ == "__main__":

@@ -182,7 +182,9 @@ class ModelConfig:
         for name in ("moe", "personal"):
             outside = [layer for layer in getattr(self, name).layers if not 0 <= layer < self.n_layers]
             require(not outside, f"model.{name}.layers", f"{outside} of {self.n_layers} layers (from 0)")
-        require(self.ask.from_layer < self.n_layers, "model.ask.from_layer", f"there are {self.n_layers} layers (from 0)")
+        require(
+            self.ask.from_layer < self.n_layers, "model.ask.from_layer", f"there are {self.n_layers} layers (from 0)"
+        )
         early = [layer for layer in self.moe.layers if layer < self.ask.from_layer]
         require(not early, "model.moe.layers", f"{early} are of the trunk, below what is asked (model.ask.from_layer)")
         first_upper = self.ask.from_layer or min(self.moe.layers, default=0)

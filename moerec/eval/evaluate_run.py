@@ -214,9 +214,7 @@ def _intervene(
     return found
 
 
-def _add_ceiling(
-    metrics: dict[str, Any], config: Config, data: RunData, examples: EvalDataset, ranks: Ranks
-) -> None:
+def _add_ceiling(metrics: dict[str, Any], config: Config, data: RunData, examples: EvalDataset, ranks: Ranks) -> None:
     ceiling = rank_ceiling(examples, data, config.eval.mask_seen)
     services = data.dataset.catalogue.services
     metrics["ceiling"] = build_table(ceiling.ranks, examples.target_service, services)

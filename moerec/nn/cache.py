@@ -115,7 +115,7 @@ def attend_asked(
 
 
 def bias_asked(personal: ProfileAttention, asked: AskedSlots) -> tuple[jax.Array, jax.Array]:
-    """What a personal layer adds to the logits of the past's events, `[Q, 1, N, S]`, and of the own one, `[Q, 1, N]`."""
+    """What a personal layer adds to the logits of past events, `[Q, 1, N, S]`, and of the own one, `[Q, 1, N]`."""
     assert asked.profile is not None
     past, own = jnp.zeros((1, 1, 1, 1)), jnp.zeros((1, 1, 1))
     if personal.time_bias_NX is not None:

@@ -124,10 +124,11 @@ def ask_services(
     below, log_weight_Z, relevance_M = _read(predictor, batch, at, catalog, start_B)
     service_X, log_weight_X = choose_services(np.asarray(log_weight_Z), mass, service)
     asked_QX = service_X[None]
-    hypotheses = Hypotheses(log_weight_X[None], asked_QX, asked_QX, asked_QX)
+    hypotheses = Hypotheses(*map(jnp.asarray, (log_weight_X[None], asked_QX, asked_QX, asked_QX)))
     n_listed = min(n, len(allowed))
     found = _ask(predictor, batch, at, catalog, below, hypotheses, allowed, n_listed)
-    log_p_I, best_XJ, item_XJ, part_XJC, gate_XC, routed_LZE = (None if x is None else np.asarray(x) for x in found)
+    log_p_I, best_XJ, item_XJ, part_XJC, gate_XC = map(np.asarray, found[:-1])
+    routed_LZE = None if found[-1] is None else np.asarray(found[-1])
     answers = []
     for place, (z, weight) in enumerate(zip(service_X.tolist(), np.exp(log_weight_X).tolist(), strict=True)):
         kept = best_XJ[place] >= 0
@@ -156,6 +157,7 @@ def describe_asked(run: Run, found: AskedAnswer) -> tuple[dict[str, Any], list[s
                 "text": str(catalogue.text[i]),
                 "p": float(p),
                 "components": {c: float(x) for c, x in zip(components, part, strict=True)},
+                "source": components[int(np.argmax(part))],
             }
             for i, p, part in zip(answer.item, answer.p, answer.part, strict=True)
         ]
@@ -172,6 +174,5 @@ def describe_asked(run: Run, found: AskedAnswer) -> tuple[dict[str, Any], list[s
         gates = ", ".join(f"{c} {w:.2f}" for c, w in zip(components, answer.gate, strict=True))
         lines.append(f"{name} ({answer.weight:.2f}; {gates}{experts}):")
         for item in listed[:3]:
-            source = max(item["components"], key=item["components"].__getitem__)
-            lines.append(f"{item['p']:9.4f}  {item['id']:<12s} {item['text']} ({source})")
+            lines.append(f"{item['p']:9.4f}  {item['id']:<12s} {item['text']} ({item['source']})")
     return services, lines

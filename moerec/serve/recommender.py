@@ -54,8 +54,9 @@ def recommend(
     probability.
 
     Raises:
-      InputError: `n` below 1; `mass` out of (0, 1]; nobody is called so; there are no events, and the model was not trained to do without;
-        an unknown feature, field or service; no such time; the profile has seen all events before the request.
+      InputError: `n` below 1; `mass` out of (0, 1]; nobody is called so; there are no events, and the model was not
+        trained to do without; an unknown feature, field or service; no such time; the profile has seen all events
+        before the request.
     """
     config, dataset = run.config, run.data.dataset
     if n < 1:
@@ -90,7 +91,8 @@ def recommend(
     if not is_known:
         relevance = None
     found = domain, relevance, weight
-    return Recommendation(best, log_p_I[best], *(None if x is None else np.asarray(x) for x in found))
+    domain, relevance, weight = (None if x is None else np.asarray(x) for x in found)
+    return Recommendation(best, log_p_I[best], domain, relevance, weight)
 
 
 def _find_best(log_p_I: np.ndarray, allowed: np.ndarray, n: int) -> np.ndarray:

@@ -55,7 +55,9 @@ class Stub(NamedTuple):
 
     def encode(self, batch) -> Outputs:
         mask_BTS = causal_segment_mask(batch.segment_BT)
-        return Outputs(self.state, None, None, None, self.aggregator(self.state, self.event, batch, mask_BTS, ON_DEVICE))
+        return Outputs(
+            self.state, None, None, None, self.aggregator(self.state, self.event, batch, mask_BTS, ON_DEVICE)
+        )
 
     def loss(self, batch, config: LossConfig, draws: Draws = Draws()) -> jax.Array:  # noqa: B008 - it has no state
         batch = jax.tree.map(jnp.asarray, batch)

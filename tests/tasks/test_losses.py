@@ -378,7 +378,7 @@ def test_a_draw_in_the_service_follows_q_within_it(power, sizes):
 
 
 def test_items_without_a_training_event_are_never_drawn():
-    """Wherever in the catalogue they stand; the others' shares and corrections are those of a catalogue without them."""
+    """Wherever in the catalogue they stand; the others' shares and corrections are those without them."""
     counts = np.array([0, 0, 3, 0, 1, 0, 4, 0])
     trained = np.flatnonzero(counts)
     table = make_sampling_table(counts, 0.8, untrained=False)

@@ -41,7 +41,11 @@ def rank_ceiling(examples: EvalDataset, data: RunData, mask_seen: bool, **knowle
         counts[:, positions] = own.greater, own.equal, union.greater, union.equal
         log_p[positions] = scores[np.arange(len(item)), item]
         share[positions] = np.add.reduceat(np.exp(scores.astype(np.float64)), catalogue.offsets[:-1], axis=1)
-    return Ceiling(Ranks(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3]), log_p), share.argmax(axis=1), np.log(share))
+    return Ceiling(
+        Ranks(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3]), log_p),
+        share.argmax(axis=1),
+        np.log(share),
+    )
 
 
 def excess_log_loss(ranks: Ranks, exact: Ranks, service: np.ndarray, services: tuple[str, ...]) -> dict[str, float]:

@@ -88,7 +88,8 @@ class Prober:
                 own_Q1 = np.zeros((len(queries.slot), 1), np.int32)
                 own_Q1[: which.stop - which.start, 0] = self.examples.target_service[which]
                 vector_Q1, group_Q1 = (own_Q1 if z is None else np.full_like(own_Q1, z) for z in (vector, group))
-                asked = Hypotheses(np.zeros(own_Q1.shape, np.float32), own_Q1, vector_Q1, group_Q1)
+                weight_Q1 = np.zeros(own_Q1.shape, np.float32)
+                asked = Hypotheses(*map(jnp.asarray, (weight_Q1, own_Q1, vector_Q1, group_Q1)))
                 found = _answer_targets(self.predictor, batch, queries, self.catalog, asked, closed_G)
                 parts.append(np.asarray(found, np.float64)[: which.stop - which.start, 0])
         return np.concatenate(parts)
@@ -119,9 +120,9 @@ def evaluate_asking(
     `forced[what][a][z]` is the mean loss (nats) of the targets of service z, which answers, under the vector and the
     experts of a (`both`), or one of the two. `removed[group][z]` is what the loss of z's targets grows by without a
     group of experts. `posteriors` are log-loss and union NDCG@10 by whose p(service) weighs the answers: the model's
-    own, uniform, another target's (`random`), the exact one (built-in world). `components[name]` is what log-probability and union
-    NDCG@10 lose without a component (which leaves a target no less than a uniform guess), by how many training events
-    the target and the last event before it have.
+    own, uniform, another target's (`random`), the exact one (built-in world). `components[name]` is what log-probability
+    and union NDCG@10 lose without a component (which leaves a target no less than a uniform guess), by how many training
+    events the target and the last event before it have.
 
     Args:
       log_posterior: `[n, Z]`, the model's own p(service). exact: that of the oracle, or None. count_I: training events.

@@ -43,7 +43,7 @@ def _read_posterior(predictor: Predictor, batch: Batch, slot_Q: jax.Array, catal
 
 
 def calibrate(predictor: Predictor, catalog: Catalog, examples: EvalDataset) -> Predictor:
-    """The predictor with the temperature of the analyser's posterior that fits these targets; they must be validation's.
+    """The predictor with the temperature that fits the analyser's posterior to these targets, which are validation's.
 
     Only where services are asked does the posterior weigh anything.
     """

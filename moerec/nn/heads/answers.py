@@ -3,6 +3,8 @@
 Each service answers over its own catalogue, so that an item is one service's to give.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -35,7 +37,7 @@ def log_prob_all(answers: Answers, catalog: Catalog, offsets: tuple[int, ...]) -
     assert vector_ID is not None
     assert bias_I is not None
     parts = []
-    for z, (low, high) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):  # over services: shapes differ
+    for z, (low, high) in enumerate(itertools.pairwise(offsets)):  # over services: shapes differ
         score_QI = answers.state_QXD[:, z] @ vector_ID[low:high].T + bias_I[low:high]
         pointers, pointed_QI = _of_service(answers.pointers, z), None
         if pointers is not None:
@@ -46,7 +48,7 @@ def log_prob_all(answers: Answers, catalog: Catalog, offsets: tuple[int, ...]) -
 
 
 def _answer(answers: Answers, catalog: Catalog, place: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`[Q, I]`, log p(item | service) of the services asked at one place of X, laid over all items; and whose those are.
+    """`[Q, I]`, log p(item | service) of the services at one place of X, laid over all items; and which are theirs.
 
     Outside a service's catalogue the values mean nothing.
     """

@@ -80,14 +80,12 @@ def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Cata
 
 def pick_slots(pointers: PointerMixture, flat_Q: jax.Array, n_slots: int) -> PointerMixture:
     """The mixtures at flat slots, with a leading axis Q in the place of B and T."""
-
-    def pick(x_BTX):
-        return None if x_BTX is None else x_BTX.reshape(-1, x_BTX.shape[-1])[flat_Q]
-
     share_BSX = pointers.share_BSX
     share_QSX = None if share_BSX is None else share_BSX[flat_Q // n_slots]
-    of_slots = (pick(x) for x in (pointers.log_weight_BTX, pointers.copy_BTS, pointers.neighbor_BTS))
-    return PointerMixture(*of_slots, share_QSX)
+    log_weight_QX, copy_QS = (x.reshape(-1, x.shape[-1])[flat_Q] for x in pointers[:2])
+    neighbor_BTS = pointers.neighbor_BTS
+    neighbor_QS = None if neighbor_BTS is None else neighbor_BTS.reshape(-1, n_slots)[flat_Q]
+    return PointerMixture(log_weight_QX, copy_QS, neighbor_QS, share_QSX)
 
 
 def spread_pointers(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog) -> jax.Array:

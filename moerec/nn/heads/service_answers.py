@@ -138,8 +138,5 @@ def _favour_softmax(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     return jnp.zeros(shape, dtype).at[:, 0].set(CATALOGUE_BIAS)
 
 
-
-
-
 def _first_sharpness(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     return jnp.full(shape, FIRST_SHARPNESS, dtype)

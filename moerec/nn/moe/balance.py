@@ -16,8 +16,8 @@ from moerec.types import Routing
 def target_load(config: MoEConfig, n_services: int, is_asked: bool = False) -> np.ndarray:
     """`[Z, E]`, rows adding up to one: of the assignments of a domain's slots, the share that each expert should get.
 
-    The own group gets `own_group_fraction`, the cross group `cross_group_fraction`, the other groups what is left; under
-    a hypothesis, which closes them, nothing.
+    The own group gets `own_group_fraction`, the cross group `cross_group_fraction`, the other groups what is left;
+    under a hypothesis, which closes them, nothing.
     """
     share_ZG = np.zeros((n_services, count_groups(config, n_services)))
     others = 0 if is_asked else 1 - config.own_group_fraction - config.cross_group_fraction

@@ -85,8 +85,8 @@ class DomainExperts(nnx.Module):
         relevance_BTM = None if self.w_profile_EM is None else inputs.relevance_BTM
         rows = Rows(x_BTD, seen_BTD, inputs._replace(relevance_BTM=relevance_BTM))
         matrices = (getattr(self, name)[...] for name in MATRICES)
-        features = (None if w is None else w[...] for w in (self.w_domain_EZ, self.w_profile_EM))
-        weights = Weights(self.router_ED[...], *features, bias_E, *matrices)
+        w_domain, w_profile = (None if w is None else w[...] for w in (self.w_domain_EZ, self.w_profile_EM))
+        weights = Weights(self.router_ED[...], w_domain, w_profile, bias_E, *matrices)
         bounded = key is not None and bool(moe.capacity_factor)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:

@@ -12,8 +12,8 @@ from moerec.config import MoEConfig
 from moerec.data.load import load_data
 from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.probes.routing import collect_routing, describe_mixture, macro_f1
-from moerec.eval.ranking.calibrate import calibration_error, fit_temperature
 from moerec.eval.ranking import EvalDataset, make_test_set
+from moerec.eval.ranking.calibrate import calibration_error, fit_temperature
 from moerec.eval.report import write_report
 from moerec.nn.model import Predictor, SequenceModel
 from moerec.train.run_dir import bind_catalog, make_sizes

@@ -19,13 +19,11 @@ from moerec.nn.block import (
 )
 from moerec.nn.cache import AskedSlots, place_asked
 from moerec.nn.embeddings import ItemEncoder, SlotEncoder
-from moerec.nn.heads.answers import log_prob_all
-from moerec.nn.heads.item import ItemHead, score_items
+from moerec.nn.heads.item import ItemHead
 from moerec.nn.heads.service_answers import Asking, ServiceAnswers
 from moerec.nn.layers import RMSNorm, declare, dropout, normal
 from moerec.nn.moe.analyser import Analyser
-from moerec.nn.moe.experts import DomainExperts
-from moerec.nn.moe.hypotheses import Hypotheses, ask_all, close_groups, followed_services, suppose_vector, temper
+from moerec.nn.moe.hypotheses import Hypotheses, close_groups, followed_services, suppose_vector
 from moerec.nn.moe.router import RouterInputs, count_groups
 from moerec.nn.profile import ProfileRequest, ProfileState, UserState, count_profile_slots, make_personalizer
 from moerec.nn.profile.profile_router import ProfileRouter, read_slot_profiles, swap_profiles
@@ -219,6 +217,7 @@ class SequenceModel(nnx.Module):
         below = self._read(batch, catalog, None, None, profile) if below is None else below
         x_BTD, context = self._suppose(below.x_BTD, below.context, followed_services(batch, self.n_services))
         if closed_G is not None and context.router is not None:
+            assert context.router.closed_BTG is not None
             closed_BTG = jnp.minimum(context.router.closed_BTG, closed_G)
             context = context._replace(router=context.router._replace(closed_BTG=closed_BTG))
         asked = place_asked(batch, flat_Q, config.window, context.profile)
@@ -381,75 +380,3 @@ class SequenceModel(nnx.Module):
                 domain_BT = jnp.full_like(batch.segment_BT, -1) if domain_BT is None else domain_BT
                 context = context._replace(router=RouterInputs(known, domain_BT, batch.segment_BT > 0, relevance_BTM))
         return x_BTD, context, log_domain_BTZ, relevance_BTM
-
-
-class Predictor(NamedTuple):
-    """All that a trained model needs to answer: its parameters, and what is none of them.
-
-    Attributes:
-      params: the module. router_bias_LE: biases of its routers; None in a dense model.
-      temperature: of the posterior by which the services' answers are weighed, fitted on validation.
-    """
-
-    params: SequenceModel
-    router_bias_LE: jax.Array | None
-    temperature: jax.Array | float = 1.0
-
-    def encode(self, batch: Batch, catalog: Catalog, **options: Any) -> Outputs:
-        """`SequenceModel.encode` under the routers' biases."""
-        return self.params.encode(batch, catalog, router_bias_LE=self.router_bias_LE, **options)
-
-    def ask(self, batch: Batch, catalog: Catalog, flat_Q: jax.Array, hypotheses: Hypotheses, **options: Any) -> Answers:
-        """`SequenceModel.ask` under the routers' biases."""
-        options["router_bias_LE"] = self.router_bias_LE
-        return self.params.ask(batch, catalog, flat_Q, hypotheses, **options)
-
-    def weigh_services(self, below: Below, flat_Q: jax.Array) -> jax.Array:
-        """`[Q, Z]`, log p(service) at flat slots, as it weighs the answers."""
-        assert below.log_domain_BTZ is not None
-        return temper(below.log_domain_BTZ.reshape(-1, below.log_domain_BTZ.shape[-1])[flat_Q], self.temperature)
-
-    def score(
-        self, batch: Batch, slot_Q: jax.Array, catalog: Catalog, profile: ProfileState | None = None
-    ) -> jax.Array:
-        """`[Q, I]` scores of all items of a bound catalogue at flat slots, whose softmax over the items is p(item).
-
-        Where services are asked (all of them) they are its logarithm. At slot -1, where there is no history and no
-        control slot, the biases speak alone.
-        """
-        if not self.config.is_asked:
-            return score_items(self.encode(batch, catalog, profile=profile), batch, slot_Q, catalog)
-        flat_Q = jnp.maximum(slot_Q, 0)
-        below = self.params.read(batch, catalog, profile)
-        answers = self.ask(batch, catalog, flat_Q, ask_all(self.weigh_services(below, flat_Q)), below=below)
-        return self.weigh_answers(answers, slot_Q, catalog)
-
-    def weigh_answers(self, answers: Answers, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
-        """`[Q, I]`, log p(item) by the answers of all services; at slot -1 by biases alone."""
-        log_p_QI = log_prob_all(answers, catalog, self.params.service_offsets)
-        assert self.params.analyser is not None
-        log_bias_Z = temper(jax.nn.log_softmax(self.params.analyser.bias_Z[...]), self.temperature)
-        nothing = Answers(
-            jnp.broadcast_to(log_bias_Z, answers.log_service_QX.shape),
-            answers.service_QX,
-            jnp.zeros_like(answers.state_QXD),
-            *(None, answers.item_QS, answers.log_domain_QZ, None, None),
-        )
-        log_prior_QI = log_prob_all(jax.tree.map(lambda x: x[:1], nothing), catalog, self.params.service_offsets)
-        return jnp.where(slot_Q[:, None] >= 0, log_p_QI, log_prior_QI)
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.params.config
-
-
-def count_active_params(model: SequenceModel) -> int:
-    """Parameters that a slot's prediction depends on: all but those of the experts that it does not go to."""
-    total = sum(leaf.size for leaf in jax.tree.leaves(model))
-    moe = model.config.moe
-    for blocks in model.groups:
-        if isinstance(blocks.ffn, DomainExperts):
-            matrices = (blocks.ffn.gate_EDF, blocks.ffn.up_EDF, blocks.ffn.down_EFD)
-            n_experts = blocks.ffn.router_ED.shape[1]
-            total -= sum(m.size // n_experts * (n_experts - moe.n_active) for m in matrices)
-    return total
