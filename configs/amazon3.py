@@ -50,6 +50,7 @@ def get_config() -> Config:
             first_event=False,  # the published protocols predict from a history alone
         ),
         model=ModelConfig(
+            untrained_rows=True,  # as measured
             n_layers=1,
             d_model=128,
             n_heads=4,

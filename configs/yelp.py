@@ -48,7 +48,14 @@ def get_config() -> Config:
             first_event=False,  # the published protocols predict from a history alone
         ),
         model=ModelConfig(
-            n_layers=1, d_model=64, d_ff=128, dropout=0.5, service=False, action=False, request_time=False
+            untrained_rows=True,  # as measured
+            n_layers=1,
+            d_model=64,
+            d_ff=128,
+            dropout=0.5,
+            service=False,
+            action=False,
+            request_time=False,
         ),
         loss=LossConfig(kind="sampled_softmax", n_negatives=4096),
         optim=OptimConfig(learning_rate=2e-3),

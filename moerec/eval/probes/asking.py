@@ -120,9 +120,9 @@ def evaluate_asking(
     `forced[what][a][z]` is the mean loss (nats) of the targets of service z, which answers, under the vector and the
     experts of a (`both`), or one of the two. `removed[group][z]` is what the loss of z's targets grows by without a
     group of experts. `posteriors` are log-loss and union NDCG@10 by whose p(service) weighs the answers: the model's
-    own, uniform, another target's (`random`), the exact one (built-in world). `components[name]` is what log-probability
-    and union NDCG@10 lose without a component (which leaves a target no less than a uniform guess), by how many training
-    events the target and the last event before it have.
+    own, uniform, another target's (`random`), the exact one (built-in world). `components[name]` is what log-likelihood
+    and union NDCG@10 lose without a component (which leaves a target no less than a uniform guess), by how many
+    training events the target and the last event before it have.
 
     Args:
       log_posterior: `[n, Z]`, the model's own p(service). exact: that of the oracle, or None. count_I: training events.

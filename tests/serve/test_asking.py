@@ -1,0 +1,162 @@
+"""A run in which every service is asked: its answers, what they are made of, and what is reported of them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from moerec.config import AskConfig, MoEConfig
+from moerec.data.splits import TEST
+from moerec.errors import InputError
+from moerec.eval.evaluate_run import run_experiment
+from moerec.eval.ranking import EvalDataset, rank_targets
+from moerec.eval.ranking.calibrate import calibrate
+from moerec.serve.asking import choose_services
+from moerec.serve.bench import bench_recommend
+from moerec.serve.recommender import describe_answer, recommend
+from moerec.serve.request import RecommendRequest
+from moerec.train.run_dir import load_run
+from tests.tiny import make_config, make_moving_step
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = make_config(steps=2, eval_every=2)
+    moe = MoEConfig(layers=(1,), n_per_group=1, d_expert=8, tile=8)
+    ask = AskConfig(from_layer=1, d_analyser=8)
+    model = dataclasses.replace(config.model, moe=moe, ask=ask, pointer="services", text_pointer=True)
+    data = dataclasses.replace(config.data, text_neighbors=4)
+    evaluation = dataclasses.replace(config.eval, batch_size=8, n_probed=12)
+    config = dataclasses.replace(config, model=model, data=data, eval=evaluation, baselines=())
+    folder = tmp_path_factory.mktemp("asked")
+    with pytest.MonkeyPatch.context() as patch:  # nothing here is of what a run has learnt
+        patch.setattr("moerec.train.loop.make_train_step", make_moving_step)
+        run_experiment(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def asked(folder):
+    return load_run(folder)
+
+
+@pytest.fixture(scope="module")
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_the_temperature_of_the_best_validation_is_kept(asked, metrics):
+    assert asked.predictor.temperature == pytest.approx(metrics["valid"]["valid/temperature"])
+    assert asked.predictor.temperature == pytest.approx(metrics["routing"]["analyser"]["temperature"])
+    assert asked.predictor.temperature != 1
+
+
+def test_answers_are_those_of_the_evaluation(asked):
+    """The log-probability of a target by its own history and request; and the lists say what they are made of."""
+    dataset, log = asked.data.dataset, asked.data.dataset.log
+    row = int(np.flatnonzero(asked.data.split_ids == TEST)[3])
+    examples = EvalDataset(dataset, np.array([row]), asked.config)
+    wanted = rank_targets(asked.predictor, examples, asked.catalog).log_p[0]
+    user = str(dataset.users[log.users_of(np.array([row]))[0]])
+    names = dict(zip(dataset.context, log.context[row], strict=True))
+    context = {name: dataset.context[name][code - 1] for name, code in names.items() if code}
+    request = RecommendRequest(float(log.time_us[row] / 1e6), context)
+    n = dataset.catalogue.n_items
+    answer = recommend(asked, user, request, n)
+    assert answer.log_p[answer.item == log.item[row]][0] == pytest.approx(wanted, abs=1e-4)
+    assert np.exp(answer.log_p).sum() == pytest.approx(1, abs=1e-4)
+    assert answer.asked is not None
+    weights = {a.service: a.weight for a in answer.asked.answers}
+    np.testing.assert_allclose([weights[z] for z in range(3)], answer.domain, atol=1e-6)
+    for of_service in answer.asked.answers:
+        np.testing.assert_allclose(of_service.part.sum(axis=1), of_service.p, atol=1e-6)
+        assert of_service.p.sum() == pytest.approx(1, abs=1e-4)
+        assert np.all(np.diff(of_service.p) <= 1e-9)
+        np.testing.assert_allclose(of_service.expert.sum(), 1, atol=1e-5)
+        closed = [g for g in range(3) if g != of_service.service]
+        assert not of_service.expert[closed].any()
+        union = {int(i): lp for i, lp in zip(answer.item, answer.log_p, strict=True)}
+        own = [union[int(i)] for i in of_service.item]
+        np.testing.assert_allclose(np.exp(own), of_service.weight * of_service.p, atol=1e-6)
+
+
+def test_less_mass_asks_fewer_services_whose_items_alone_are_listed(asked):
+    request, n = RecommendRequest(), asked.data.dataset.catalogue.n_items
+    whole = recommend(asked, None, request, n)
+    first = int(np.argmax(whole.domain))
+    one = recommend(asked, None, request, n, mass=0.01)
+    assert [a.service for a in one.asked.answers] == [first]
+    assert set(asked.data.dataset.catalogue.service[one.item]) == {first}
+    np.testing.assert_allclose(np.exp(one.log_p).sum(), 1, atol=1e-4)
+    kept = np.isin(whole.item, one.item)
+    np.testing.assert_allclose(whole.log_p[kept] - np.log(whole.domain[first]), one.log_p, atol=1e-4)
+    name = asked.data.dataset.catalogue.services[first]
+    named = recommend(asked, None, RecommendRequest(service=name), n)
+    np.testing.assert_allclose(named.log_p, whole.log_p[kept], atol=1e-4)
+    with pytest.raises(InputError, match="--mass"):
+        recommend(asked, None, request, 5, mass=0.0)
+
+
+@pytest.mark.parametrize(
+    ("share", "mass", "n"), [((0.9, 0.06, 0.04), 0.9, 1), ((0.5, 0.3, 0.2), 0.75, 2), ((0.5, 0.3, 0.2), 0.99, 3)]
+)
+def test_services_are_asked_until_they_have_the_mass(share, mass, n):
+    chosen, log_weight = choose_services(np.log(np.array(share)[[2, 0, 1]]), mass, None)
+    assert chosen.tolist() == [1, 2, 0][:n]
+    np.testing.assert_allclose(np.exp(log_weight), np.array(share[:n]) / sum(share[:n]), rtol=1e-6)
+
+
+def test_an_answer_names_services_experts_and_components(asked):
+    found = describe_answer(asked, recommend(asked, None, RecommendRequest(), 4))
+    assert set(found["services"]) == set(asked.data.dataset.catalogue.services)
+    for name, answer in found["services"].items():
+        assert set(answer["components"]) == {"softmax", "own", "shared", "text"}
+        assert set(answer["experts"]) <= {name, "cross"}
+        assert len(answer["items"]) == 4
+        for item in answer["items"]:
+            assert sum(item["components"].values()) == pytest.approx(item["p"], abs=1e-6)
+    assert any("softmax" in line for line in found["lines"])
+    json.dumps({key: value for key, value in found.items() if key != "lines"})
+
+
+def test_a_run_reports_its_probes(asked, metrics):
+    """What is forced and what is not are one where they must be, and own weights are those of the table."""
+    probes, services = metrics["probes"]["asking"], metrics["dataset"]["services"]
+    assert probes["n"] == 12
+    for what in ("both", "experts", "vector"):
+        assert np.shape(probes["forced"][what]) == (3, 3)
+        np.testing.assert_allclose(np.diag(probes["forced"][what]), np.diag(probes["forced"]["both"]), atol=1e-5)
+    assert set(probes["removed"]) == {*services, "cross"}
+    assert set(probes["posteriors"]) == {"own", "uniform", "random", "exact"}
+    assert set(probes["components"]) == {"softmax", "own", "shared", "text"}
+    for row in probes["components"].values():
+        assert sum(bucket["n"] for bucket in row["target"].values()) == 12
+    assert set(metrics["excess_log_loss"]) == {"all", *services}
+    examples = EvalDataset(asked.data.dataset, np.flatnonzero(asked.data.split_ids == TEST), asked.config)
+    assert rank_targets(asked.predictor, examples, asked.catalog).log_p.shape == (len(examples.targets),)
+
+
+def test_only_asked_models_are_calibrated(asked):
+    examples = EvalDataset(asked.data.dataset, np.flatnonzero(asked.data.split_ids == TEST)[:8], asked.config)
+    other = calibrate(asked.predictor, asked.catalog, examples)
+    assert other.temperature > 0
+    assert other.params is asked.predictor.params
+
+
+def test_requests_are_timed(asked):
+    found = bench_recommend(asked, 2, 0.5)
+    assert found["services"] == 3
+    assert 1 <= found["services_asked"] <= 3
+    assert found["all"]["p50_ms"] > 0
+    with pytest.raises(InputError, match="--requests"):
+        bench_recommend(asked, 0, 0.5)
+
+
+def test_the_neighbours_are_data_beside_the_run(folder, asked):
+    assert (folder / "neighbors.npz").is_file()
+    assert asked.catalog.neighbor_IX.shape == (asked.data.dataset.catalogue.n_items, 4)
+    near = np.asarray(asked.catalog.neighbor_IX)
+    rows, columns = np.nonzero(near >= 0)
+    service = asked.data.dataset.catalogue.service
+    np.testing.assert_array_equal(service[rows], service[near[rows, columns]])
