@@ -59,7 +59,7 @@ def test_untrained_items_are_no_negatives_and_their_rows_learn_nothing():
     expected = 0.0
     for place in zip(*np.nonzero(weight), strict=True):
         score = vector[TRAINED] @ np.asarray(outputs.state_BTD[place]) + bias[TRAINED]
-        expected -= weight[place] * np.log(oracle.softmax(score)[TRAINED == label[place]][0])
+        expected -= weight[place] * np.log(oracle.softmax(score)[label[place] == TRAINED][0])
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     assert not np.any(np.asarray(gradient.item_encoder.row_ID[...])[UNTRAINED])
     assert not np.any(np.asarray(gradient.head.bias_I[...])[UNTRAINED])

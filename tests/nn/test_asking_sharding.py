@@ -1,0 +1,80 @@
+"""Asked models on fake devices: training and scores are those of one device."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from moerec.config import AskConfig, Config
+from moerec.nn.model import Predictor
+from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
+from moerec.tasks import make_tasks
+from moerec.train.state import start_state
+from moerec.train.step import make_train_step
+from tests.nn.test_asking import ASKED_SIZES, CATALOG
+from tests.nn.test_sharding import BATCHES, make_run_config
+from tests.small_model import make_model, worst_gap
+
+
+def make_asked_config(n_data: int, n_expert: int, n_model: int, strategy: str) -> Config:
+    """Experts, a profile and all pointers; some rows are dropped."""
+    config = make_run_config(n_data, n_expert, n_model, "full_softmax", "union", strategy, "ema")
+    ask, data = AskConfig(from_layer=1, d_analyser=8), dataclasses.replace(config.data, text_neighbors=3)
+    model = dataclasses.replace(config.model, ask=ask, text_pointer=True, row_dropout=0.2, pointer_time_bias=True)
+    return dataclasses.replace(config, data=data, model=model)
+
+
+def train(mesh: tuple[int, int, int] | None, strategy: str):
+    """The leaves of the parameters after two steps, the last loss, and how often the step was compiled."""
+    config = make_asked_config(*(mesh or (1, 1, 1)), strategy)
+    tasks = make_tasks(config)
+    train_step, constants = make_train_step(config, tasks), {tasks[0].name: tasks[0].constants(CATALOG, config)}
+    state = start_state(config, make_model(config.model, 1, ASKED_SIZES))
+    batches, catalog = BATCHES, CATALOG
+    jitted = jax.jit(train_step)
+    if mesh:
+        devices = make_mesh(*mesh)
+        placed = param_shardings(state, devices)
+        state, whole = jax.device_put(state, placed), replicated(devices)
+        catalog, constants = jax.device_put((CATALOG, constants), whole)
+        batches = [jax.device_put(batch, batch_sharding(devices)) for batch in BATCHES]
+        jitted = jax.jit(train_step, out_shardings=(placed, whole))
+    with mesh_of(state):
+        for batch in batches:
+            state, metrics = jitted(state, batch, catalog, constants)
+    return jax.tree.leaves(state.params), float(metrics["loss"]), jitted._cache_size()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return train(None, "all_gather")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "strategy"), [((2, 2, 2), "all_to_all"), ((1, 4, 1), "all_gather"), ((2, 1, 2), "all_gather")]
+)
+def test_sharded_training_is_unsharded_training(mesh, strategy, alone):
+    params, loss, n_compiled = train(mesh, strategy)
+    assert loss == pytest.approx(alone[1], rel=1e-5)
+    assert worst_gap(params, alone[0]) < 2e-5
+    assert n_compiled == 1
+
+
+def test_sharded_answers_are_unsharded_answers():
+    config = make_asked_config(2, 2, 2, "all_to_all")
+    model = make_model(config.model, 1, ASKED_SIZES)
+    slot_Q = np.array([-1, 4, 7, 15, 20], np.int32)
+
+    @jax.jit
+    def score_placed(model, batch, catalog):
+        return Predictor(model, None, 1.2).score(batch, slot_Q, model.bind(catalog))
+
+    def score(model, batch, catalog):
+        with mesh_of(model):
+            return score_placed(model, batch, catalog)
+
+    mesh = make_mesh(2, 2, 2)
+    placed = jax.device_put(model, param_shardings(model, mesh))
+    sharded = score(placed, BATCHES[0], jax.device_put(CATALOG, replicated(mesh)))
+    np.testing.assert_allclose(sharded, score(model, BATCHES[0], CATALOG), atol=3e-5)
