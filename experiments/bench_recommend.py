@@ -2,7 +2,7 @@
 
 python -m experiments.bench_recommend --workdir=runs/demo [--requests=100] [--mass=.99] [--json]
 
-Prints the median and the 95th percentile in milliseconds, the mean number of services asked, and the ratio of the medians.
+Prints medians and 95th percentiles in milliseconds, the mean number of services asked, and the ratio of the medians.
 """
 
 from pathlib import Path
@@ -18,7 +18,8 @@ def main(_, flags):
     found = bench_recommend(load_run(Path(flags.workdir)), flags.requests, flags.mass)
     for name, label in (("all", "all asked"), ("mass", f"mass {flags.mass:g}")):
         print(f"{label:<12s} p50 {found[name]['p50_ms']:7.2f} ms   p95 {found[name]['p95_ms']:7.2f} ms")
-    print(f"{found['services_asked']:.1f} of {found['services']} services asked; ratio of the medians {found['ratio']:.2f}")
+    n_asked = f"{found['services_asked']:.1f} of {found['services']} services asked"
+    print(f"{n_asked}; ratio of the medians {found['ratio']:.2f}")
     return found
 
 

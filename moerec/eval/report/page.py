@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moerec.eval.report.asking import describe_asking
 from moerec.eval.report.charts import draw_bars, draw_curves, draw_shares
 from moerec.eval.report.result import blamed_on, read_result
 from moerec.eval.report.table import (
@@ -75,6 +76,7 @@ def _render(metrics: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], conf
         "best_step": (metrics.get("valid") or {}).get("step"),
         "slices": _draw_slices(metrics.get("slices") or {}),
         "mixture": _draw_mixture(metrics),
+        "asking": describe_asking(metrics),
         "routing": _describe_routing(metrics),
         "first_events": _describe_first_events(metrics),
         "interventions": _list_interventions(metrics),
@@ -239,11 +241,21 @@ def _draw_mixture(metrics: Mapping[str, Any]) -> str | None:
     rows = _probe(metrics, "mixture_weights")
     if not rows:
         return None
-    services = metrics["dataset"]["services"]
-    known = {service: row for service, row in zip(services, rows, strict=True) if row is not None}
-    one_pointer = all(len(row) == 2 for row in known.values())
-    columns = ["catalogue", *([] if one_pointer else services), "all services"]
+    known = {service: row for service, row in zip(metrics["dataset"]["services"], rows, strict=True) if row is not None}
+    columns = _name_components(metrics, len(next(iter(known.values()), ())))
     return draw_shares(known, columns, "Mixture weights")
+
+
+def _name_components(metrics: Mapping[str, Any], n: int) -> list[str]:
+    """What is mixed: where services are asked the components of an answer, else the softmax and the pointers."""
+    asking = _probe(metrics, "asking")
+    if asking and len(asking["components"]) == n:
+        return list(asking["components"])
+    services = metrics["dataset"]["services"]
+    pointers = [*services, "all services", "text neighbors"]
+    if n <= len(services) + 1:
+        pointers = pointers[len(services) :]
+    return ["catalogue", *pointers[: n - 1]]
 
 
 def _list_all_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
