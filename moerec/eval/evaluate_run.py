@@ -21,6 +21,7 @@ from moerec.eval.baselines import BASELINES, BaselineInputs, TunedRanks
 from moerec.eval.baselines.ceiling import excess_log_loss, measure_attainable, rank_ceiling
 from moerec.eval.metrics import (
     Ranks,
+    ScoredRanks,
     bucket_coldness,
     bucket_history_length,
     build_table,
@@ -214,7 +215,9 @@ def _intervene(
     return found
 
 
-def _add_ceiling(metrics: dict[str, Any], config: Config, data: RunData, examples: EvalDataset, ranks: Ranks) -> None:
+def _add_ceiling(
+    metrics: dict[str, Any], config: Config, data: RunData, examples: EvalDataset, ranks: ScoredRanks
+) -> None:
     ceiling = rank_ceiling(examples, data, config.eval.mask_seen)
     services = data.dataset.catalogue.services
     metrics["ceiling"] = build_table(ceiling.ranks, examples.target_service, services)

@@ -44,13 +44,21 @@ PARTS = ("in_service", "union")  # of `Ranks`: among what targets are ranked
 class Ranks(NamedTuple):
     """Where each target stands in its service's catalogue and among the items of all services: of a model, a baseline
     or the oracle.
-
-    `log_p` is float64, the targets' log-probabilities over the union; None of what gives no probabilities.
     """
 
     in_service: RankCounts
     union: RankCounts
-    log_p: np.ndarray | None = None
+
+
+class ScoredRanks(Ranks):
+    """Ranks of what gives probabilities. `log_p`: `[n]` float64, the targets' log-probabilities over the union."""
+
+    log_p: np.ndarray
+
+    def __new__(cls, ranks: Ranks, log_p: np.ndarray) -> "ScoredRanks":
+        made = super().__new__(cls, *ranks)
+        made.log_p = log_p
+        return made
 
 
 def concatenate_counts(parts: list[RankCounts]) -> RankCounts:

@@ -9,14 +9,14 @@ from moerec.config import Config
 from moerec.data.city.oracle import predict_targets
 from moerec.data.dataset import keep_last_events
 from moerec.data.load import RunData
-from moerec.eval.metrics import RankCounts, Ranks, count_ranks, per_target_metrics
+from moerec.eval.metrics import RankCounts, Ranks, ScoredRanks, count_ranks, per_target_metrics
 from moerec.eval.ranking.dataset import EvalDataset
 
 
 class Ceiling(NamedTuple):
     """Where the oracle puts each target, its guess of the service, and its log-posterior over services `[n, Z]`."""
 
-    ranks: Ranks
+    ranks: ScoredRanks
     service: np.ndarray
     log_service: np.ndarray
 
@@ -41,21 +41,18 @@ def rank_ceiling(examples: EvalDataset, data: RunData, mask_seen: bool, **knowle
         counts[:, positions] = own.greater, own.equal, union.greater, union.equal
         log_p[positions] = scores[np.arange(len(item)), item]
         share[positions] = np.add.reduceat(np.exp(scores.astype(np.float64)), catalogue.offsets[:-1], axis=1)
-    return Ceiling(
-        Ranks(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3]), log_p),
-        share.argmax(axis=1),
-        np.log(share),
-    )
+    ranks = ScoredRanks(Ranks(RankCounts(counts[0], counts[1]), RankCounts(counts[2], counts[3])), log_p)
+    return Ceiling(ranks, share.argmax(axis=1), np.log(share))
 
 
-def excess_log_loss(ranks: Ranks, exact: Ranks, service: np.ndarray, services: tuple[str, ...]) -> dict[str, float]:
+def excess_log_loss(
+    ranks: ScoredRanks, exact: ScoredRanks, service: np.ndarray, services: tuple[str, ...]
+) -> dict[str, float]:
     """`{"all" and services: nats}`, how much less log-probability a model gives to the targets than the exact posterior
     does, in the mean; what is left to be learnt. A service without a target is not there.
 
     Args: of the same targets; their services.
     """
-    assert ranks.log_p is not None
-    assert exact.log_p is not None
     excess = exact.log_p - ranks.log_p
     rows = {"all": np.ones(len(service), bool), **{name: service == z for z, name in enumerate(services)}}
     return {name: float(excess[own].mean()) for name, own in rows.items() if own.any()}

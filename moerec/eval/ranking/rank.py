@@ -10,7 +10,7 @@ import numpy as np
 from moerec.config import Config
 from moerec.data.load import RunData
 from moerec.errors import WorkError
-from moerec.eval.metrics import MISS, RankCounts, Ranks, per_target_metrics
+from moerec.eval.metrics import MISS, RankCounts, Ranks, ScoredRanks, per_target_metrics
 from moerec.eval.ranking.calibrate import calibrate
 from moerec.eval.ranking.dataset import EvalDataset, RankQueries, make_valid_set
 from moerec.nn.model import Predictor
@@ -87,8 +87,8 @@ Intervention = Callable[[Batch, np.ndarray], tuple[Batch, Array | None]]
 
 def rank_targets(
     predictor: Predictor, examples: EvalDataset, catalog: Catalog, intervention: Intervention | None = None
-) -> Ranks:
-    """Where each target stands.
+) -> ScoredRanks:
+    """Where each target stands, and its log-probability.
 
     Args:
       predictor: what is evaluated. examples: the targets with their histories. catalog: bound to the predictor.
@@ -125,7 +125,7 @@ def rank_targets(
         collect()
     joined = np.concatenate(ranked, axis=1) if ranked else np.zeros((4, 0), np.int64)
     counts = RankCounts(joined[0], joined[1]), RankCounts(joined[2], joined[3])
-    return Ranks(*counts, np.concatenate([np.zeros(0), *log_p]))
+    return ScoredRanks(Ranks(*counts), np.concatenate([np.zeros(0), *log_p]))
 
 
 def evaluate_targets(
