@@ -18,5 +18,6 @@ def get_config() -> Config:
     # Fewer steps than the study's: the whole demo is to end in minutes.
     train = dataclasses.replace(base.train, steps=300, eval_every=150, save_every=150)
     model = dataclasses.replace(base.model, personal=PersonalConfig(layers=(1,)))
-    data = dataclasses.replace(base.data, first_event=True)
+    city = dataclasses.replace(base.data.city, own_dynamics=0.0)
+    data = dataclasses.replace(base.data, city=city, first_event=True)
     return dataclasses.replace(base, name="demo", data=data, model=model, train=train, baselines=DEFAULT_BASELINES)

@@ -7,11 +7,10 @@ python -m experiments.recommend --workdir=runs/demo --user=NAME [--context=weath
 Without `--time` and `--context` they are not known; `--time` is UTC or names an offset, its place's clock. `p` is the
 probability that the item is what the user takes next, of all items of all services, if that is what the model was
 trained for (`loss.scope=union`). With `--profiles`, a store of `experiments.observe`, the user's whole past counts.
-Who has no event before the time, or is new (`--new_user`), is answered by the request alone, its fields included.
-
-Below the list stands what the model made of the request: the services that its need may belong to (the semantic
-analyser); where services are asked, what each answers, with its weight, its experts and its components (the answer
-aggregator); else the mixture's weights; and what of the profile matters (the profile router).
+Who has no event before the time, or is new (`--new_user`), is answered by the request alone, its fields included. Below
+the list stands what the model made of the request: the services that its need may belong to (semantic analyser); what
+each answers, with its weight, experts and components, or the mixture's weights (answer aggregator); and what of the
+profile matters (profile router).
 """
 
 import sys
@@ -22,7 +21,7 @@ from moerec.errors import InputError
 
 
 def main(_, flags):
-    """Prints the list, and what the analyser and the profile router say of the request."""
+    """Prints the list, and what the model made of the request."""
     from moerec.serve.recommender import describe_answer, recall_profile, recommend
     from moerec.serve.request import list_unseen, read_request
     from moerec.train.run_dir import load_run

@@ -18,7 +18,9 @@ from moerec.types import Array, Catalog
 
 
 class SamplingTable(NamedTuple):
-    """What may be drawn: `item_J` int32, in the catalogue's order; and `cdf_J` of `sampling_cdf`."""
+    """What may be drawn: `item_J` int32, in the catalogue's order; and `cdf_J` of `sampling_cdf`. J is I: behind those
+    that may be drawn the last of them stands again, without a share, so that shapes do not depend on counts.
+    """
 
     item_J: Array
     cdf_J: Array
@@ -97,7 +99,8 @@ def make_sampling_table(count_I: np.ndarray, power: float, untrained: bool) -> S
     count_I = np.asarray(count_I)
     is_drawn_I = np.full(len(count_I), untrained or not (count_I > 0).any()) | (count_I > 0)
     item_J = np.flatnonzero(is_drawn_I).astype(np.int32)
-    return SamplingTable(item_J, sampling_cdf(count_I[item_J], power))
+    spare = (0, len(count_I) - len(item_J))
+    return SamplingTable(*(np.pad(x, spare, "edge") for x in (item_J, sampling_cdf(count_I[item_J], power))))
 
 
 def sample_negatives(key: jax.Array, table: SamplingTable, shape: tuple[int, ...]) -> Candidates:

@@ -56,7 +56,7 @@ def test_a_warm_up_longer_than_the_training_only_rises():
 def decays(name: str, embeddings: bool) -> bool:
     """What should decay, by the last part of a weight's name."""
     kind = name.removesuffix(".value").rsplit(".", 1)[-1]
-    if kind in {"scale", "bias_I", "q_bias_NH", "k_bias_KH", "v_bias_KH"}:
+    if kind in {"scale", "bias_I", "no_row_bias_Z", "q_bias_NH", "k_bias_KH", "v_bias_KH"}:
         return False
     if kind in {"q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD", "gate_DD", "out_DD"}:
         return True
@@ -64,6 +64,7 @@ def decays(name: str, embeddings: bool) -> bool:
         "row_ID",
         "table_VD",
         "control_D",
+        "no_row_D",
         "service",
         "action",
         "context",

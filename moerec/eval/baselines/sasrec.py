@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moerec.config import Config, MoEConfig, PersonalConfig
+from moerec.config import AskConfig, Config, MoEConfig, PersonalConfig
 from moerec.eval.baselines.base import BaselineInputs, register_baseline
 from moerec.eval.metrics import Ranks
 from moerec.eval.ranking.rank import make_evaluator, rank_targets
@@ -28,9 +28,14 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
         item_bias=False,
         tie_items=True,
         pointer="none",
+        text_pointer=False,
+        pointer_time_bias=False,
+        untrained_rows=True,  # as in the original, where every item is a negative
+        row_dropout=0.0,
         window=0,
         moe=MoEConfig(),
         personal=PersonalConfig(),
+        ask=AskConfig(),
     )
     return dataclasses.replace(
         config,

@@ -207,7 +207,8 @@ class SequenceModel(nnx.Module):
         Args:
           flat_Q: int32 flat slots, each a sequence's last one.
           hypotheses: whom they ask.
-          profile, router_bias_LE: as in `encode`.
+          profile: as in `encode`.
+          router_bias_LE: as in `encode`.
           closed_G: float32, added to what is closed: `MASK_VALUE` for groups that are taken away (a probe's).
           below: of `read`, where it is there already.
         """
@@ -222,11 +223,8 @@ class SequenceModel(nnx.Module):
             context = context._replace(router=context.router._replace(closed_BTG=closed_BTG))
         asked = place_asked(batch, flat_Q, config.window, context.profile)
 
-        def pick(x_BTX):
-            return x_BTX.reshape(-1, x_BTX.shape[-1])[flat_Q]
-
         vector_QXD = suppose_vector(hypotheses.vector_QX, self.hypothesis_ZD[...])
-        x_QXD = pick(below.x_BTD)[:, None] + vector_QXD.astype(x_BTD.dtype)
+        x_QXD = _pick_slots(below.x_BTD, flat_Q)[:, None] + vector_QXD.astype(x_BTD.dtype)
         if context.router is not None:
             asked = asked._replace(router=self._open(context.router, flat_Q, hypotheses, closed_G))
         bias_LE = zero_router_bias(config, self.n_services) if router_bias_LE is None else router_bias_LE
@@ -238,8 +236,9 @@ class SequenceModel(nnx.Module):
         state_QXD, pointers = self.final_norm(x_QXD.astype(jnp.float32)), None
         if isinstance(self.head.aggregator, ServiceAnswers):
             pointers = self._point_asked(batch, catalog, asked, hypotheses.answer_QX, state_QXD, below.event_BTD)
-        relevance_QM = None if below.relevance_BTM is None else pick(below.relevance_BTM)
-        log_domain_QZ = pick(below.log_domain_BTZ)
+        relevance_QM = None if below.relevance_BTM is None else _pick_slots(below.relevance_BTM, flat_Q)
+        assert below.log_domain_BTZ is not None
+        log_domain_QZ = _pick_slots(below.log_domain_BTZ, flat_Q)
         return Answers(
             hypotheses.log_weight_QX,
             hypotheses.answer_QX,
@@ -380,3 +379,7 @@ class SequenceModel(nnx.Module):
                 domain_BT = jnp.full_like(batch.segment_BT, -1) if domain_BT is None else domain_BT
                 context = context._replace(router=RouterInputs(known, domain_BT, batch.segment_BT > 0, relevance_BTM))
         return x_BTD, context, log_domain_BTZ, relevance_BTM
+
+
+def _pick_slots(x_BTX: jax.Array, flat_Q: jax.Array) -> jax.Array:
+    return x_BTX.reshape(-1, x_BTX.shape[-1])[flat_Q]
