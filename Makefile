@@ -27,9 +27,10 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
 
-demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, print the table and one user's profile
+demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, print the table, one user's profile and an answer
 	$(RUN) experiments.train --config=configs/demo.py --workdir=runs/demo $(ARGS)
 	$(if $(ARGS),,$(RUN) experiments.profile --workdir=runs/demo)
+	$(if $(ARGS),,$(RUN) experiments.recommend --workdir=runs/demo)
 
 test: $(VENV)/.installed-dev-$(VERSION)  ## set up and run all tests; ARGS='-k name' for some; PYTHON=python3.12 for another Python
 	$(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)

@@ -5,12 +5,11 @@ python -m experiments.recommend --workdir=runs/demo --user=NAME [--context=weath
     [--mass=.99] [--json]
 
 Without `--time` and `--context` they are not known; `--time` is UTC or names an offset, its place's clock. `p` is the
-probability that the item is what the user takes next, of all items of all services, if that is what the model was
-trained for (`loss.scope=union`). With `--profiles`, a store of `experiments.observe`, the user's whole past counts.
-Who has no event before the time, or is new (`--new_user`), is answered by the request alone, its fields included. Below
-the list stands what the model made of the request: the services that its need may belong to (semantic analyser); what
-each answers, with its weight, experts and components, or the mixture's weights (answer aggregator); and what of the
-profile matters (profile router).
+probability that the item is taken next, of all items of all services, if that is what the model was trained for. With
+`--profiles`, a store of `experiments.observe`, the whole past counts. Who has no event before the time, or is new
+(`--new_user`), is answered by the request alone, its fields included. Below the list stands what the model made of the
+request: the services that its need may belong to (semantic analyser); what each answers, with its weight, experts and
+components, or the mixture's weights (answer aggregator); and what of the profile matters (profile router).
 """
 
 import sys
