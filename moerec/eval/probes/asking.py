@@ -19,7 +19,7 @@ from moerec.nn.heads.answers import drop_component, log_prob_target
 from moerec.nn.heads.service_answers import component_names
 from moerec.nn.layers import MASK_VALUE
 from moerec.nn.model import Predictor
-from moerec.nn.moe.hypotheses import Hypotheses, ask_all
+from moerec.nn.moe.hypotheses import Hypotheses, ask_all, ask_one
 from moerec.nn.moe.router import count_groups
 from moerec.nn.sharding import mesh_of
 from moerec.types import Batch, Catalog
@@ -88,8 +88,8 @@ class Prober:
                 own_Q1 = np.zeros((len(queries.slot), 1), np.int32)
                 own_Q1[: which.stop - which.start, 0] = self.examples.target_service[which]
                 vector_Q1, group_Q1 = (own_Q1 if z is None else np.full_like(own_Q1, z) for z in (vector, group))
-                weight_Q1 = np.zeros(own_Q1.shape, np.float32)
-                asked = Hypotheses(*map(jnp.asarray, (weight_Q1, own_Q1, vector_Q1, group_Q1)))
+                own_Q, vector_Q, group_Q = (jnp.asarray(x[:, 0]) for x in (own_Q1, vector_Q1, group_Q1))
+                asked = ask_one(own_Q, vector_Q, group_Q)
                 found = _answer_targets(self.predictor, batch, queries, self.catalog, asked, closed_G)
                 parts.append(np.asarray(found, np.float64)[: which.stop - which.start, 0])
         return np.concatenate(parts)

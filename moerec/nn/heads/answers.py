@@ -36,15 +36,28 @@ def log_prob_all(answers: Answers, catalog: Catalog, offsets: tuple[int, ...]) -
     vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
     assert vector_ID is not None
     assert bias_I is not None
+    pointers, pointed_QI = answers.pointers, None
+    if pointers is not None:
+        # A service points at its own items alone: what all of them point at is spread at once.
+        neighbor_QS = None if pointers.neighbor_BTS is None else jnp.sum(pointers.neighbor_BTS, axis=1)
+        joint = pointers._replace(copy_BTS=jnp.sum(pointers.copy_BTS, axis=1), neighbor_BTS=neighbor_QS)
+        pointed_QI = spread_pointers(joint, answers.item_QS, catalog)
     parts = []
     for z, (low, high) in enumerate(itertools.pairwise(offsets)):  # over services: shapes differ
         score_QI = answers.state_QXD[:, z] @ vector_ID[low:high].T + bias_I[low:high]
-        pointers, pointed_QI = _of_service(answers.pointers, z), None
-        if pointers is not None:
-            pointed_QI = spread_pointers(pointers, answers.item_QS, catalog)[:, low:high]
-        answer_QI = _mix(jax.nn.log_softmax(score_QI), pointers, pointed_QI)
+        own_QI = None if pointed_QI is None else pointed_QI[:, low:high]
+        answer_QI = _mix(jax.nn.log_softmax(score_QI), _of_service(pointers, z), own_QI)
         parts.append(answers.log_service_QX[:, z, None] + answer_QI)
     return jnp.concatenate(parts, axis=1)
+
+
+def _score_own(answers: Answers, catalog: Catalog, place: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`[Q, I]`, the softmax's scores of the services at one place of X, -inf for others' items; and whose."""
+    vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
+    assert vector_ID is not None
+    assert bias_I is not None
+    own_QI = catalog.service_I == answers.service_QX[:, place, None]
+    return jnp.where(own_QI, answers.state_QXD[:, place] @ vector_ID.T + bias_I, -jnp.inf), own_QI
 
 
 def _answer(answers: Answers, catalog: Catalog, place: int | jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -52,11 +65,7 @@ def _answer(answers: Answers, catalog: Catalog, place: int | jax.Array) -> tuple
 
     Outside a service's catalogue the values mean nothing.
     """
-    vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
-    assert vector_ID is not None
-    assert bias_I is not None
-    own_QI = catalog.service_I == answers.service_QX[:, place, None]
-    score_QI = jnp.where(own_QI, answers.state_QXD[:, place] @ vector_ID.T + bias_I, -jnp.inf)
+    score_QI, own_QI = _score_own(answers, catalog, place)
     pointers, pointed_QI = _of_service(answers.pointers, place), None
     if pointers is not None:
         pointed_QI = spread_pointers(pointers, answers.item_QS, catalog)
@@ -91,14 +100,9 @@ def split_components(answers: Answers, catalog: Catalog) -> jax.Array:
 
     For few queries: it is laid over all items.
     """
-    vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
-    assert vector_ID is not None
-    assert bias_I is not None
     rows = []
     for place in range(answers.service_QX.shape[1]):  # over the few services asked
-        own_QI = catalog.service_I == answers.service_QX[:, place, None]
-        score_QI = jnp.where(own_QI, answers.state_QXD[:, place] @ vector_ID.T + bias_I, -jnp.inf)
-        softmax_QI = jax.nn.softmax(score_QI)
+        softmax_QI = jax.nn.softmax(_score_own(answers, catalog, place)[0])
         pointers = _of_service(answers.pointers, place)
         if pointers is None:
             rows.append(softmax_QI[:, None])
