@@ -16,6 +16,7 @@ import numpy as np
 Array: TypeAlias = Any  # np.ndarray where the loader makes it, jax.Array on the device
 
 NO_TIME = np.int32(np.iinfo(np.int32).min)  # a time that is not known
+TRANSITION_DECAY, TRANSITION_GAP = 0.8, 10  # of `Catalog.near["transitions"]`: a pair g places apart counts .8^(g - 1)
 EPOCH_2000 = 946_684_800  # device times are int32 seconds since 2000-01-01, which lasts from 1931 to 2068
 
 PADDING, EVENT, RECOMMEND = 0, 1, 2  # kinds of slots; the last is the control token `<|recommend|>`
@@ -77,6 +78,17 @@ class Batch(NamedTuple):
     targets: dict[str, Target]
 
 
+class NearItems(NamedTuple):
+    """Of each item, other ones of its service that are near to it, by some table.
+
+    Attributes:
+      item_IX: int32, the nearest first; -1 where there are fewer. weight_IX: float32, falling, of the table's own kind.
+    """
+
+    item_IX: Array
+    weight_IX: Array
+
+
 class Catalog(NamedTuple):
     """What the model knows of the items.
 
@@ -86,8 +98,8 @@ class Catalog(NamedTuple):
       count_I: float32 number of training events of each item.
       vector_ID, bias_I: of the items as candidates, once the catalogue is bound to parameters (`SequenceModel.bind`).
       has_row_I: bool, in a training step, which items are not without their rows; None: all that were trained.
-      neighbor_IX, similarity_IX: int32 items of the same service whose texts are nearest, -1 where there are fewer, and
-        float32 cosines; None without a text pointer.
+      near: for each pointer to neighbours its table. `text`: items whose texts are alike, by their cosines;
+        `transitions`: those that stand near in training histories, by how often and how near (`TRANSITION_DECAY`).
     """
 
     service_I: Array
@@ -96,8 +108,7 @@ class Catalog(NamedTuple):
     vector_ID: Array | None = None
     bias_I: Array | None = None
     has_row_I: Array | None = None
-    neighbor_IX: Array | None = None
-    similarity_IX: Array | None = None
+    near: dict[str, NearItems] = {}  # noqa: RUF012, nobody writes to it
 
 
 class Routing(NamedTuple):
@@ -119,21 +130,36 @@ class Routing(NamedTuple):
     dropped_L3: Array
 
 
+class NearPointer(NamedTuple):
+    """What a pointer gives to the neighbours of events.
+
+    Attributes:
+      given_BTS: float32, what each event has to share out, the pointer's weight included.
+      share_BSX: float32 shares of the neighbours, in the order of the table of that name in `Catalog.near`.
+      own_BTS, left_BTS: float32, in training: what a slot's target owes to its own user's history, as a part of what
+        an event has in the table, and the part that is left without this user; None: the table knows no target.
+    """
+
+    given_BTS: Array
+    share_BSX: Array
+    own_BTS: Array | None = None
+    left_BTS: Array | None = None
+
+
 class PointerMixture(NamedTuple):
-    """The mixture `p(item) = w_0 softmax(item) + Σ_s (copy_s [item_s = item] + neighbor_s share_s(item))`.
+    """The mixture `p(item) = w_0 softmax(item) + Σ_s (copy_s [item_s = item] + Σ_near given_s share_s(item))`.
 
     Attributes:
       log_weight_BTX: float32 logs of the components' weights, the softmax first, then the pointers.
       copy_BTS: float32, what all pointers together give to each event of the history, their weights included.
-      neighbor_BTS: float32, what the text pointer gives to each event, to be shared by its item's text neighbours, its
-        weight included. share_BSX: float32, their shares, in the order of `Catalog.neighbor_IX`. None without one.
-      part_BXTS: float32, what each pointer of an asked service gives to each event, its weight included; else None.
+      near: the pointers to neighbours, by the names of their tables.
+      part_BXTS: float32, what each pointer gives to each event, its weight included; those to neighbours are the last,
+        in the order of their names.
     """
 
     log_weight_BTX: Array
     copy_BTS: Array
-    neighbor_BTS: Array | None = None
-    share_BSX: Array | None = None
+    near: dict[str, NearPointer] = {}  # noqa: RUF012, nobody writes to it
     part_BXTS: Array | None = None
 
 

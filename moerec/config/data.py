@@ -230,6 +230,7 @@ class DataConfig:
     max_tokens: int = 24  # text and attribute tokens of an item
     vocab_size: int = 20000  # most text tokens kept
     text_neighbors: int = 0  # items of the same service whose texts are nearest, kept of each item; 0 makes no table
+    transition_neighbors: int = 0  # those that stand near it in training histories; 0 makes no table
 
     def __post_init__(self):
         one_of(self.source, "data.source", ("city", "tables", "prepared"))
@@ -248,4 +249,5 @@ class DataConfig:
         require(1 <= self.history_len <= self.seq_len, "data.history_len", "must lie in [1, data.seq_len]")
         for name in ("n_shards", "max_tokens", "vocab_size"):
             require(getattr(self, name) >= 1, f"data.{name}", "must be at least 1")
-        require(self.text_neighbors >= 0, "data.text_neighbors", "must not be negative")
+        for name in ("text_neighbors", "transition_neighbors"):
+            require(getattr(self, name) >= 0, f"data.{name}", "must not be negative")

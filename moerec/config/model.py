@@ -151,6 +151,9 @@ class ModelConfig:
     d_pointer: int = 32  # width of a pointer's queries and keys
     pointer_time_bias: bool = False  # asked services' pointers know how long ago an event was
     text_pointer: bool = False  # one more, to the items whose texts resemble an event's; see `data.text_neighbors`
+    transition_pointer: bool = (
+        False  # to those that stand near it in others' histories; see `data.transition_neighbors`
+    )
     untrained_rows: bool = False  # items without a training event have rows and biases, and are negatives
     row_dropout: float = 0.0  # in training, the share of the items that are without row and bias, drawn each step
     group_starts: tuple[int, ...] = ()  # layers at which a new group begins, beside those where their kind changes
@@ -199,7 +202,7 @@ class ModelConfig:
     @property
     def has_pointers(self) -> bool:
         """Whether the softmax is mixed with pointers."""
-        return self.has_copies or self.text_pointer
+        return self.has_copies or self.text_pointer or self.transition_pointer
 
     @property
     def has_copies(self) -> bool:

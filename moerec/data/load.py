@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,16 @@ import numpy as np
 from moerec.config import DataConfig
 from moerec.data import city
 from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset, floor_seconds, mark_unseen, permute_items
-from moerec.data.neighbors import FILE as NEIGHBORS
-from moerec.data.neighbors import Neighbors, load_neighbors, make_text_table, save_neighbors
+from moerec.data.neighbors import (
+    NEIGHBOR_FILES,
+    ItemNames,
+    Neighbors,
+    NeighborTable,
+    find_transition_neighbors,
+    load_neighbors,
+    make_text_table,
+    save_neighbors,
+)
 from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.prepare.tables_to_shards import is_current, prepare
@@ -20,7 +29,7 @@ from moerec.data.timezones import Zones, settle_zones
 from moerec.data.tokenizer import TokenTable, tokenize
 from moerec.errors import InputError
 from moerec.files import read_json
-from moerec.types import Catalog
+from moerec.types import Catalog, NearItems
 
 DIGEST = "data.json"  # in the directory of a run: {"sha256": the digest of its data, "items_sha256": that of the items}
 
@@ -37,7 +46,7 @@ class RunData:
       quarantined: rows that were put aside when it was prepared, by file and reason.
       notes: lines about what is odd in its times and clocks.
       zones: those that its clocks are by; None where the events' times name the offsets of their own, or all show UTC.
-      neighbors: the items' nearest by text, where the config asks for them.
+      neighbors: the items' nearest, by the names of the tables that the config asks for (`Catalog.near`).
     """
 
     dataset: Dataset
@@ -49,7 +58,7 @@ class RunData:
     quarantined: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     zones: Zones | None = None
-    neighbors: Neighbors | None = None
+    neighbors: Mapping[str, Neighbors] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def items_digest(self) -> str:
@@ -82,9 +91,7 @@ class RunData:
         catalogue = self.dataset.catalogue
         count = np.bincount(self.dataset.log.item[self.split_ids == TRAIN], minlength=catalogue.n_items)
         found = Catalog(catalogue.service, self.tokens.ids, count.astype(np.float32))
-        if self.neighbors is None:
-            return found
-        return found._replace(neighbor_IX=self.neighbors.item_IX, similarity_IX=self.neighbors.similarity_IX)
+        return found._replace(near={name: NearItems(*table) for name, table in self.neighbors.items()})
 
 
 def _coarsen(time_us: np.ndarray) -> np.ndarray:
@@ -125,22 +132,33 @@ def reload_data(config: DataConfig, workdir: Path) -> RunData:
 
 
 def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: bool) -> RunData:
-    """The data with their text neighbors, of the run's table where it has one; `is_kept`: it is made, and written.
+    """The data with their items' neighbors, of the run's tables where it has some; `is_kept`: made ones are written.
 
-    The table is data beside the run: one that was extended to items that came later is read as it is.
+    The tables are data beside the run: one that was extended to items that came later is read as it is.
     """
-    if not config.text_neighbors:
-        return data
-    path, catalogue = workdir / NEIGHBORS, data.dataset.catalogue
-    if path.exists():
-        neighbors = load_neighbors(path).align(catalogue)
-    else:
-        table = make_text_table(catalogue, config.text_neighbors)
-        neighbors = table.neighbors
+    catalogue, found = data.dataset.catalogue, {}
+    makers: dict[str, tuple[int, Callable[[int], NeighborTable]]] = {
+        "text": (config.text_neighbors, lambda n: make_text_table(catalogue, n)),
+        "transitions": (
+            config.transition_neighbors,
+            lambda n: NeighborTable(
+                ItemNames.of(catalogue), find_transition_neighbors(data.dataset, data.split_ids, n)
+            ),
+        ),
+    }
+    for name, (n, make) in makers.items():
+        if not n:
+            continue
+        path = workdir / NEIGHBOR_FILES[name]
+        if path.exists():
+            found[name] = load_neighbors(path).align(catalogue)
+            continue
+        table = make(n)
+        found[name] = table.neighbors
         if is_kept:
             workdir.mkdir(parents=True, exist_ok=True)
             save_neighbors(path, table)
-    return dataclasses.replace(data, neighbors=neighbors)
+    return dataclasses.replace(data, neighbors=found)
 
 
 def read_digests(workdir: Path) -> dict[str, str]:

@@ -43,6 +43,7 @@ from moerec.eval.report.result import read_result
 from moerec.eval.report.table import gap_closed, list_columns
 from moerec.eval.significance import compare_best_rows, table_intervals, table_tests
 from moerec.files import locked, require_plain_path, to_plain, write_json
+from moerec.nn.heads.service_answers import component_names
 from moerec.nn.model import count_active_params
 from moerec.nn.profile import count_profile_slots
 from moerec.tasks import make_tasks
@@ -181,7 +182,9 @@ def _probe(metrics: dict[str, Any], config: Config, data: RunData, trained: Trai
         on_valid = collect_routing(predictor, make_valid_set(config, data), catalog)
         metrics["routing"] = summarize_routing(on_valid, seen)
     if model.has_pointers:
-        metrics["probes"]["mixture_weights"] = describe_mixture(seen, data.dataset.catalogue.n_services)
+        catalogue = data.dataset.catalogue
+        metrics["probes"]["mixture_weights"] = describe_mixture(seen, catalogue.n_services)
+        metrics["probes"]["mixture_components"] = list(component_names(model, catalogue.services))
     if data.world is not None and seen.relevance_QM is not None:
         rows = examples.targets[examples.has_slot]
         aspects = describe_aspects(data.world, data.dataset, predictor.params, catalog, seen.relevance_QM, rows)

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from moerec.config.value_types import describe_misfit, fits
 from moerec.errors import InputError, WorkError
 from moerec.files import require_plain_path
+from moerec.nn.model import read_calibration
 from moerec.train.paths import flatten, unflatten
 
 
@@ -35,7 +36,7 @@ class TrainProgress:
       wall_s: time so far, over all interrupted runs; train_s of it without validation, in which n_slots were trained.
       stream: position of the data stream.
       is_eval_due: the state is one that is to be evaluated, and the process ended before that was done.
-      temperature: at `best_step`, of the posterior over services (`Predictor.temperature`).
+      calibration: at `best_step`, as metrics of its validation (`moerec.nn.model.Calibration`).
     """
 
     best: float = -1.0
@@ -46,7 +47,7 @@ class TrainProgress:
     n_slots: float = 0.0
     stream: dict[str, Any] = dataclasses.field(default_factory=dict)
     is_eval_due: bool = False
-    temperature: float = 1.0
+    calibration: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def slots_per_s(self) -> float:
@@ -227,6 +228,7 @@ class Checkpoints:
                 value, hint = getattr(progress, field.name), _PROGRESS_TYPES[field.name]
                 if not fits(value, hint):
                     raise ValueError(describe_misfit(field.name, value, hint))
+            read_calibration(progress.calibration)
         return unflatten(like, restored["state"]), progress
 
     def read_leaves(self, prefixes: tuple[str, ...], step: int | None = None) -> dict[str, np.ndarray]:

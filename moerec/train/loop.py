@@ -16,7 +16,7 @@ from moerec.config import Config
 from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
 from moerec.errors import InputError, Terminated, WorkError
-from moerec.nn.model import Predictor
+from moerec.nn.model import Predictor, pick_calibration, read_calibration
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
 from moerec.tasks import make_tasks
 from moerec.tasks.base import Task, render_targets
@@ -50,9 +50,8 @@ class TrainResult(NamedTuple):
     valid: dict[str, float]
 
 
-# Among the metrics of a validation: what the posterior over services was calibrated to, where it weighs answers.
-TEMPERATURE = "valid/temperature"
-# Scores what is trained: the number that picks the best step, and the metrics of the validation.
+# Scores what is trained: the number that picks the best step, and the metrics of the validation; among these what the
+# predictor has been calibrated to (`Calibration.list_metrics`).
 Evaluator = Callable[[Predictor, Catalog], tuple[float, dict[str, float]]]
 
 
@@ -213,7 +212,7 @@ def fit(config: Config, data: RunData, workdir: Path, evaluate: Evaluator) -> Tr
     with mesh_of(best):
         catalog = bind_catalog(predictor, trainer.catalog)
         _, valid = evaluate(predictor, catalog)
-    predictor = predictor._replace(temperature=valid.get(TEMPERATURE, 1.0))
+    predictor = read_calibration(valid).apply(predictor)
     return TrainResult(
         predictor, catalog, at_best.best_step, int(state.step), progress.wall_s, progress.slots_per_s, valid
     )
@@ -260,7 +259,7 @@ def _run_steps(
             progress.wall_s, progress.is_eval_due = earlier_s + time.monotonic() - started, False
             if score > progress.best:
                 progress.best, progress.best_step, progress.evals_since_best = score, step, 0
-                progress.temperature = valid.get(TEMPERATURE, 1.0)
+                progress.calibration = pick_calibration(valid)
                 checkpoints.save_best(step, state, progress)
             else:
                 progress.evals_since_best += 1

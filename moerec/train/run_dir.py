@@ -13,7 +13,7 @@ from moerec.config.stored import list_differences, read_config, read_stored
 from moerec.data.load import DIGEST, RunData, reload_data
 from moerec.errors import InputError
 from moerec.files import read_json
-from moerec.nn.model import ModelSizes, Predictor
+from moerec.nn.model import ModelSizes, Predictor, read_calibration
 from moerec.nn.sharding import make_mesh, param_shardings, replicated
 from moerec.tasks import make_tasks
 from moerec.train.checkpoint import Checkpoints
@@ -46,7 +46,7 @@ def refuse_strange_folder(workdir: Path) -> None:
     """
     if not (workdir / CONFIG).exists():
         own = re.compile(
-            r"data(\..*)?|neighbors\.npz|audit\.json|\..*|.*\.log|lost\+found"
+            r"data(\..*)?|(neighbors|transitions)\.npz|audit\.json|\..*|.*\.log|lost\+found"
         )  # `data.partial-…`: an interruption left it
         strange = sorted(path.name for path in workdir.iterdir() if not own.fullmatch(path.name))
         if strange:
@@ -110,7 +110,7 @@ class Run:
         checkpoints = Checkpoints(self.folder / "checkpoints", read_only=True)
         try:
             state, progress = checkpoints.restore_best(like)
-            return make_predictor(state)._replace(temperature=progress.temperature)
+            return read_calibration(progress.calibration).apply(make_predictor(state))
         finally:
             checkpoints.close()
 

@@ -14,11 +14,12 @@ from moerec.config import Config
 from moerec.nn.model import ModelSizes, SequenceModel
 from moerec.nn.moe.balance import balance_losses, update_bias, weigh_losses
 from moerec.nn.sharding import ROW_AXES, param_shardings
+from moerec.tasks import NextEvent
 from moerec.tasks.base import Draws, Task, TaskSums, find_domains, make_tasks
 from moerec.train.optim import find_rates, make_optimizer, make_schedule
 from moerec.train.paths import flatten
 from moerec.train.state import TrainState, init_state
-from moerec.types import Batch, Catalog, Request, Routing, Target
+from moerec.types import Batch, Catalog, NearItems, Request, Routing, Target
 
 Constants = dict[str, Any]  # what each task's loss needs beside the catalogue, by the task's name
 TrainStep = Callable[[TrainState, Batch, Catalog, Constants], tuple[TrainState, dict[str, jax.Array]]]
@@ -73,7 +74,11 @@ def sum_losses(
     domain_BT = find_domains(tasks, batch, catalog)
     # Where services are asked, the one that a slot asks in training is its target's.
     asked = {"hypothesis_BT": domain_BT} if config.model.is_asked else {}
-    outputs = params.encode(batch, catalog, dropout_key, domain_BT=domain_BT, router_bias_LE=router_bias_LE, **asked)
+    options: dict[str, Any] = {**asked, "router_bias_LE": router_bias_LE}
+    if config.model.transition_pointer:  # whose table has been counted on these very targets
+        target = batch.targets[NextEvent.name]
+        options["known_next_BT"] = jnp.where(target.weight_BT > 0, target.label_BT, -1)
+    outputs = params.encode(batch, catalog, dropout_key, domain_BT=domain_BT, **options)
     sums = {task.name: task.loss(params, outputs, batch, catalog, draws[task.name], config) for task in tasks}
     return StepSums(sums, outputs.routing)
 
@@ -207,9 +212,13 @@ def lower_train_step(config: Config, sizes: ModelSizes, mesh: Mesh | None = None
     state = jax.eval_shape(lambda: init_state(config, sizes))
     n = sizes.n_items
     catalog = Catalog(np.zeros(n, np.int32), np.zeros((n, config.data.max_tokens), np.int32), np.ones(n, np.float32))
-    if config.data.text_neighbors:
-        shape = n, config.data.text_neighbors
-        catalog = catalog._replace(neighbor_IX=np.zeros(shape, np.int32), similarity_IX=np.zeros(shape, np.float32))
+    widths = {"text": config.data.text_neighbors, "transitions": config.data.transition_neighbors}
+    near = {
+        name: NearItems(np.zeros((n, width), np.int32), np.zeros((n, width), np.float32))
+        for name, width in widths.items()
+        if width
+    }
+    catalog = catalog._replace(near=near)
     constants = {task.name: task.constants(catalog, config) for task in tasks}
     arguments = (state, abstract_batch(config, sizes, tasks), jax.eval_shape(lambda: (catalog, constants)))
     step = make_train_step(config, tasks)

@@ -14,7 +14,7 @@ from moerec.nn.model import Predictor
 from moerec.nn.moe.hypotheses import ask_all, ask_most_probable, ask_one, followed_services
 from moerec.tasks import Draws, NextEvent
 from moerec.train.step import sum_losses
-from moerec.types import NO_TIME, Catalog
+from moerec.types import NO_TIME, Catalog, NearItems
 from tests.nn import numpy_model as oracle
 from tests.small_model import SIZES, make_batch, make_config, make_model, make_table
 
@@ -31,23 +31,28 @@ KINDS = {
     "experts": {"moe": EXPERTS},
     "personal": {"moe": EXPERTS, "personal": PERSONAL, "pointer_time_bias": True},
     "window": {"window": 3, "personal": dataclasses.replace(PERSONAL, layers=(2,), other_services=False)},
-    "text": {"text_pointer": True, "moe": dataclasses.replace(EXPERTS, cross=False, n_active=2)},
+    "near": {
+        "text_pointer": True,
+        "transition_pointer": True,
+        "moe": dataclasses.replace(EXPERTS, cross=False, n_active=2),
+    },
 }
 
 
-def with_neighbors(catalog: Catalog, n: int = 3) -> Catalog:
+def make_near(catalog: Catalog, seed: int, n: int = 3) -> NearItems:
     """Random neighbours of the same service; some items have fewer, one has none."""
-    rng, n_items = np.random.default_rng(5), len(catalog.service_I)
+    rng, n_items = np.random.default_rng(seed), len(catalog.service_I)
     neighbor_IX = np.full((n_items, n), -1, np.int32)
     for item in range(n_items - 1):
         others = [i for i in range(n_items) if catalog.service_I[i] == catalog.service_I[item] and i != item]
         chosen = rng.permutation(others)[: rng.integers(0, n + 1)]
         neighbor_IX[item, : len(chosen)] = chosen
-    similarity_IX = np.sort(rng.random((n_items, n)))[:, ::-1].astype(np.float32)
-    return catalog._replace(neighbor_IX=neighbor_IX, similarity_IX=similarity_IX)
+    weight_IX = np.sort(rng.random((n_items, n)))[:, ::-1].astype(np.float32)
+    return NearItems(neighbor_IX, np.where(neighbor_IX >= 0, weight_IX, 0))
 
 
-CATALOG = jax.tree.map(jnp.asarray, with_neighbors(TABLE))
+NEAR = {"text": make_near(TABLE, 5), "transitions": make_near(TABLE, 6)}
+CATALOG = jax.tree.map(jnp.asarray, TABLE._replace(near=NEAR))
 
 
 def make_asked(kind: str):
@@ -89,17 +94,17 @@ def test_asking_a_slot_is_what_a_pass_over_all_slots_gives(kind):
         hypothesis.reshape(-1)[LAST] = z
         state, pointers, log_domain = encode_under(model, BATCH, CATALOG, hypothesis)
         np.testing.assert_allclose(answers.state_QXD[:, z], state.reshape(-1, 8)[LAST], atol=3e-5)
-        flat = [None if x is None else x.reshape(-1, x.shape[-1])[LAST] for x in pointers[:3]]
-        for got, wanted in zip(answers.pointers[:3], flat, strict=True):
-            if wanted is not None:
-                np.testing.assert_allclose(got[:, z], wanted, atol=3e-5)
+        assert sorted(pointers.near) == sorted(answers.pointers.near) == ([] if kind != "near" else sorted(NEAR))
+        of_near = [[x.near[name].given_BTS for name in x.near] for x in (answers.pointers, pointers)]
+        for got, wanted in zip([*answers.pointers[:2], *of_near[0]], [*pointers[:2], *of_near[1]], strict=True):
+            np.testing.assert_allclose(got[:, z], wanted.reshape(-1, wanted.shape[-1])[LAST], atol=3e-5)
         np.testing.assert_allclose(answers.log_domain_QZ, log_domain.reshape(-1, Z)[LAST], atol=1e-6)
     sums = jax.nn.logsumexp(log_prob_all(answers, model.bind(CATALOG), OFFSETS), axis=1)
     np.testing.assert_allclose(sums, 0, atol=2e-5)
 
 
 def test_all_services_asked_at_once_or_by_choice_give_the_same():
-    model = make_asked("text")
+    model = make_asked("near")
     catalog = model.bind(CATALOG)
     answers = ask_everybody(model, BATCH, CATALOG, LAST)
     everything = log_prob_all(answers, catalog, OFFSETS)
@@ -151,7 +156,7 @@ def test_a_slot_sees_of_earlier_slots_only_services_known_by_then(kind):
         assert not is_same[row, slot + 1]
 
 
-@pytest.mark.parametrize("kind", ["experts", "personal", "text"])
+@pytest.mark.parametrize("kind", ["experts", "personal", "near"])
 def test_a_hypothesis_opens_its_own_group_and_cross_alone(kind):
     """Other services' experts change nothing of an answer, whatever they are."""
     model = make_asked(kind)
@@ -175,6 +180,20 @@ def test_a_hypothesis_opens_its_own_group_and_cross_alone(kind):
         assert (moved > 1e-3) == (other in (z, Z)), (z, other)
 
 
+def read_near(name: str | None, item: int, head, z: int) -> tuple[float, list[int], np.ndarray]:
+    """How much a pointer knows of an event's item, and the items and shares that it gives to."""
+    if name is None:
+        return 1.0, [item], np.ones(1)
+    items, weights = (np.asarray(column[item]) for column in NEAR[name])
+    near = [int(j) for j in items if j >= 0]
+    if not near:
+        return 0.0, [], np.zeros(0)
+    weights = weights[: len(near)].astype(np.float64)
+    if name == "text":
+        return 1.0, near, oracle.softmax(head["sharpness_Z"][z] * weights)
+    return weights.sum() / (weights.sum() + 4), near, weights / weights.sum()
+
+
 def answer_by_hand(w, model, state, row: int, slot: int, z: int) -> np.ndarray:
     """`[I]`, p(item | service z) of a slot whose state is given, in loops and float64."""
     service_I = np.asarray(TABLE.service_I)
@@ -186,37 +205,35 @@ def answer_by_hand(w, model, state, row: int, slot: int, z: int) -> np.ndarray:
     x = oracle.embed(w, BATCH, TABLE, config, SIZES.context_sizes, row)
     seen = [s for s in range(slot + 1) if BATCH.segment_BT[row, s] == BATCH.segment_BT[row, slot]]
     seen = [s for s in seen if BATCH.service_BT[row, s] == z]
-    logits = head["bias_ZX"][z] + state @ head["weight_ZDX"][z]
-    neighbor_IX, similarity_IX = np.asarray(CATALOG.neighbor_IX), np.asarray(CATALOG.similarity_IX)
+    logits = head["gate_bias"][z] + state @ head["weight_ZDX"][z]
     parts = [softmax]
-    for x_place, group in enumerate([z, Z, Z + 1][: len(logits) - 1]):
-        is_text = group == Z + 1
-        pointees = [s for s in seen if not is_text or neighbor_IX[BATCH.item_BT[row, s], 0] >= 0]
-        p = np.zeros(SIZES.n_items)
-        if not pointees:
+    for x_place, group in enumerate([z, Z, Z + 1, Z + 2][: len(logits) - 1]):
+        name, p = [None, None, "text", "transitions"][x_place], np.zeros(SIZES.n_items)
+        read = [read_near(name, int(BATCH.item_BT[row, s]), head, z) for s in seen]
+        evidence = np.array([known for known, _, _ in read])
+        if not evidence.any():
             logits[x_place + 1] = -np.inf
         else:
             place, theta = BATCH.position_BT[row], config.rope_theta
             query = oracle.rope(state @ head["query_DGH"][:, group], place[slot], theta)
-            keys = [oracle.rope(x[s] @ head["key_DGH"][:, group], place[s], theta) for s in pointees]
+            keys = [oracle.rope(x[s] @ head["key_DGH"][:, group], place[s], theta) for s in seen]
             weight = np.array([query @ key for key in keys]) / np.sqrt(len(query))
-            if "time_bias_ZXX" in head:
+            if "time_gate_biasX" in head:
                 asked_at = BATCH.request.time_BT[row, slot]
-                times = [(BATCH.time_BT[row, s], asked_at) for s in pointees]
+                times = [(BATCH.time_BT[row, s], asked_at) for s in seen]
                 buckets = [24 if NO_TIME in pair else oracle.gap(*pair) for pair in times]
-                weight += head["time_bias_ZXX"][z, x_place][buckets]
-            for s, share in zip(pointees, oracle.softmax(weight), strict=True):
-                item = BATCH.item_BT[row, s]
-                near = [j for j in neighbor_IX[item] if j >= 0]
-                if not is_text:
-                    p[item] += share
-                else:
-                    p[near] += share * oracle.softmax(head["sharpness_Z"][z] * similarity_IX[item][: len(near)])
+                weight += head["time_gate_biasX"][z, x_place][buckets]
+            if name is not None:  # the last of its service has place 0
+                weight += head["slope_ZX"][z, x_place - 2] * (len(seen) - 1 - np.arange(len(seen)))
+            attention = oracle.softmax(weight)
+            logits[x_place + 1] += np.log(attention @ evidence)
+            for weight, (known, items, shares) in zip(attention / (attention @ evidence), read, strict=True):
+                p[items] += weight * known * shares
         parts.append(p)
     return oracle.softmax(logits) @ np.array(parts)
 
 
-@pytest.mark.parametrize("kind", ["shared", "text", "personal"])
+@pytest.mark.parametrize("kind", ["shared", "near", "personal"])
 def test_answers_are_those_of_loops_over_events_and_items(kind):
     model = make_asked(kind)
     answers = ask_everybody(model, BATCH, CATALOG, LAST)
@@ -231,11 +248,11 @@ def test_answers_are_those_of_loops_over_events_and_items(kind):
         np.testing.assert_allclose(np.exp(log_p[q]), expected, rtol=2e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["experts", "text"])
+@pytest.mark.parametrize("kind", ["experts", "near"])
 def test_the_loss_of_a_target_is_its_log_probability_among_all_answers(kind):
     """What training minimises, under the target's hypothesis, is what evaluation gives, having asked everybody."""
     model, task = make_asked(kind), NextEvent()
-    config = Config(model=model.config, data=DataConfig(text_neighbors=3))
+    config = Config(model=model.config, data=DataConfig(text_neighbors=3, transition_neighbors=3))
     catalog = model.bind(CATALOG)
     log_p = log_prob_all(ask_everybody(model, BATCH, CATALOG, LAST), catalog, OFFSETS)
     followed = np.asarray(followed_services(BATCH, Z))

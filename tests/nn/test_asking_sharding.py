@@ -20,8 +20,12 @@ from tests.small_model import make_model, worst_gap
 def make_asked_config(n_data: int, n_expert: int, n_model: int, strategy: str) -> Config:
     """Experts, a profile and all pointers; some rows are dropped."""
     config = make_run_config(n_data, n_expert, n_model, "full_softmax", "union", strategy, "ema")
-    ask, data = AskConfig(from_layer=1, d_analyser=8), dataclasses.replace(config.data, text_neighbors=3)
-    model = dataclasses.replace(config.model, ask=ask, text_pointer=True, row_dropout=0.2, pointer_time_bias=True)
+    ask, data = (
+        AskConfig(from_layer=1, d_analyser=8),
+        dataclasses.replace(config.data, text_neighbors=3, transition_neighbors=3),
+    )
+    near = {"text_pointer": True, "transition_pointer": True}
+    model = dataclasses.replace(config.model, ask=ask, row_dropout=0.2, pointer_time_bias=True, **near)
     return dataclasses.replace(config, data=data, model=model)
 
 

@@ -91,7 +91,7 @@ def read(stub: Stub) -> dict[str, np.ndarray]:
 def answer_by_hand(w, batch, b: int, t: int, n_services: int):
     """Weights of the answers to slot t of row b, and the share of each event, over the events that it may see."""
     own = [s for s in range(t + 1) if batch.segment_BT[b, s] == batch.segment_BT[b, t] and batch.kind_BT[b, s] == EVENT]
-    logits, pointers = w["aggregator.bias_X"] + w["state"][b, t] @ w["aggregator.weight_DX"], []
+    logits, pointers = w["aggregator.gate_bias"] + w["state"][b, t] @ w["aggregator.weight_DX"], []
     for g in range(n_services + 1):
         seen = [s for s in own if g == n_services or TABLE.service_I[batch.item_BT[b, s]] == g]
         query = w["state"][b, t] @ w["aggregator.query_DGH"][:, g]

@@ -1,7 +1,7 @@
 """Items and those nearest to them: by the words of their texts, and by what follows what in training."""
 
 from moerec.data.neighbors.best import Neighbors
-from moerec.data.neighbors.table import FILE, ItemNames, NeighborTable, load_neighbors, save_neighbors
+from moerec.data.neighbors.table import NEIGHBOR_FILES, ItemNames, NeighborTable, load_neighbors, save_neighbors
 from moerec.data.neighbors.text import WordCounts, count_words, make_text_vectors
 from moerec.data.neighbors.text_neighbors import extend_text_neighbors, find_text_neighbors, make_text_table
 from moerec.data.neighbors.transitions import (
@@ -12,7 +12,7 @@ from moerec.data.neighbors.transitions import (
 )
 
 __all__ = [
-    "FILE",
+    "NEIGHBOR_FILES",
     "ItemNames",
     "NeighborTable",
     "Neighbors",

@@ -1,4 +1,4 @@
-"""Neighbors with the names of their items, so that they can be read against another catalogue: `neighbors.npz`."""
+"""Neighbors with the names of their items, so that they can be read against another catalogue: `NEIGHBOR_FILES`."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from moerec.data.neighbors.text import WordCounts
 from moerec.errors import InputError
 from moerec.files import replacing
 
-FILE = "neighbors.npz"
+NEIGHBOR_FILES = {"text": "neighbors.npz", "transitions": "transitions.npz"}  # in a run, by the kind of table
 FORMAT = 1
 
 

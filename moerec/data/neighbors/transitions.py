@@ -8,6 +8,7 @@ import scipy.sparse
 from moerec.data.dataset import Dataset
 from moerec.data.neighbors.best import Neighbors, keep_best, rank_ids
 from moerec.data.splits import TRAIN
+from moerec.types import TRANSITION_DECAY, TRANSITION_GAP
 
 
 def count_transitions(
@@ -61,15 +62,14 @@ def make_item_graph(weight_II: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matr
     return scipy.sparse.csr_matrix((data, (row, column)), graph_II.shape)
 
 
-def find_transition_neighbors(
-    dataset: Dataset, split_ids: np.ndarray, n: int, decay: float = 0.5, max_gap: int = 3
-) -> Neighbors:
-    """The `n` other items of its service that most often follow each item in training, near ones counting more.
+def find_transition_neighbors(dataset: Dataset, split_ids: np.ndarray, n: int) -> Neighbors:
+    """The `n` other items of its service that most often stand near each item in training, nearer ones counting more.
 
-    The similarity is the weight of `weigh_transitions`. An item without a training event, or only with last ones, has
-    no neighbors.
+    The similarity is the weight of `weigh_transitions`, both ways, with the decay and the gaps by which models take
+    out what a training target's own user has given. An item without a training event has no neighbors.
     """
-    weight_II = weigh_transitions(count_transitions(dataset, split_ids, max_gap), decay).tocoo()
+    weight_II = weigh_transitions(count_transitions(dataset, split_ids, TRANSITION_GAP), TRANSITION_DECAY)
+    weight_II = scipy.sparse.coo_matrix(weight_II + weight_II.T)
     other, n_items = weight_II.row != weight_II.col, dataset.catalogue.n_items
     pairs = (weight_II.row[other], weight_II.col[other], weight_II.data[other])
     return keep_best(*pairs, rank_ids(dataset.catalogue), n_items, n)

@@ -29,6 +29,7 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
         tie_items=True,
         pointer="none",
         text_pointer=False,
+        transition_pointer=False,
         pointer_time_bias=False,
         untrained_rows=True,  # as in the original, where every item is a negative
         row_dropout=0.0,

@@ -11,11 +11,11 @@ from moerec.config import Config
 from moerec.data.load import RunData
 from moerec.errors import WorkError
 from moerec.eval.metrics import MISS, RankCounts, Ranks, ScoredRanks, per_target_metrics
-from moerec.eval.ranking.calibrate import calibrate
+from moerec.eval.ranking.calibrate import calibrate, needs_calibration
 from moerec.eval.ranking.dataset import EvalDataset, RankQueries, make_valid_set
 from moerec.nn.model import Predictor
 from moerec.nn.sharding import mesh_of
-from moerec.train.loop import TEMPERATURE, Evaluator
+from moerec.train.loop import Evaluator
 from moerec.types import Array, Batch, Catalog
 
 
@@ -131,15 +131,16 @@ def rank_targets(
 def evaluate_targets(
     predictor: Predictor, catalog: Catalog, examples: EvalDataset, selection: str
 ) -> tuple[float, dict[str, float]]:
-    """The score that picks the best step (`eval.selection`), and the validation metrics; with the temperature that they
-    were calibrated to where services are asked, `valid/temperature`.
+    """The score that picks the best step (`eval.selection`), and the validation metrics; with what the predictor was
+    calibrated to on these targets, where it has to be.
     """
-    predictor = calibrate(predictor, catalog, examples)
+    calibration = calibrate(predictor, catalog, examples)
+    predictor = calibration.apply(predictor)
     ranks = rank_targets(predictor, examples, catalog)
     in_service, union = per_target_metrics(ranks.in_service), per_target_metrics(ranks.union)
     metrics = {f"valid/union/{name}": float(union[name].mean()) for name in ("ndcg@10", "recall@10")}
-    if predictor.config.is_asked:
-        metrics[TEMPERATURE] = float(predictor.temperature)
+    if needs_calibration(predictor.config):
+        metrics |= calibration.list_metrics()
     own = {}
     for code, service in enumerate(examples.dataset.catalogue.services):
         rows = examples.target_service == code

@@ -242,20 +242,7 @@ def _draw_mixture(metrics: Mapping[str, Any]) -> str | None:
     if not rows:
         return None
     known = {service: row for service, row in zip(metrics["dataset"]["services"], rows, strict=True) if row is not None}
-    columns = _name_components(metrics, len(next(iter(known.values()), ())))
-    return draw_shares(known, columns, "Mixture weights")
-
-
-def _name_components(metrics: Mapping[str, Any], n: int) -> list[str]:
-    """What is mixed: where services are asked the components of an answer, else the softmax and the pointers."""
-    asking = _probe(metrics, "asking")
-    if asking and len(asking["components"]) == n:
-        return list(asking["components"])
-    services = metrics["dataset"]["services"]
-    pointers = [*services, "all services", "text neighbors"]
-    if n <= len(services) + 1:
-        pointers = pointers[len(services) :]
-    return ["catalogue", *pointers[: n - 1]]
+    return draw_shares(known, _probe(metrics, "mixture_components"), "Mixture weights")
 
 
 def _list_all_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 
 from moerec.nn.heads.item import spread_pointers
 from moerec.nn.layers import MASK_VALUE
-from moerec.types import Answers, Catalog, PointerMixture
+from moerec.types import Answers, Catalog, NearPointer, PointerMixture
 
 
 def _of_service(x: PointerMixture | None, place: int | jax.Array) -> PointerMixture | None:
     """The mixtures `[Q, ...]` of the services asked at one place of X; shares of neighbours are of the row's events."""
     if x is None:
         return None
-    neighbor_QS = None if x.neighbor_BTS is None else x.neighbor_BTS[:, place]
+    near = {name: NearPointer(pointer.given_BTS[:, place], pointer.share_BSX) for name, pointer in x.near.items()}
     part_QXS = None if x.part_BXTS is None else x.part_BXTS[:, :, place]
-    return PointerMixture(x.log_weight_BTX[:, place], x.copy_BTS[:, place], neighbor_QS, x.share_BSX, part_QXS)
+    return PointerMixture(x.log_weight_BTX[:, place], x.copy_BTS[:, place], near, part_QXS)
 
 
 def _mix(log_softmax_QI: jax.Array, pointers: PointerMixture | None, pointed_QI: jax.Array | None) -> jax.Array:
@@ -39,8 +39,8 @@ def log_prob_all(answers: Answers, catalog: Catalog, offsets: tuple[int, ...]) -
     pointers, pointed_QI = answers.pointers, None
     if pointers is not None:
         # A service points at its own items alone: what all of them point at is spread at once.
-        neighbor_QS = None if pointers.neighbor_BTS is None else jnp.sum(pointers.neighbor_BTS, axis=1)
-        joint = pointers._replace(copy_BTS=jnp.sum(pointers.copy_BTS, axis=1), neighbor_BTS=neighbor_QS)
+        near = {name: NearPointer(jnp.sum(x.given_BTS, axis=1), x.share_BSX) for name, x in pointers.near.items()}
+        joint = pointers._replace(copy_BTS=jnp.sum(pointers.copy_BTS, axis=1), near=near)
         pointed_QI = spread_pointers(joint, answers.item_QS, catalog)
     parts = []
     for z, (low, high) in enumerate(itertools.pairwise(offsets)):  # over services: shapes differ
@@ -109,15 +109,29 @@ def split_components(answers: Answers, catalog: Catalog) -> jax.Array:
             continue
         assert pointers.part_BXTS is not None
         parts = [jnp.exp(pointers.log_weight_BTX[:, :1]) * softmax_QI]
-        n_pointers, has_text = pointers.part_BXTS.shape[1], pointers.neighbor_BTS is not None
-        for x in range(n_pointers):
-            given_QS, is_text = pointers.part_BXTS[:, x], has_text and x == n_pointers - 1
-            alone = pointers._replace(
-                copy_BTS=jnp.zeros_like(given_QS) if is_text else given_QS, neighbor_BTS=given_QS if is_text else None
-            )
+        for x in range(pointers.part_BXTS.shape[1]):
+            is_one = (jnp.arange(pointers.part_BXTS.shape[1]) == x)[:, None]
+            alone = _put_parts(pointers, jnp.where(is_one, pointers.part_BXTS, 0))
             parts.append(spread_pointers(alone, answers.item_QS, catalog))
         rows.append(jnp.stack(parts, axis=1))
     return jnp.stack(rows, axis=1)
+
+
+def softmax_alone(answers: Answers, catalog: Catalog) -> tuple[jax.Array, PointerMixture | None]:
+    """`[Q, I]`, log p(item | service) by the softmax of the one service that was asked; and what it is mixed with."""
+    return jax.nn.log_softmax(_score_own(answers, catalog, 0)[0]), _of_service(answers.pointers, 0)
+
+
+def split_target(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog, target_Q: jax.Array) -> jax.Array:
+    """`[Q, X]`, what each pointer gives to one item, its weight included. Args: mixtures `[Q, ...]`; their events."""
+    part_QXS = pointers.part_BXTS
+    assert part_QXS is not None
+    of_event_QS = (item_QS == target_Q[:, None]).astype(part_QXS.dtype)
+    shares = [of_event_QS] * (part_QXS.shape[1] - len(pointers.near))
+    for name in sorted(pointers.near):
+        hit_QSX = catalog.near[name].item_IX[item_QS] == target_Q[:, None, None]
+        shares.append(jnp.sum(jnp.where(hit_QSX, pointers.near[name].share_BSX, 0), axis=-1))
+    return jnp.einsum("QXS,QXS->QX", part_QXS, jnp.stack(shares, axis=1))
 
 
 def drop_component(pointers: PointerMixture, component: int | jax.Array) -> PointerMixture:
@@ -137,7 +151,15 @@ def drop_component(pointers: PointerMixture, component: int | jax.Array) -> Poin
     scale_BT1 = jnp.where(is_alone, 1.0, jnp.exp(-jnp.where(is_alone, 0, log_left)))[..., None]
     dropped = (jnp.arange(part_BXTS.shape[1]) == component - 1)[:, None, None]
     part_BXTS = jnp.where(dropped & ~is_alone[:, None, :, None], 0, part_BXTS) * scale_BT1[:, None]
-    has_text = pointers.neighbor_BTS is not None
-    copies_BXTS = part_BXTS[:, :-1] if has_text else part_BXTS
-    neighbor_BTS = part_BXTS[:, -1] if has_text else None
-    return PointerMixture(kept, jnp.sum(copies_BXTS, axis=1), neighbor_BTS, pointers.share_BSX, part_BXTS)
+    return _put_parts(pointers._replace(log_weight_BTX=kept), part_BXTS)
+
+
+def _put_parts(pointers: PointerMixture, part_BXTS: jax.Array) -> PointerMixture:
+    """The mixtures with other parts of their pointers; those to neighbours are the last, by their names."""
+    n_copies = part_BXTS.shape[1] - len(pointers.near)
+    near = {
+        name: pointers.near[name]._replace(given_BTS=part_BXTS[:, n_copies + n])
+        for n, name in enumerate(sorted(pointers.near))
+    }
+    copy_BTS = jnp.sum(part_BXTS[:, :n_copies], axis=1)
+    return PointerMixture(pointers.log_weight_BTX, copy_BTS, near, part_BXTS)

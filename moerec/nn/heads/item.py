@@ -10,12 +10,12 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.embeddings import ItemEncoder, has_row
+from moerec.nn.heads.near_pointers import share_targets
 from moerec.nn.heads.pointer import AnswerAggregator
 from moerec.nn.heads.service_answers import ServiceAnswers
-from moerec.nn.heads.text_pointer import share_targets
 from moerec.nn.heads.xent import Mixture, XentCandidates, XentSlots, chunked_log_prob, chunked_softmax_xent
 from moerec.nn.layers import declare
-from moerec.types import Batch, Catalog, Outputs, PointerMixture
+from moerec.types import Batch, Catalog, NearPointer, Outputs, PointerMixture
 
 
 class Candidates(NamedTuple):
@@ -63,11 +63,8 @@ def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Cata
     Where pointers are mixed in, they are log-probabilities. At slot -1, where there is no history and no control slot,
     the biases speak alone.
     """
-    vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
-    assert vector_ID is not None
     known_Q1, at_Q = slot_Q[:, None] >= 0, jnp.maximum(slot_Q, 0)
-    h_QD = jnp.where(known_Q1, outputs.state_BTD.reshape(-1, vector_ID.shape[1])[at_Q], 0)
-    score_QI = h_QD @ vector_ID.T + bias_I
+    score_QI = _score_softmax(outputs, slot_Q, catalog)
     if outputs.pointers is None:
         return score_QI
     n_slots = batch.item_BT.shape[1]
@@ -78,29 +75,42 @@ def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Cata
     return jnp.logaddexp(jax.nn.log_softmax(score_QI) + log_share_Q1, jnp.log(pointed_QI))
 
 
+def _score_softmax(outputs: Outputs, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
+    vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
+    assert vector_ID is not None
+    assert bias_I is not None
+    h_QD = outputs.state_BTD.reshape(-1, vector_ID.shape[1])[jnp.maximum(slot_Q, 0)]
+    return jnp.where(slot_Q[:, None] >= 0, h_QD, 0) @ vector_ID.T + bias_I
+
+
+def log_softmax_items(outputs: Outputs, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
+    """`[Q, I]`, log p(item) at flat slots by the softmax alone, without the pointers."""
+    return jax.nn.log_softmax(_score_softmax(outputs, slot_Q, catalog))
+
+
 def pick_slots(pointers: PointerMixture, flat_Q: jax.Array, n_slots: int) -> PointerMixture:
     """The mixtures at flat slots, with a leading axis Q in the place of B and T."""
-    share_BSX = pointers.share_BSX
-    share_QSX = None if share_BSX is None else share_BSX[flat_Q // n_slots]
     log_weight_QX, copy_QS = (x.reshape(-1, x.shape[-1])[flat_Q] for x in pointers[:2])
-    neighbor_BTS = pointers.neighbor_BTS
-    neighbor_QS = None if neighbor_BTS is None else neighbor_BTS.reshape(-1, n_slots)[flat_Q]
-    return PointerMixture(log_weight_QX, copy_QS, neighbor_QS, share_QSX)
+    row_Q, near = flat_Q // n_slots, {}
+    for name, pointer in pointers.near.items():
+        near[name] = NearPointer(pointer.given_BTS.reshape(-1, n_slots)[flat_Q], pointer.share_BSX[row_Q])
+    part_BXTS, part_QXS = pointers.part_BXTS, None
+    if part_BXTS is not None:
+        part_QXS = part_BXTS[row_Q, :, flat_Q % n_slots]
+    return PointerMixture(log_weight_QX, copy_QS, near, part_QXS)
 
 
 def spread_pointers(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog) -> jax.Array:
     """`[Q, I]`, the probability that the pointers of each slot give to each item."""
-    copy_QS, neighbor_QS = pointers.copy_BTS, pointers.neighbor_BTS
+    copy_QS = pointers.copy_BTS
     row_Q1 = jnp.arange(item_QS.shape[0])[:, None]
     out_QI = jnp.zeros((item_QS.shape[0], catalog.service_I.shape[0]), copy_QS.dtype).at[row_Q1, item_QS].add(copy_QS)
-    if neighbor_QS is None:
-        return out_QI
-    assert catalog.neighbor_IX is not None
-    assert pointers.share_BSX is not None
-    neighbor_QSX = catalog.neighbor_IX[item_QS]
-    # What is no neighbour has no share: it may stand anywhere.
-    given_QSX = neighbor_QS[..., None] * pointers.share_BSX
-    return out_QI.at[row_Q1[..., None], jnp.maximum(neighbor_QSX, 0)].add(given_QSX)
+    for name, pointer in pointers.near.items():
+        neighbor_QSX = catalog.near[name].item_IX[item_QS]
+        # What is no neighbour has no share: it may stand anywhere.
+        given_QSX = pointer.given_BTS[..., None] * pointer.share_BSX
+        out_QI = out_QI.at[row_Q1[..., None], jnp.maximum(neighbor_QSX, 0)].add(given_QSX)
+    return out_QI
 
 
 def log_prob_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
@@ -112,10 +122,8 @@ def _mix_targets(pointers: PointerMixture, batch: Batch, target_BT: jax.Array, c
     """What the pointers give to each slot's target: their shares of the events that are of that item."""
     hit_BTS = batch.item_BT[:, None] == target_BT[..., None]
     copied_BT = jnp.sum(jnp.where(hit_BTS, pointers.copy_BTS, 0), axis=-1)
-    if pointers.neighbor_BTS is not None:
-        assert pointers.share_BSX is not None
-        share_BTS = share_targets(pointers.share_BSX, batch.item_BT, target_BT, catalog)
-        copied_BT += jnp.sum(pointers.neighbor_BTS * share_BTS, axis=-1)
+    for name, pointer in pointers.near.items():
+        copied_BT += share_targets(pointer, catalog.near[name].item_IX, batch.item_BT, target_BT)
     found_BT = copied_BT >= jnp.finfo(jnp.float32).tiny  # the inverse of a smaller number may be infinite
     log_copied_BT = jnp.where(found_BT, jnp.log(jnp.where(found_BT, copied_BT, 1)), -jnp.inf)
     return Mixture(pointers.log_weight_BTX[..., 0].reshape(-1), log_copied_BT.reshape(-1))

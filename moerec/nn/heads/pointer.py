@@ -13,9 +13,19 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.attention import rotate
-from moerec.nn.heads.text_pointer import FIRST_SHARPNESS, has_neighbors, share_neighbors
+from moerec.nn.heads.near_pointers import (
+    FIRST_SHARPNESS,
+    FIRST_SLOPE,
+    TEXT,
+    Own,
+    Places,
+    near_names,
+    point_near,
+    read_text,
+    read_transitions,
+)
 from moerec.nn.layers import MASK_VALUE, declare, fan_in
-from moerec.types import EVENT, Batch, Catalog, PointerMixture
+from moerec.types import EVENT, Batch, Catalog, NearPointer, PointerMixture
 
 CATALOGUE_BIAS = 2.0  # what the softmax's logit has ahead of each pointer's at first
 
@@ -23,28 +33,39 @@ CATALOGUE_BIAS = 2.0  # what the softmax's logit has ahead of each pointer's at 
 class AnswerAggregator(nnx.Module):
     """`p(item) = w_0 softmax(item) + Σ_g w_g pointer_g(item)`: the weights, and what the pointers point at.
 
-    A service's pointer sees the events of its service, the one after them those of all, and the text pointer, the last
-    where there is one, those whose items have text neighbours. The weights are a softmax over the components that there
-    are: a pointer without any event to point at has none.
+    A service's pointer sees the events of its service, the one after them those of all, and so do the last ones, which
+    give to the neighbours of events (`near_pointers`). The weights are a softmax over the components that there are: a
+    pointer without any event to point at has none.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
         k_query, k_key, k_weight = jax.random.split(key, 3)
         self.n_services = n_services if config.has_service_pointers else 0
-        self.has_copies, self.has_text = config.has_copies, config.text_pointer
-        d, g, h = config.d_model, self.n_services + self.has_copies + self.has_text, config.d_pointer
+        self.has_copies, self.near = config.has_copies, near_names(config)
+        d, g, h = config.d_model, self.n_services + self.has_copies + len(self.near), config.d_pointer
         zeros = jax.nn.initializers.zeros
         self.query_DGH = declare(k_query, (d, g, h), ("embed", None, None), fan_in)
         self.key_DGH = declare(k_key, (d, g, h), ("embed", None, None), fan_in)
         self.weight_DX = declare(k_weight, (d, g + 1), ("embed", None), zeros)
-        self.bias_X = declare(k_weight, (g + 1,), (None,), _favour_catalogue, decay="none")
-        self.sharpness = declare(key, (), (), _first_sharpness, decay="none") if self.has_text else None
+        self.gate_bias = declare(k_weight, (g + 1,), (None,), _favour_catalogue, decay="none")
+        sharp, sloping = (nnx.initializers.constant(x) for x in (FIRST_SHARPNESS, FIRST_SLOPE))
+        self.sharpness = declare(key, (), (), sharp, decay="none") if TEXT in self.near else None
+        self.slope_X = declare(key, (len(self.near),), (None,), sloping, decay="none") if self.near else None
         self.theta = config.rope_theta
 
     def __call__(
-        self, state_BTD: jax.Array, event_BTD: jax.Array, batch: Batch, mask_BTS: jax.Array, catalog: Catalog
+        self,
+        state_BTD: jax.Array,
+        event_BTD: jax.Array,
+        batch: Batch,
+        mask_BTS: jax.Array,
+        catalog: Catalog,
+        places: Places | None = None,
+        own: Own | None = None,
     ) -> PointerMixture:
-        """Args: final states, which ask; the events' vectors, which are pointed at; the slots; who sees which."""
+        """Args: final states, which ask; the events' vectors, which are pointed at; the slots; who sees which; and,
+        for pointers to neighbours, where they stand, and in training what `find_own` finds.
+        """
         query_BTGH, key_BTGH = (
             rotate(jnp.einsum("BTD,DGH->BTGH", x, w[...]), batch.position_BT, self.theta)
             for x, w in ((state_BTD, self.query_DGH), (event_BTD, self.key_DGH))
@@ -54,28 +75,36 @@ class AnswerAggregator(nnx.Module):
         is_event_BS = batch.kind_BT == EVENT
         if self.has_copies:
             own_BGS = jnp.concatenate([own_BGS, is_event_BS[:, None]], axis=1)
-        if self.has_text:
-            has_BS = is_event_BS & has_neighbors(batch.item_BT, catalog)
-            own_BGS = jnp.concatenate([own_BGS, has_BS[:, None]], axis=1)
+        n_copies = own_BGS.shape[1]
         open_BGTS = mask_BTS[:, None] & own_BGS[:, :, None]
-        pointer_BGTS = jax.nn.softmax(jnp.where(open_BGTS, logit_BGTS, MASK_VALUE))
-        logit_BTX = state_BTD @ self.weight_DX[...] + self.bias_X[...]
+        pointer_BGTS = jax.nn.softmax(jnp.where(open_BGTS, logit_BGTS[:, :n_copies], MASK_VALUE))
         # A pointer with nothing to point at would be spread over what it must not see.
-        can_BTG = jnp.moveaxis(jnp.any(open_BGTS, axis=-1), 1, 2)
-        can_BTX = jnp.pad(can_BTG, ((0, 0), (0, 0), (1, 0)), constant_values=True)
-        log_weight_BTX = jax.nn.log_softmax(jnp.where(can_BTX, logit_BTX, MASK_VALUE))
-        weight_BTG, n_copy = jnp.exp(log_weight_BTX[..., 1:]), self.n_services + self.has_copies
-        copy_BTS = jnp.einsum("BTG,BGTS->BTS", weight_BTG[..., :n_copy], pointer_BGTS[:, :n_copy])
-        if not self.has_text:
-            return PointerMixture(log_weight_BTX, copy_BTS)
-        assert self.sharpness is not None
-        sharpness_BS = jnp.broadcast_to(self.sharpness[...], batch.item_BT.shape)
-        share_BSX = share_neighbors(batch.item_BT, sharpness_BS, catalog)
-        return PointerMixture(log_weight_BTX, copy_BTS, weight_BTG[..., -1:] * pointer_BGTS[:, -1], share_BSX)
-
-
-def _first_sharpness(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    return jnp.full(shape, FIRST_SHARPNESS, dtype)
+        log_can_BTG = jnp.where(jnp.moveaxis(jnp.any(open_BGTS, axis=-1), 1, 2), 0, MASK_VALUE)
+        tables, pointed = [], []
+        for n, name in enumerate(self.near):
+            assert places is not None
+            assert self.slope_X is not None
+            gap_BTS = places.gap(batch.service_BT)
+            if name == TEXT:
+                assert self.sharpness is not None
+                sharpness_BS = jnp.broadcast_to(self.sharpness[...], batch.item_BT.shape)
+                tables.append(read_text(batch.item_BT, sharpness_BS, catalog))
+            else:
+                tables.append(read_transitions(batch.item_BT, catalog))
+            logit_BTS = logit_BGTS[:, n_copies + n] + self.slope_X[n] * (gap_BTS - 1)
+            open_BTS = mask_BTS & is_event_BS[:, None]
+            pointed.append(point_near(logit_BTS, open_BTS, tables[n], None if name == TEXT else own))
+        evidence = (x.log_evidence_BT[..., None] for x in pointed)
+        log_can_BTX = jnp.concatenate([jnp.zeros((*state_BTD.shape[:2], 1)), log_can_BTG, *evidence], axis=-1)
+        logit_BTX = state_BTD @ self.weight_DX[...] + self.gate_bias[...]
+        log_weight_BTX = jax.nn.log_softmax(jnp.maximum(logit_BTX + log_can_BTX, MASK_VALUE))
+        weight_BGT1 = jnp.moveaxis(jnp.exp(log_weight_BTX[..., 1:]), 2, 1)[..., None]
+        part_BGTS = weight_BGT1 * jnp.concatenate([pointer_BGTS, *(x.share_BTS[:, None] for x in pointed)], axis=1)
+        near = {
+            name: NearPointer(part_BGTS[:, n_copies + n], tables[n].share_BSX, x.own_BTS, x.left_BTS)
+            for n, (name, x) in enumerate(zip(self.near, pointed, strict=True))
+        }
+        return PointerMixture(log_weight_BTX, jnp.sum(part_BGTS[:, :n_copies], axis=1), near, part_BGTS)
 
 
 def _favour_catalogue(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

@@ -1,10 +1,12 @@
 """What each service answers with when it is asked: `p(item | state, service)` over its own catalogue.
 
 A mixture of a softmax over the service's items with pointers into the user's events there: one with queries and keys of
-the service's own, one that all services share, and one to the events' text neighbours. Its weights are a gate of the
-service's own (pointer networks: Vinyals et al. 2015; their mixture with a softmax: Merity et al. 2017).
+the service's own, one that all services share, and those to the items near to the events' (`near_pointers`). Its
+weights are a gate of the service's own (pointer networks: Vinyals et al. 2015; their mixture with a softmax: Merity et
+al. 2017).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,11 +15,23 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.attention import rotate
+from moerec.nn.heads.near_pointers import (
+    FIRST_SHARPNESS,
+    FIRST_SLOPE,
+    TEXT,
+    NearTable,
+    Own,
+    Places,
+    Pointed,
+    near_names,
+    point_near,
+    read_text,
+    read_transitions,
+)
 from moerec.nn.heads.pointer import CATALOGUE_BIAS
-from moerec.nn.heads.text_pointer import FIRST_SHARPNESS, has_neighbors, share_neighbors
 from moerec.nn.layers import MASK_VALUE, declare, fan_in
 from moerec.nn.temporal import N_GAPS
-from moerec.types import Array, Batch, Catalog, PointerMixture
+from moerec.types import Array, Batch, Catalog, NearPointer, PointerMixture
 from pallas_kernels.attention import find_bucket
 
 
@@ -42,6 +56,7 @@ class Asking(NamedTuple):
       state_BTD: float32. service_BT: int32, whom they ask; -1 for nobody.
       position_BT: int32 places in the own sequence. time_BT: int32 times of the requests.
       mask_BTS: bool, which slots they see.
+      places, own: where all these slots stand, and in training what `find_own` finds; for pointers to neighbours.
     """
 
     state_BTD: Array
@@ -49,12 +64,20 @@ class Asking(NamedTuple):
     position_BT: Array
     time_BT: Array
     mask_BTS: Array
+    places: Places | None = None
+    own: Own | None = None
 
 
-def component_names(config: ModelConfig) -> tuple[str, ...]:
-    """The components of a service's answer, in the order of their weights."""
-    pointers = (("own", config.has_service_pointers), ("shared", config.has_copies), ("text", config.text_pointer))
-    return ("softmax", *(name for name, is_there in pointers if is_there))
+def component_names(config: ModelConfig, services: Sequence[str] = ("own",)) -> tuple[str, ...]:
+    """The components of an answer, in the order of their weights; a service that is asked has one pointer of its own.
+
+    Args: the services' names, for a model in which none is asked.
+    """
+    if config.has_pointers and not config.is_asked:
+        own = services if config.has_service_pointers else ()
+        return ("softmax", *own, *(["shared"] if config.has_copies else []), *near_names(config))
+    copies = (("own", config.has_service_pointers), ("shared", config.has_copies))
+    return ("softmax", *(name for name, is_there in copies if is_there), *near_names(config))
 
 
 class ServiceAnswers(nnx.Module):
@@ -67,7 +90,7 @@ class ServiceAnswers(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
         k_query, k_key, k_weight = jax.random.split(key, 3)
         self.components, self.n_services = component_names(config), n_services
-        self.has_own, self.has_text = config.has_service_pointers, config.text_pointer
+        self.has_own, self.near = config.has_service_pointers, near_names(config)
         z, d, h = n_services, config.d_model, config.d_pointer
         n_shared = len(self.components) - 1 - self.has_own
         zeros = jax.nn.initializers.zeros
@@ -77,14 +100,22 @@ class ServiceAnswers(nnx.Module):
         self.key_DGH = declare(k_key, (d, g, h), ("embed", None, None), fan_in)
         n_components = len(self.components)
         self.weight_ZDX = declare(k_weight, (z, d, n_components), (None, "embed", None), zeros)
-        self.bias_ZX = declare(k_weight, (z, n_components), (None, None), _favour_softmax, decay="none")
+        self.gate_bias = declare(k_weight, (z, n_components), (None, None), _favour_softmax, decay="none")
         has_time = config.pointer_time_bias
-        self.time_bias_ZXX = (
+        self.time_gate_biasX = (
             declare(k_weight, (z, n_components - 1, N_GAPS + 1), (None, None, None), zeros, decay="none")
             if has_time
             else None
         )
-        self.sharpness_Z = declare(key, (z,), (None,), _first_sharpness, decay="none") if self.has_text else None
+        is_text, shape = TEXT in self.near, (z, len(self.near))
+        self.sharpness_Z = (
+            declare(key, (z,), (None,), nnx.initializers.constant(FIRST_SHARPNESS), decay="none") if is_text else None
+        )
+        self.slope_ZX = (
+            declare(key, shape, (None, None), nnx.initializers.constant(FIRST_SLOPE), decay="none")
+            if self.near
+            else None
+        )
         self.theta = config.rope_theta
 
     def _project(self, x_BTD: jax.Array, w_DGH: nnx.Param, service_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
@@ -107,36 +138,63 @@ class ServiceAnswers(nnx.Module):
         query_BTXH = self._project(asking.state_BTD, self.query_DGH, service_BT, asking.position_BT)
         logit_BXTS = jnp.einsum("BTXH,BSXH->BXTS", query_BTXH, events.key_BSXH) * query_BTXH.shape[-1] ** -0.5
         of_BTZ = jax.nn.one_hot(service_BT, self.n_services)
-        if self.time_bias_ZXX is not None:
+        if self.time_gate_biasX is not None:
             bucket_BTS = find_bucket(events.time_BS[:, None], asking.time_BT[:, :, None], N_GAPS + 1)
-            table_BTXX = jnp.einsum("BTZ,ZXJ->BXTJ", of_BTZ, self.time_bias_ZXX[...])
+            table_BTXX = jnp.einsum("BTZ,ZXJ->BXTJ", of_BTZ, self.time_gate_biasX[...])
             logit_BXTS += jnp.take_along_axis(table_BTXX, bucket_BTS[:, None], axis=-1)
         open_BTS = asking.mask_BTS & (events.service_BS[:, None] == service_BT[..., None])
-        open_BXTS = jnp.broadcast_to(open_BTS[:, None], logit_BXTS.shape)
-        if self.has_text:
-            has_BS = has_neighbors(events.item_BS, catalog)
-            open_BXTS = open_BXTS.at[:, -1].set(open_BTS & has_BS[:, None])
-        pointer_BXTS = jax.nn.softmax(jnp.where(open_BXTS, logit_BXTS, MASK_VALUE))
+        n_copies = logit_BXTS.shape[1] - len(self.near)
+        open_BXTS = jnp.broadcast_to(open_BTS[:, None], logit_BXTS[:, :n_copies].shape)
+        pointer_BXTS = jax.nn.softmax(jnp.where(open_BXTS, logit_BXTS[:, :n_copies], MASK_VALUE))
+        tables = self._read_tables(events, catalog)
+        pointed = self._point_near(tables, logit_BXTS[:, n_copies:], open_BTS, asking, events, of_BTZ)
         logit_BTX = jnp.einsum("BTD,ZDX,BTZ->BTX", asking.state_BTD, self.weight_ZDX[...], of_BTZ, optimize="optimal")
-        logit_BTX += of_BTZ @ self.bias_ZX[...]
+        logit_BTX += of_BTZ @ self.gate_bias[...]
         # A pointer with nothing to point at would be spread over what it must not see.
-        can_BTX = jnp.moveaxis(jnp.any(open_BXTS, axis=-1), 1, 2)
-        can_BTX = jnp.pad(can_BTX, ((0, 0), (0, 0), (1, 0)), constant_values=True)
-        log_weight_BTX = jax.nn.log_softmax(jnp.where(can_BTX, logit_BTX, MASK_VALUE))
+        log_can_BT = jnp.where(jnp.any(open_BTS, axis=-1), 0, MASK_VALUE)
+        evidence = [jnp.zeros_like(log_can_BT), *[log_can_BT] * n_copies, *(x.log_evidence_BT for x in pointed)]
+        log_weight_BTX = jax.nn.log_softmax(jnp.maximum(logit_BTX + jnp.stack(evidence, axis=-1), MASK_VALUE))
         weight_BXT1 = jnp.moveaxis(jnp.exp(log_weight_BTX[..., 1:]), 2, 1)[..., None]
-        given_BXTS = weight_BXT1 * pointer_BXTS
-        if not self.has_text:
-            return PointerMixture(log_weight_BTX, jnp.sum(given_BXTS, axis=1), part_BXTS=given_BXTS)
-        assert self.sharpness_Z is not None
-        sharpness_BS = self.sharpness_Z[...][jnp.minimum(events.service_BS, self.n_services - 1)]
-        share_BSX = share_neighbors(events.item_BS, sharpness_BS, catalog)
-        copy_BTS = jnp.sum(given_BXTS[:, :-1], axis=1)
-        return PointerMixture(log_weight_BTX, copy_BTS, given_BXTS[:, -1], share_BSX, given_BXTS)
+        all_BXTS = jnp.concatenate([pointer_BXTS, *(x.share_BTS[:, None] for x in pointed)], axis=1)
+        given_BXTS = weight_BXT1 * all_BXTS
+        near = {
+            name: NearPointer(given_BXTS[:, n_copies + n], tables[n].share_BSX, x.own_BTS, x.left_BTS)
+            for n, (name, x) in enumerate(zip(self.near, pointed, strict=True))
+        }
+        return PointerMixture(log_weight_BTX, jnp.sum(given_BXTS[:, :n_copies], axis=1), near, given_BXTS)
+
+    def _read_tables(self, events: Pointees, catalog: Catalog) -> list[NearTable]:
+        tables = []
+        for name in self.near:
+            if name != TEXT:
+                tables.append(read_transitions(events.item_BS, catalog))
+                continue
+            assert self.sharpness_Z is not None
+            sharpness_BS = self.sharpness_Z[...][jnp.minimum(events.service_BS, self.n_services - 1)]
+            tables.append(read_text(events.item_BS, sharpness_BS, catalog))
+        return tables
+
+    def _point_near(
+        self,
+        tables: list[NearTable],
+        logit_BXTS: jax.Array,
+        open_BTS: jax.Array,
+        asking: Asking,
+        events: Pointees,
+        of_BTZ: jax.Array,
+    ) -> list[Pointed]:
+        if not self.near:
+            return []
+        assert asking.places is not None
+        assert self.slope_ZX is not None
+        gap_BTS = asking.places.gap(events.service_BS)
+        slope_BXT1 = jnp.moveaxis(of_BTZ @ self.slope_ZX[...], -1, 1)[..., None]
+        logit_BXTS += slope_BXT1 * (gap_BTS[:, None] - 1)
+        return [
+            point_near(logit_BXTS[:, n], open_BTS, table, None if name == TEXT else asking.own)
+            for n, (name, table) in enumerate(zip(self.near, tables, strict=True))
+        ]
 
 
 def _favour_softmax(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     return jnp.zeros(shape, dtype).at[:, 0].set(CATALOGUE_BIAS)
-
-
-def _first_sharpness(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    return jnp.full(shape, FIRST_SHARPNESS, dtype)

@@ -20,6 +20,7 @@ from moerec.nn.block import (
 from moerec.nn.cache import AskedSlots, place_asked
 from moerec.nn.embeddings import ItemEncoder, SlotEncoder
 from moerec.nn.heads.item import ItemHead
+from moerec.nn.heads.near_pointers import Places, find_own, find_places
 from moerec.nn.heads.service_answers import Asking, ServiceAnswers
 from moerec.nn.layers import RMSNorm, declare, dropout, normal
 from moerec.nn.moe.analyser import Analyser
@@ -149,6 +150,7 @@ class SequenceModel(nnx.Module):
         *,
         domain_BT: jax.Array | None = None,
         hypothesis_BT: jax.Array | None = None,
+        known_next_BT: jax.Array | None = None,
         profile: ProfileState | None = None,
         router_bias_LE: jax.Array | None = None,
     ) -> Outputs:
@@ -159,6 +161,8 @@ class SequenceModel(nnx.Module):
           domain_BT: int32 domain under which a slot's routing is counted, -1 for none; it decides nothing else.
           hypothesis_BT: where services are asked, int32 whom each slot asks, -1 for nobody; None: the past's slots ask
             the services that followed, and a sequence's last slot nobody (`ask` asks there).
+          known_next_BT: int32 items that follow the slots, -1 for none, where the table of transitions was counted on
+            them, as in training: what it owes to them is taken out again.
           profile: of `read_profiles`, where it is not to be computed from the batch.
           router_bias_LE: of the training state; None for zeros.
         """
@@ -179,14 +183,18 @@ class SequenceModel(nnx.Module):
         aggregator = self.head.aggregator
         if aggregator is not None:
             mask_BTS = causal_segment_mask(batch.segment_BT, config.window)
+            places, told = find_places(batch, self.n_services) if aggregator.near else None, None
+            if known_next_BT is not None and places is not None:
+                told = find_own(batch, catalog, known_next_BT, places)
             remember: Any = jax.checkpoint if config.remat else lambda f: f
             if isinstance(aggregator, ServiceAnswers):
                 assert hypothesis_BT is not None
-                asking = Asking(state_BTD, hypothesis_BT, batch.position_BT, batch.request.time_BT, mask_BTS)
+                where = batch.position_BT, batch.request.time_BT, mask_BTS, places, told
+                asking = Asking(state_BTD, hypothesis_BT, *where)
                 point = remember(lambda a, event, asking: a(asking, a.see_events(event, batch), catalog))
                 pointers = point(aggregator, below.event_BTD, asking)
             else:
-                point = remember(lambda a, state, event: a(state, event, batch, mask_BTS, catalog))
+                point = remember(lambda a, state, event: a(state, event, batch, mask_BTS, catalog, places, told))
                 pointers = point(aggregator, state_BTD, below.event_BTD)
         return Outputs(state_BTD, below.log_domain_BTZ, routing, below.relevance_BTM, pointers)
 
@@ -346,7 +354,13 @@ class SequenceModel(nnx.Module):
         time_Q1 = batch.request.time_BT.reshape(-1)[asked.flat_Q][:, None]
         position_QX, time_QX = (jnp.broadcast_to(x, service_QX.shape) for x in (asked.position_Q1, time_Q1))
         mask_QXS = jnp.broadcast_to(asked.seen_QS[:, None], (*service_QX.shape, asked.seen_QS.shape[1]))
-        return aggregator(Asking(state_QXD, service_QX, position_QX, time_QX, mask_QXS), events, catalog)
+        places = None
+        if aggregator.near:
+            rank_BS, count_BTZ = find_places(batch, self.n_services)
+            count_Q1Z = _pick_slots(count_BTZ, asked.flat_Q)[:, None]
+            shape = (*service_QX.shape, count_BTZ.shape[-1])
+            places = Places(rank_BS[asked.row_Q], jnp.broadcast_to(count_Q1Z, shape))
+        return aggregator(Asking(state_QXD, service_QX, position_QX, time_QX, mask_QXS, places), events, catalog)
 
     def _condition(
         self,

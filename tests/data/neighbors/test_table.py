@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moerec.data.neighbors import (
-    FILE,
+    NEIGHBOR_FILES,
     ItemNames,
     Neighbors,
     NeighborTable,
@@ -21,6 +21,8 @@ from moerec.data.neighbors import (
 )
 from moerec.errors import InputError
 from tests.data.neighbors.small_items import make_items, name_neighbors, shuffle_items, take_items
+
+FILE = NEIGHBOR_FILES["text"]
 
 
 def assert_same(one, other):
@@ -158,7 +160,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage):
     rewrite(tmp_path / FILE)
     load_neighbors(tmp_path / FILE)
     rewrite(tmp_path / FILE, **damage)
-    with pytest.raises(InputError, match=rf"{FILE}: holds no neighbors \(") as error:
+    with pytest.raises(InputError, match=rf"{NEIGHBOR_FILES['text']}: holds no neighbors \(") as error:
         load_neighbors(tmp_path / FILE)
     assert "\n" not in str(error.value)
 
@@ -175,13 +177,13 @@ def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path, content):
             np.lib.format.write_array(file, np.array([{}], object), allow_pickle=True)
         content = packed.getvalue()
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"{FILE}: holds no neighbors \(") as error:
+    with pytest.raises(InputError, match=rf"{NEIGHBOR_FILES['text']}: holds no neighbors \(") as error:
         load_neighbors(path)
     assert "\n" not in str(error.value)
 
 
 def test_no_file_is_told(tmp_path):
-    with pytest.raises(InputError, match=f"{FILE}: no such file"):
+    with pytest.raises(InputError, match=f"{NEIGHBOR_FILES['text']}: no such file"):
         load_neighbors(tmp_path / FILE)
 
 

@@ -60,12 +60,17 @@ def test_weights_and_graph_equal_dense_algebra(decay):
 def test_neighbors_equal_a_sort(n):
     dataset = make_world(3, sizes=(6, 0, 5))
     split_ids, _, _ = hold_out(dataset, per_service=True)
-    found = find_transition_neighbors(dataset, split_ids, n, 0.5, 2)
-    counts = [count_by_hand(dataset, split_ids, gap, True) for gap in (1, 2)]
+    found = find_transition_neighbors(dataset, split_ids, n)
+    counts = [count_by_hand(dataset, split_ids, gap, True) for gap in range(1, 11)]
     ids, n_items = dataset.catalogue.ids, dataset.catalogue.n_items
     for i in range(n_items):
-        weight = {j: counts[0][i, j] + counts[1][i, j] / 2 for j in range(n_items) if j != i}
-        expected = sorted((-w, ids[j], j) for j, w in weight.items() if w > 0)[:n]
+        weight = {
+            j: np.float32(sum(0.8**g * c[i, j] for g, c in enumerate(counts)))
+            + np.float32(sum(0.8**g * c[j, i] for g, c in enumerate(counts)))
+            for j in range(n_items)
+            if j != i
+        }
+        expected = sorted((-float(w), ids[j], j) for j, w in weight.items() if w > 0)[:n]
         missing = n - len(expected)
         assert found.item_IX[i].tolist() == [j for _, _, j in expected] + [-1] * missing
         assert found.similarity_IX[i].tolist() == [-w for w, _, _ in expected] + [0] * missing
@@ -77,7 +82,7 @@ def test_the_numbering_of_items_changes_nothing(seed):
     split_ids, _, _ = hold_out(dataset, per_service=True)
     other, _ = permute_items(dataset, seed)
     expected, found = (
-        name_neighbors(x.catalogue, find_transition_neighbors(x, split_ids, 5, 0.7)) for x in (dataset, other)
+        name_neighbors(x.catalogue, find_transition_neighbors(x, split_ids, 5)) for x in (dataset, other)
     )
     assert found == expected
 

@@ -92,9 +92,12 @@ def test_a_run_of_a_mixture_reports_its_routing(mixture):
 @pytest.mark.parametrize("rows", [[[0.5, 0.1, 0.1, 0.1, 0.2], None, [0.2] * 5], [[0.7, 0.3]] * 3])
 def test_the_report_shows_the_mixture_weights(mixture, tmp_path, rows):
     _, metrics = mixture
-    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "probes": {"mixture_weights": rows}}))
+    names = [f"part {n}" for n in range(len(rows[0]))]
+    probes = {"mixture_weights": rows, "mixture_components": names}
+    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "probes": probes}))
     page = write_report(tmp_path).read_text()
     assert "Mixture weights" in page
+    assert all(name in page for name in names)
     assert ">70<" in page if len(rows[0]) == 2 else ">50<" in page
 
 
@@ -112,7 +115,7 @@ def test_the_mixture_weights_are_means_by_service(tmp_path):
     assert 0 < (test.history_len == 0).sum() < len(targets)
     assert test.has_slot.all()
     model = fill(jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, make_sizes(config, data))))
-    weight, bias = model.head.aggregator.weight_DX, model.head.aggregator.bias_X
+    weight, bias = model.head.aggregator.weight_DX, model.head.aggregator.gate_bias
     weight[...], bias[...] = jnp.zeros_like(weight[...]), jnp.log(jnp.asarray([5.0, 1, 2, 3, 4]))
     predictor = Predictor(model, None)
     found = describe_mixture(collect_routing(predictor, test, bind_catalog(predictor, data.catalog)), 3)
