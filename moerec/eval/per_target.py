@@ -12,14 +12,22 @@ import numpy as np
 from moerec.data.dataset import Dataset, find_multi_service_users
 from moerec.errors import InputError
 from moerec.eval.compare import METRIC, Difference, correct_rows, format_rows, read_run
-from moerec.eval.metrics import RankCounts, Ranks, per_target_metrics
+from moerec.eval.metrics import RankCounts, Ranks, ScoredRanks, per_target_metrics
 from moerec.eval.report.result import blamed_on
 from moerec.eval.significance import bootstrap_intervals, paired_test
 from moerec.files import replacing
 
 FILE = "ranks.npz"
 N_BOOT = 2000
-_COLUMNS = (("U", 1), ("U", 1), ("U", 1), ("b", 1), ("iu", 2), ("iu", 2))  # of `TargetRanks`: numpy's kinds, and axes
+_COLUMNS = (
+    ("U", 1),
+    ("U", 1),
+    ("U", 1),
+    ("b", 1),
+    ("iu", 2),
+    ("iu", 2),
+    ("f", 1),
+)  # of `TargetRanks`: numpy's kinds, and axes
 MAX_NAME = 64  # letters of a name in the file
 
 
@@ -30,6 +38,7 @@ class TargetRanks(NamedTuple):
       user, service, item: names, str, at most `MAX_NAME` letters long.
       uses_several: bool, whether the user uses several services.
       in_service, union: candidates above and level with the target, int64 `[n, 2]`.
+      log_p: float64, log p(item) over the items of all services, seen ones too; nan where nothing has probabilities.
     """
 
     user: np.ndarray
@@ -38,6 +47,7 @@ class TargetRanks(NamedTuple):
     uses_several: np.ndarray
     in_service: np.ndarray
     union: np.ndarray
+    log_p: np.ndarray
 
     def metric(self, part: str) -> np.ndarray:
         """`METRIC` of each target, ranked in its service or in the union."""
@@ -57,6 +67,7 @@ def write_ranks(path: Path, dataset: Dataset, targets: np.ndarray, ranks: Ranks)
         *names,
         find_multi_service_users(dataset)[user],
         *(np.stack([p.greater, p.equal], axis=1) for p in (ranks.in_service, ranks.union)),
+        ranks.log_p if isinstance(ranks, ScoredRanks) else np.full(len(targets), np.nan),
     ]
     order = np.lexsort(names[::-1])  # of two data sets that hold the same targets, whatever their codes are
     stored = TargetRanks(*(column[order] for column in columns))
@@ -77,7 +88,8 @@ def read_ranks(folder: Path) -> TargetRanks:
     path = folder / FILE
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            ranks = TargetRanks(**{name: stored[name] for name in TargetRanks._fields})
+            columns = {name: stored[name] for name in TargetRanks._fields if name in stored.files or name != "log_p"}
+            ranks = TargetRanks(**{"log_p": np.full(len(columns["union"]), np.nan), **columns})  # older ones have none
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the run is not finished, or older than this file") from None
     except Exception as error:  # a damaged archive is found out by zipfile, zlib, numpy or the parser of its headers

@@ -94,6 +94,7 @@ def test_tables_are_those_of_the_ranks_of_the_targets(finished):
     stored = read_ranks(folder)
     ranks = Ranks(RankCounts(*stored.in_service.T), RankCounts(*stored.union.T))
     codes = np.array([services.index(name) for name in stored.service])
+    assert np.all(stored.log_p < 0)
     for part, rows in build_table(ranks, codes, services).items():
         for name, row in rows.items():
             assert metrics["test"][part][name] == pytest.approx(row)

@@ -11,7 +11,7 @@ from experiments import compare as command
 from moerec.config import SplitConfig, cli
 from moerec.errors import InputError
 from moerec.eval.evaluate_run import run_experiment
-from moerec.eval.metrics import RankCounts, Ranks
+from moerec.eval.metrics import RankCounts, Ranks, ScoredRanks
 from moerec.eval.per_target import compare_targets, read_ranks, write_ranks
 from tests.random_dataset import make_dataset
 from tests.tiny import make_config
@@ -56,6 +56,14 @@ def test_long_names_are_stored_short_and_told_apart(tmp_path):
     assert len(set(stored.user.tolist())) == 40
     assert {*stored.user.tolist()} - {*users.tolist()} == {name for name in stored.user.tolist() if name[:3] == "xxx"}
     assert "y" * 64 in stored.item
+    assert np.isnan(stored.log_p).all()
+    log_p = np.linspace(-9, -1, 40)
+    write_ranks(tmp_path / "ranks.npz", dataset, targets, ScoredRanks(Ranks(counts, counts), log_p))
+    scored = read_ranks(tmp_path)
+    assert sorted(scored.log_p) == log_p.tolist()
+    older = {name: value for name, value in scored._asdict().items() if name != "log_p"}
+    np.savez(tmp_path / "ranks.npz", allow_pickle=False, **older)
+    assert np.isnan(read_ranks(tmp_path).log_p).all()
 
 
 def test_differences_are_those_of_the_two_tables(folders):

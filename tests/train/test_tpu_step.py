@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from moerec.config import (
+    AskConfig,
     Config,
     DataConfig,
     LossConfig,
@@ -65,6 +66,22 @@ def test_a_step_with_a_profile_compiles_for_sixteen_chips():
     compiled = compile_step(devices, dataclasses.replace(config, model=model, data=data))
     text = compiled.as_text()
     assert [name for name in (*KERNELS, *ATTENTION) if name not in text] == []
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e8
+
+
+def test_a_step_that_asks_compiles_for_sixteen_chips():
+    """Experts opened by hypotheses, all pointers, and rows that are dropped."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+    config = make_config("all_to_all")
+    near = {"text_pointer": True, "transition_pointer": True, "row_dropout": 0.2}
+    model = dataclasses.replace(config.model, ask=AskConfig(from_layer=1, d_analyser=128), **near)
+    data = dataclasses.replace(config.data, text_neighbors=32, transition_neighbors=32)
+    compiled = compile_step(devices, dataclasses.replace(config, model=model, data=data))
+    text = compiled.as_text()
+    assert [name for name in KERNELS if name not in text] == []
+    # The shares of neighbours are one fused sum: `[B, T, S, X]` would be 128 MiB a chip.
     assert compiled.memory_analysis().temp_size_in_bytes < 2e8
 
 
