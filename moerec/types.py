@@ -79,7 +79,7 @@ class Batch(NamedTuple):
 
 
 class NearItems(NamedTuple):
-    """Of each item, other ones of its service that are near to it, by some table.
+    """Of each item, other ones that are near to it, by some table.
 
     Attributes:
       item_IX: int32, the nearest first; -1 where there are fewer. weight_IX: float32, falling, of the table's own kind.
@@ -98,8 +98,9 @@ class Catalog(NamedTuple):
       count_I: float32 number of training events of each item.
       vector_ID, bias_I: of the items as candidates, once the catalogue is bound to parameters (`SequenceModel.bind`).
       has_row_I: bool, in a training step, which items are not without their rows; None: all that were trained.
-      near: for each pointer to neighbours its table. `text`: items whose texts are alike, by their cosines;
-        `transitions`: those that stand near in training histories, by how often and how near (`TRANSITION_DECAY`).
+      near: for each pointer to neighbours its table. `text`: items of the same service whose texts are alike, by their
+        cosines; `transitions`: those that stand near it in training histories of the service, by how often and how near
+        (`TRANSITION_DECAY`); `crossings`: those of other services that stand near it in histories over all services.
     """
 
     service_I: Array
@@ -135,13 +136,16 @@ class NearPointer(NamedTuple):
 
     Attributes:
       given_BTS: float32, what each event has to share out, the pointer's weight included.
-      share_BSX: float32 shares of the neighbours, in the order of the table of that name in `Catalog.near`.
+      share_BSX: float32 shares of the neighbours, in the order of the table of that name in `Catalog.near`; of
+        crossings those of all services, of which those of the service asked are given `given_BTS / part_BTS`.
+      part_BTS: float32, what the shares of the neighbours of the service asked add up to; None where that is one.
       own_BTS, left_BTS: float32, in training: what a slot's target owes to its own user's history, as a part of what
         an event has in the table, and the part that is left without this user; None: the table knows no target.
     """
 
     given_BTS: Array
     share_BSX: Array
+    part_BTS: Array | None = None
     own_BTS: Array | None = None
     left_BTS: Array | None = None
 

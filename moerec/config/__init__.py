@@ -60,11 +60,12 @@ class Config:
     def __post_init__(self):
         require_seed(self.seed, "seed")
         require(bool(self.tasks), "tasks", "at least one is needed")
-        for name in ("text", "transition"):
+        for name in ("text", "transition", "crossing"):
             has_table = getattr(self.data, f"{name}_neighbors") > 0 or not getattr(self.model, f"{name}_pointer")
             require(has_table, f"model.{name}_pointer", f"needs a table of neighbours (data.{name}_neighbors)")
-        is_told = "next_event" in self.tasks or not self.model.transition_pointer
-        require(is_told, "model.transition_pointer", "needs the task next_event, whose targets its table has counted")
+        for name in ("transition", "crossing"):
+            is_told = "next_event" in self.tasks or not getattr(self.model, f"{name}_pointer")
+            require(is_told, f"model.{name}_pointer", "needs the task next_event, whose targets its table has counted")
         one_row = self.model.row_dropout == 0 or (self.model.item_text and not self.model.untrained_rows)
         require(one_row, "model.row_dropout", "needs texts (model.item_text), and model.untrained_rows=false")
 

@@ -231,6 +231,7 @@ class DataConfig:
     vocab_size: int = 20000  # most text tokens kept
     text_neighbors: int = 0  # items of the same service whose texts are nearest, kept of each item; 0 makes no table
     transition_neighbors: int = 0  # those that stand near it in training histories; 0 makes no table
+    crossing_neighbors: int = 0  # those of other services that do so; 0 makes no table
 
     def __post_init__(self):
         one_of(self.source, "data.source", ("city", "tables", "prepared"))
@@ -249,5 +250,5 @@ class DataConfig:
         require(1 <= self.history_len <= self.seq_len, "data.history_len", "must lie in [1, data.seq_len]")
         for name in ("n_shards", "max_tokens", "vocab_size"):
             require(getattr(self, name) >= 1, f"data.{name}", "must be at least 1")
-        for name in ("text_neighbors", "transition_neighbors"):
+        for name in ("text_neighbors", "transition_neighbors", "crossing_neighbors"):
             require(getattr(self, name) >= 0, f"data.{name}", "must not be negative")

@@ -154,6 +154,7 @@ class ModelConfig:
     transition_pointer: bool = (
         False  # to those that stand near it in others' histories; see `data.transition_neighbors`
     )
+    crossing_pointer: bool = False  # to those of other services that do so; see `data.crossing_neighbors`
     untrained_rows: bool = False  # items without a training event have rows and biases, and are negatives
     row_dropout: float = 0.0  # in training, the share of the items that are without row and bias, drawn each step
     group_starts: tuple[int, ...] = ()  # layers at which a new group begins, beside those where their kind changes
@@ -202,7 +203,7 @@ class ModelConfig:
     @property
     def has_pointers(self) -> bool:
         """Whether the softmax is mixed with pointers."""
-        return self.has_copies or self.text_pointer or self.transition_pointer
+        return self.has_copies or self.text_pointer or self.transition_pointer or self.crossing_pointer
 
     @property
     def has_copies(self) -> bool:

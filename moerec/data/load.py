@@ -137,14 +137,15 @@ def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: b
     The tables are data beside the run: one that was extended to items that came later is read as it is.
     """
     catalogue, found = data.dataset.catalogue, {}
+
+    def count(n: int, within_service: bool) -> NeighborTable:
+        neighbors = find_transition_neighbors(data.dataset, data.split_ids, n, within_service)
+        return NeighborTable(ItemNames.of(catalogue), neighbors)
+
     makers: dict[str, tuple[int, Callable[[int], NeighborTable]]] = {
         "text": (config.text_neighbors, lambda n: make_text_table(catalogue, n)),
-        "transitions": (
-            config.transition_neighbors,
-            lambda n: NeighborTable(
-                ItemNames.of(catalogue), find_transition_neighbors(data.dataset, data.split_ids, n)
-            ),
-        ),
+        "transitions": (config.transition_neighbors, lambda n: count(n, within_service=True)),
+        "crossings": (config.crossing_neighbors, lambda n: count(n, within_service=False)),
     }
     for name, (n, make) in makers.items():
         if not n:

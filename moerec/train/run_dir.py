@@ -46,7 +46,7 @@ def refuse_strange_folder(workdir: Path) -> None:
     """
     if not (workdir / CONFIG).exists():
         own = re.compile(
-            r"data(\..*)?|(neighbors|transitions)\.npz|audit\.json|\..*|.*\.log|lost\+found"
+            r"data(\..*)?|(neighbors|transitions|crossings)\.npz|audit\.json|\..*|.*\.log|lost\+found"
         )  # `data.partial-…`: an interruption left it
         strange = sorted(path.name for path in workdir.iterdir() if not own.fullmatch(path.name))
         if strange:

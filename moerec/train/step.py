@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moerec.config import Config
+from moerec.nn.heads.near_pointers import told_names
 from moerec.nn.model import ModelSizes, SequenceModel
 from moerec.nn.moe.balance import balance_losses, update_bias, weigh_losses
 from moerec.nn.sharding import ROW_AXES, param_shardings
@@ -75,7 +76,7 @@ def sum_losses(
     # Where services are asked, the one that a slot asks in training is its target's.
     asked = {"hypothesis_BT": domain_BT} if config.model.is_asked else {}
     options: dict[str, Any] = {**asked, "router_bias_LE": router_bias_LE}
-    if config.model.transition_pointer:  # whose table has been counted on these very targets
+    if told_names(config.model):  # whose tables have been counted on these very targets
         target = batch.targets[NextEvent.name]
         options["known_next_BT"] = jnp.where(target.weight_BT > 0, target.label_BT, -1)
     outputs = params.encode(batch, catalog, dropout_key, domain_BT=domain_BT, **options)
@@ -212,7 +213,11 @@ def lower_train_step(config: Config, sizes: ModelSizes, mesh: Mesh | None = None
     state = jax.eval_shape(lambda: init_state(config, sizes))
     n = sizes.n_items
     catalog = Catalog(np.zeros(n, np.int32), np.zeros((n, config.data.max_tokens), np.int32), np.ones(n, np.float32))
-    widths = {"text": config.data.text_neighbors, "transitions": config.data.transition_neighbors}
+    widths = {
+        "text": config.data.text_neighbors,
+        "transitions": config.data.transition_neighbors,
+        "crossings": config.data.crossing_neighbors,
+    }
     near = {
         name: NearItems(np.zeros((n, width), np.int32), np.zeros((n, width), np.float32))
         for name, width in widths.items()

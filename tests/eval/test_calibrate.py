@@ -74,10 +74,12 @@ def test_numbers_of_no_calibration_are_refused():
 @pytest.mark.parametrize("is_asked", [True, False])
 def test_calibration_makes_validation_targets_more_likely_and_leaves_the_predictor_as_it_was(tmp_path, is_asked):
     config = make_config(steps=1)
-    model = dataclasses.replace(config.model, pointer="services", text_pointer=True, transition_pointer=True)
+    model = dataclasses.replace(
+        config.model, pointer="services", text_pointer=True, transition_pointer=True, crossing_pointer=True
+    )
     if is_asked:
         model = dataclasses.replace(model, ask=dataclasses.replace(model.ask, from_layer=1, d_analyser=8))
-    data_config = dataclasses.replace(config.data, text_neighbors=4, transition_neighbors=4)
+    data_config = dataclasses.replace(config.data, text_neighbors=4, transition_neighbors=4, crossing_neighbors=4)
     config = dataclasses.replace(config, model=model, data=data_config)
     data = load_data(config.data, tmp_path)
     model = jax.jit(lambda key: SequenceModel(key, config.model, make_sizes(config, data)))(jax.random.key(0))

@@ -34,24 +34,30 @@ KINDS = {
     "near": {
         "text_pointer": True,
         "transition_pointer": True,
+        "crossing_pointer": True,
         "moe": dataclasses.replace(EXPERTS, cross=False, n_active=2),
     },
 }
 
 
-def make_near(catalog: Catalog, seed: int, n: int = 3) -> NearItems:
-    """Random neighbours of the same service; some items have fewer, one has none."""
+def make_near(catalog: Catalog, seed: int, n: int = 3, crosses: bool = False) -> NearItems:
+    """Random neighbours of the same service, or of others; some items have fewer, one has none."""
     rng, n_items = np.random.default_rng(seed), len(catalog.service_I)
     neighbor_IX = np.full((n_items, n), -1, np.int32)
     for item in range(n_items - 1):
-        others = [i for i in range(n_items) if catalog.service_I[i] == catalog.service_I[item] and i != item]
+        others = [i for i in range(n_items) if i != item]
+        others = [i for i in others if (catalog.service_I[i] != catalog.service_I[item]) == crosses]
         chosen = rng.permutation(others)[: rng.integers(0, n + 1)]
         neighbor_IX[item, : len(chosen)] = chosen
     weight_IX = np.sort(rng.random((n_items, n)))[:, ::-1].astype(np.float32)
     return NearItems(neighbor_IX, np.where(neighbor_IX >= 0, weight_IX, 0))
 
 
-NEAR = {"text": make_near(TABLE, 5), "transitions": make_near(TABLE, 6)}
+NEAR = {
+    "text": make_near(TABLE, 5),
+    "transitions": make_near(TABLE, 6),
+    "crossings": make_near(TABLE, 7, 5, crosses=True),
+}
 CATALOG = jax.tree.map(jnp.asarray, TABLE._replace(near=NEAR))
 
 
@@ -189,6 +195,11 @@ def read_near(name: str | None, item: int, head, z: int) -> tuple[float, list[in
     if not near:
         return 0.0, [], np.zeros(0)
     weights = weights[: len(near)].astype(np.float64)
+    if name == "crossings":
+        is_asked = [TABLE.service_I[j] == z for j in near]
+        near, weights = [j for j, x in zip(near, is_asked, strict=True) if x], weights[is_asked]
+        if not near:
+            return 0.0, [], np.zeros(0)
     if name == "text":
         return 1.0, near, oracle.softmax(head["sharpness_Z"][z] * weights)
     return weights.sum() / (weights.sum() + 4), near, weights / weights.sum()
@@ -204,11 +215,13 @@ def answer_by_hand(w, model, state, row: int, slot: int, z: int) -> np.ndarray:
     softmax[own] = oracle.softmax(np.array(items)[own] @ state + w["head.bias_I"][own])
     x = oracle.embed(w, BATCH, TABLE, config, SIZES.context_sizes, row)
     seen = [s for s in range(slot + 1) if BATCH.segment_BT[row, s] == BATCH.segment_BT[row, slot]]
-    seen = [s for s in seen if BATCH.service_BT[row, s] == z]
+    around = [s for s in seen if BATCH.service_BT[row, s] not in (z, Z)]
+    own_events = [s for s in seen if BATCH.service_BT[row, s] == z]
     logits = head["gate_bias"][z] + state @ head["weight_ZDX"][z]
     parts = [softmax]
-    for x_place, group in enumerate([z, Z, Z + 1, Z + 2][: len(logits) - 1]):
-        name, p = [None, None, "text", "transitions"][x_place], np.zeros(SIZES.n_items)
+    for x_place, group in enumerate([z, Z, Z + 1, Z + 2, Z + 3][: len(logits) - 1]):
+        name, p = [None, None, "crossings", "text", "transitions"][x_place], np.zeros(SIZES.n_items)
+        seen = around if name == "crossings" else own_events
         read = [read_near(name, int(BATCH.item_BT[row, s]), head, z) for s in seen]
         evidence = np.array([known for known, _, _ in read])
         if not evidence.any():
@@ -223,8 +236,9 @@ def answer_by_hand(w, model, state, row: int, slot: int, z: int) -> np.ndarray:
                 times = [(BATCH.time_BT[row, s], asked_at) for s in seen]
                 buckets = [24 if NO_TIME in pair else oracle.gap(*pair) for pair in times]
                 weight += head["time_gate_biasX"][z, x_place][buckets]
-            if name is not None:  # the last of its service has place 0
-                weight += head["slope_ZX"][z, x_place - 2] * (len(seen) - 1 - np.arange(len(seen)))
+            if name is not None:  # the last one has place 0: of its service, or of all
+                places = place[slot] - place[seen] if name == "crossings" else len(seen) - 1 - np.arange(len(seen))
+                weight += head["slope_ZX"][z, x_place - 2] * places
             attention = oracle.softmax(weight)
             logits[x_place + 1] += np.log(attention @ evidence)
             for weight, (known, items, shares) in zip(attention / (attention @ evidence), read, strict=True):
@@ -252,7 +266,7 @@ def test_answers_are_those_of_loops_over_events_and_items(kind):
 def test_the_loss_of_a_target_is_its_log_probability_among_all_answers(kind):
     """What training minimises, under the target's hypothesis, is what evaluation gives, having asked everybody."""
     model, task = make_asked(kind), NextEvent()
-    config = Config(model=model.config, data=DataConfig(text_neighbors=3, transition_neighbors=3))
+    config = Config(model=model.config, data=DataConfig(text_neighbors=3, transition_neighbors=3, crossing_neighbors=5))
     catalog = model.bind(CATALOG)
     log_p = log_prob_all(ask_everybody(model, BATCH, CATALOG, LAST), catalog, OFFSETS)
     followed = np.asarray(followed_services(BATCH, Z))

@@ -22,9 +22,9 @@ def make_asked_config(n_data: int, n_expert: int, n_model: int, strategy: str) -
     config = make_run_config(n_data, n_expert, n_model, "full_softmax", "union", strategy, "ema")
     ask, data = (
         AskConfig(from_layer=1, d_analyser=8),
-        dataclasses.replace(config.data, text_neighbors=3, transition_neighbors=3),
+        dataclasses.replace(config.data, text_neighbors=3, transition_neighbors=3, crossing_neighbors=5),
     )
-    near = {"text_pointer": True, "transition_pointer": True}
+    near = {"text_pointer": True, "transition_pointer": True, "crossing_pointer": True}
     model = dataclasses.replace(config.model, ask=ask, row_dropout=0.2, pointer_time_bias=True, **near)
     return dataclasses.replace(config, data=data, model=model)
 

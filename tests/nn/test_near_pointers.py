@@ -47,25 +47,29 @@ def make_slots():
 BATCH, LABEL = make_slots()
 
 
-def count_pairs(histories: list[np.ndarray]) -> np.ndarray:
-    """`[I, I]`, pairs of one service both ways: .8^n with n < 10 events of that service between them."""
+def count_pairs(histories: list[np.ndarray], crosses: bool = False) -> np.ndarray:
+    """`[I, I]`, pairs both ways: .8^n with n < 10 events between them. Of one service and among its events; or
+    of two, and among all.
+    """
     weight_II = np.zeros((N, N))
     for history in histories:
-        for z in range(Z):
-            own = [int(i) for i in history if SERVICE[i] == z]
+        for z in range(1 if crosses else Z):
+            own = [int(i) for i in history if crosses or SERVICE[i] == z]
             for a in range(len(own)):
                 for b in range(a + 1, min(a + 11, len(own))):
                     weight_II[own[a], own[b]] += 0.8 ** (b - a - 1)
                     weight_II[own[b], own[a]] += 0.8 ** (b - a - 1)
     np.fill_diagonal(weight_II, 0)
-    return weight_II
+    return np.where(SERVICE[:, None] != SERVICE, weight_II, 0) if crosses else weight_II
 
 
 def make_catalog(histories: list[np.ndarray]):
-    weight_II = count_pairs(histories)
-    order = np.argsort(-weight_II, axis=1, kind="stable")
-    weight_IX = np.take_along_axis(weight_II, order, axis=1).astype(np.float32)
-    near = {"transitions": NearItems(np.where(weight_IX > 0, order, -1).astype(np.int32), weight_IX)}
+    near = {}
+    for name in ("transitions", "crossings"):
+        weight_II = count_pairs(histories, name == "crossings")
+        order = np.argsort(-weight_II, axis=1, kind="stable")
+        weight_IX = np.take_along_axis(weight_II, order, axis=1).astype(np.float32)
+        near[name] = NearItems(np.where(weight_IX > 0, order, -1).astype(np.int32), weight_IX)
     return jax.tree.map(jnp.asarray, TABLE._replace(near=near))
 
 
@@ -84,10 +88,11 @@ def encode(model, catalog, hypothesis_BT, known_next_BT):
     return targets.log_prob(None).reshape(LABEL.shape)
 
 
+@pytest.mark.parametrize("pointer", ["transition_pointer", "crossing_pointer"])
 @pytest.mark.parametrize("kind", ["asked", "dense"])
-def test_a_target_is_predicted_as_if_the_table_had_been_counted_without_it_and_what_follows(kind):
+def test_a_target_is_predicted_as_if_the_table_had_been_counted_without_it_and_what_follows(kind, pointer):
     asked = {"ask": ASK, "pointer": "services"} if kind == "asked" else {}
-    model = make_model(make_config(n_layers=2, transition_pointer=True, **asked), 1)
+    model = make_model(make_config(n_layers=2, **{pointer: True}, **asked), 1)
     service, known = (np.where(BATCH.segment_BT > 0, x, -1) for x in (SERVICE[LABEL], LABEL))
     everyone = [history for row in HISTORIES for history in row]
     with_all = np.asarray(encode(model, make_catalog(OTHERS + everyone), service, known))
@@ -109,7 +114,7 @@ def test_a_target_is_predicted_as_if_the_table_had_been_counted_without_it_and_w
 
 def test_gradients_are_finite_where_nothing_is_known():
     """Only the target's own user has ever had the pairs, or nobody has."""
-    model = make_model(make_config(n_layers=2, transition_pointer=True, ask=ASK), 1)
+    model = make_model(make_config(n_layers=2, transition_pointer=True, crossing_pointer=True, ask=ASK), 1)
     service, known = (np.where(BATCH.segment_BT > 0, x, -1) for x in (SERVICE[LABEL], LABEL))
     for histories in ([], [HISTORIES[0][0]]):
         catalog = make_catalog(histories)

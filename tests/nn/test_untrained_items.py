@@ -95,6 +95,6 @@ def test_row_dropout_needs_texts_and_no_rows_of_untrained_items():
     for fields in ({"item_text": False}, {"untrained_rows": True}):
         with pytest.raises(InputError, match=r"model\.row_dropout"):
             Config(model=dataclasses.replace(make_config(), row_dropout=0.2, **fields))
-    for name in ("text", "transition"):
+    for name in ("text", "transition", "crossing"):
         with pytest.raises(InputError, match=rf"model\.{name}_pointer.*data\.{name}_neighbors"):
             Config(model=make_config(**{f"{name}_pointer": True}))

@@ -75,9 +75,9 @@ def test_a_step_that_asks_compiles_for_sixteen_chips():
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
     config = make_config("all_to_all")
-    near = {"text_pointer": True, "transition_pointer": True, "row_dropout": 0.2}
+    near = {"text_pointer": True, "transition_pointer": True, "crossing_pointer": True, "row_dropout": 0.2}
     model = dataclasses.replace(config.model, ask=AskConfig(from_layer=1, d_analyser=128), **near)
-    data = dataclasses.replace(config.data, text_neighbors=32, transition_neighbors=32)
+    data = dataclasses.replace(config.data, text_neighbors=32, transition_neighbors=32, crossing_neighbors=32)
     compiled = compile_step(devices, dataclasses.replace(config, model=model, data=data))
     text = compiled.as_text()
     assert [name for name in KERNELS if name not in text] == []

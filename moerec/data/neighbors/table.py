@@ -14,7 +14,8 @@ from moerec.data.neighbors.text import WordCounts
 from moerec.errors import InputError
 from moerec.files import replacing
 
-NEIGHBOR_FILES = {"text": "neighbors.npz", "transitions": "transitions.npz"}  # in a run, by the kind of table
+# In a run, by the kind of table.
+NEIGHBOR_FILES = {"text": "neighbors.npz", "transitions": "transitions.npz", "crossings": "crossings.npz"}
 FORMAT = 1
 
 

@@ -62,14 +62,20 @@ def make_item_graph(weight_II: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matr
     return scipy.sparse.csr_matrix((data, (row, column)), graph_II.shape)
 
 
-def find_transition_neighbors(dataset: Dataset, split_ids: np.ndarray, n: int) -> Neighbors:
-    """The `n` other items of its service that most often stand near each item in training, nearer ones counting more.
+def find_transition_neighbors(
+    dataset: Dataset, split_ids: np.ndarray, n: int, within_service: bool = True
+) -> Neighbors:
+    """The `n` other items of its service that most often stand near each item in training, nearer ones counting more;
+    or those of other services, by their places among the events of all.
 
     The similarity is the weight of `weigh_transitions`, both ways, with the decay and the gaps by which models take
     out what a training target's own user has given. An item without a training event has no neighbors.
     """
-    weight_II = weigh_transitions(count_transitions(dataset, split_ids, TRANSITION_GAP), TRANSITION_DECAY)
+    counts = count_transitions(dataset, split_ids, TRANSITION_GAP, within_service)
+    weight_II = weigh_transitions(counts, TRANSITION_DECAY)
     weight_II = scipy.sparse.coo_matrix(weight_II + weight_II.T)
-    other, n_items = weight_II.row != weight_II.col, dataset.catalogue.n_items
+    service, n_items = dataset.catalogue.service, dataset.catalogue.n_items
+    is_within = service[weight_II.row] == service[weight_II.col]
+    other = (weight_II.row != weight_II.col) & (is_within if within_service else ~is_within)
     pairs = (weight_II.row[other], weight_II.col[other], weight_II.data[other])
     return keep_best(*pairs, rank_ids(dataset.catalogue), n_items, n)

@@ -30,6 +30,7 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
         pointer="none",
         text_pointer=False,
         transition_pointer=False,
+        crossing_pointer=False,
         pointer_time_bias=False,
         untrained_rows=True,  # as in the original, where every item is a negative
         row_dropout=0.0,

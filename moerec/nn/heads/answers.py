@@ -17,7 +17,10 @@ def _of_service(x: PointerMixture | None, place: int | jax.Array) -> PointerMixt
     """The mixtures `[Q, ...]` of the services asked at one place of X; shares of neighbours are of the row's events."""
     if x is None:
         return None
-    near = {name: NearPointer(pointer.given_BTS[:, place], pointer.share_BSX) for name, pointer in x.near.items()}
+    near = {}
+    for name, pointer in x.near.items():
+        part_BTS = None if pointer.part_BTS is None else pointer.part_BTS[:, place]
+        near[name] = NearPointer(pointer.given_BTS[:, place], pointer.share_BSX, part_BTS)
     part_QXS = None if x.part_BXTS is None else x.part_BXTS[:, :, place]
     return PointerMixture(x.log_weight_BTX[:, place], x.copy_BTS[:, place], near, part_QXS)
 
@@ -39,8 +42,7 @@ def log_prob_all(answers: Answers, catalog: Catalog, offsets: tuple[int, ...]) -
     pointers, pointed_QI = answers.pointers, None
     if pointers is not None:
         # A service points at its own items alone: what all of them point at is spread at once.
-        near = {name: NearPointer(jnp.sum(x.given_BTS, axis=1), x.share_BSX) for name, x in pointers.near.items()}
-        joint = pointers._replace(copy_BTS=jnp.sum(pointers.copy_BTS, axis=1), near=near)
+        joint = pointers._replace(copy_BTS=jnp.sum(pointers.copy_BTS, axis=1))
         pointed_QI = spread_pointers(joint, answers.item_QS, catalog)
     parts = []
     for z, (low, high) in enumerate(itertools.pairwise(offsets)):  # over services: shapes differ
@@ -98,11 +100,12 @@ def log_prob_target(answers: Answers, catalog: Catalog, target_Q: jax.Array) -> 
 def split_components(answers: Answers, catalog: Catalog) -> jax.Array:
     """`[Q, X, C, I]`, what each component gives to each item; over C they add up to p(item | service).
 
-    For few queries: it is laid over all items.
+    For few queries: it is laid over all items. Those of other services are given nothing.
     """
     rows = []
     for place in range(answers.service_QX.shape[1]):  # over the few services asked
-        softmax_QI = jax.nn.softmax(_score_own(answers, catalog, place)[0])
+        score_QI, own_QI = _score_own(answers, catalog, place)
+        softmax_QI = jax.nn.softmax(score_QI)
         pointers = _of_service(answers.pointers, place)
         if pointers is None:
             rows.append(softmax_QI[:, None])
@@ -112,7 +115,7 @@ def split_components(answers: Answers, catalog: Catalog) -> jax.Array:
         for x in range(pointers.part_BXTS.shape[1]):
             is_one = (jnp.arange(pointers.part_BXTS.shape[1]) == x)[:, None]
             alone = _put_parts(pointers, jnp.where(is_one, pointers.part_BXTS, 0))
-            parts.append(spread_pointers(alone, answers.item_QS, catalog))
+            parts.append(jnp.where(own_QI, spread_pointers(alone, answers.item_QS, catalog), 0))
         rows.append(jnp.stack(parts, axis=1))
     return jnp.stack(rows, axis=1)
 
@@ -130,7 +133,9 @@ def split_target(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog,
     shares = [of_event_QS] * (part_QXS.shape[1] - len(pointers.near))
     for name in sorted(pointers.near):
         hit_QSX = catalog.near[name].item_IX[item_QS] == target_Q[:, None, None]
-        shares.append(jnp.sum(jnp.where(hit_QSX, pointers.near[name].share_BSX, 0), axis=-1))
+        near = pointers.near[name]
+        share_QS = jnp.sum(jnp.where(hit_QSX, near.share_BSX, 0), axis=-1)
+        shares.append(share_QS if near.part_BTS is None else share_QS / near.part_BTS)
     return jnp.einsum("QXS,QXS->QX", part_QXS, jnp.stack(shares, axis=1))
 
 

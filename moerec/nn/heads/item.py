@@ -10,7 +10,7 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.embeddings import ItemEncoder, has_row
-from moerec.nn.heads.near_pointers import share_targets
+from moerec.nn.heads.near_pointers import share_targets, spread_near
 from moerec.nn.heads.pointer import AnswerAggregator
 from moerec.nn.heads.service_answers import ServiceAnswers
 from moerec.nn.heads.xent import Mixture, XentCandidates, XentSlots, chunked_log_prob, chunked_softmax_xent
@@ -94,6 +94,7 @@ def pick_slots(pointers: PointerMixture, flat_Q: jax.Array, n_slots: int) -> Poi
     row_Q, near = flat_Q // n_slots, {}
     for name, pointer in pointers.near.items():
         near[name] = NearPointer(pointer.given_BTS.reshape(-1, n_slots)[flat_Q], pointer.share_BSX[row_Q])
+        assert pointer.part_BTS is None  # no service was asked
     part_BXTS, part_QXS = pointers.part_BXTS, None
     if part_BXTS is not None:
         part_QXS = part_BXTS[row_Q, :, flat_Q % n_slots]
@@ -101,14 +102,16 @@ def pick_slots(pointers: PointerMixture, flat_Q: jax.Array, n_slots: int) -> Poi
 
 
 def spread_pointers(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog) -> jax.Array:
-    """`[Q, I]`, the probability that the pointers of each slot give to each item."""
+    """`[Q, I]`, the probability that the pointers of each slot give to each item: of the service asked, if one was; or
+    of all, where pointers to neighbours are of all services' answers (`spread_near`).
+    """
     copy_QS = pointers.copy_BTS
     row_Q1 = jnp.arange(item_QS.shape[0])[:, None]
     out_QI = jnp.zeros((item_QS.shape[0], catalog.service_I.shape[0]), copy_QS.dtype).at[row_Q1, item_QS].add(copy_QS)
     for name, pointer in pointers.near.items():
         neighbor_QSX = catalog.near[name].item_IX[item_QS]
         # What is no neighbour has no share: it may stand anywhere.
-        given_QSX = pointer.given_BTS[..., None] * pointer.share_BSX
+        given_QSX = spread_near(pointer, neighbor_QSX, catalog.service_I)
         out_QI = out_QI.at[row_Q1[..., None], jnp.maximum(neighbor_QSX, 0)].add(given_QSX)
     return out_QI
 

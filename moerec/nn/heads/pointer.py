@@ -7,25 +7,18 @@ are mixed: pointer networks (Vinyals et al. 2015), their mixture with a softmax 
 mode of RepeatNet (Ren et al. 2019). A pointer's weights on pairs of slots are in memory, as many as slots squared.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.attention import rotate
-from moerec.nn.heads.near_pointers import (
-    FIRST_SHARPNESS,
-    FIRST_SLOPE,
-    TEXT,
-    Own,
-    Places,
-    near_names,
-    point_near,
-    read_text,
-    read_transitions,
-)
+from moerec.nn.heads.near_pointers import FIRST_SHARPNESS, FIRST_SLOPE, TEXT, near_names, point_near, read_table
+from moerec.nn.heads.places import Own, Places
 from moerec.nn.layers import MASK_VALUE, declare, fan_in
-from moerec.types import EVENT, Batch, Catalog, NearPointer, PointerMixture
+from moerec.types import EVENT, Batch, Catalog, PointerMixture
 
 CATALOGUE_BIAS = 2.0  # what the softmax's logit has ahead of each pointer's at first
 
@@ -40,7 +33,7 @@ class AnswerAggregator(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
         k_query, k_key, k_weight = jax.random.split(key, 3)
-        self.n_services = n_services if config.has_service_pointers else 0
+        self.n_services, self.n_all_services = n_services if config.has_service_pointers else 0, n_services
         self.has_copies, self.near = config.has_copies, near_names(config)
         d, g, h = config.d_model, self.n_services + self.has_copies + len(self.near), config.d_pointer
         zeros = jax.nn.initializers.zeros
@@ -61,10 +54,10 @@ class AnswerAggregator(nnx.Module):
         mask_BTS: jax.Array,
         catalog: Catalog,
         places: Places | None = None,
-        own: Own | None = None,
+        owns: Mapping[str, Own] = {},
     ) -> PointerMixture:
         """Args: final states, which ask; the events' vectors, which are pointed at; the slots; who sees which; and,
-        for pointers to neighbours, where they stand, and in training what `find_own` finds.
+        for pointers to neighbours, where they stand, and in training what `find_own` finds of each table.
         """
         query_BTGH, key_BTGH = (
             rotate(jnp.einsum("BTD,DGH->BTGH", x, w[...]), batch.position_BT, self.theta)
@@ -80,20 +73,18 @@ class AnswerAggregator(nnx.Module):
         pointer_BGTS = jax.nn.softmax(jnp.where(open_BGTS, logit_BGTS[:, :n_copies], MASK_VALUE))
         # A pointer with nothing to point at would be spread over what it must not see.
         log_can_BTG = jnp.where(jnp.moveaxis(jnp.any(open_BGTS, axis=-1), 1, 2), 0, MASK_VALUE)
-        tables, pointed = [], []
+        sharpness_BS = None
+        if self.sharpness is not None:
+            sharpness_BS = jnp.broadcast_to(self.sharpness[...], batch.item_BT.shape)
+        n_all, pointed = self.n_all_services, []
         for n, name in enumerate(self.near):
             assert places is not None
             assert self.slope_X is not None
-            gap_BTS = places.gap(batch.service_BT)
-            if name == TEXT:
-                assert self.sharpness is not None
-                sharpness_BS = jnp.broadcast_to(self.sharpness[...], batch.item_BT.shape)
-                tables.append(read_text(batch.item_BT, sharpness_BS, catalog))
-            else:
-                tables.append(read_transitions(batch.item_BT, catalog))
-            logit_BTS = logit_BGTS[:, n_copies + n] + self.slope_X[n] * (gap_BTS - 1)
-            open_BTS = mask_BTS & is_event_BS[:, None]
-            pointed.append(point_near(logit_BTS, open_BTS, tables[n], None if name == TEXT else own))
+            table = read_table(name, batch.item_BT, sharpness_BS, catalog, n_all)
+            slope_BT = jnp.broadcast_to(self.slope_X[n], batch.item_BT.shape)
+            seen_BTS = mask_BTS & is_event_BS[:, None]
+            around = table, seen_BTS, places, owns, batch.service_BT, None
+            pointed.append(point_near(name, logit_BGTS[:, n_copies + n], slope_BT, *around))
         evidence = (x.log_evidence_BT[..., None] for x in pointed)
         log_can_BTX = jnp.concatenate([jnp.zeros((*state_BTD.shape[:2], 1)), log_can_BTG, *evidence], axis=-1)
         logit_BTX = state_BTD @ self.weight_DX[...] + self.gate_bias[...]
@@ -101,7 +92,7 @@ class AnswerAggregator(nnx.Module):
         weight_BGT1 = jnp.moveaxis(jnp.exp(log_weight_BTX[..., 1:]), 2, 1)[..., None]
         part_BGTS = weight_BGT1 * jnp.concatenate([pointer_BGTS, *(x.share_BTS[:, None] for x in pointed)], axis=1)
         near = {
-            name: NearPointer(part_BGTS[:, n_copies + n], tables[n].share_BSX, x.own_BTS, x.left_BTS)
+            name: x.near._replace(given_BTS=part_BGTS[:, n_copies + n])
             for n, (name, x) in enumerate(zip(self.near, pointed, strict=True))
         }
         return PointerMixture(log_weight_BTX, jnp.sum(part_BGTS[:, :n_copies], axis=1), near, part_BGTS)

@@ -6,7 +6,7 @@ weights are a gate of the service's own (pointer networks: Vinyals et al. 2015; 
 al. 2017).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,18 +20,16 @@ from moerec.nn.heads.near_pointers import (
     FIRST_SLOPE,
     TEXT,
     NearTable,
-    Own,
-    Places,
     Pointed,
     near_names,
     point_near,
-    read_text,
-    read_transitions,
+    read_table,
 )
+from moerec.nn.heads.places import Own, Places
 from moerec.nn.heads.pointer import CATALOGUE_BIAS
 from moerec.nn.layers import MASK_VALUE, declare, fan_in
 from moerec.nn.temporal import N_GAPS
-from moerec.types import Array, Batch, Catalog, NearPointer, PointerMixture
+from moerec.types import Array, Batch, Catalog, PointerMixture
 from pallas_kernels.attention import find_bucket
 
 
@@ -56,7 +54,8 @@ class Asking(NamedTuple):
       state_BTD: float32. service_BT: int32, whom they ask; -1 for nobody.
       position_BT: int32 places in the own sequence. time_BT: int32 times of the requests.
       mask_BTS: bool, which slots they see.
-      places, own: where all these slots stand, and in training what `find_own` finds; for pointers to neighbours.
+      places, own: where all these slots stand, and in training what `find_own` finds of each table; for pointers to
+        neighbours.
     """
 
     state_BTD: Array
@@ -65,7 +64,7 @@ class Asking(NamedTuple):
     time_BT: Array
     mask_BTS: Array
     places: Places | None = None
-    own: Own | None = None
+    own: Mapping[str, Own] = {}
 
 
 def component_names(config: ModelConfig, services: Sequence[str] = ("own",)) -> tuple[str, ...]:
@@ -147,7 +146,7 @@ class ServiceAnswers(nnx.Module):
         open_BXTS = jnp.broadcast_to(open_BTS[:, None], logit_BXTS[:, :n_copies].shape)
         pointer_BXTS = jax.nn.softmax(jnp.where(open_BXTS, logit_BXTS[:, :n_copies], MASK_VALUE))
         tables = self._read_tables(events, catalog)
-        pointed = self._point_near(tables, logit_BXTS[:, n_copies:], open_BTS, asking, events, of_BTZ)
+        pointed = self._point_near(tables, logit_BXTS[:, n_copies:], asking, events, of_BTZ)
         logit_BTX = jnp.einsum("BTD,ZDX,BTZ->BTX", asking.state_BTD, self.weight_ZDX[...], of_BTZ, optimize="optimal")
         logit_BTX += of_BTZ @ self.gate_bias[...]
         # A pointer with nothing to point at would be spread over what it must not see.
@@ -158,40 +157,38 @@ class ServiceAnswers(nnx.Module):
         all_BXTS = jnp.concatenate([pointer_BXTS, *(x.share_BTS[:, None] for x in pointed)], axis=1)
         given_BXTS = weight_BXT1 * all_BXTS
         near = {
-            name: NearPointer(given_BXTS[:, n_copies + n], tables[n].share_BSX, x.own_BTS, x.left_BTS)
+            name: x.near._replace(given_BTS=given_BXTS[:, n_copies + n])
             for n, (name, x) in enumerate(zip(self.near, pointed, strict=True))
         }
         return PointerMixture(log_weight_BTX, jnp.sum(given_BXTS[:, :n_copies], axis=1), near, given_BXTS)
 
     def _read_tables(self, events: Pointees, catalog: Catalog) -> list[NearTable]:
-        tables = []
-        for name in self.near:
-            if name != TEXT:
-                tables.append(read_transitions(events.item_BS, catalog))
-                continue
-            assert self.sharpness_Z is not None
+        sharpness_BS = None
+        if self.sharpness_Z is not None:
             sharpness_BS = self.sharpness_Z[...][jnp.minimum(events.service_BS, self.n_services - 1)]
-            tables.append(read_text(events.item_BS, sharpness_BS, catalog))
-        return tables
+        return [read_table(name, events.item_BS, sharpness_BS, catalog, self.n_services) for name in self.near]
 
     def _point_near(
-        self,
-        tables: list[NearTable],
-        logit_BXTS: jax.Array,
-        open_BTS: jax.Array,
-        asking: Asking,
-        events: Pointees,
-        of_BTZ: jax.Array,
+        self, tables: list[NearTable], logit_BXTS: jax.Array, asking: Asking, events: Pointees, of_BTZ: jax.Array
     ) -> list[Pointed]:
         if not self.near:
             return []
         assert asking.places is not None
         assert self.slope_ZX is not None
-        gap_BTS = asking.places.gap(events.service_BS)
-        slope_BXT1 = jnp.moveaxis(of_BTZ @ self.slope_ZX[...], -1, 1)[..., None]
-        logit_BXTS += slope_BXT1 * (gap_BTS[:, None] - 1)
+        slope_BTX = of_BTZ @ self.slope_ZX[...]
+        mask_BTS = asking.mask_BTS & (events.service_BS < self.n_services)[:, None]
+        services = events.service_BS, asking.service_BT
         return [
-            point_near(logit_BXTS[:, n], open_BTS, table, None if name == TEXT else asking.own)
+            point_near(
+                name,
+                logit_BXTS[:, n],
+                slope_BTX[..., n],
+                table,
+                mask_BTS,
+                asking.places,
+                asking.own,
+                *services,
+            )
             for n, (name, table) in enumerate(zip(self.near, tables, strict=True))
         ]
 

@@ -20,7 +20,8 @@ from moerec.nn.block import (
 from moerec.nn.cache import AskedSlots, place_asked
 from moerec.nn.embeddings import ItemEncoder, SlotEncoder
 from moerec.nn.heads.item import ItemHead
-from moerec.nn.heads.near_pointers import Places, find_own, find_places
+from moerec.nn.heads.near_pointers import CROSSINGS, told_names
+from moerec.nn.heads.places import find_own, find_places
 from moerec.nn.heads.service_answers import Asking, ServiceAnswers
 from moerec.nn.layers import RMSNorm, declare, dropout, normal
 from moerec.nn.moe.analyser import Analyser
@@ -161,8 +162,8 @@ class SequenceModel(nnx.Module):
           domain_BT: int32 domain under which a slot's routing is counted, -1 for none; it decides nothing else.
           hypothesis_BT: where services are asked, int32 whom each slot asks, -1 for nobody; None: the past's slots ask
             the services that followed, and a sequence's last slot nobody (`ask` asks there).
-          known_next_BT: int32 items that follow the slots, -1 for none, where the table of transitions was counted on
-            them, as in training: what it owes to them is taken out again.
+          known_next_BT: int32 items that follow the slots, -1 for none, where the tables of transitions were counted
+            on them, as in training: what they owe to them is taken out again.
           profile: of `read_profiles`, where it is not to be computed from the batch.
           router_bias_LE: of the training state; None for zeros.
         """
@@ -183,9 +184,10 @@ class SequenceModel(nnx.Module):
         aggregator = self.head.aggregator
         if aggregator is not None:
             mask_BTS = causal_segment_mask(batch.segment_BT, config.window)
-            places, told = find_places(batch, self.n_services) if aggregator.near else None, None
+            places, told = find_places(batch, self.n_services) if aggregator.near else None, {}
             if known_next_BT is not None and places is not None:
-                told = find_own(batch, catalog, known_next_BT, places)
+                known = batch, catalog, known_next_BT, places
+                told = {name: find_own(*known, name == CROSSINGS, config.is_asked) for name in told_names(config)}
             remember: Any = jax.checkpoint if config.remat else lambda f: f
             if isinstance(aggregator, ServiceAnswers):
                 assert hypothesis_BT is not None
@@ -356,10 +358,7 @@ class SequenceModel(nnx.Module):
         mask_QXS = jnp.broadcast_to(asked.seen_QS[:, None], (*service_QX.shape, asked.seen_QS.shape[1]))
         places = None
         if aggregator.near:
-            rank_BS, count_BTZ = find_places(batch, self.n_services)
-            count_Q1Z = _pick_slots(count_BTZ, asked.flat_Q)[:, None]
-            shape = (*service_QX.shape, count_BTZ.shape[-1])
-            places = Places(rank_BS[asked.row_Q], jnp.broadcast_to(count_Q1Z, shape))
+            places = find_places(batch, self.n_services).of_asked(asked.row_Q, asked.flat_Q, position_QX)
         return aggregator(Asking(state_QXD, service_QX, position_QX, time_QX, mask_QXS, places), events, catalog)
 
     def _condition(

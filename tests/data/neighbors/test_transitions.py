@@ -56,24 +56,27 @@ def test_weights_and_graph_equal_dense_algebra(decay):
     np.testing.assert_allclose(graph_II.toarray(), both / root / root[:, None], rtol=1e-5)
 
 
-@pytest.mark.parametrize("n", [1, 4, 20])
-def test_neighbors_equal_a_sort(n):
+@pytest.mark.parametrize(("n", "within_service"), [(1, True), (4, True), (20, True), (3, False), (20, False)])
+def test_neighbors_equal_a_sort(n, within_service):
     dataset = make_world(3, sizes=(6, 0, 5))
     split_ids, _, _ = hold_out(dataset, per_service=True)
-    found = find_transition_neighbors(dataset, split_ids, n)
-    counts = [count_by_hand(dataset, split_ids, gap, True) for gap in range(1, 11)]
-    ids, n_items = dataset.catalogue.ids, dataset.catalogue.n_items
+    found = find_transition_neighbors(dataset, split_ids, n, within_service)
+    counts = [count_by_hand(dataset, split_ids, gap, within_service) for gap in range(1, 11)]
+    ids, service, n_items = dataset.catalogue.ids, dataset.catalogue.service, dataset.catalogue.n_items
+
+    def weigh(i: int, j: int) -> np.float32:
+        """As floats of single precision are added, one way and then the other."""
+        return sum(np.float32(sum(0.8**g * c[pair] for g, c in enumerate(counts))) for pair in ((i, j), (j, i)))
+
+    some = 0
     for i in range(n_items):
-        weight = {
-            j: np.float32(sum(0.8**g * c[i, j] for g, c in enumerate(counts)))
-            + np.float32(sum(0.8**g * c[j, i] for g, c in enumerate(counts)))
-            for j in range(n_items)
-            if j != i
-        }
-        expected = sorted((-float(w), ids[j], j) for j, w in weight.items() if w > 0)[:n]
+        others = [j for j in range(n_items) if j != i and (service[j] == service[i]) == within_service]
+        expected = sorted((-float(weigh(i, j)), ids[j], service[j], j) for j in others if weigh(i, j) > 0)[:n]
         missing = n - len(expected)
-        assert found.item_IX[i].tolist() == [j for _, _, j in expected] + [-1] * missing
-        assert found.similarity_IX[i].tolist() == [-w for w, _, _ in expected] + [0] * missing
+        assert found.item_IX[i].tolist() == [j for *_, j in expected] + [-1] * missing
+        assert found.similarity_IX[i].tolist() == [-w for w, *_ in expected] + [0] * missing
+        some += len(expected)
+    assert some >= 10
 
 
 @pytest.mark.parametrize("seed", range(4))
