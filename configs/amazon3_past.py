@@ -21,14 +21,26 @@ def get_config() -> Config:
     """The configuration of this file."""
     base = amazon3.get_config()
     split = dataclasses.replace(base.data.split, past_only=True, shuffle_ties=True)
-    neighbors = {"text_neighbors": 64, "transition_neighbors": 64, "crossing_neighbors": 64}
-    pointers = {"text_pointer": True, "transition_pointer": True, "crossing_pointer": True}
-    model = dataclasses.replace(base.model, n_layers=2, d_model=64, d_ff=128, untrained_rows=False, row_dropout=0.2)
+    data = dataclasses.replace(
+        base.data, split=split, text_neighbors=64, transition_neighbors=64, crossing_neighbors=64
+    )
+    model = dataclasses.replace(
+        base.model,
+        n_layers=2,
+        d_model=64,
+        d_ff=128,
+        untrained_rows=False,
+        row_dropout=0.2,
+        text_pointer=True,
+        transition_pointer=True,
+        crossing_pointer=True,
+        ask=AskConfig(d_analyser=64),
+    )
     return dataclasses.replace(
         base,
         name="amazon3_past",
-        data=dataclasses.replace(base.data, split=split, **neighbors),
-        model=dataclasses.replace(model, ask=AskConfig(d_analyser=64), **pointers),
+        data=data,
+        model=model,
         loss=dataclasses.replace(base.loss, scope="union"),
         optim=dataclasses.replace(base.optim, learning_rate=2e-3),
         train=dataclasses.replace(base.train, steps=600, eval_every=200, save_every=200, n_valid=8000),

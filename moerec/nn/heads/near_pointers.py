@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from moerec.config import ModelConfig
 from moerec.nn.embeddings import has_row
-from moerec.nn.heads.places import Own, Places
+from moerec.nn.heads.places import Own, Places, Rows, find_own
 from moerec.nn.layers import MASK_VALUE
-from moerec.types import Catalog, NearPointer
+from moerec.types import Batch, Catalog, NearPointer
 
 CROSSINGS, TEXT, TRANSITIONS = "crossings", "text", "transitions"
 FIRST_SHARPNESS = 8.0  # of similarities, which are cosines: the nearest have most of an event's weight
@@ -82,6 +82,20 @@ def read_table(
     return NearTable(share_BSX, total_BS, jnp.einsum("BSX,BSXZ->BSZ", share_BSX, of_BSXZ))
 
 
+def find_told(
+    config: ModelConfig, batch: Batch, catalog: Catalog, next_item_BT: jax.Array, places: Places, n_services: int
+) -> dict[str, Own]:
+    """Of each table that has been counted on the training targets, what is to be taken out: see `find_own`."""
+    found = {}
+    for name in told_names(config):
+        share_BSX = read_table(name, batch.item_BT, None, catalog, n_services).share_BSX
+        neighbor_BSX = catalog.near[name].item_IX[batch.item_BT]
+        has = (_find_shares(share_BSX, neighbor_BSX, item_BT) > 0 for item_BT in (next_item_BT, batch.item_BT))
+        known = batch, catalog, next_item_BT, places, Rows(*has)
+        found[name] = find_own(*known, name == CROSSINGS, config.is_asked)
+    return found
+
+
 class Pointed(NamedTuple):
     """Where a pointer points before it has a weight.
 
@@ -123,7 +137,7 @@ def point_near(
         open_BTS = mask_BTS & (~is_own_BTS if name == CROSSINGS else is_own_BTS)
         if table.part_BSZ is not None:
             of_BTZ = jax.nn.one_hot(service_BT, table.part_BSZ.shape[-1])
-            part_BTS = jnp.einsum("BTZ,BSZ->BTS", of_BTZ, table.part_BSZ)
+            part_BTS = jnp.einsum("BTZ,BSZ->BTS", of_BTZ, table.part_BSZ, precision=jax.lax.Precision.HIGHEST)
     asked_BTS = total_BTS if part_BTS is None else total_BTS * part_BTS
     own = owns.get(name)
     left_BTS = asked_BTS if own is None else asked_BTS - own.all_BTS
@@ -153,7 +167,7 @@ def share_targets(near: NearPointer, neighbor_IX: jax.Array, item_BS: jax.Array,
         assert near.left_BTS is not None
         others_BTS = share_BTS - near.own_BTS
         # As a part of what is left; a share of which the own user has it all is rounded to nothing.
-        share_BTS = jnp.where(others_BTS > 1e-5, others_BTS / near.left_BTS, 0)
+        share_BTS = jnp.where(others_BTS > 1e-5 * share_BTS, others_BTS / near.left_BTS, 0)
     elif near.part_BTS is not None:
         share_BTS /= near.part_BTS
     return jnp.sum(near.given_BTS * share_BTS, axis=-1)

@@ -25,7 +25,7 @@ class Places(NamedTuple):
     def gap(self, service_BS: jax.Array) -> jax.Array:
         """`[B, T, S]`, how many places of its service an event stands before the next one of it after a slot."""
         of_BSZ = jax.nn.one_hot(service_BS, self.count_BTZ.shape[-1])
-        return jnp.einsum("BTZ,BSZ->BTS", self.count_BTZ, of_BSZ) + 1 - self.rank_BS[:, None]
+        return _sum("BTZ,BSZ->BTS", self.count_BTZ, of_BSZ) + 1 - self.rank_BS[:, None]
 
     def joint_gap(self) -> jax.Array:
         """`[B, T, S]`, the same over events of all services."""
@@ -41,7 +41,7 @@ class Places(NamedTuple):
 def find_places(batch: Batch, n_services: int) -> Places:
     """The places of a batch's slots, among themselves."""
     event_BSZ = jax.nn.one_hot(batch.service_BT, n_services + 1) * (batch.service_BT < n_services)[..., None]
-    count_BTZ = jnp.einsum("BTS,BSZ->BTZ", _is_past(batch.segment_BT).astype(jnp.float32), event_BSZ)
+    count_BTZ = _sum("BTS,BSZ->BTZ", _is_past(batch.segment_BT), event_BSZ)
     return Places(jnp.sum(count_BTZ * event_BSZ, axis=-1), count_BTZ, batch.position_BT, batch.position_BT)
 
 
@@ -54,16 +54,31 @@ def _is_past(segment_BT: jax.Array) -> jax.Array:
 
 class Own(NamedTuple):
     """What a table of transitions would not have, had a sequence ended at slot t. Attributes: float32, of the weight
-    of the pair of event s and the target of t; and of that of all pairs of event s, or where services are asked of
-    those with items of the target's service.
+    of the pair of event s and the target of t; and of that of all pairs that stand in the row of event s, or where
+    services are asked of those with items of the target's service.
     """
 
     pair_BTS: jax.Array
     all_BTS: jax.Array
 
 
+class Rows(NamedTuple):
+    """Whose pairs the row of the item of an event s has kept. Attributes: bool, of the items that follow slots t, and
+    of those of events t.
+    """
+
+    has_next_BTS: jax.Array
+    has_item_BTS: jax.Array
+
+
 def find_own(
-    batch: Batch, catalog: Catalog, next_item_BT: jax.Array, places: Places, crosses: bool, by_service: bool
+    batch: Batch,
+    catalog: Catalog,
+    next_item_BT: jax.Array,
+    places: Places,
+    rows: Rows,
+    crosses: bool,
+    by_service: bool,
 ) -> Own:
     """What is to be taken out in training, where the table was counted on the very sequences of the batch.
 
@@ -73,6 +88,7 @@ def find_own(
     Args:
       next_item_BT: the item that follows each slot in training, -1 for none.
       places: of these slots.
+      rows: what the table has of these items; a pair that it has not kept is not to be taken out of its sums.
       crosses: whether the table has the pairs of two services, or those of one.
       by_service: whether services are asked, each of the items of its own.
     """
@@ -91,16 +107,28 @@ def find_own(
     again_BSP = (same_BSP & is_event_BS[:, None] & (item_BS[..., None] == item_BS[:, None])).astype(jnp.float32)
     later_BSQ = (same_BSP & (item_BS[..., None] == next_item_BT[:, None])).astype(jnp.float32)
     # Of an earlier event of the item of s, and of a later one.
-    before_BSQ = jnp.einsum("BSP,BQP->BSQ", again_BSP, pair_BQP)
-    first_BTQ, second_BTQ = is_left_BTQ, jnp.sum(pair_BQP, axis=-1)[:, None]
+    before_BSQ = _sum("BSP,BQP->BSQ", again_BSP, pair_BQP) * jnp.swapaxes(rows.has_next_BTS, 1, 2)
+    has_item_BSP = jnp.swapaxes(rows.has_item_BTS, 1, 2).astype(jnp.float32)
+    is_asked_BTQ, is_asked_BTP = is_left_BTQ, None
     if by_service:
-        first_BTQ = is_left_BTQ & (next_service_BT[..., None] == next_service_BT[:, None])
-        pair_BQZ = jnp.einsum("BQP,BPZ->BQZ", pair_BQP, jax.nn.one_hot(service_BS, n_services))
-        second_BTQ = jnp.einsum("BTZ,BQZ->BTQ", jax.nn.one_hot(next_service_BT, n_services), pair_BQZ)
-    all_BTS = jnp.einsum("BTQ,BSQ->BTS", first_BTQ.astype(jnp.float32), before_BSQ)
-    all_BTS += jnp.einsum("BTQ,BSQ->BTS", is_left_BTQ * second_BTQ, later_BSQ)
-    is_target_BTP = (next_item_BT[..., None] == item_BS[:, None]).astype(jnp.float32)
-    with_target_BTQ = is_left_BTQ * jnp.einsum("BTP,BQP->BTQ", is_target_BTP, pair_BQP)
+        is_asked_BTQ = is_left_BTQ & (next_service_BT[..., None] == next_service_BT[:, None])
+        is_asked_BTP = next_service_BT[..., None] == service_BS[:, None]
+    all_BTS = _sum("BTQ,BSQ->BTS", is_asked_BTQ, before_BSQ)
+    if is_asked_BTP is None or not crosses:  # then the pairs of an event that is pointed at are of one service
+        all_BTS += _sum("BTQ,BSQ->BTS", is_left_BTQ, later_BSQ * _sum("BSP,BQP->BSQ", has_item_BSP, pair_BQP))
+    else:
+        for z in range(n_services):  # over the few services, or an array would have as many axes as there are slots
+            pair_of_z_BQP = pair_BQP * (service_BS == z)[:, None]
+            after_BSQ = later_BSQ * _sum("BSP,BQP->BSQ", has_item_BSP, pair_of_z_BQP)
+            all_BTS += (next_service_BT == z)[..., None] * _sum("BTQ,BSQ->BTS", is_left_BTQ, after_BSQ)
+    is_target_BTP = next_item_BT[..., None] == item_BS[:, None]
+    with_target_BTQ = is_left_BTQ * _sum("BTP,BQP->BTQ", is_target_BTP, pair_BQP)
     same_target_BTQ = is_left_BTQ & (next_item_BT[..., None] == next_item_BT[:, None])
-    pair_BTS = jnp.einsum("BTQ,BSQ->BTS", same_target_BTQ.astype(jnp.float32), before_BSQ)
-    return Own(pair_BTS + jnp.einsum("BTQ,BSQ->BTS", with_target_BTQ, later_BSQ), all_BTS)
+    pair_BTS = _sum("BTQ,BSQ->BTS", same_target_BTQ, before_BSQ)
+    pair_BTS += _sum("BTQ,BSQ->BTS", with_target_BTQ, later_BSQ) * rows.has_next_BTS
+    return Own(pair_BTS, all_BTS)
+
+
+def _sum(axes: str, *terms: jax.Array) -> jax.Array:
+    """Sums of products in full float32: what is left of a weight is a difference of two."""
+    return jnp.einsum(axes, *(x.astype(jnp.float32) for x in terms), precision=jax.lax.Precision.HIGHEST)

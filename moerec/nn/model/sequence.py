@@ -20,8 +20,8 @@ from moerec.nn.block import (
 from moerec.nn.cache import AskedSlots, place_asked
 from moerec.nn.embeddings import ItemEncoder, SlotEncoder
 from moerec.nn.heads.item import ItemHead
-from moerec.nn.heads.near_pointers import CROSSINGS, told_names
-from moerec.nn.heads.places import find_own, find_places
+from moerec.nn.heads.near_pointers import find_told
+from moerec.nn.heads.places import find_places
 from moerec.nn.heads.service_answers import Asking, ServiceAnswers
 from moerec.nn.layers import RMSNorm, declare, dropout, normal
 from moerec.nn.moe.analyser import Analyser
@@ -186,8 +186,7 @@ class SequenceModel(nnx.Module):
             mask_BTS = causal_segment_mask(batch.segment_BT, config.window)
             places, told = find_places(batch, self.n_services) if aggregator.near else None, {}
             if known_next_BT is not None and places is not None:
-                known = batch, catalog, known_next_BT, places
-                told = {name: find_own(*known, name == CROSSINGS, config.is_asked) for name in told_names(config)}
+                told = find_told(config, batch, catalog, known_next_BT, places, self.n_services)
             remember: Any = jax.checkpoint if config.remat else lambda f: f
             if isinstance(aggregator, ServiceAnswers):
                 assert hypothesis_BT is not None
