@@ -134,13 +134,14 @@ def reload_data(config: DataConfig, workdir: Path) -> RunData:
 def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: bool) -> RunData:
     """The data with their items' neighbors, of the run's tables where it has some; `is_kept`: made ones are written.
 
-    The tables are data beside the run: one that was extended to items that came later is read as it is.
+    The tables are data beside the run: one of texts that was extended is read as it is. One that was left behind by
+    other events is made anew.
     """
     catalogue, found = data.dataset.catalogue, {}
 
     def count(n: int, within_service: bool) -> NeighborTable:
         neighbors = find_transition_neighbors(data.dataset, data.split_ids, n, within_service)
-        return NeighborTable(ItemNames.of(catalogue), neighbors)
+        return NeighborTable(ItemNames.of(catalogue), neighbors, source=data.digest)
 
     makers: dict[str, tuple[int, Callable[[int], NeighborTable]]] = {
         "text": (config.text_neighbors, lambda n: make_text_table(catalogue, n)),
@@ -152,8 +153,12 @@ def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: b
             continue
         path = workdir / NEIGHBOR_FILES[name]
         if path.exists():
-            found[name] = load_neighbors(path).align(catalogue)
-            continue
+            table = load_neighbors(path)
+            if table.neighbors.item_IX.shape[1] == n and table.source in ("", data.digest):
+                found[name] = table.align(catalogue)
+                continue
+            if not is_kept:
+                raise InputError(f"{path}: was made of other events, or keeps another number of neighbors than {n}")
         table = make(n)
         found[name] = table.neighbors
         if is_kept:

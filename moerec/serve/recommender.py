@@ -13,6 +13,7 @@ from moerec.data.packing import Sequences, device_time, pack, place_sequences
 from moerec.errors import InputError
 from moerec.eval.probes.profile_aspects import relevance_of_aspects
 from moerec.nn.heads.item import log_prob_items
+from moerec.nn.heads.near_pointers import near_names
 from moerec.nn.model import Predictor
 from moerec.nn.profile import MemoryParams, UserState
 from moerec.serve.asking import AskedAnswer, ask_services, describe_asked
@@ -222,6 +223,13 @@ def _name_relevance(run: Run, relevance_M: np.ndarray) -> dict[str, float]:
     return {**{f"{kind} {k}": x for k, x in enumerate(parts)}, "fields": of_fields}
 
 
+def _name_weights(run: Run) -> list[str]:
+    """What is mixed in a model in which no service is asked."""
+    model, own = run.config.model, [f"own {name}" for name in run.data.dataset.catalogue.services]
+    copies = [*(own if model.has_service_pointers else []), *(["own history"] if model.has_copies else [])]
+    return ["catalogue", *copies, *(f"neighbors by {name}" for name in near_names(model))]
+
+
 def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:
     """The answer by names, and as `lines` of text."""
     catalogue = run.data.dataset.catalogue
@@ -242,8 +250,7 @@ def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:
         found["services"], of_services = describe_asked(run, answer.asked)
         lines += of_services
     if answer.weight is not None:
-        names = ["catalogue", *(f"own {name}" for name in catalogue.services), "own history"]
-        names = names if len(names) == len(answer.weight) else [names[0], names[-1]]  # one pointer
+        names = _name_weights(run)
         found["weight"] = dict(zip(names, answer.weight.tolist(), strict=True))
         lines.append("mixture weights: " + ", ".join(f"{name} {w:.2f}" for name, w in found["weight"].items()))
     if answer.relevance is not None:

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.config import AskConfig
+from moerec.config import AskConfig, Config, DataConfig
 from moerec.nn.heads.item import TargetItems
+from moerec.tasks import Draws, NextEvent
+from moerec.train.step import sum_losses
 from moerec.types import EVENT, NearItems
 from tests.small_model import SIZES, make_batch, make_config, make_model, make_table
 
@@ -40,7 +42,8 @@ def make_slots():
             service[row, start : start + n] = SERVICE[history[:-1]]
             start += n
     assert np.array_equal(service < Z, batch.kind_BT == EVENT)
-    target = batch.targets["next_event"]._replace(label_BT=label)
+    weight = (batch.segment_BT > 0).astype(np.float32)
+    target = batch.targets["next_event"]._replace(label_BT=label, weight_BT=weight)
     return batch._replace(item_BT=item, service_BT=service, targets={"next_event": target}), label
 
 
@@ -128,6 +131,20 @@ def test_a_target_is_predicted_as_if_the_table_had_been_counted_without_it_and_w
                 moved = max(moved, abs(told[slot] - alone[slot]))
             start += len(history) - 1
     assert moved > 0.01  # what would be told otherwise
+
+
+def test_a_training_step_takes_it_out():
+    """The loss is that of the targets' log-probabilities without what the tables owe to them."""
+    model = make_model(make_config(n_layers=2, transition_pointer=True, crossing_pointer=True, ask=ASK), 1)
+    config = Config(model=model.config, data=DataConfig(transition_neighbors=N, crossing_neighbors=N))
+    catalog = make_catalog([*OTHERS, *(history for row in HISTORIES for history in row)])
+    service, known = (np.where(BATCH.segment_BT > 0, x, -1) for x in (SERVICE[LABEL], LABEL))
+    sums = jax.jit(lambda m: sum_losses(m, BATCH, catalog, [NextEvent()], {"next_event": Draws()}, config))(model)
+    expected, told = (
+        -np.sum(encode(model, catalog, service, next_item)[BATCH.segment_BT > 0]) for next_item in (known, None)
+    )
+    assert float(sums.tasks["next_event"].total) == pytest.approx(float(expected), rel=1e-4)
+    assert told < expected - 0.01
 
 
 def test_gradients_are_finite_where_nothing_is_known():

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 
 from moerec.config import AskConfig, MoEConfig
+from moerec.data.load import load_data, reload_data
+from moerec.data.neighbors import NEIGHBOR_FILES
 from moerec.data.splits import TEST
 from moerec.errors import InputError
 from moerec.eval.evaluate_run import run_experiment
-from moerec.eval.ranking import EvalDataset, rank_targets
+from moerec.eval.per_target import read_ranks
+from moerec.eval.ranking import EvalDataset, make_test_set, rank_targets
+from moerec.nn.model import pick_calibration
 from moerec.serve.asking import choose_services
 from moerec.serve.bench import bench_recommend
 from moerec.serve.recommender import describe_answer, recommend
@@ -158,3 +162,34 @@ def test_the_neighbours_are_data_beside_the_run(name, file, n, folder, asked):
     service = asked.data.dataset.catalogue.service
     assert len(rows)
     assert np.all((service[rows] != service[near[rows, columns]]) == (name == "crossings"))
+
+
+def test_tables_of_other_events_are_made_anew_and_not_read(folder, asked, tmp_path):
+    """A run that was killed before its data was settled leaves tables that have counted what is now a target."""
+    config = asked.config.data
+    mine = load_data(config, tmp_path)
+    counted = {name: (tmp_path / file).read_bytes() for name, file in NEIGHBOR_FILES.items()}
+    other = load_data(dataclasses.replace(config, seed=config.seed + 1), tmp_path)
+    again = load_data(dataclasses.replace(config, seed=config.seed + 1), tmp_path / "fresh")
+    for name in NEIGHBOR_FILES:
+        if name != "text":
+            np.testing.assert_array_equal(other.neighbors[name].item_IX, again.neighbors[name].item_IX)
+    (tmp_path / NEIGHBOR_FILES["crossings"]).write_bytes(counted["crossings"])
+    with pytest.raises(InputError, match=r"crossings\.npz: was made of other events"):
+        reload_data(dataclasses.replace(config, seed=config.seed + 1), tmp_path)
+    fewer = load_data(dataclasses.replace(config, text_neighbors=2), tmp_path / "fewer")
+    assert fewer.neighbors["text"].item_IX.shape == (mine.dataset.catalogue.n_items, 2)
+
+
+def test_a_run_that_is_opened_again_ranks_as_it_was_evaluated(folder, asked):
+    """With its gates and temperature."""
+    shift = [value for name, value in asked_calibration(folder).items() if "gate" in name]
+    assert max(map(abs, shift)) > 1e-3
+    stored, examples = read_ranks(folder), make_test_set(asked.config, asked.data)
+    found = rank_targets(asked.predictor, examples, asked.catalog)
+    np.testing.assert_allclose(np.sort(found.log_p), np.sort(stored.log_p), rtol=1e-5)
+
+
+def asked_calibration(folder) -> dict[str, float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return pick_calibration(json.loads(next(line for line in reversed(lines) if "valid/temperature" in line)))

@@ -400,3 +400,19 @@ def test_a_run_that_is_not_finished_is_refused(folder, tmp_path):
 def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"config\.json"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize("pointer", ["none", "all", "services"])
+def test_components_of_a_model_in_which_nobody_is_asked_have_names(pointer, tmp_path):
+    config = make_config(steps=1)
+    near = {f"{name}_pointer": True for name in ("text", "transition", "crossing")}
+    sizes = {f"{name}_neighbors": 3 for name in ("text", "transition", "crossing")}
+    model = dataclasses.replace(config.model, pointer=pointer, **near)
+    config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, **sizes))
+    run = make_untrained(tmp_path, config)
+    user = str(run.data.dataset.users[0])
+    found = describe_answer(run, recommend(run, user, RecommendRequest(), 3))
+    names = [f"neighbors by {name}" for name in ("crossings", "text", "transitions")]
+    assert list(found["weight"])[-3:] == names
+    assert sum(found["weight"].values()) == pytest.approx(1, abs=1e-5)
+    assert ("own history" in found["weight"]) == (pointer != "none")

@@ -50,11 +50,13 @@ class NeighborTable:
 
     Attributes:
       names: of the items that `neighbors` numbers. counts: by which words were weighed; None if it is not about texts.
+      source: digest of the events that it was counted on; empty if it is about texts.
     """
 
     names: ItemNames
     neighbors: Neighbors
     counts: WordCounts | None = None
+    source: str = ""
 
     def align(self, catalogue: ItemTable) -> Neighbors:
         """The neighbors in the numbers of another catalogue, whose items are found by service and id.
@@ -82,6 +84,7 @@ def save_neighbors(path: Path, table: NeighborTable) -> None:
         **table.neighbors._asdict(),
         **_pack("services", table.names.services),
         **_pack("ids", table.names.ids.tolist()),
+        **_pack("source", (table.source,)),
     }
     if table.counts is not None:
         matrix = table.counts.count_ZV
@@ -127,7 +130,8 @@ def _read_table(columns: dict[str, np.ndarray]) -> NeighborTable:
     item_IX, similarity_IX = neighbors
     if np.any((item_IX < -1) | (item_IX >= n)) or not np.all(np.isfinite(similarity_IX)):
         raise ValueError("a neighbor is no item, or its similarity no number")
-    return NeighborTable(names, neighbors, _read_counts(columns) if "count_data" in columns else None)
+    (source,) = _unpack("source", columns)
+    return NeighborTable(names, neighbors, _read_counts(columns) if "count_data" in columns else None, source)
 
 
 def _read_counts(columns: dict[str, np.ndarray]) -> WordCounts:

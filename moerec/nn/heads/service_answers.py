@@ -82,8 +82,8 @@ def component_names(config: ModelConfig, services: Sequence[str] = ("own",)) -> 
 class ServiceAnswers(nnx.Module):
     """Weights of the components, and what the pointers point at, for slots each of which asks one service.
 
-    A pointer sees the events of the service asked alone, since the answer is an item of its catalogue. One without any
-    event to point at has no weight.
+    A pointer sees the events of the service asked alone, since the answer is an item of its catalogue; that of
+    crossings sees those of all others. One without any event to point at has no weight.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
@@ -132,7 +132,7 @@ class ServiceAnswers(nnx.Module):
         return Pointees(key_BSXH, batch.item_BT, batch.service_BT, batch.time_BT)
 
     def __call__(self, asking: Asking, events: Pointees, catalog: Catalog) -> PointerMixture:
-        """The mixture at each slot that asks; `copy_BTS` and `neighbor_BTS` are of the events that it sees."""
+        """The mixture at each slot that asks; what pointers give is of the events that it sees."""
         service_BT = asking.service_BT
         query_BTXH = self._project(asking.state_BTD, self.query_DGH, service_BT, asking.position_BT)
         logit_BXTS = jnp.einsum("BTXH,BSXH->BXTS", query_BTXH, events.key_BSXH) * query_BTXH.shape[-1] ** -0.5
