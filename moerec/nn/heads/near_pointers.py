@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from moerec.config import ModelConfig
 from moerec.nn.embeddings import has_row
-from moerec.nn.heads.places import Own, Places, Rows, find_own
+from moerec.nn.heads.places import KeptPairs, Own, Places, find_own
 from moerec.nn.layers import MASK_VALUE
 from moerec.types import Batch, Catalog, NearPointer
 
@@ -91,7 +91,7 @@ def find_told(
         share_BSX = read_table(name, batch.item_BT, None, catalog, n_services).share_BSX
         neighbor_BSX = catalog.near[name].item_IX[batch.item_BT]
         has = (_find_shares(share_BSX, neighbor_BSX, item_BT) > 0 for item_BT in (next_item_BT, batch.item_BT))
-        known = batch, catalog, next_item_BT, places, Rows(*has)
+        known = batch, catalog, next_item_BT, places, KeptPairs(*has)
         found[name] = find_own(*known, name == CROSSINGS, config.is_asked)
     return found
 

@@ -62,7 +62,7 @@ class Own(NamedTuple):
     all_BTS: jax.Array
 
 
-class Rows(NamedTuple):
+class KeptPairs(NamedTuple):
     """Whose pairs the row of the item of an event s has kept. Attributes: bool, of the items that follow slots t, and
     of those of events t.
     """
@@ -76,7 +76,7 @@ def find_own(
     catalog: Catalog,
     next_item_BT: jax.Array,
     places: Places,
-    rows: Rows,
+    kept: KeptPairs,
     crosses: bool,
     by_service: bool,
 ) -> Own:
@@ -88,7 +88,7 @@ def find_own(
     Args:
       next_item_BT: the item that follows each slot in training, -1 for none.
       places: of these slots.
-      rows: what the table has of these items; a pair that it has not kept is not to be taken out of its sums.
+      kept: what the table has of these items; a pair that it has not kept is not to be taken out of its sums.
       crosses: whether the table has the pairs of two services, or those of one.
       by_service: whether services are asked, each of the items of its own.
     """
@@ -107,8 +107,8 @@ def find_own(
     again_BSP = (same_BSP & is_event_BS[:, None] & (item_BS[..., None] == item_BS[:, None])).astype(jnp.float32)
     later_BSQ = (same_BSP & (item_BS[..., None] == next_item_BT[:, None])).astype(jnp.float32)
     # Of an earlier event of the item of s, and of a later one.
-    before_BSQ = _sum("BSP,BQP->BSQ", again_BSP, pair_BQP) * jnp.swapaxes(rows.has_next_BTS, 1, 2)
-    has_item_BSP = jnp.swapaxes(rows.has_item_BTS, 1, 2).astype(jnp.float32)
+    before_BSQ = _sum("BSP,BQP->BSQ", again_BSP, pair_BQP) * jnp.swapaxes(kept.has_next_BTS, 1, 2)
+    has_item_BSP = jnp.swapaxes(kept.has_item_BTS, 1, 2).astype(jnp.float32)
     is_asked_BTQ, is_asked_BTP = is_left_BTQ, None
     if by_service:
         is_asked_BTQ = is_left_BTQ & (next_service_BT[..., None] == next_service_BT[:, None])
@@ -125,7 +125,7 @@ def find_own(
     with_target_BTQ = is_left_BTQ * _sum("BTP,BQP->BTQ", is_target_BTP, pair_BQP)
     same_target_BTQ = is_left_BTQ & (next_item_BT[..., None] == next_item_BT[:, None])
     pair_BTS = _sum("BTQ,BSQ->BTS", same_target_BTQ, before_BSQ)
-    pair_BTS += _sum("BTQ,BSQ->BTS", with_target_BTQ, later_BSQ) * rows.has_next_BTS
+    pair_BTS += _sum("BTQ,BSQ->BTS", with_target_BTQ, later_BSQ) * kept.has_next_BTS
     return Own(pair_BTS, all_BTS)
 
 
