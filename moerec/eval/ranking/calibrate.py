@@ -61,16 +61,16 @@ def _read_posterior(predictor: Predictor, batch: Batch, slot_Q: jax.Array, catal
 @jax.jit
 def _read_gates(
     predictor: Predictor, batch: Batch, queries: RankQueries, catalog: Catalog
-) -> tuple[jax.Array, jax.Array]:
-    """`[Q, X]` twice: log-weights of the components, and the logs of what they give to the targets, without them.
-
-    Where services are asked, of the answers of the targets' own.
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """`[Q, X]` twice: log-weights of the components, and the logs of what they give to the targets, without them. Where
+    services are asked, of the answers of the targets' own, and with the log-posterior `[Q, Z]`.
     """
+    log_domain_QZ = None
     flat_Q, target_Q = jnp.maximum(queries.slot, 0), jnp.maximum(queries.target, 0)
     if predictor.config.is_asked:
         answers = predictor.ask(batch, catalog, flat_Q, ask_one(catalog.service_I[target_Q]))
         log_softmax_QI, pointers = softmax_alone(answers, catalog)
-        item_QS = answers.item_QS
+        item_QS, log_domain_QZ = answers.item_QS, answers.log_domain_QZ
     else:
         outputs = predictor.encode(batch, catalog)
         log_softmax_QI = log_softmax_items(outputs, queries.slot, catalog)
@@ -81,7 +81,7 @@ def _read_gates(
     log_weight_QX = pointers.log_weight_BTX
     log_softmax_Q1 = jnp.take_along_axis(log_softmax_QI, target_Q[:, None], axis=1)
     log_given_QX = jnp.log(split_target(pointers, item_QS, catalog, target_Q)) - log_weight_QX[:, 1:]
-    return log_weight_QX, jnp.concatenate([log_softmax_Q1, log_given_QX], axis=1)
+    return log_weight_QX, jnp.concatenate([log_softmax_Q1, log_given_QX], axis=1), log_domain_QZ
 
 
 def fit_gates(log_weight_QX: np.ndarray, log_part_QX: np.ndarray, group_Q: np.ndarray, n_groups: int) -> np.ndarray:
@@ -125,10 +125,13 @@ def calibrate(predictor: Predictor, catalog: Catalog, examples: EvalDataset) -> 
         for which, batch, queries in examples.batches():
             known = np.flatnonzero(queries.slot >= 0)
             found.append(which.start + known)
-            if config.is_asked:
-                posteriors.append(np.asarray(_read_posterior(predictor, batch, queries.slot, catalog))[known])
             if near_names(config):
-                gates.append([np.asarray(x)[known] for x in _read_gates(predictor, batch, queries, catalog)])
+                *of_gates, log_domain_QZ = _read_gates(predictor, batch, queries, catalog)
+                gates.append([np.asarray(x)[known] for x in of_gates])
+            else:  # nothing has to be asked for the posterior alone
+                log_domain_QZ = _read_posterior(predictor, batch, queries.slot, catalog)
+            if log_domain_QZ is not None:
+                posteriors.append(np.asarray(log_domain_QZ)[known])
     truth = examples.target_service[np.concatenate(found)] if found else np.zeros(0, int)
     if not len(truth):
         return Calibration()
