@@ -162,7 +162,7 @@ def focal_by_hand(w, states, config) -> float:
     for b, t in zip(*np.nonzero(weight_BT), strict=True):
         h = states[b, t]
         seen = [s for s in range(t + 1) if mask[b, t, s] and BATCH.kind_BT[b, s] == EVENT]
-        logits = head["bias_X"] + h @ head["weight_DX"]
+        logits = head["gate_bias"] + h @ head["weight_DX"]
         hits = [0.0] * n_groups
         for g in range(n_groups):
             own = [s for s in seen if g == SIZES.n_services or TABLE.service_I[BATCH.item_BT[b, s]] == g]
