@@ -252,3 +252,13 @@ class DataConfig:
             require(getattr(self, name) >= 1, f"data.{name}", "must be at least 1")
         for name in ("text_neighbors", "transition_neighbors", "crossing_neighbors"):
             require(getattr(self, name) >= 0, f"data.{name}", "must not be negative")
+
+    @property
+    def neighbor_widths(self) -> dict[str, int]:
+        """How many neighbors of each item the tables keep, by kind; those that there are."""
+        widths = {
+            "text": self.text_neighbors,
+            "transitions": self.transition_neighbors,
+            "crossings": self.crossing_neighbors,
+        }
+        return {kind: width for kind, width in widths.items() if width}

@@ -143,14 +143,12 @@ def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: b
         neighbors = find_transition_neighbors(data.dataset, data.split_ids, n, within_service)
         return NeighborTable(ItemNames.of(catalogue), neighbors, source=data.digest)
 
-    makers: dict[str, tuple[int, Callable[[int], NeighborTable]]] = {
-        "text": (config.text_neighbors, lambda n: make_text_table(catalogue, n)),
-        "transitions": (config.transition_neighbors, lambda n: count(n, within_service=True)),
-        "crossings": (config.crossing_neighbors, lambda n: count(n, within_service=False)),
+    makers: dict[str, Callable[[int], NeighborTable]] = {
+        "text": lambda n: make_text_table(catalogue, n),
+        "transitions": lambda n: count(n, within_service=True),
+        "crossings": lambda n: count(n, within_service=False),
     }
-    for name, (n, make) in makers.items():
-        if not n:
-            continue
+    for name, n in config.neighbor_widths.items():
         path = workdir / NEIGHBOR_FILES[name]
         if path.exists():
             table = load_neighbors(path)
@@ -159,7 +157,7 @@ def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: b
                 continue
             if not is_kept:
                 raise InputError(f"{path}: was made of other events, or keeps another number of neighbors than {n}")
-        table = make(n)
+        table = makers[name](n)
         found[name] = table.neighbors
         if is_kept:
             workdir.mkdir(parents=True, exist_ok=True)

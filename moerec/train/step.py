@@ -213,15 +213,9 @@ def lower_train_step(config: Config, sizes: ModelSizes, mesh: Mesh | None = None
     state = jax.eval_shape(lambda: init_state(config, sizes))
     n = sizes.n_items
     catalog = Catalog(np.zeros(n, np.int32), np.zeros((n, config.data.max_tokens), np.int32), np.ones(n, np.float32))
-    widths = {
-        "text": config.data.text_neighbors,
-        "transitions": config.data.transition_neighbors,
-        "crossings": config.data.crossing_neighbors,
-    }
     near = {
         name: NearItems(np.zeros((n, width), np.int32), np.zeros((n, width), np.float32))
-        for name, width in widths.items()
-        if width
+        for name, width in config.data.neighbor_widths.items()
     }
     catalog = catalog._replace(near=near)
     constants = {task.name: task.constants(catalog, config) for task in tasks}

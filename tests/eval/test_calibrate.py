@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 
 from moerec.data.load import load_data
+from moerec.eval.metrics import per_target_metrics
 from moerec.eval.ranking import make_valid_set, rank_targets
-from moerec.eval.ranking.calibrate import calibrate, fit_gates
+from moerec.eval.ranking.calibrate import calibrate
+from moerec.eval.ranking.gates import RANKING, GateTargets, fit_gates, read_gates, smooth_ndcg
+from moerec.eval.ranking.rank import rank_batch
 from moerec.nn.model import Calibration, Predictor, SequenceModel, pick_calibration, read_calibration
 from moerec.train.run_dir import make_sizes
 from tests.tiny import make_config
 
 
 def draw_mixture(n: int, shift_GX: np.ndarray, group_Q: np.ndarray):
-    """Gates, and items drawn from mixtures whose gates are shifted; log-weights and log-parts of what was drawn."""
+    """Gates, and items drawn from mixtures whose gates are shifted: what the gates are fitted to, without rivals."""
     rng = np.random.default_rng(3)
     n_parts, n_items = shift_GX.shape[1], 6
     logit_QX = rng.normal(size=(n, n_parts))
@@ -26,26 +29,53 @@ def draw_mixture(n: int, shift_GX: np.ndarray, group_Q: np.ndarray):
     cdf_QI = np.cumsum(np.einsum("QX,QXI->QI", true_QX, part_QXI), axis=1)
     drawn_Q = np.minimum((rng.random(n)[:, None] > cdf_QI).sum(axis=1), n_items - 1)
     log_weight_QX = logit_QX - np.log(np.exp(logit_QX).sum(axis=1, keepdims=True))
-    return log_weight_QX, np.log(part_QXI[np.arange(n), :, drawn_Q])
+    log_part_Q1X = np.log(part_QXI[np.arange(n), :, drawn_Q])[:, None]
+    return GateTargets(log_weight_QX, log_part_Q1X, np.zeros((n, 1), bool))
 
 
 @pytest.mark.parametrize("n_groups", [1, 3])
 def test_gates_that_were_shifted_are_found(n_groups):
     rng, n = np.random.default_rng(1), 60_000
     shift_GX, group_Q = rng.normal(size=(n_groups, 3)), rng.integers(0, n_groups, n)
-    found = fit_gates(*draw_mixture(n, shift_GX, group_Q), group_Q, n_groups)
+    found = fit_gates(draw_mixture(n, shift_GX, group_Q), group_Q, n_groups, by_service=n_groups > 1)
+    found = found.reshape(n_groups, 3)
     centred, expected = (x - x.mean(axis=1, keepdims=True) for x in (found, shift_GX))
-    np.testing.assert_allclose(centred, expected, atol=0.08)
+    np.testing.assert_allclose(centred, expected, atol=0.1)
     assert found.dtype == np.float32
     # Only differences matter: of all that fit the prior takes the smallest.
-    np.testing.assert_allclose(found.mean(axis=1), 0, atol=1e-3)
+    np.testing.assert_allclose(found.mean(axis=1), 0, atol=1e-2)
 
 
 def test_few_targets_move_gates_little_and_none_does_not():
-    weight, part = np.log([[0.5, 0.5]]), np.array([[0.0, -np.inf]])
-    shift = fit_gates(weight, part, np.zeros(1, int), 2)
-    assert 0 < shift[0, 0] < 0.5
-    np.testing.assert_array_equal(shift[1], 0)
+    one = GateTargets(np.log([[0.5, 0.5]]), np.array([[[0.0, -80.0]]]), np.zeros((1, 1), bool))
+    shift = fit_gates(one, np.zeros(1, int), 2, by_service=True)
+    assert 0 < shift[1, 0] < shift[0, 0] < 0.5  # a service without targets has what is common to all
+    nothing = GateTargets(np.zeros((0, 2)), np.zeros((0, 1, 2)), np.zeros((0, 1), bool))
+    np.testing.assert_array_equal(fit_gates(nothing, np.zeros(0, int), 2, by_service=False), [0, 0])
+
+
+def test_gates_are_fitted_to_the_order_too():
+    """Where two components are equally likely to give the targets, the one that puts them before their rivals gains."""
+    rng, n = np.random.default_rng(0), 500
+    target_Q2 = np.log(np.full((n, 2), 0.01))
+    rival_Q2 = np.log(np.stack([rng.uniform(0.002, 0.008, n), rng.uniform(0.012, 0.03, n)], axis=1))
+    part_QCX = np.stack([target_Q2, *[rival_Q2] * 20], axis=1)
+    weight_QX = np.log(np.full((n, 2), 0.5))
+    is_rival_QC = np.arange(21)[None] > np.zeros((n, 1))
+    first, second = fit_gates(GateTargets(weight_QX, part_QCX, is_rival_QC), np.zeros(n, int), 1, by_service=False)
+    assert first > second + 0.5
+    alone = fit_gates(GateTargets(weight_QX, part_QCX, is_rival_QC & False), np.zeros(n, int), 1, by_service=False)
+    np.testing.assert_allclose(alone, 0, atol=1e-4)
+
+
+def test_smooth_ndcg_is_that_of_clear_ranks():
+    score_QC = np.array([[5.0, 1.0, 2.0, 3.0], [2.0, 5.0, 4.0, 0.0], [0.0, *[9.0] * 3]])
+    is_rival_QC = np.array([[False, True, True, True]] * 3)
+    found = np.asarray(smooth_ndcg(score_QC, is_rival_QC))
+    np.testing.assert_allclose(found, 1 / np.log2(1 + np.array([1, 3, 4])), rtol=2e-3)
+    many = np.concatenate([np.zeros((1, 1)), np.ones((1, 30))], axis=1)
+    assert smooth_ndcg(many, np.arange(31)[None] > 0)[0] < 1e-6
+    assert smooth_ndcg(many, np.arange(31)[None] > 21)[0] == pytest.approx(1 / np.log2(11), rel=0.4)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4)])
@@ -71,8 +101,8 @@ def test_numbers_of_no_calibration_are_refused():
             read_calibration(metrics)
 
 
-@pytest.mark.parametrize("is_asked", [True, False])
-def test_calibration_makes_validation_targets_more_likely_and_leaves_the_predictor_as_it_was(tmp_path, is_asked):
+def make_run(folder, is_asked: bool):
+    """A model with all pointers to neighbours as it begins, its catalogue, and validation's targets."""
     config = make_config(steps=1)
     model = dataclasses.replace(
         config.model, pointer="services", text_pointer=True, transition_pointer=True, crossing_pointer=True
@@ -80,17 +110,50 @@ def test_calibration_makes_validation_targets_more_likely_and_leaves_the_predict
     if is_asked:
         model = dataclasses.replace(model, ask=dataclasses.replace(model.ask, from_layer=1, d_analyser=8))
     data_config = dataclasses.replace(config.data, text_neighbors=4, transition_neighbors=4, crossing_neighbors=4)
-    config = dataclasses.replace(config, model=model, data=data_config)
-    data = load_data(config.data, tmp_path)
+    evaluation = dataclasses.replace(config.eval, mask_seen=True)
+    config = dataclasses.replace(config, model=model, data=data_config, eval=evaluation)
+    data = load_data(config.data, folder)
     model = jax.jit(lambda key: SequenceModel(key, config.model, make_sizes(config, data)))(jax.random.key(0))
     catalog = jax.jit(lambda m, c: m.bind(c))(model, jax.tree.map(jnp.asarray, data.catalog))
-    predictor, examples = Predictor(model, None), make_valid_set(config, data)
-    before = jax.tree.map(np.asarray, model)
+    return Predictor(model, None), catalog, make_valid_set(config, data)
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_calibration_improves_what_it_is_fitted_to_and_leaves_the_predictor_as_it_was(tmp_path, is_asked):
+    predictor, catalog, examples = make_run(tmp_path, is_asked)
+    before = jax.tree.map(np.asarray, predictor.params)
     calibration = calibrate(predictor, catalog, examples)
-    n_components = model.head.aggregator.gate_bias.shape[-1]
-    n_services = data.dataset.catalogue.n_services
+    n_components = predictor.params.head.aggregator.gate_bias.shape[-1]
+    n_services = examples.dataset.catalogue.n_services
     assert calibration.gate_shift.shape == ((n_services, n_components) if is_asked else (n_components,))
-    log_p = [rank_targets(p, examples, catalog).log_p.mean() for p in (predictor, calibration.apply(predictor))]
-    assert log_p[1] > log_p[0] + 0.01
+
+    def measure(calibration: Calibration) -> float:
+        ranks = rank_targets(calibration.apply(predictor), examples, catalog)
+        ndcg = per_target_metrics(ranks.in_service)["ndcg@10"]
+        service = examples.target_service
+        return ranks.log_p.mean() + RANKING * np.mean([ndcg[service == z].mean() for z in range(n_services)])
+
+    assert measure(calibration) > measure(Calibration(calibration.temperature)) + 0.05
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(predictor.params), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_targets_stand_among_their_rivals_where_the_evaluation_ranks_them(tmp_path, is_asked):
+    predictor, catalog, examples = make_run(tmp_path, is_asked)
+    _, batch, queries = next(iter(examples.batches()))
+    found, log_domain_QZ = read_gates(predictor, batch, queries, catalog, n_rivals=len(catalog.service_I))
+    assert (log_domain_QZ is not None) == is_asked
+    score_QC = np.logaddexp.reduce(found.log_weight_QX[:, None] + found.log_part_QCX, axis=-1)
+    ranks, known = rank_batch(predictor, batch, queries, catalog), np.asarray(queries.slot) >= 0
+    missed = (np.asarray(queries.seen) == np.asarray(queries.target)[:, None]).any(axis=1)
+    above = ((score_QC > score_QC[:, :1] + 1e-5) & np.asarray(found.is_rival_QC)).sum(axis=1)
+    kept = known & ~missed
+    assert kept.sum() > 10
+    np.testing.assert_array_equal(above[kept], np.asarray(ranks.greater_in_service)[kept])
+    # The first hundred are those that lead.
+    fewer, _ = read_gates(predictor, batch, queries, catalog, n_rivals=5)
+    leading = np.logaddexp.reduce(fewer.log_weight_QX[:, None] + fewer.log_part_QCX, axis=-1)[:, 1:]
+    open_QC = np.where(found.is_rival_QC | (np.arange(score_QC.shape[1]) == 0), score_QC, -np.inf)
+    best = -np.sort(-open_QC, axis=1)[:, :5]
+    np.testing.assert_allclose(leading[kept].max(axis=1), best[kept].max(axis=1), rtol=1e-5)
