@@ -15,8 +15,8 @@ import numpy as np
 import scipy.optimize
 
 from moerec.eval.ranking.dataset import RankQueries
-from moerec.nn.heads.answers import softmax_alone, split_target
-from moerec.nn.heads.item import log_softmax_items, pick_slots, spread_pointers
+from moerec.nn.heads.answers import softmax_alone
+from moerec.nn.heads.item import log_softmax_items, pick_slots, spread_each
 from moerec.nn.model import Predictor
 from moerec.nn.moe.hypotheses import ask_one
 from moerec.types import Array, Batch, Catalog
@@ -64,14 +64,15 @@ def read_gates(
         pointers, item_QS = pick_slots(outputs.pointers, flat_Q, n_slots), batch.item_BT[flat_Q // n_slots]
     assert pointers is not None
     log_weight_QX = pointers.log_weight_BTX
-    pointed_QI = spread_pointers(pointers, item_QS, catalog)
-    log_p_QI = jnp.logaddexp(log_softmax_QI + log_weight_QX[:, :1], jnp.log(pointed_QI))
+    given = spread_each(pointers, item_QS, catalog)
+    log_p_QI = jnp.logaddexp(log_softmax_QI + log_weight_QX[:, :1], jnp.log(sum(given)))
     rival_QC, is_rival_QC = _pick_rivals(log_p_QI, queries, n_rivals)
     candidate_QC = jnp.concatenate([target_Q[:, None], rival_QC], axis=1)
-    given_CQX = jax.lax.map(lambda item_Q: split_target(pointers, item_QS, catalog, item_Q), candidate_QC.T)
-    log_given_QCX = jnp.moveaxis(jnp.log(given_CQX), 0, 1) - log_weight_QX[:, None, 1:]
-    log_softmax_QC = jnp.take_along_axis(log_softmax_QI, candidate_QC, axis=1)
-    log_part_QCX = jnp.maximum(jnp.concatenate([log_softmax_QC[..., None], log_given_QCX], axis=-1), _LEAST)
+    log_part_XQC = [jnp.take_along_axis(log_softmax_QI, candidate_QC, axis=1)]
+    for x, given_QI in enumerate(given):
+        log_given_QC = jnp.log(jnp.take_along_axis(given_QI, candidate_QC, axis=1))
+        log_part_XQC.append(log_given_QC - log_weight_QX[:, None, 1 + x])
+    log_part_QCX = jnp.maximum(jnp.stack(log_part_XQC, axis=-1), _LEAST)
     is_rival_QC = jnp.concatenate([jnp.zeros_like(is_rival_QC[:, :1]), is_rival_QC], axis=1)
     return GateTargets(log_weight_QX, log_part_QCX, is_rival_QC), log_domain_QZ
 

@@ -8,7 +8,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from moerec.nn.heads.item import spread_pointers
+from moerec.nn.heads.item import spread_each, spread_pointers
 from moerec.nn.layers import MASK_VALUE
 from moerec.types import Answers, Catalog, NearPointer, PointerMixture
 
@@ -110,12 +110,8 @@ def split_components(answers: Answers, catalog: Catalog) -> jax.Array:
         if pointers is None:
             rows.append(softmax_QI[:, None])
             continue
-        assert pointers.part_BXTS is not None
         parts = [jnp.exp(pointers.log_weight_BTX[:, :1]) * softmax_QI]
-        for x in range(pointers.part_BXTS.shape[1]):
-            is_one = (jnp.arange(pointers.part_BXTS.shape[1]) == x)[:, None]
-            alone = _put_parts(pointers, jnp.where(is_one, pointers.part_BXTS, 0))
-            parts.append(jnp.where(own_QI, spread_pointers(alone, answers.item_QS, catalog), 0))
+        parts += [jnp.where(own_QI, x_QI, 0) for x_QI in spread_each(pointers, answers.item_QS, catalog)]
         rows.append(jnp.stack(parts, axis=1))
     return jnp.stack(rows, axis=1)
 
@@ -123,20 +119,6 @@ def split_components(answers: Answers, catalog: Catalog) -> jax.Array:
 def softmax_alone(answers: Answers, catalog: Catalog) -> tuple[jax.Array, PointerMixture | None]:
     """`[Q, I]`, log p(item | service) by the softmax of the one service that was asked; and what it is mixed with."""
     return jax.nn.log_softmax(_score_own(answers, catalog, 0)[0]), _of_service(answers.pointers, 0)
-
-
-def split_target(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog, target_Q: jax.Array) -> jax.Array:
-    """`[Q, X]`, what each pointer gives to one item, its weight included. Args: mixtures `[Q, ...]`; their events."""
-    part_QXS = pointers.part_BXTS
-    assert part_QXS is not None
-    of_event_QS = (item_QS == target_Q[:, None]).astype(part_QXS.dtype)
-    shares = [of_event_QS] * (part_QXS.shape[1] - len(pointers.near))
-    for name in sorted(pointers.near):
-        hit_QSX = catalog.near[name].item_IX[item_QS] == target_Q[:, None, None]
-        near = pointers.near[name]
-        share_QS = jnp.sum(jnp.where(hit_QSX, near.share_BSX, 0), axis=-1)
-        shares.append(share_QS if near.part_BTS is None else share_QS / near.part_BTS)
-    return jnp.einsum("QXS,QXS->QX", part_QXS, jnp.stack(shares, axis=1))
 
 
 def drop_component(pointers: PointerMixture, component: int | jax.Array) -> PointerMixture:

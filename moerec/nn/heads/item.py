@@ -105,15 +105,30 @@ def spread_pointers(pointers: PointerMixture, item_QS: jax.Array, catalog: Catal
     """`[Q, I]`, the probability that the pointers of each slot give to each item: of the service asked, if one was; or
     of all, where pointers to neighbours are of all services' answers (`spread_near`).
     """
-    copy_QS = pointers.copy_BTS
-    row_Q1 = jnp.arange(item_QS.shape[0])[:, None]
-    out_QI = jnp.zeros((item_QS.shape[0], catalog.service_I.shape[0]), copy_QS.dtype).at[row_Q1, item_QS].add(copy_QS)
+    out_QI = _put_copies(jnp.zeros((item_QS.shape[0], catalog.service_I.shape[0])), pointers.copy_BTS, item_QS)
     for name, pointer in pointers.near.items():
-        neighbor_QSX = catalog.near[name].item_IX[item_QS]
-        # What is no neighbour has no share: it may stand anywhere.
-        given_QSX = spread_near(pointer, neighbor_QSX, catalog.service_I)
-        out_QI = out_QI.at[row_Q1[..., None], jnp.maximum(neighbor_QSX, 0)].add(given_QSX)
+        out_QI = _put_near(out_QI, name, pointer, item_QS, catalog)
     return out_QI
+
+
+def spread_each(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog) -> list[jax.Array]:
+    """`[Q, I]` of each pointer of one mixture a query, in the order of their weights: `spread_pointers` in parts."""
+    assert pointers.part_BXTS is not None
+    none_QI = jnp.zeros((item_QS.shape[0], catalog.service_I.shape[0]))
+    n_copies = pointers.part_BXTS.shape[1] - len(pointers.near)
+    copies = [_put_copies(none_QI, pointers.part_BXTS[:, x], item_QS) for x in range(n_copies)]
+    return copies + [_put_near(none_QI, name, pointers.near[name], item_QS, catalog) for name in sorted(pointers.near)]
+
+
+def _put_copies(out_QI: jax.Array, copy_QS: jax.Array, item_QS: jax.Array) -> jax.Array:
+    return out_QI.at[jnp.arange(item_QS.shape[0])[:, None], item_QS].add(copy_QS)
+
+
+def _put_near(out_QI: jax.Array, name: str, pointer: NearPointer, item_QS: jax.Array, catalog: Catalog) -> jax.Array:
+    neighbor_QSX = catalog.near[name].item_IX[item_QS]
+    # What is no neighbour has no share: it may stand anywhere.
+    given_QSX = spread_near(pointer, neighbor_QSX, catalog.service_I)
+    return out_QI.at[jnp.arange(item_QS.shape[0])[:, None, None], jnp.maximum(neighbor_QSX, 0)].add(given_QSX)
 
 
 def log_prob_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from moerec.config import ModelConfig
 from moerec.nn.embeddings import has_row
 from moerec.nn.heads.places import KeptPairs, Own, Places, find_own
-from moerec.nn.layers import MASK_VALUE
+from moerec.nn.layers import MASK_VALUE, Initializer, fan_in
 from moerec.types import Batch, Catalog, NearPointer
 
 CROSSINGS, TEXT, TRANSITIONS = "crossings", "text", "transitions"
@@ -43,6 +43,17 @@ def near_names(config: ModelConfig) -> tuple[str, ...]:
 def told_names(config: ModelConfig) -> tuple[str, ...]:
     """Those of them that have been counted on the training targets."""
     return tuple(name for name in near_names(config) if name != TEXT)
+
+
+def ask_nothing_at_first(n_near: int) -> Initializer:
+    """Of the queries `[D, G, H]` of pointers, the last of which are those to neighbours: these begin with their slopes
+    alone. What is drawn at random would have to be unlearned first, and where few events compete it is not.
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+        return fan_in(key, shape, dtype).at[:, shape[1] - n_near :].set(0)
+
+    return init
 
 
 class NearTable(NamedTuple):

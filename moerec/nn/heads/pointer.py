@@ -15,7 +15,15 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.attention import rotate
-from moerec.nn.heads.near_pointers import FIRST_SHARPNESS, FIRST_SLOPE, TEXT, near_names, point_near, read_table
+from moerec.nn.heads.near_pointers import (
+    FIRST_SHARPNESS,
+    FIRST_SLOPE,
+    TEXT,
+    ask_nothing_at_first,
+    near_names,
+    point_near,
+    read_table,
+)
 from moerec.nn.heads.places import Own, Places
 from moerec.nn.layers import MASK_VALUE, declare, fan_in
 from moerec.types import EVENT, Batch, Catalog, PointerMixture
@@ -37,7 +45,7 @@ class AnswerAggregator(nnx.Module):
         self.has_copies, self.near = config.has_copies, near_names(config)
         d, g, h = config.d_model, self.n_services + self.has_copies + len(self.near), config.d_pointer
         zeros = jax.nn.initializers.zeros
-        self.query_DGH = declare(k_query, (d, g, h), ("embed", None, None), fan_in)
+        self.query_DGH = declare(k_query, (d, g, h), ("embed", None, None), ask_nothing_at_first(len(self.near)))
         self.key_DGH = declare(k_key, (d, g, h), ("embed", None, None), fan_in)
         self.weight_DX = declare(k_weight, (d, g + 1), ("embed", None), zeros)
         self.gate_bias = declare(k_weight, (g + 1,), (None,), _favour_catalogue, decay="none")

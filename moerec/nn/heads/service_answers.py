@@ -21,6 +21,7 @@ from moerec.nn.heads.near_pointers import (
     TEXT,
     NearTable,
     Pointed,
+    ask_nothing_at_first,
     near_names,
     point_near,
     read_table,
@@ -95,7 +96,7 @@ class ServiceAnswers(nnx.Module):
         zeros = jax.nn.initializers.zeros
         # Of the services first, then those that they share.
         g = self.has_own * z + n_shared
-        self.query_DGH = declare(k_query, (d, g, h), ("embed", None, None), fan_in)
+        self.query_DGH = declare(k_query, (d, g, h), ("embed", None, None), ask_nothing_at_first(len(self.near)))
         self.key_DGH = declare(k_key, (d, g, h), ("embed", None, None), fan_in)
         n_components = len(self.components)
         self.weight_ZDX = declare(k_weight, (z, d, n_components), (None, "embed", None), zeros)
