@@ -42,7 +42,7 @@ def get_config() -> Config:
         data=data,
         model=model,
         loss=dataclasses.replace(base.loss, scope="union"),
-        optim=dataclasses.replace(base.optim, learning_rate=2e-3),
-        train=dataclasses.replace(base.train, steps=600, eval_every=200, save_every=200, n_valid=8000),
+        optim=dataclasses.replace(base.optim, learning_rate=2e-3, warmup_steps=100, ema_decay=0.99),
+        train=dataclasses.replace(base.train, steps=200, eval_every=100, save_every=100, n_valid=8000),
         baselines=(*base.baselines, "graph_text"),
     )

@@ -25,6 +25,5 @@ def get_config() -> Config:
         name="amazon6_half",
         data=dataclasses.replace(base.data, tables=tables, schema=schema),
         model=dataclasses.replace(base.model, row_dropout=0.3, n_heads=2, n_kv_heads=2),
-        optim=dataclasses.replace(base.optim, warmup_steps=100, ema_decay=0.99),
-        train=dataclasses.replace(base.train, steps=300, eval_every=100, save_every=100, n_valid=8000),
+        train=dataclasses.replace(base.train, steps=300),
     )
