@@ -10,7 +10,7 @@ from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset
 from moerec.data.histories import Histories
 from moerec.data.splits import TRAIN, VALID
 from moerec.errors import WorkError
-from moerec.eval.baselines.base import BaselineInputs, rank_by_scores, register_baseline
+from moerec.eval.baselines.base import BaselineInputs, TunedRanks, rank_by_scores, register_baseline
 from moerec.eval.metrics import RankCounts, Ranks, per_target_metrics
 from moerec.eval.ranking.dataset import EvalDataset, make_valid_set
 
@@ -160,10 +160,16 @@ def choose_window(inputs: BaselineInputs) -> float:
 
 @register_baseline("popularity_recent")
 def rank_recent_popularity(inputs: BaselineInputs) -> Ranks:
-    """Ranks by the window that the config gives, or by the best on validation targets."""
+    """Ranks by the window that the config gives, or by the best on validation targets; in days it is among the settings,
+    None for all of the past.
+    """
     config, data, examples = inputs.config, inputs.data, inputs.examples
-    scorer = fit_recent_popularity(data.dataset, data.split_ids, config.eval.popularity_days or choose_window(inputs))
-    return _rank_by_time(scorer, data.dataset, examples, config.eval.mask_seen)
+    days = config.eval.popularity_days or choose_window(inputs)
+    scorer = fit_recent_popularity(data.dataset, data.split_ids, days)
+    ranks = _rank_by_time(scorer, data.dataset, examples, config.eval.mask_seen)
+    if isinstance(scorer, LatePopularity):
+        return ranks
+    return TunedRanks(ranks, {"days": days if np.isfinite(days) else None})
 
 
 def _rank_by_time(
