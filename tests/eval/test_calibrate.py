@@ -11,11 +11,18 @@ from moerec.data.load import load_data
 from moerec.eval.metrics import per_target_metrics
 from moerec.eval.ranking import make_valid_set, rank_targets
 from moerec.eval.ranking.calibrate import calibrate
-from moerec.eval.ranking.gates import RANKING, GateTargets, fit_gates, read_gates, smooth_ndcg
+from moerec.eval.ranking.gates import NDCG_WEIGHT, GateTargets, fit_gates, read_gates, smooth_ndcg
 from moerec.eval.ranking.rank import rank_batch
 from moerec.nn.model import Calibration, Predictor, SequenceModel, pick_calibration, read_calibration
 from moerec.train.run_dir import make_sizes
 from tests.tiny import make_config
+
+
+def make_targets(log_weight_QX: np.ndarray, log_part_QCX: np.ndarray, is_rival: bool = True) -> GateTargets:
+    """Targets that are all ranked, among all the other candidates or among none."""
+    n, n_candidates = log_part_QCX.shape[:2]
+    is_rival_QC = np.broadcast_to(is_rival & (np.arange(n_candidates) > 0), (n, n_candidates))
+    return GateTargets(log_weight_QX, log_part_QCX, is_rival_QC, np.ones(n, bool))
 
 
 def draw_mixture(n: int, shift_GX: np.ndarray, group_Q: np.ndarray):
@@ -30,7 +37,7 @@ def draw_mixture(n: int, shift_GX: np.ndarray, group_Q: np.ndarray):
     drawn_Q = np.minimum((rng.random(n)[:, None] > cdf_QI).sum(axis=1), n_items - 1)
     log_weight_QX = logit_QX - np.log(np.exp(logit_QX).sum(axis=1, keepdims=True))
     log_part_Q1X = np.log(part_QXI[np.arange(n), :, drawn_Q])[:, None]
-    return GateTargets(log_weight_QX, log_part_Q1X, np.zeros((n, 1), bool))
+    return make_targets(log_weight_QX, log_part_Q1X)
 
 
 @pytest.mark.parametrize("n_groups", [1, 3])
@@ -47,25 +54,40 @@ def test_gates_that_were_shifted_are_found(n_groups):
 
 
 def test_few_targets_move_gates_little_and_none_does_not():
-    one = GateTargets(np.log([[0.5, 0.5]]), np.array([[[0.0, -80.0]]]), np.zeros((1, 1), bool))
+    one = make_targets(np.log([[0.5, 0.5]]), np.array([[[0.0, -80.0]]]))
     shift = fit_gates(one, np.zeros(1, int), 2, by_service=True)
     assert 0 < shift[1, 0] < shift[0, 0] < 0.5  # a service without targets has what is common to all
-    nothing = GateTargets(np.zeros((0, 2)), np.zeros((0, 1, 2)), np.zeros((0, 1), bool))
+    nothing = make_targets(np.zeros((0, 2)), np.zeros((0, 1, 2)))
     np.testing.assert_array_equal(fit_gates(nothing, np.zeros(0, int), 2, by_service=False), [0, 0])
 
 
-def test_gates_are_fitted_to_the_order_too():
-    """Where two components are equally likely to give the targets, the one that puts them before their rivals gains."""
-    rng, n = np.random.default_rng(0), 500
+def make_contest(n: int) -> GateTargets:
+    """Two components are as likely to give the targets, but only the first one puts them before their rivals."""
+    rng = np.random.default_rng(0)
     target_Q2 = np.log(np.full((n, 2), 0.01))
     rival_Q2 = np.log(np.stack([rng.uniform(0.002, 0.008, n), rng.uniform(0.012, 0.03, n)], axis=1))
-    part_QCX = np.stack([target_Q2, *[rival_Q2] * 20], axis=1)
-    weight_QX = np.log(np.full((n, 2), 0.5))
-    is_rival_QC = np.arange(21)[None] > np.zeros((n, 1))
-    first, second = fit_gates(GateTargets(weight_QX, part_QCX, is_rival_QC), np.zeros(n, int), 1, by_service=False)
+    return make_targets(np.log(np.full((n, 2), 0.5)), np.stack([target_Q2, *[rival_Q2] * 20], axis=1))
+
+
+def test_gates_are_fitted_to_the_order_too():
+    contest, service_Q = make_contest(500), np.zeros(500, int)
+    first, second = fit_gates(contest, service_Q, 1, by_service=False)
     assert first > second + 0.5
-    alone = fit_gates(GateTargets(weight_QX, part_QCX, is_rival_QC & False), np.zeros(n, int), 1, by_service=False)
-    np.testing.assert_allclose(alone, 0, atol=1e-4)
+    for without in (
+        contest._replace(is_rival_QC=np.zeros_like(contest.is_rival_QC)),
+        contest._replace(is_ranked_Q=np.zeros(500, bool)),
+    ):
+        np.testing.assert_allclose(fit_gates(without, service_Q, 1, by_service=False), 0, atol=1e-4)
+
+
+def test_a_small_service_does_not_decide_for_a_large_one():
+    """One target with rivals among two thousand to which gates make no difference."""
+    contest, service_Q = make_contest(2001), np.arange(2001) // 2000
+    contest = contest._replace(is_rival_QC=contest.is_rival_QC & (service_Q == 1)[:, None])
+    shift = fit_gates(contest, service_Q, 2, by_service=True)
+    assert 0 < shift[1, 0] < 2
+    alone = fit_gates(GateTargets(*(x[-1:] for x in contest)), np.zeros(1, int), 1, by_service=False)
+    assert shift[0, 0] < alone[0] + 0.1
 
 
 def test_smooth_ndcg_is_that_of_clear_ranks():
@@ -131,9 +153,11 @@ def test_calibration_improves_what_it_is_fitted_to_and_leaves_the_predictor_as_i
         ranks = rank_targets(calibration.apply(predictor), examples, catalog)
         ndcg = per_target_metrics(ranks.in_service)["ndcg@10"]
         service = examples.target_service
-        return ranks.log_p.mean() + RANKING * np.mean([ndcg[service == z].mean() for z in range(n_services)])
+        return ranks.log_p.mean() + NDCG_WEIGHT * np.mean([ndcg[service == z].mean() for z in range(n_services)])
 
-    assert measure(calibration) > measure(Calibration(calibration.temperature)) + 0.05
+    # The gates' part alone; places are of whole ranks, and not of smooth ones that gates are fitted to.
+    assert measure(calibration) > measure(Calibration(calibration.temperature))
+    assert np.abs(calibration.gate_shift).max() > 0.1
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(predictor.params), strict=True):
         np.testing.assert_array_equal(old, new)
 
@@ -151,9 +175,16 @@ def test_targets_stand_among_their_rivals_where_the_evaluation_ranks_them(tmp_pa
     kept = known & ~missed
     assert kept.sum() > 10
     np.testing.assert_array_equal(above[kept], np.asarray(ranks.greater_in_service)[kept])
-    # The first hundred are those that lead.
-    fewer, _ = read_gates(predictor, batch, queries, catalog, n_rivals=5)
-    leading = np.logaddexp.reduce(fewer.log_weight_QX[:, None] + fewer.log_part_QCX, axis=-1)[:, 1:]
-    open_QC = np.where(found.is_rival_QC | (np.arange(score_QC.shape[1]) == 0), score_QC, -np.inf)
-    best = -np.sort(-open_QC, axis=1)[:, :5]
-    np.testing.assert_allclose(leading[kept].max(axis=1), best[kept].max(axis=1), rtol=1e-5)
+    # Of fewer those that lead by the mixture, and the first by each component.
+    fewer, _ = read_gates(predictor, batch, queries, catalog, n_rivals=5, n_of_each=1)
+    open_QC = np.where(found.is_rival_QC, score_QC, -np.inf)
+    few_QC = np.logaddexp.reduce(fewer.log_weight_QX[:, None] + fewer.log_part_QCX, axis=-1)
+    few_QC = np.where(fewer.is_rival_QC, few_QC, -np.inf)
+    best, leading = (-np.sort(-x[kept], axis=1)[:, :4] for x in (open_QC, few_QC))  # the target may be one of the five
+    np.testing.assert_allclose(leading, best, rtol=1e-5)
+    part_QX, few_part_QX = (
+        np.where(x.is_rival_QC[..., None], x.log_part_QCX, -np.inf)[kept].max(axis=1) for x in (found, fewer)
+    )
+    is_other = np.asarray(found.log_part_QCX)[kept, 0] < part_QX - 1e-4  # the target does not lead
+    np.testing.assert_allclose(few_part_QX[is_other], part_QX[is_other], rtol=1e-5)
+    np.testing.assert_array_equal(np.asarray(found.is_ranked_Q)[known], ~missed[known])

@@ -142,7 +142,7 @@ def test_the_window_is_chosen_on_validation_targets_and_fits_a_week_of_news(tmp_
             config=dataclasses.replace(config, eval=dataclasses.replace(config.eval, popularity_days=days))
         )
         ranked = BASELINES["popularity_recent"](own)
-        assert ranked.settings == {"days": days or 1 / 24}
+        assert ranked.settings == {"days": days or 1 / 24, "chosen": not days}
         scorer = baselines.fit_recent_popularity(dataset, split_ids, days or 1 / 24)
         by_hand = rank_by_scores(scorer, dataset, examples.targets, examples.histories, config.eval.mask_seen)
         np.testing.assert_array_equal(ranked.union.greater, by_hand.union.greater)

@@ -7,6 +7,7 @@ import pytest
 
 from moerec.config import AskConfig, Config, DataConfig
 from moerec.nn.heads.item import TargetItems
+from moerec.nn.model import SequenceModel
 from moerec.tasks import Draws, NextEvent
 from moerec.train.step import sum_losses
 from moerec.types import EVENT, NearItems
@@ -145,6 +146,15 @@ def test_a_training_step_takes_it_out():
     )
     assert float(sums.tasks["next_event"].total) == pytest.approx(float(expected), rel=1e-4)
     assert told < expected - 0.01
+
+
+@pytest.mark.parametrize("ask", [ASK, AskConfig()])
+def test_pointers_to_neighbours_and_no_others_begin_without_queries(ask):
+    config = make_config(n_layers=2, transition_pointer=True, crossing_pointer=True, ask=ask, pointer="services")
+    model = SequenceModel(jax.random.key(0), config, SIZES)
+    query_DGH = np.asarray(model.head.aggregator.query_DGH[...])
+    assert not query_DGH[:, -2:].any()
+    assert query_DGH[:, :-2].all()
 
 
 def test_gradients_are_finite_where_nothing_is_known():

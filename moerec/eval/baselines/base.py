@@ -38,7 +38,7 @@ class BaselineInputs(NamedTuple):
 
 
 class TunedRanks(Ranks):
-    """Ranks that come with what was chosen for them on the validation targets, for `metrics.json`."""
+    """Ranks that come with what they were set to, mostly on the validation targets, for `metrics.json`."""
 
     settings: dict[str, Any]
 

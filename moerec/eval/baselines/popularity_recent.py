@@ -160,8 +160,8 @@ def choose_window(inputs: BaselineInputs) -> float:
 
 @register_baseline("popularity_recent")
 def rank_recent_popularity(inputs: BaselineInputs) -> Ranks:
-    """Ranks by the window that the config gives, or by the best on validation targets; in days it is among the settings,
-    None for all of the past.
+    """Ranks by the window that the config gives, or by the best on validation targets. Where events have times the
+    settings tell it: `days`, None for all of the past, and whether it was `chosen`.
     """
     config, data, examples = inputs.config, inputs.data, inputs.examples
     days = config.eval.popularity_days or choose_window(inputs)
@@ -169,7 +169,8 @@ def rank_recent_popularity(inputs: BaselineInputs) -> Ranks:
     ranks = _rank_by_time(scorer, data.dataset, examples, config.eval.mask_seen)
     if isinstance(scorer, LatePopularity):
         return ranks
-    return TunedRanks(ranks, {"days": days if np.isfinite(days) else None})
+    is_chosen = not config.eval.popularity_days and bool(np.any(data.split_ids == VALID))
+    return TunedRanks(ranks, {"days": days if np.isfinite(days) else None, "chosen": is_chosen})
 
 
 def _rank_by_time(

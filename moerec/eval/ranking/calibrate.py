@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moerec.config import ModelConfig
-from moerec.eval.ranking.dataset import EvalDataset
+from moerec.eval.ranking.dataset import EvalDataset, RankQueries
 from moerec.eval.ranking.gates import GateTargets, fit_gates, read_gates
 from moerec.nn.heads.near_pointers import near_names
 from moerec.nn.model import Calibration, Predictor
@@ -58,29 +58,40 @@ def calibrate(predictor: Predictor, catalog: Catalog, examples: EvalDataset) -> 
 
     First the gates, of which the posterior knows nothing; nothing where there is nothing to fit.
     """
-    config, gates, posteriors, found = predictor.config, [], [], []
+    config = predictor.config
     if not needs_calibration(config):
         return Calibration()
+    gates: list[GateTargets] = []
+    posteriors: list[np.ndarray] = []
+    truth: list[np.ndarray] = []
+
+    def collect(which: slice, queries: RankQueries, of_gates: GateTargets | None, log_domain_QZ: jax.Array | None):
+        known = np.flatnonzero(queries.slot >= 0)
+        truth.append(examples.target_service[which.start + known])
+        if of_gates is not None:
+            gates.append(GateTargets(*(np.asarray(x)[known] for x in of_gates)))
+        if log_domain_QZ is not None:
+            posteriors.append(np.asarray(log_domain_QZ)[known])
+
+    waiting = None
     with mesh_of(predictor):
         for which, batch, queries in examples.batches():
-            known = np.flatnonzero(queries.slot >= 0)
-            found.append(which.start + known)
             of_gates = None
             if near_names(config):
                 of_gates, log_domain_QZ = read_gates(predictor, batch, queries, catalog)
             else:  # nothing has to be asked for the posterior alone
                 log_domain_QZ = _read_posterior(predictor, batch, queries.slot, catalog)
-            # Stays on the device: a transfer would wait for the batch.
-            rows = jnp.asarray(known)
-            gates.append(jax.tree.map(lambda x, rows=rows: x[rows], of_gates))
-            if log_domain_QZ is not None:
-                posteriors.append(log_domain_QZ[rows])
-    truth = examples.target_service[np.concatenate(found)] if found else np.zeros(0, int)
-    if not len(truth):
+            if waiting is not None:  # what was asked before is there by now
+                collect(*waiting)
+            waiting = which, queries, of_gates, log_domain_QZ
+    if waiting is not None:
+        collect(*waiting)
+    service_Q = np.concatenate([np.zeros(0, int), *truth])
+    if not len(service_Q):
         return Calibration()
-    temperature = fit_temperature(np.concatenate(posteriors), truth) if config.is_asked else 1.0
-    if not near_names(config):
+    temperature = fit_temperature(np.concatenate(posteriors), service_Q) if config.is_asked else 1.0
+    if not gates:
         return Calibration(temperature)
     targets = GateTargets(*map(np.concatenate, zip(*gates, strict=True)))
     n_services = examples.dataset.catalogue.n_services
-    return Calibration(temperature, fit_gates(targets, truth, n_services, by_service=config.is_asked))
+    return Calibration(temperature, fit_gates(targets, service_Q, n_services, by_service=config.is_asked))

@@ -7,6 +7,7 @@ would show. The place in a list is made smooth as by Qin, Liu & Li (2010).
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,12 +22,13 @@ from moerec.nn.model import Predictor
 from moerec.nn.moe.hypotheses import ask_one
 from moerec.types import Array, Batch, Catalog
 
-N_RIVALS = 100  # as good as all: those below the first hundred do not enter a list of ten by a shift of gates
+N_RIVALS, N_OF_EACH = 100, 20  # those that lead by the mixture, and those by each component that may come to lead
 CUTOFF = 10
-RANKING = 20.0  # what NDCG counts beside the log-likelihood: a twentieth of it as much as a nat
+NDCG_WEIGHT = 20.0  # beside the log-likelihood: a twentieth of NDCG is worth as much as a nat
+MOST_WEIGHT = 4.0  # of a target of a small service in the mean over services
 SOFTNESS = 0.1  # of comparisons, in nats
-DEVIATION = 0.1  # of a group's shift from the common one, a priori; the common one is standard normal
-_LEAST = -80.0  # of log-parts: nothing
+DEVIATION = 0.1  # of a service's shift from the common one, a priori; the common one is standard normal
+_NOTHING = -80.0  # of log-parts
 
 
 class GateTargets(NamedTuple):
@@ -36,16 +38,23 @@ class GateTargets(NamedTuple):
       log_weight_QX: float32 log-weights of the components.
       log_part_QCX: float32 logs of what they give to each candidate, without the weights; the target is the first.
       is_rival_QC: bool, which of the candidates the target is compared with.
+      is_ranked_Q: bool, whether the evaluation ranks the target: not one among the items that are no candidates.
     """
 
     log_weight_QX: Array
     log_part_QCX: Array
     is_rival_QC: Array
+    is_ranked_Q: Array
 
 
-@functools.partial(jax.jit, static_argnames="n_rivals")
+@functools.partial(jax.jit, static_argnames=("n_rivals", "n_of_each"))
 def read_gates(
-    predictor: Predictor, batch: Batch, queries: RankQueries, catalog: Catalog, n_rivals: int = N_RIVALS
+    predictor: Predictor,
+    batch: Batch,
+    queries: RankQueries,
+    catalog: Catalog,
+    n_rivals: int = N_RIVALS,
+    n_of_each: int = N_OF_EACH,
 ) -> tuple[GateTargets, jax.Array | None]:
     """Of the queries' targets, among those that lead in their services. Where services are asked: of the answers of the
     targets' own, and with the log-posterior `[Q, Z]`.
@@ -66,26 +75,34 @@ def read_gates(
     log_weight_QX = pointers.log_weight_BTX
     given = spread_each(pointers, item_QS, catalog)
     log_p_QI = jnp.logaddexp(log_softmax_QI + log_weight_QX[:, :1], jnp.log(sum(given)))
-    rival_QC, is_rival_QC = _pick_rivals(log_p_QI, queries, n_rivals)
+    leading = [(log_p_QI, n_rivals), *((part_QI, n_of_each) for part_QI in (log_softmax_QI, *given))]
+    rival_QC, is_rival_QC = _pick_rivals(leading, queries)
     candidate_QC = jnp.concatenate([target_Q[:, None], rival_QC], axis=1)
     log_part_XQC = [jnp.take_along_axis(log_softmax_QI, candidate_QC, axis=1)]
     for x, given_QI in enumerate(given):
         log_given_QC = jnp.log(jnp.take_along_axis(given_QI, candidate_QC, axis=1))
         log_part_XQC.append(log_given_QC - log_weight_QX[:, None, 1 + x])
-    log_part_QCX = jnp.maximum(jnp.stack(log_part_XQC, axis=-1), _LEAST)
+    log_part_QCX = jnp.maximum(jnp.stack(log_part_XQC, axis=-1), _NOTHING)
     is_rival_QC = jnp.concatenate([jnp.zeros_like(is_rival_QC[:, :1]), is_rival_QC], axis=1)
-    return GateTargets(log_weight_QX, log_part_QCX, is_rival_QC), log_domain_QZ
+    is_ranked_Q = ~jnp.any(queries.seen == target_Q[:, None], axis=1)
+    return GateTargets(log_weight_QX, log_part_QCX, is_rival_QC, is_ranked_Q), log_domain_QZ
 
 
-def _pick_rivals(log_p_QI: jax.Array, queries: RankQueries, n: int) -> tuple[jax.Array, jax.Array]:
-    """`[Q, n]`, the likeliest items of the target's service, n at most; and which of them the target competes with."""
-    item_I = jnp.arange(log_p_QI.shape[1])
+def _pick_rivals(leading: Sequence[tuple[jax.Array, int]], queries: RankQueries) -> tuple[jax.Array, jax.Array]:
+    """`[Q, C]`, the first items of the target's service by each score `[Q, I]`, as many as are wanted of it; and which
+    of them the target competes with, each once.
+    """
+    n_items = leading[0][0].shape[1]
+    item_I = jnp.arange(n_items)
     own_QI = (item_I >= queries.low[:, None]) & (item_I < queries.high[:, None])
-    seen_QX = jnp.where(queries.seen >= 0, queries.seen, log_p_QI.shape[1])  # padding falls off the end
-    row_Q1 = jnp.arange(log_p_QI.shape[0])[:, None]
-    open_QI = jnp.where(own_QI, log_p_QI, -jnp.inf).at[row_Q1, seen_QX].set(-jnp.inf, mode="drop")
-    best_QC, rival_QC = jax.lax.top_k(open_QI, min(n, log_p_QI.shape[1]))
-    return rival_QC, (rival_QC != queries.target[:, None]) & (best_QC > -jnp.inf)
+    seen_QX = jnp.where(queries.seen >= 0, queries.seen, n_items)  # padding falls off the end
+    row_Q1 = jnp.arange(own_QI.shape[0])[:, None]
+    open_QI = own_QI.at[row_Q1, seen_QX].set(False, mode="drop")
+    found = [jax.lax.top_k(jnp.where(open_QI, score_QI, -jnp.inf), min(n, n_items)) for score_QI, n in leading]
+    best_QC, rival_QC = (jnp.concatenate(columns, axis=1) for columns in zip(*found, strict=True))
+    place = jnp.arange(rival_QC.shape[1])
+    is_again_QC = jnp.any((rival_QC[:, :, None] == rival_QC[:, None]) & (place[:, None] > place), axis=2)
+    return rival_QC, (rival_QC != queries.target[:, None]) & (best_QC > -jnp.inf) & ~is_again_QC
 
 
 def smooth_ndcg(score_QC: jax.Array, is_rival_QC: jax.Array) -> jax.Array:
@@ -95,18 +112,18 @@ def smooth_ndcg(score_QC: jax.Array, is_rival_QC: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(CUTOFF + 0.5 - rank_Q) / jnp.log2(1 + rank_Q)
 
 
-@jax.jit
 def _gate_loss(
-    common_and_own: jax.Array, targets: GateTargets, group_Q: jax.Array, weight_Q: jax.Array, is_known_Q: jax.Array
+    shift_RX: jax.Array, targets: GateTargets, start_Q: jax.Array, service_Q: jax.Array, weight_Q: jax.Array
 ) -> jax.Array:
-    common_X, own_GX = common_and_own[0], common_and_own[1:]
-    shift_QX = (common_X + own_GX)[group_Q]
+    """What is minimised: see `fit_gates`. Args: the common shift, and where services have their own what they add;
+    and the targets' log-likelihoods without a shift, whose sum would take the digits of a small gain.
+    """
+    shift_QX = shift_RX[0] + (shift_RX[1:][service_Q] if len(shift_RX) > 1 else 0)
     log_gate_QX = jax.nn.log_softmax(targets.log_weight_QX + shift_QX)
     log_p_QC = jax.nn.logsumexp(log_gate_QX[:, None] + targets.log_part_QCX, axis=-1)
-    likelihood = jnp.sum(log_p_QC[:, 0] * is_known_Q)
-    ndcg = jnp.sum(weight_Q * smooth_ndcg(log_p_QC, targets.is_rival_QC))
-    prior = 0.5 * jnp.sum(common_X**2) + 0.5 * jnp.sum((own_GX / DEVIATION) ** 2)
-    return prior - likelihood - RANKING * ndcg
+    ndcg_Q = smooth_ndcg(log_p_QC, targets.is_rival_QC) * targets.is_ranked_Q
+    prior = 0.5 * jnp.sum(shift_RX[0] ** 2) + 0.5 * jnp.sum((shift_RX[1:] / DEVIATION) ** 2)
+    return prior - jnp.sum(log_p_QC[:, 0] - start_Q) - NDCG_WEIGHT * jnp.sum(weight_Q * ndcg_Q)
 
 
 _gate_loss_and_slope = jax.jit(jax.value_and_grad(_gate_loss))
@@ -115,29 +132,26 @@ _gate_loss_and_slope = jax.jit(jax.value_and_grad(_gate_loss))
 def fit_gates(targets: GateTargets, service_Q: np.ndarray, n_services: int, by_service: bool) -> np.ndarray:
     """`[Z, X]` float32, what is best added to the gates' logits; `[X]` where all services have the same gates.
 
-    The sum over the targets of their log-likelihood, and of `RANKING` times the mean of the services' NDCG. What a
-    service differs by from the others is kept small a priori, so that few targets move little.
+    The sum over the targets of their log-likelihood, and of `NDCG_WEIGHT` times NDCG in service, which is what the
+    components of a service's answer decide. In the latter services count alike, though no target of a small one counts
+    for more than `MOST_WEIGHT`. What a service differs by from the others is kept small a priori.
 
     Args:
       service_Q: of which service each target is. by_service: whether each has gates of its own.
     """
     n, n_components = targets.log_weight_QX.shape
     size_Z = np.bincount(service_Q, minlength=n_services)
-    weight_Q = (n / max((size_Z > 0).sum(), 1) / np.maximum(size_Z, 1))[service_Q]
-    group_Q, n_groups = (service_Q, n_services) if by_service else (np.zeros(n, int), 1)
-    # One shape for all validations of a run: what is padded has no weight.
-    width = 1 << max(n - 1, 1).bit_length()
-    columns = (*map(np.asarray, targets), group_Q, weight_Q, np.ones(n))
-    padded = [np.pad(x, [(0, width - n), *[(0, 0)] * (x.ndim - 1)]) for x in columns]
-    known = jax.device_put((GateTargets(*padded[:3]), *padded[3:]))
+    weight_Z = np.minimum(n / max((size_Z > 0).sum(), 1) / np.maximum(size_Z, 1), MOST_WEIGHT)
+    known = jax.tree.map(jnp.asarray, targets)
+    start_Q = jax.nn.logsumexp(known.log_weight_QX + known.log_part_QCX[:, 0], axis=-1)
+    constants = known, start_Q, jnp.asarray(service_Q), jnp.asarray(weight_Z[service_Q], jnp.float32)
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = _gate_loss_and_slope(jnp.asarray(flat.reshape(-1, n_components), jnp.float32), *known)
+        value, slope = _gate_loss_and_slope(jnp.asarray(flat.reshape(-1, n_components), jnp.float32), *constants)
         return float(value), np.asarray(slope, np.float64).ravel()
 
-    start = np.zeros((n_groups + 1) * n_components)
+    start = np.zeros((1 + by_service * n_services) * n_components)
     # In float32 a smaller improvement is none.
     found = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options={"ftol": 1e-7})
-    common_and_own = found.x.reshape(-1, n_components)
-    shift_GX = (common_and_own[0] + common_and_own[1:]).astype(np.float32)
-    return shift_GX if by_service else shift_GX[0]
+    shift_RX = found.x.reshape(-1, n_components).astype(np.float32)
+    return shift_RX[0] + shift_RX[1:] if by_service else shift_RX[0]

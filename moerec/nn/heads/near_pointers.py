@@ -47,7 +47,7 @@ def told_names(config: ModelConfig) -> tuple[str, ...]:
 
 def ask_nothing_at_first(n_near: int) -> Initializer:
     """Of the queries `[D, G, H]` of pointers, the last of which are those to neighbours: these begin with their slopes
-    alone. What is drawn at random would have to be unlearned first, and where few events compete it is not.
+    alone. What is drawn at random has to be unlearned first, and where few events compete training does not do it.
     """
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
