@@ -8,12 +8,10 @@ import pytest
 
 from moerec.config import AskConfig, Config
 from moerec.nn.model import Predictor
-from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
-from moerec.tasks import make_tasks
+from moerec.nn.sharding import make_mesh, mesh_of, param_shardings, replicated
 from moerec.train.state import start_state
-from moerec.train.step import make_train_step
 from tests.nn.test_asking import ASKED_SIZES, CATALOG
-from tests.nn.test_sharding import BATCHES, make_run_config
+from tests.nn.test_sharding import BATCHES, make_run_config, train_batches
 from tests.small_model import make_model, worst_gap
 
 
@@ -32,22 +30,9 @@ def make_asked_config(n_data: int, n_expert: int, n_model: int, strategy: str) -
 def train(mesh: tuple[int, int, int] | None, strategy: str):
     """The leaves of the parameters after two steps, the last loss, and how often the step was compiled."""
     config = make_asked_config(*(mesh or (1, 1, 1)), strategy)
-    tasks = make_tasks(config)
-    train_step, constants = make_train_step(config, tasks), {tasks[0].name: tasks[0].constants(CATALOG, config)}
     state = start_state(config, make_model(config.model, 1, ASKED_SIZES))
-    batches, catalog = BATCHES, CATALOG
-    jitted = jax.jit(train_step)
-    if mesh:
-        devices = make_mesh(*mesh)
-        placed = param_shardings(state, devices)
-        state, whole = jax.device_put(state, placed), replicated(devices)
-        catalog, constants = jax.device_put((CATALOG, constants), whole)
-        batches = [jax.device_put(batch, batch_sharding(devices)) for batch in BATCHES]
-        jitted = jax.jit(train_step, out_shardings=(placed, whole))
-    with mesh_of(state):
-        for batch in batches:
-            state, metrics = jitted(state, batch, catalog, constants)
-    return jax.tree.leaves(state.params), float(metrics["loss"]), jitted._cache_size()
+    _, state, loss, n_compiled = train_batches(config, state, CATALOG, make_mesh(*mesh) if mesh else None)
+    return jax.tree.leaves(state.params), loss, n_compiled
 
 
 @pytest.fixture(scope="module")

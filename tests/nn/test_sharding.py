@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from moerec.config import Config, LossConfig, MoEConfig, OptimConfig, PersonalConfig, TrainConfig
 from moerec.errors import InputError
@@ -19,6 +19,7 @@ from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardin
 from moerec.tasks import make_tasks
 from moerec.train.state import TrainState, start_state
 from moerec.train.step import make_train_step
+from moerec.types import Catalog
 from tests.small_model import SIZES, make_batch, make_config, make_model, make_table, worst_gap
 
 TABLE = make_table()
@@ -75,27 +76,35 @@ def fresh_state(config: Config) -> TrainState:
     return start_state(config, make_model(config.model, seed=1))
 
 
-@functools.cache
-def train(n_data: int, n_expert: int, n_model: int, *kind: str):
-    """The initial and the final state, the last loss, and how often the step was compiled; zeros are without a mesh."""
-    config = make_run_config(max(n_data, 1), max(n_expert, 1), max(n_model, 1), *kind)
+def train_batches(config: Config, state: TrainState, catalog: Catalog, mesh: Mesh | None):
+    """The state at first and after a step on each of `BATCHES`, the last loss, and how often the step was compiled."""
     (task,) = tasks = make_tasks(config)
-    train_step = make_train_step(config, tasks)
-    constants = {task.name: task.constants(TABLE._replace(count_I=0 * TABLE.count_I), config)}
-    state, batches, table = fresh_state(config), BATCHES, TABLE
-    if n_data:
-        mesh = make_mesh(n_data, n_expert, n_model)
+    # The constants of a catalogue of which nothing is counted, as if its items were all as popular.
+    constants = {task.name: task.constants(catalog._replace(count_I=0 * catalog.count_I), config)}
+    batches, train_step = BATCHES, make_train_step(config, tasks)
+    if mesh is None:
+        train_step = jax.jit(train_step)
+    else:
         placed = param_shardings(state, mesh)
-        state, (table, constants) = jax.device_put(state, placed), jax.device_put((TABLE, constants), replicated(mesh))
+        state, (catalog, constants) = (
+            jax.device_put(state, placed),
+            jax.device_put((catalog, constants), replicated(mesh)),
+        )
         batches = [jax.device_put(batch, batch_sharding(mesh)) for batch in BATCHES]
         train_step = jax.jit(train_step, out_shardings=(placed, replicated(mesh)))
-    else:
-        train_step = jax.jit(train_step)
     first = state
     with mesh_of(state):
         for batch in batches:
-            state, metrics = train_step(state, batch, table, constants)
+            state, metrics = train_step(state, batch, catalog, constants)
     return first, state, float(metrics["loss"]), train_step._cache_size()
+
+
+@functools.cache
+def train(n_data: int, n_expert: int, n_model: int, *kind: str):
+    """`train_batches` with a fresh state; zeros are without a mesh."""
+    config = make_run_config(max(n_data, 1), max(n_expert, 1), max(n_model, 1), *kind)
+    mesh = make_mesh(n_data, n_expert, n_model) if n_data else None
+    return train_batches(config, fresh_state(config), TABLE, mesh)
 
 
 @pytest.mark.parametrize(
