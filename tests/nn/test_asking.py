@@ -221,28 +221,36 @@ def answer_by_hand(w, model, state, row: int, slot: int, z: int) -> np.ndarray:
     parts = [softmax]
     for x_place, group in enumerate([z, Z, Z + 1, Z + 2, Z + 3][: len(logits) - 1]):
         name, p = [None, None, "crossings", "text", "transitions"][x_place], np.zeros(SIZES.n_items)
-        seen = around if name == "crossings" else own_events
-        read = [read_near(name, int(BATCH.item_BT[row, s]), head, z) for s in seen]
-        evidence = np.array([known for known, _, _ in read])
-        if not evidence.any():
+        open_events = around if name == "crossings" else own_events
+        # Of a pointer to neighbours counts what it finds among all events, wherever they are.
+        events = open_events if name is None else sorted(around + own_events)
+        read = {s: read_near(name, int(BATCH.item_BT[row, s]), head, z) for s in open_events}
+        if not any(known for known, _, _ in read.values()):
             logits[x_place + 1] = -np.inf
         else:
             place, theta = BATCH.position_BT[row], config.rope_theta
             query = oracle.rope(state @ head["query_DGH"][:, group], place[slot], theta)
-            keys = [oracle.rope(x[s] @ head["key_DGH"][:, group], place[s], theta) for s in seen]
+            keys = [oracle.rope(x[s] @ head["key_DGH"][:, group], place[s], theta) for s in events]
             weight = np.array([query @ key for key in keys]) / np.sqrt(len(query))
             if "time_gate_biasX" in head:
                 asked_at = BATCH.request.time_BT[row, slot]
-                times = [(BATCH.time_BT[row, s], asked_at) for s in seen]
+                times = [(BATCH.time_BT[row, s], asked_at) for s in events]
                 buckets = [24 if NO_TIME in pair else oracle.gap(*pair) for pair in times]
                 weight += head["time_gate_biasX"][z, x_place][buckets]
             if name is not None:  # the last one has place 0: of its service, or of all
-                places = place[slot] - place[seen] if name == "crossings" else len(seen) - 1 - np.arange(len(seen))
-                weight += head["slope_ZX"][z, x_place - 2] * places
-            attention = oracle.softmax(weight)
-            logits[x_place + 1] += np.log(attention @ evidence)
-            for weight, (known, items, shares) in zip(attention / (attention @ evidence), read, strict=True):
-                p[items] += weight * known * shares
+                after = [
+                    place[slot] - place[s]
+                    if name == "crossings"
+                    else sum(BATCH.service_BT[row, s] == BATCH.service_BT[row, other] for other in events if other > s)
+                    for s in events
+                ]
+                weight += head["slope_ZX"][z, x_place - 2] * np.array(after)
+            attention = dict(zip(events, oracle.softmax(weight), strict=True))
+            evidence = sum(attention[s] * read[s][0] for s in open_events)
+            logits[x_place + 1] += np.log(evidence)
+            for s in open_events:
+                known, items, shares = read[s]
+                p[items] += attention[s] * known / evidence * shares
         parts.append(p)
     return oracle.softmax(logits) @ np.array(parts)
 

@@ -112,7 +112,8 @@ class Pointed(NamedTuple):
 
     Attributes:
       share_BTS: float32, adding up to one.
-      log_evidence_BT: float32, how much stands behind what it points at; to be added to its weight's logarithm.
+      log_evidence_BT: float32, how much of its attention to all events stands behind what it points at; to be added to
+        its weight's logarithm.
       near: what becomes of a weight given to events; its own weight is not in it yet.
     """
 
@@ -157,7 +158,8 @@ def point_near(
     counted_BTS = jnp.where(is_known & jnp.isfinite(left_BTS), left_BTS, 1)
     log_part_BTS = jnp.where(jnp.isfinite(left_BTS), jnp.log(counted_BTS / (counted_BTS + DISCOUNT)), 0)
     weighed_BTS = jnp.where(is_known, logit_BTS + log_part_BTS, MASK_VALUE)
-    log_all_BT = jax.nn.logsumexp(jnp.where(open_BTS, logit_BTS, MASK_VALUE), axis=-1)
+    # Of the events of all services, so that what there are few of speaks softly, where services are asked, too.
+    log_all_BT = jax.nn.logsumexp(jnp.where(mask_BTS, logit_BTS, MASK_VALUE), axis=-1)
     log_evidence_BT = jax.nn.logsumexp(weighed_BTS, axis=-1) - log_all_BT
     # Where it has nothing to point at it has no weight.
     log_evidence_BT = jnp.where(jnp.any(is_known, axis=-1), log_evidence_BT, MASK_VALUE)
