@@ -132,22 +132,30 @@ class Routing(NamedTuple):
 
 
 class NearPointer(NamedTuple):
-    """What a pointer gives to the neighbours of events.
+    """How a pointer shares out among the neighbours of events what it gives to these.
 
     Attributes:
-      given_BTS: float32, what each event has to share out, the pointer's weight included.
       share_BSX: float32 shares of the neighbours, in the order of the table of that name in `Catalog.near`; of
-        crossings those of all services, of which those of the service asked are given `given_BTS / part_BTS`.
+        crossings those of all services, of which those of the service asked get their share divided by `part_BTS`.
       part_BTS: float32, what the shares of the neighbours of the service asked add up to; None where that is one.
-      own_BTS, left_BTS: float32, in training: what a slot's target owes to its own user's history, as a part of what
-        an event has in the table, and the part that is left without this user; None: the table knows no target.
+      own: in training, where the table knows the targets; of the items that follow the slots, and of no others.
     """
 
-    given_BTS: Array
     share_BSX: Array
     part_BTS: Array | None = None
-    own_BTS: Array | None = None
-    left_BTS: Array | None = None
+    own: "OwnShare | None" = None
+
+
+class OwnShare(NamedTuple):
+    """What the items that follow slots t have in the rows of events s. Attributes: `[B, T, S]` float32.
+
+    next: their shares. own: what of these they owe to their own user's history, as a part of what the event has in the
+      table. left: the part of the latter that is left without this user.
+    """
+
+    next: Array
+    own: Array
+    left: Array
 
 
 class PointerMixture(NamedTuple):
@@ -155,16 +163,28 @@ class PointerMixture(NamedTuple):
 
     Attributes:
       log_weight_BTX: float32 logs of the components' weights, the softmax first, then the pointers.
-      copy_BTS: float32, what all pointers together give to each event of the history, their weights included.
-      near: the pointers to neighbours, by the names of their tables.
-      part_BXTS: float32, what each pointer gives to each event, its weight included; those to neighbours are the last,
-        in the order of their names.
+      part_BXTS: float32, what each pointer gives to each event of the history, its weight included; those to neighbours
+        are the last, in the order of their names.
+      near: how the latter share it out, by the names of their tables.
     """
 
     log_weight_BTX: Array
-    copy_BTS: Array
+    part_BXTS: Array
     near: dict[str, NearPointer] = {}  # noqa: RUF012, nobody writes to it
-    part_BXTS: Array | None = None
+
+    @property
+    def n_copies(self) -> int:
+        """How many pointers give what they point at itself."""
+        return self.part_BXTS.shape[1] - len(self.near)
+
+    @property
+    def copy_BTS(self) -> Array:
+        """What the pointers to events themselves give to each."""
+        return self.part_BXTS[:, : self.n_copies].sum(axis=1)
+
+    def given_BTS(self, name: str) -> Array:
+        """What the neighbours of each event in one table are given together."""
+        return self.part_BXTS[:, self.n_copies + sorted(self.near).index(name)]
 
 
 class Outputs(NamedTuple):

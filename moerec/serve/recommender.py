@@ -14,6 +14,7 @@ from moerec.errors import InputError
 from moerec.eval.probes.profile_aspects import relevance_of_aspects
 from moerec.nn.heads.item import log_prob_items
 from moerec.nn.heads.near_pointers import near_names
+from moerec.nn.heads.service_answers import component_names
 from moerec.nn.model import Predictor
 from moerec.nn.profile import MemoryParams, UserState
 from moerec.serve.asking import AskedAnswer, ask_services, describe_asked
@@ -225,9 +226,10 @@ def _name_relevance(run: Run, relevance_M: np.ndarray) -> dict[str, float]:
 
 def _name_weights(run: Run) -> list[str]:
     """What is mixed in a model in which no service is asked."""
-    model, own = run.config.model, [f"own {name}" for name in run.data.dataset.catalogue.services]
-    copies = [*(own if model.has_service_pointers else []), *(["own history"] if model.has_copies else [])]
-    return ["catalogue", *copies, *(f"neighbors by {name}" for name in near_names(model))]
+    services, near = run.data.dataset.catalogue.services, near_names(run.config.model)
+    named = {"softmax": "catalogue", "shared": "own history", **{name: f"neighbors by {name}" for name in near}}
+    own = [f"own {name}" for name in services]
+    return [named.get(name, name) for name in component_names(run.config.model, own)]
 
 
 def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:

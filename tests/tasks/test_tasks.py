@@ -97,7 +97,7 @@ def test_pointers_need_a_loss_that_is_a_function_of_the_probability_among_all_it
 def dense_probability(model, outputs, vector_ID, bias_I) -> jax.Array:
     """`[B, T, I]`, p(item) of all items at once: the softmax, and the pointers' shares added where their events are."""
     softmax = jax.nn.softmax(outputs.state_BTD @ vector_ID.T + bias_I)
-    log_weight_BTX, copy_BTS = outputs.pointers[:2]
+    log_weight_BTX, copy_BTS = outputs.pointers.log_weight_BTX, outputs.pointers.copy_BTS
     one_hot_BSI = jax.nn.one_hot(BATCH.item_BT, SIZES.n_items) * (BATCH.kind_BT == EVENT)[..., None]
     return jnp.exp(log_weight_BTX[..., :1]) * softmax + jnp.einsum("BTS,BSI->BTI", copy_BTS, one_hot_BSI)
 

@@ -20,9 +20,8 @@ def _of_service(x: PointerMixture | None, place: int | jax.Array) -> PointerMixt
     near = {}
     for name, pointer in x.near.items():
         part_BTS = None if pointer.part_BTS is None else pointer.part_BTS[:, place]
-        near[name] = NearPointer(pointer.given_BTS[:, place], pointer.share_BSX, part_BTS)
-    part_QXS = None if x.part_BXTS is None else x.part_BXTS[:, :, place]
-    return PointerMixture(x.log_weight_BTX[:, place], x.copy_BTS[:, place], near, part_QXS)
+        near[name] = NearPointer(pointer.share_BSX, part_BTS)
+    return PointerMixture(x.log_weight_BTX[:, place], x.part_BXTS[:, :, place], near)
 
 
 def _mix(log_softmax_QI: jax.Array, pointers: PointerMixture | None, pointed_QI: jax.Array | None) -> jax.Array:
@@ -41,9 +40,7 @@ def log_prob_all(answers: Answers, catalog: Catalog, offsets: tuple[int, ...]) -
     assert bias_I is not None
     pointers, pointed_QI = answers.pointers, None
     if pointers is not None:
-        # A service points at its own items alone: what all of them point at is spread at once.
-        joint = pointers._replace(copy_BTS=jnp.sum(pointers.copy_BTS, axis=1))
-        pointed_QI = spread_pointers(joint, answers.item_QS, catalog)
+        pointed_QI = spread_pointers(pointers, answers.item_QS, catalog)
     parts = []
     for z, (low, high) in enumerate(itertools.pairwise(offsets)):  # over services: shapes differ
         score_QI = answers.state_QXD[:, z] @ vector_ID[low:high].T + bias_I[low:high]
@@ -130,7 +127,6 @@ def drop_component(pointers: PointerMixture, component: int | jax.Array) -> Poin
       component: its place among the weights; 0 is the softmax.
     """
     log_weight, part_BXTS = pointers.log_weight_BTX, pointers.part_BXTS
-    assert part_BXTS is not None
     kept = jnp.where(jnp.arange(log_weight.shape[-1]) == component, MASK_VALUE, log_weight)
     log_left = jax.nn.logsumexp(kept, axis=-1)
     is_alone = log_left < -30.0
@@ -138,15 +134,4 @@ def drop_component(pointers: PointerMixture, component: int | jax.Array) -> Poin
     scale_BT1 = jnp.where(is_alone, 1.0, jnp.exp(-jnp.where(is_alone, 0, log_left)))[..., None]
     dropped = (jnp.arange(part_BXTS.shape[1]) == component - 1)[:, None, None]
     part_BXTS = jnp.where(dropped & ~is_alone[:, None, :, None], 0, part_BXTS) * scale_BT1[:, None]
-    return _put_parts(pointers._replace(log_weight_BTX=kept), part_BXTS)
-
-
-def _put_parts(pointers: PointerMixture, part_BXTS: jax.Array) -> PointerMixture:
-    """The mixtures with other parts of their pointers; those to neighbours are the last, by their names."""
-    n_copies = part_BXTS.shape[1] - len(pointers.near)
-    near = {
-        name: pointers.near[name]._replace(given_BTS=part_BXTS[:, n_copies + n])
-        for n, name in enumerate(sorted(pointers.near))
-    }
-    copy_BTS = jnp.sum(part_BXTS[:, :n_copies], axis=1)
-    return PointerMixture(pointers.log_weight_BTX, copy_BTS, near, part_BXTS)
+    return pointers._replace(log_weight_BTX=kept, part_BXTS=part_BXTS)

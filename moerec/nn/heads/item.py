@@ -90,44 +90,43 @@ def log_softmax_items(outputs: Outputs, slot_Q: jax.Array, catalog: Catalog) -> 
 
 def pick_slots(pointers: PointerMixture, flat_Q: jax.Array, n_slots: int) -> PointerMixture:
     """The mixtures at flat slots, with a leading axis Q in the place of B and T."""
-    log_weight_QX, copy_QS = (x.reshape(-1, x.shape[-1])[flat_Q] for x in pointers[:2])
-    row_Q, near = flat_Q // n_slots, {}
-    for name, pointer in pointers.near.items():
-        near[name] = NearPointer(pointer.given_BTS.reshape(-1, n_slots)[flat_Q], pointer.share_BSX[row_Q])
-        assert pointer.part_BTS is None  # no service was asked
-    part_BXTS, part_QXS = pointers.part_BXTS, None
-    if part_BXTS is not None:
-        part_QXS = part_BXTS[row_Q, :, flat_Q % n_slots]
-    return PointerMixture(log_weight_QX, copy_QS, near, part_QXS)
+    row_Q = flat_Q // n_slots
+    log_weight_QX = pointers.log_weight_BTX.reshape(-1, pointers.log_weight_BTX.shape[-1])[flat_Q]
+    assert all(pointer.part_BTS is None for pointer in pointers.near.values())  # no service was asked
+    near = {name: NearPointer(pointer.share_BSX[row_Q]) for name, pointer in pointers.near.items()}
+    return PointerMixture(log_weight_QX, pointers.part_BXTS[row_Q, :, flat_Q % n_slots], near)
 
 
 def spread_pointers(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog) -> jax.Array:
     """`[Q, I]`, the probability that the pointers of each slot give to each item: of the service asked, if one was; or
     of all, where pointers to neighbours are of all services' answers (`spread_near`).
     """
-    out_QI = _put_copies(jnp.zeros((item_QS.shape[0], catalog.service_I.shape[0])), pointers.copy_BTS, item_QS)
-    for name, pointer in pointers.near.items():
-        out_QI = _put_near(out_QI, name, pointer, item_QS, catalog)
+    none_QI, copy_QS = jnp.zeros((item_QS.shape[0], catalog.service_I.shape[0])), pointers.copy_BTS
+    if copy_QS.ndim == 3:  # a service points at events of its own: all answers are spread at once
+        copy_QS = jnp.sum(copy_QS, axis=1)
+    out_QI = _put_copies(none_QI, copy_QS, item_QS)
+    for name in pointers.near:
+        out_QI = _put_near(out_QI, name, pointers, item_QS, catalog)
     return out_QI
 
 
 def spread_each(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog) -> list[jax.Array]:
     """`[Q, I]` of each pointer of one mixture a query, in the order of their weights: `spread_pointers` in parts."""
-    assert pointers.part_BXTS is not None
     none_QI = jnp.zeros((item_QS.shape[0], catalog.service_I.shape[0]))
-    n_copies = pointers.part_BXTS.shape[1] - len(pointers.near)
-    copies = [_put_copies(none_QI, pointers.part_BXTS[:, x], item_QS) for x in range(n_copies)]
-    return copies + [_put_near(none_QI, name, pointers.near[name], item_QS, catalog) for name in sorted(pointers.near)]
+    copies = [_put_copies(none_QI, pointers.part_BXTS[:, x], item_QS) for x in range(pointers.n_copies)]
+    return copies + [_put_near(none_QI, name, pointers, item_QS, catalog) for name in sorted(pointers.near)]
 
 
 def _put_copies(out_QI: jax.Array, copy_QS: jax.Array, item_QS: jax.Array) -> jax.Array:
     return out_QI.at[jnp.arange(item_QS.shape[0])[:, None], item_QS].add(copy_QS)
 
 
-def _put_near(out_QI: jax.Array, name: str, pointer: NearPointer, item_QS: jax.Array, catalog: Catalog) -> jax.Array:
+def _put_near(
+    out_QI: jax.Array, name: str, pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog
+) -> jax.Array:
     neighbor_QSX = catalog.near[name].item_IX[item_QS]
     # What is no neighbour has no share: it may stand anywhere.
-    given_QSX = spread_near(pointer, neighbor_QSX, catalog.service_I)
+    given_QSX = spread_near(pointers.near[name], pointers.given_BTS(name), neighbor_QSX, catalog.service_I)
     return out_QI.at[jnp.arange(item_QS.shape[0])[:, None, None], jnp.maximum(neighbor_QSX, 0)].add(given_QSX)
 
 
@@ -141,7 +140,8 @@ def _mix_targets(pointers: PointerMixture, batch: Batch, target_BT: jax.Array, c
     hit_BTS = batch.item_BT[:, None] == target_BT[..., None]
     copied_BT = jnp.sum(jnp.where(hit_BTS, pointers.copy_BTS, 0), axis=-1)
     for name, pointer in pointers.near.items():
-        copied_BT += share_targets(pointer, catalog.near[name].item_IX, batch.item_BT, target_BT)
+        share_BTS = share_targets(pointer, catalog.near[name].item_IX, batch.item_BT, target_BT)
+        copied_BT += jnp.sum(pointers.given_BTS(name) * share_BTS, axis=-1)
     found_BT = copied_BT >= jnp.finfo(jnp.float32).tiny  # the inverse of a smaller number may be infinite
     log_copied_BT = jnp.where(found_BT, jnp.log(jnp.where(found_BT, copied_BT, 1)), -jnp.inf)
     return Mixture(pointers.log_weight_BTX[..., 0].reshape(-1), log_copied_BT.reshape(-1))

@@ -21,7 +21,7 @@ from moerec.config import ModelConfig
 from moerec.nn.embeddings import has_row
 from moerec.nn.heads.places import KeptPairs, Own, Places, find_own
 from moerec.nn.layers import MASK_VALUE, Initializer, fan_in
-from moerec.types import Batch, Catalog, NearPointer
+from moerec.types import Batch, Catalog, NearPointer, OwnShare
 
 CROSSINGS, TEXT, TRANSITIONS = "crossings", "text", "transitions"
 FIRST_SHARPNESS = 8.0  # of similarities, which are cosines: the nearest have most of an event's weight
@@ -93,17 +93,28 @@ def read_table(
     return NearTable(share_BSX, total_BS, jnp.einsum("BSX,BSXZ->BSZ", share_BSX, of_BSXZ))
 
 
+class Told(NamedTuple):
+    """What a table that has been counted on the training targets has of the items that follow slots.
+
+    Attributes:
+      next_BTS: float32, the shares that these have in the rows of events s. own: what is to be taken out.
+    """
+
+    next_BTS: jax.Array
+    own: Own
+
+
 def find_told(
     config: ModelConfig, batch: Batch, catalog: Catalog, next_item_BT: jax.Array, places: Places, n_services: int
-) -> dict[str, Own]:
-    """Of each table that has been counted on the training targets, what is to be taken out: see `find_own`."""
+) -> dict[str, Told]:
+    """Of each table that has been counted on the training targets, what it has of them."""
     found = {}
     for name in told_names(config):
         share_BSX = read_table(name, batch.item_BT, None, catalog, n_services).share_BSX
         neighbor_BSX = catalog.near[name].item_IX[batch.item_BT]
-        has = (_find_shares(share_BSX, neighbor_BSX, item_BT) > 0 for item_BT in (next_item_BT, batch.item_BT))
-        known = batch, catalog, next_item_BT, places, KeptPairs(*has)
-        found[name] = find_own(*known, name == CROSSINGS, config.is_asked)
+        next_BTS, item_BTS = (_find_shares(share_BSX, neighbor_BSX, x) for x in (next_item_BT, batch.item_BT))
+        known = batch, catalog, next_item_BT, places, KeptPairs(next_BTS > 0, item_BTS > 0)
+        found[name] = Told(next_BTS, find_own(*known, name == CROSSINGS, config.is_asked))
     return found
 
 
@@ -114,7 +125,7 @@ class Pointed(NamedTuple):
       share_BTS: float32, adding up to one.
       log_evidence_BT: float32, how much of its attention to all events stands behind what it points at; to be added to
         its weight's logarithm.
-      near: what becomes of a weight given to events; its own weight is not in it yet.
+      near: what becomes of what events are given.
     """
 
     share_BTS: jax.Array
@@ -129,7 +140,7 @@ def point_near(
     table: NearTable,
     mask_BTS: jax.Array,
     places: Places,
-    owns: Mapping[str, Own],
+    told: Mapping[str, Told],
     service_BS: jax.Array,
     service_BT: jax.Array | None,
 ) -> Pointed:
@@ -137,7 +148,7 @@ def point_near(
 
     Args:
       slope_BT: of the logits, for each further place of an event from the last one.
-      mask_BTS: which events a slot sees. owns: what is taken out in training.
+      mask_BTS: which events a slot sees. told: of `find_told`, in training.
       service_BS: the events' services. service_BT: those asked, or None.
     """
     gap_BTS = places.joint_gap() if name == CROSSINGS else places.gap(service_BS)
@@ -151,8 +162,8 @@ def point_near(
             of_BTZ = jax.nn.one_hot(service_BT, table.part_BSZ.shape[-1])
             part_BTS = jnp.einsum("BTZ,BSZ->BTS", of_BTZ, table.part_BSZ, precision=jax.lax.Precision.HIGHEST)
     asked_BTS = total_BTS if part_BTS is None else total_BTS * part_BTS
-    own = owns.get(name)
-    left_BTS = asked_BTS if own is None else asked_BTS - own.all_BTS
+    known = told.get(name)
+    left_BTS = asked_BTS if known is None else asked_BTS - known.own.all_BTS
     is_known = open_BTS & (left_BTS > _LEAST)
     # Both branches finite, or the gradient is not: an infinite total has nothing to discount.
     counted_BTS = jnp.where(is_known & jnp.isfinite(left_BTS), left_BTS, 1)
@@ -166,24 +177,22 @@ def point_near(
     share_BTS = jnp.where(is_known, jax.nn.softmax(weighed_BTS), 0)
     if part_BTS is not None:
         part_BTS = jnp.where(is_known, part_BTS, 1)
-    near = NearPointer(share_BTS, table.share_BSX, part_BTS)
-    if own is not None:
+    near = NearPointer(table.share_BSX, part_BTS)
+    if known is not None:
         whole_BTS = jnp.maximum(total_BTS, _LEAST)
-        near = near._replace(own_BTS=own.pair_BTS / whole_BTS, left_BTS=counted_BTS / whole_BTS)
+        own = OwnShare(known.next_BTS, known.own.pair_BTS / whole_BTS, counted_BTS / whole_BTS)
+        near = near._replace(own=own)
     return Pointed(share_BTS, log_evidence_BT, near)
 
 
 def share_targets(near: NearPointer, neighbor_IX: jax.Array, item_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
-    """`[B, T]`, what the target of slot t is given, as a neighbour of the events that the slot sees."""
-    share_BTS = _find_shares(near.share_BSX, neighbor_IX[item_BS], target_BT)
-    if near.own_BTS is not None:
-        assert near.left_BTS is not None
-        others_BTS = share_BTS - near.own_BTS
+    """`[B, T, S]`, the share of the target of slot t of what the neighbours of the event of slot s are given."""
+    if near.own is not None:  # then the targets are the items that follow
+        others_BTS = near.own.next - near.own.own
         # As a part of what is left; a share of which the own user has it all is rounded to nothing.
-        share_BTS = jnp.where(others_BTS > 1e-5 * share_BTS, others_BTS / near.left_BTS, 0)
-    elif near.part_BTS is not None:
-        share_BTS /= near.part_BTS
-    return jnp.sum(near.given_BTS * share_BTS, axis=-1)
+        return jnp.where(others_BTS > 1e-5 * near.own.next, others_BTS / near.own.left, 0)
+    share_BTS = _find_shares(near.share_BSX, neighbor_IX[item_BS], target_BT)
+    return share_BTS if near.part_BTS is None else share_BTS / near.part_BTS
 
 
 def _find_shares(share_BSX: jax.Array, neighbor_BSX: jax.Array, target_BT: jax.Array) -> jax.Array:
@@ -197,14 +206,14 @@ def _find_shares(share_BSX: jax.Array, neighbor_BSX: jax.Array, target_BT: jax.A
     return share_BTS
 
 
-def spread_near(near: NearPointer, neighbor_QSX: jax.Array, service_I: jax.Array) -> jax.Array:
+def spread_near(near: NearPointer, given: jax.Array, neighbor_QSX: jax.Array, service_I: jax.Array) -> jax.Array:
     """`[Q, S, X]`, what the neighbours of events are given: those of the service asked, others' values mean nothing.
 
     Args:
-      near: of Q slots; or of all services' answers at them, where `given_BTS` and `part_BTS` are `[Q, Z, S]`: then each
-        neighbour is given what its own service's answer gives it.
+      given: `[Q, S]`; or of all services' answers, where it and `part_BTS` are `[Q, Z, S]`: then each neighbour is
+        given what its own service's answer gives it.
     """
-    given = near.given_BTS if near.part_BTS is None else near.given_BTS / near.part_BTS
+    given = given if near.part_BTS is None else given / near.part_BTS
     if given.ndim == 2:
         return given[..., None] * near.share_BSX
     if near.part_BTS is None:  # of which only its own service's answer gives anything to an event

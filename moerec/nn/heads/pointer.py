@@ -19,12 +19,13 @@ from moerec.nn.heads.near_pointers import (
     FIRST_SHARPNESS,
     FIRST_SLOPE,
     TEXT,
+    Told,
     ask_nothing_at_first,
     near_names,
     point_near,
     read_table,
 )
-from moerec.nn.heads.places import Own, Places
+from moerec.nn.heads.places import Places
 from moerec.nn.layers import MASK_VALUE, declare, fan_in
 from moerec.types import EVENT, Batch, Catalog, PointerMixture
 
@@ -62,10 +63,10 @@ class AnswerAggregator(nnx.Module):
         mask_BTS: jax.Array,
         catalog: Catalog,
         places: Places | None = None,
-        owns: Mapping[str, Own] = {},
+        told: Mapping[str, Told] = {},
     ) -> PointerMixture:
         """Args: final states, which ask; the events' vectors, which are pointed at; the slots; who sees which; and,
-        for pointers to neighbours, where they stand, and in training what `find_own` finds of each table.
+        for pointers to neighbours, where they stand, and in training what `find_told` finds of each table.
         """
         query_BTGH, key_BTGH = (
             rotate(jnp.einsum("BTD,DGH->BTGH", x, w[...]), batch.position_BT, self.theta)
@@ -91,7 +92,7 @@ class AnswerAggregator(nnx.Module):
             table = read_table(name, batch.item_BT, sharpness_BS, catalog, n_all)
             slope_BT = jnp.broadcast_to(self.slope_X[n], batch.item_BT.shape)
             seen_BTS = mask_BTS & is_event_BS[:, None]
-            around = table, seen_BTS, places, owns, batch.service_BT, None
+            around = table, seen_BTS, places, told, batch.service_BT, None
             pointed.append(point_near(name, logit_BGTS[:, n_copies + n], slope_BT, *around))
         evidence = (x.log_evidence_BT[..., None] for x in pointed)
         log_can_BTX = jnp.concatenate([jnp.zeros((*state_BTD.shape[:2], 1)), log_can_BTG, *evidence], axis=-1)
@@ -99,11 +100,8 @@ class AnswerAggregator(nnx.Module):
         log_weight_BTX = jax.nn.log_softmax(jnp.maximum(logit_BTX + log_can_BTX, MASK_VALUE))
         weight_BGT1 = jnp.moveaxis(jnp.exp(log_weight_BTX[..., 1:]), 2, 1)[..., None]
         part_BGTS = weight_BGT1 * jnp.concatenate([pointer_BGTS, *(x.share_BTS[:, None] for x in pointed)], axis=1)
-        near = {
-            name: x.near._replace(given_BTS=part_BGTS[:, n_copies + n])
-            for n, (name, x) in enumerate(zip(self.near, pointed, strict=True))
-        }
-        return PointerMixture(log_weight_BTX, jnp.sum(part_BGTS[:, :n_copies], axis=1), near, part_BGTS)
+        near = {name: x.near for name, x in zip(self.near, pointed, strict=True)}
+        return PointerMixture(log_weight_BTX, part_BGTS, near)
 
 
 def _favour_catalogue(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

@@ -21,12 +21,13 @@ from moerec.nn.heads.near_pointers import (
     TEXT,
     NearTable,
     Pointed,
+    Told,
     ask_nothing_at_first,
     near_names,
     point_near,
     read_table,
 )
-from moerec.nn.heads.places import Own, Places
+from moerec.nn.heads.places import Places
 from moerec.nn.heads.pointer import CATALOGUE_BIAS
 from moerec.nn.layers import MASK_VALUE, declare, fan_in
 from moerec.nn.temporal import N_GAPS
@@ -55,7 +56,7 @@ class Asking(NamedTuple):
       state_BTD: float32. service_BT: int32, whom they ask; -1 for nobody.
       position_BT: int32 places in the own sequence. time_BT: int32 times of the requests.
       mask_BTS: bool, which slots they see.
-      places, own: where all these slots stand, and in training what `find_own` finds of each table; for pointers to
+      places, told: where all these slots stand, and in training what `find_told` finds of each table; for pointers to
         neighbours.
     """
 
@@ -65,7 +66,7 @@ class Asking(NamedTuple):
     time_BT: Array
     mask_BTS: Array
     places: Places | None = None
-    own: Mapping[str, Own] = {}
+    told: Mapping[str, Told] = {}
 
 
 def component_names(config: ModelConfig, services: Sequence[str] = ("own",)) -> tuple[str, ...]:
@@ -156,12 +157,8 @@ class ServiceAnswers(nnx.Module):
         log_weight_BTX = jax.nn.log_softmax(jnp.maximum(logit_BTX + jnp.stack(evidence, axis=-1), MASK_VALUE))
         weight_BXT1 = jnp.moveaxis(jnp.exp(log_weight_BTX[..., 1:]), 2, 1)[..., None]
         all_BXTS = jnp.concatenate([pointer_BXTS, *(x.share_BTS[:, None] for x in pointed)], axis=1)
-        given_BXTS = weight_BXT1 * all_BXTS
-        near = {
-            name: x.near._replace(given_BTS=given_BXTS[:, n_copies + n])
-            for n, (name, x) in enumerate(zip(self.near, pointed, strict=True))
-        }
-        return PointerMixture(log_weight_BTX, jnp.sum(given_BXTS[:, :n_copies], axis=1), near, given_BXTS)
+        near = {name: x.near for name, x in zip(self.near, pointed, strict=True)}
+        return PointerMixture(log_weight_BTX, weight_BXT1 * all_BXTS, near)
 
     def _read_tables(self, events: Pointees, catalog: Catalog) -> list[NearTable]:
         sharpness_BS = None
@@ -187,7 +184,7 @@ class ServiceAnswers(nnx.Module):
                 table,
                 mask_BTS,
                 asking.places,
-                asking.own,
+                asking.told,
                 *services,
             )
             for n, (name, table) in enumerate(zip(self.near, tables, strict=True))
