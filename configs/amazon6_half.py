@@ -1,6 +1,6 @@
 """Six Amazon services whose persons all use two or more, without anything learned later.
 
-As `configs/amazon3_past.py`; half of the persons, fewer events each in a service, and 29 % of the targets are items
+As `configs/amazon3_past.py`; half of the persons, fewer events each in a service, and 39 % of the targets are items
 without a training event. Electronics has no texts.
 
 Command: python -m experiments.train --config=configs/amazon6_half.py --workdir=runs/amazon6_half
