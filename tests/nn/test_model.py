@@ -73,7 +73,8 @@ def pull(model, batch, table=ON_DEVICE) -> Pulled:
         bound = model.bind(table)
         outputs = model.encode(batch, bound)
         sums = NextEvent().loss(model, outputs, batch, bound, Draws(), Config(loss=LossConfig(chunk=5)))
-        return sums.parts["loss"], (sums.weight, jnp.concatenate([outputs.state_BTD, *outputs.pointers[:2]], axis=-1))
+        answers = [outputs.pointers.log_weight_BTX, outputs.pointers.copy_BTS]
+        return sums.parts["loss"], (sums.weight, jnp.concatenate([outputs.state_BTD, *answers], axis=-1))
 
     (loss, aux), gradients = jax.value_and_grad(total, has_aux=True)(model)
     return Pulled(loss, *aux, gradients)
@@ -305,7 +306,8 @@ def pull_outputs(model, batch, table=ON_DEVICE, bind: bool = False, read: bool =
         catalog = model.bind(table) if bind else table
         profile = model.read_profiles(batch, catalog) if read else None
         outputs = model.encode(batch, catalog, profile=profile)
-        parts = (outputs.state_BTD, outputs.log_domain_BTZ, outputs.relevance_BTM, outputs.pointers[:2])
+        answers = (outputs.pointers.log_weight_BTX, outputs.pointers.copy_BTS)
+        parts = (outputs.state_BTD, outputs.log_domain_BTZ, outputs.relevance_BTM, *answers)
         pulled = jax.tree.map(lambda x, c: jnp.sum(x * c), parts, random_like(parts))
         return sum(jax.tree.leaves(pulled)), outputs
 
