@@ -127,7 +127,7 @@ class EvalConfig:
     n_boot: int = 1000
     n_test: int = 0  # 0 evaluates every test target
     popularity_days: float = 0.0  # window of popularity (recent); 0: the best of several on the validation targets
-    n_probed: int = 500  # targets on which the parts of an asked model are forced and taken away; 0 leaves that out
+    n_probed: int = 500  # targets on which parts of a model are forced and taken away; 0 leaves that out
     interventions: bool = False  # what predictions lose without own profile, own context, events in other services
 
     def __post_init__(self):

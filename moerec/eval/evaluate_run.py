@@ -31,6 +31,7 @@ from moerec.eval.metrics import (
 from moerec.eval.per_target import FILE as RANKS
 from moerec.eval.per_target import write_ranks
 from moerec.eval.probes.asking import Prober, evaluate_asking
+from moerec.eval.probes.components import evaluate_components
 from moerec.eval.probes.first_events import evaluate_first_events
 from moerec.eval.probes.interventions import evaluate_interventions
 from moerec.eval.probes.profile_aspects import describe_aspects
@@ -152,8 +153,8 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
     metrics["best"] = compare_best_rows(ranks, baselines, columns, service, services, examples.user, config.seed)
     if data.world is not None:
         _add_ceiling(metrics, config, data, examples, ranks)
-    if config.model.is_asked and config.eval.n_probed:
-        metrics["probes"]["asking"] = _probe_asking(config, data, trained, examples)
+    if config.eval.n_probed:
+        _probe_parts(metrics, config, data, trained, examples)
     metrics["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return metrics
 
@@ -191,17 +192,24 @@ def _probe(metrics: dict[str, Any], config: Config, data: RunData, trained: Trai
         metrics["probes"] |= {"profile_aspects": aspects} if aspects else {}
 
 
-def _probe_asking(config: Config, data: RunData, trained: TrainResult, examples: EvalDataset) -> dict[str, Any]:
-    """What the parts of an asked model are worth, on a fixed sample of the targets that have a slot."""
+def _probe_parts(
+    metrics: dict[str, Any], config: Config, data: RunData, trained: TrainResult, examples: EvalDataset
+) -> None:
+    """Adds what components and hypotheses are worth, on a fixed sample of the targets that have a slot."""
     rng = np.random.default_rng([config.data.seed, TEST])
     chosen = np.sort(rng.permutation(np.flatnonzero(examples.has_slot))[: config.eval.n_probed])
     sample = EvalDataset(data.dataset, examples.targets[chosen], config)
-    seen = collect_routing(trained.predictor, sample, trained.catalog)
-    assert seen.log_domain_QZ is not None
-    log_posterior = scale_posterior(seen.log_domain_QZ, float(trained.predictor.temperature))
-    exact = rank_ceiling(sample, data, config.eval.mask_seen).log_service if data.world is not None else None
-    prober = Prober(trained.predictor, sample, trained.catalog)
-    return evaluate_asking(config, prober, log_posterior, exact, np.asarray(data.catalog.count_I))
+    predictor, catalog = trained.predictor, trained.catalog
+    if config.model.has_pointers:
+        count_I = np.asarray(data.catalog.count_I)
+        metrics["probes"]["components"] = evaluate_components(predictor, sample, catalog, count_I)
+    if config.model.is_asked:
+        seen = collect_routing(predictor, sample, catalog)
+        assert seen.log_domain_QZ is not None
+        log_posterior = scale_posterior(seen.log_domain_QZ, float(predictor.temperature))
+        exact = rank_ceiling(sample, data, config.eval.mask_seen).log_service if data.world is not None else None
+        prober = Prober(predictor, sample, catalog)
+        metrics["probes"]["asking"] = evaluate_asking(config, prober, log_posterior, exact)
 
 
 def _intervene(

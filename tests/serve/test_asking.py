@@ -133,9 +133,14 @@ def test_a_run_reports_its_probes(asked, metrics):
         np.testing.assert_allclose(np.diag(probes["forced"][what]), np.diag(probes["forced"]["both"]), atol=1e-5)
     assert set(probes["removed"]) == {*services, "cross"}
     assert set(probes["posteriors"]) == {"own", "uniform", "random", "exact"}
-    assert set(probes["components"]) == {"softmax", "own", "shared", "crossings", "text", "transitions"}
-    for row in probes["components"].values():
-        assert sum(bucket["n"] for bucket in row["target"].values()) == 12
+    components = metrics["probes"]["components"]
+    assert set(components) == {"softmax", "own", "shared", "crossings", "text", "transitions"}
+    for row in components.values():
+        parts = list(row["target"].values())
+        assert sum(part["n"] for part in parts) == row["all"]["n"] == 12
+        for metric in ("log_p", "ndcg@10", "in_service_ndcg@10"):
+            mean = sum(part["n"] * part[metric] for part in parts) / 12
+            assert mean == pytest.approx(row["all"][metric], abs=1e-9)
     assert set(metrics["excess_log_loss"]) == {"all", *services}
     examples = EvalDataset(asked.data.dataset, np.flatnonzero(asked.data.split_ids == TEST), asked.config)
     assert rank_targets(asked.predictor, examples, asked.catalog).log_p.shape == (len(examples.targets),)

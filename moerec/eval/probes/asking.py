@@ -1,4 +1,4 @@
-"""What experts, hypotheses, the posterior and the components of an asked model are worth, on a sample of the targets.
+"""What experts, hypotheses and the posterior of an asked model are worth, on a sample of the targets.
 
 Nothing is trained: parts of a trained model are forced, taken away or replaced, and what changes is the log-loss of the
 targets and their place in the union. A forced matrix whose diagonal is best proves that services differ, not that their
@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moerec.config import Config
-from moerec.eval.metrics import RankCounts, bucket_coldness, per_target_metrics
+from moerec.eval.metrics import RankCounts, per_target_metrics
 from moerec.eval.ranking import EvalDataset, RankQueries
 from moerec.eval.ranking.rank import BatchRanks, count_ranks_of_scores
-from moerec.nn.heads.answers import drop_component, log_prob_target
-from moerec.nn.heads.service_answers import component_names
+from moerec.nn.heads.answers import log_prob_target
 from moerec.nn.layers import MASK_VALUE
 from moerec.nn.model import Predictor
 from moerec.nn.moe.hypotheses import Hypotheses, ask_all, ask_one
@@ -53,22 +52,11 @@ def _answer_targets(
 
 @jax.jit
 def _rank_weighed(
-    predictor: Predictor,
-    batch: Batch,
-    queries: RankQueries,
-    catalog: Catalog,
-    log_weight_QZ: jax.Array | None,
-    component: jax.Array,
+    predictor: Predictor, batch: Batch, queries: RankQueries, catalog: Catalog, log_weight_QZ: jax.Array
 ) -> BatchRanks:
-    """Ranks where the answers have these weights (None: the analyser's), and one component (-1: none) is taken away."""
+    """Ranks where the answers have these weights."""
     flat_Q = jnp.maximum(queries.slot, 0)
-    below = predictor.params.read(batch, catalog)
-    log_weight_QZ = predictor.weigh_services(below, flat_Q) if log_weight_QZ is None else log_weight_QZ
-    answers = predictor.ask(batch, catalog, flat_Q, ask_all(log_weight_QZ), below=below)
-    if answers.pointers is not None:
-        dropped = drop_component(answers.pointers, component)
-        pointers = jax.tree.map(lambda a, b: jnp.where(component >= 0, a, b), dropped, answers.pointers)
-        answers = answers._replace(pointers=pointers)
+    answers = predictor.ask(batch, catalog, flat_Q, ask_all(log_weight_QZ))
     return count_ranks_of_scores(predictor.weigh_answers(answers, queries.slot, catalog), queries)
 
 
@@ -94,17 +82,15 @@ class Prober:
                 parts.append(np.asarray(found, np.float64)[: which.stop - which.start, 0])
         return np.concatenate(parts)
 
-    def ranks(self, log_weight: np.ndarray | None = None, component: int = -1) -> Asked:
-        """The targets' log-probabilities and places, where the answers of services have other weights `[n, Z]`."""
+    def ranks(self, log_weight: np.ndarray) -> Asked:
+        """The targets' log-probabilities and places, where the answers of services have these weights `[n, Z]`."""
         log_p, greater, equal = [], [], []
         with mesh_of(self.predictor):
             for which, batch, queries in self.examples.batches():
-                n, weight_QZ = which.stop - which.start, None
-                if log_weight is not None:
-                    weight_QZ = np.zeros((len(queries.slot), self.n_services), np.float32)
-                    weight_QZ[:n] = log_weight[which]
-                place = jnp.asarray(component)
-                found = _rank_weighed(self.predictor, batch, queries, self.catalog, weight_QZ, place)
+                n = which.stop - which.start
+                weight_QZ = np.zeros((len(queries.slot), self.n_services), np.float32)
+                weight_QZ[:n] = log_weight[which]
+                found = _rank_weighed(self.predictor, batch, queries, self.catalog, weight_QZ)
                 log_p.append(np.asarray(found.log_p, np.float64)[:n])
                 greater.append(np.asarray(found.greater_union, np.int64)[:n])
                 equal.append(np.asarray(found.equal_union, np.int64)[:n])
@@ -113,19 +99,17 @@ class Prober:
 
 
 def evaluate_asking(
-    config: Config, prober: Prober, log_posterior: np.ndarray, exact: np.ndarray | None, count_I: np.ndarray
+    config: Config, prober: Prober, log_posterior: np.ndarray, exact: np.ndarray | None
 ) -> dict[str, Any]:
-    """`probes["asking"]`: `forced`, `removed`, `posteriors` and `components`.
+    """`probes["asking"]`: `forced`, `removed` and `posteriors`.
 
     `forced[what][a][z]` is the mean loss (nats) of the targets of service z, which answers, under the vector and the
     experts of a (`both`), or one of the two. `removed[group][z]` is what the loss of z's targets grows by without a
     group of experts. `posteriors` are log-loss and union NDCG@10 by whose p(service) weighs the answers: the model's
-    own, uniform, another target's (`random`), the exact one (built-in world). `components[name]` is what log-likelihood
-    and union NDCG@10 lose without a component (which leaves a target no less than a uniform guess), by how many
-    training events the target and the last event before it have.
+    own, uniform, another user's (`random`), the exact one (built-in world).
 
     Args:
-      log_posterior: `[n, Z]`, the model's own p(service). exact: that of the oracle, or None. count_I: training events.
+      log_posterior: `[n, Z]`, the model's own p(service). exact: that of the oracle, or None.
     """
     examples, services = prober.examples, prober.examples.dataset.catalogue.services
     service = examples.target_service
@@ -146,49 +130,16 @@ def evaluate_asking(
         groups = (*services, "cross")[: count_groups(config.model.moe, len(services))]
         for g, name in enumerate(groups):
             found["removed"][name] = by_service(own_answer - prober.answers(None, None, closed=g))
-    own = prober.ranks()
-    found["posteriors"] = _weigh(prober, own, log_posterior, exact)
-    found["components"] = _drop(config, prober, own, count_I)
-    return found
-
-
-def _weigh(
-    prober: Prober, own: Asked, log_posterior: np.ndarray, exact: np.ndarray | None
-) -> dict[str, dict[str, float]]:
-    n_services = log_posterior.shape[1]
-    weights = {"uniform": np.full_like(log_posterior, -np.log(n_services)), "random": np.roll(log_posterior, 1, axis=0)}
+    weights = {
+        "own": log_posterior,
+        "uniform": np.full_like(log_posterior, -np.log(len(services))),
+        # Targets stand by user, so that half of them on it is (all but) always another one.
+        "random": np.roll(log_posterior, len(log_posterior) // 2, axis=0),
+    }
     if exact is not None:
         weights["exact"] = exact
-    found = {"own": own} | {name: prober.ranks(weight) for name, weight in weights.items()}
-    return {name: {"log_loss": float(-x.log_p.mean()), "ndcg@10": float(x.ndcg.mean())} for name, x in found.items()}
-
-
-def _drop(config: Config, prober: Prober, own: Asked, count_I: np.ndarray) -> dict[str, Any]:
-    examples = prober.examples
-    if not config.model.has_pointers:
-        return {}
-    item = examples.dataset.log.item
-    last = examples.histories.last(1)
-    count_before = np.zeros(len(examples.targets))
-    count_before[last.owner] = count_I[item[last.rows]]
-    labels = {
-        "target": bucket_coldness(count_I[examples.target_item]),
-        "last_event": bucket_coldness(count_before),
+    ranks = {name: prober.ranks(weight) for name, weight in weights.items()}
+    found["posteriors"] = {
+        name: {"log_loss": float(-x.log_p.mean()), "ndcg@10": float(x.ndcg.mean())} for name, x in ranks.items()
     }
-    found = {}
-    for place, name in enumerate(component_names(config.model)):
-        without = prober.ranks(component=place)
-        # What is left may give an item nothing at all: then it knows no more than a uniform guess.
-        log_p = np.maximum(without.log_p, -np.log(examples.dataset.catalogue.n_items))
-        lost = {"log_p": own.log_p - log_p, "ndcg@10": own.ndcg - without.ndcg}
-        row: dict[str, Any] = {"all": {metric: float(x.mean()) for metric, x in lost.items()}}
-        for which, label in labels.items():
-            row[which] = {
-                str(value): {
-                    "n": int(np.sum(label == value)),
-                    **{metric: float(x[label == value].mean()) for metric, x in lost.items()},
-                }
-                for value in dict.fromkeys(label[np.argsort(label, kind="stable")].tolist())
-            }
-        found[name] = row
     return found

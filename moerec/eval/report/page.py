@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moerec.eval.report.asking import describe_asking
 from moerec.eval.report.charts import draw_bars, draw_curves, draw_shares
+from moerec.eval.report.probes import describe_asking, describe_components
 from moerec.eval.report.result import blamed_on, read_result
 from moerec.eval.report.table import (
     P_LABEL,
@@ -76,6 +76,7 @@ def _render(metrics: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], conf
         "best_step": (metrics.get("valid") or {}).get("step"),
         "slices": _draw_slices(metrics.get("slices") or {}),
         "mixture": _draw_mixture(metrics),
+        "components": describe_components(metrics),
         "asking": describe_asking(metrics),
         "routing": _describe_routing(metrics),
         "first_events": _describe_first_events(metrics),

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from moerec.config import ModelConfig
-from moerec.nn.heads.answers import log_prob_all
+from moerec.nn.heads.answers import drop_component, log_prob_all
 from moerec.nn.heads.item import score_items
 from moerec.nn.model.sequence import Below, SequenceModel
 from moerec.nn.moe.experts import DomainExperts
 from moerec.nn.moe.hypotheses import Hypotheses, ask_all, temper
 from moerec.nn.profile import ProfileState
-from moerec.types import Answers, Batch, Catalog, Outputs
+from moerec.types import Answers, Batch, Catalog, Outputs, PointerMixture
 
 
 class Predictor(NamedTuple):
@@ -21,11 +21,13 @@ class Predictor(NamedTuple):
     Attributes:
       params: the module. router_bias_LE: biases of its routers; None in a dense model.
       temperature: of the posterior by which the services' answers are weighed, fitted on validation.
+      without: the place of a component that no score is mixed of, for a probe; the others share its weight.
     """
 
     params: SequenceModel
     router_bias_LE: jax.Array | None
     temperature: jax.Array | float = 1.0
+    without: jax.Array | None = None
 
     def encode(self, batch: Batch, catalog: Catalog, **options: Any) -> Outputs:
         """`SequenceModel.encode` under the routers' biases."""
@@ -50,11 +52,16 @@ class Predictor(NamedTuple):
         control slot, the biases speak alone.
         """
         if not self.config.is_asked:
-            return score_items(self.encode(batch, catalog, profile=profile), batch, slot_Q, catalog)
+            outputs = self.encode(batch, catalog, profile=profile)
+            return score_items(outputs._replace(pointers=self._drop(outputs.pointers)), batch, slot_Q, catalog)
         flat_Q = jnp.maximum(slot_Q, 0)
         below = self.params.read(batch, catalog, profile)
         answers = self.ask(batch, catalog, flat_Q, ask_all(self.weigh_services(below, flat_Q)), below=below)
+        answers = answers._replace(pointers=self._drop(answers.pointers))
         return self.weigh_answers(answers, slot_Q, catalog)
+
+    def _drop(self, pointers: PointerMixture | None) -> PointerMixture | None:
+        return pointers if pointers is None or self.without is None else drop_component(pointers, self.without)
 
     def weigh_answers(self, answers: Answers, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
         """`[Q, I]`, log p(item) by the answers of all services; at slot -1 by biases alone."""

@@ -1,4 +1,4 @@
-"""What the report shows of a model in which every service is asked: tables of its probes, as rows of cells."""
+"""What the report shows of parts that were forced or taken away: tables of the probes, as rows of cells."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,14 +38,19 @@ def describe_asking(metrics: Mapping[str, Any]) -> list[ProbeTable]:
         tables.append(ProbeTable("What the loss grows by without a group of experts (nats)", services, named))
     named = [(name, [f"{row['log_loss']:.3f}", f"{row['ndcg@10']:.4f}"]) for name, row in found["posteriors"].items()]
     tables.append(ProbeTable("By whose p(service) weighs the answers", ["log-loss", "union NDCG@10"], named))
-    if components := found["components"]:
-        named = [(name, _lost(row["all"])) for name, row in components.items()]
-        titles = ["log-likelihood lost", "union NDCG@10 lost"]
-        tables.append(ProbeTable("Without a component of the answers", titles, named))
-        for key, label in (("target", "target"), ("last_event", "last event")):
-            for name, row in components.items():
-                buckets = [(f"{bucket} (n {cell['n']})", _lost(cell)) for bucket, cell in row[key].items()]
-                tables.append(ProbeTable(f"Without {name}, by training events of the {label}", titles, buckets))
+    return tables
+
+
+def describe_components(metrics: Mapping[str, Any]) -> list[ProbeTable]:
+    """The tables of `probes["components"]`."""
+    found = (metrics.get("probes") or {}).get("components") or {}
+    titles = ["log-likelihood lost", "union NDCG@10 lost", "in-service NDCG@10 lost"]
+    named = [(name, _lost(row["all"])) for name, row in found.items()]
+    tables = [ProbeTable("Without a component of the answers", titles, named)] if named else []
+    for key, label in (("target", "target"), ("last_event", "last event")):
+        for name, row in found.items():
+            buckets = [(f"{bucket} (n {cell['n']})", _lost(cell)) for bucket, cell in row[key].items()]
+            tables.append(ProbeTable(f"Without {name}, by training events of the {label}", titles, buckets))
     return tables
 
 
@@ -54,4 +59,4 @@ def _cells(row: Sequence[float | None], form: str = ".3f") -> list[str]:
 
 
 def _lost(cell: Mapping[str, float]) -> list[str]:
-    return [f"{cell['log_p']:+.3f}", f"{cell['ndcg@10']:+.4f}"]
+    return [f"{cell['log_p']:+.3f}", f"{cell['ndcg@10']:+.4f}", f"{cell['in_service_ndcg@10']:+.4f}"]
