@@ -131,6 +131,15 @@ def test_bench_experts_refuses_what_it_cannot_measure(call, arguments, line):
     assert line in done.stderr
 
 
+def test_bench_asking_measures_the_same_model_with_and_without(call):
+    done = call("bench_asking", "--json", "--config.model.n_layers=2", "--config.model.ask.d_analyser=8")
+    assert done.returncode == 0, done.stderr
+    plain, asked = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert (plain["asked_from"], asked["asked_from"]) == (0, 1)
+    assert asked["n_active_params"] > plain["n_active_params"]
+    assert asked["ratio"] == pytest.approx(asked["step_ms"] / plain["step_ms"])
+
+
 def test_bench_history_measures_every_arm_at_each_length(call):
     personal = ("--config.model.personal.layers=(0,)", "--config.model.window=8")
     done = call("bench_history", "--slots=32", "--json", *personal)

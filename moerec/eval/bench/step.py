@@ -91,8 +91,28 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
         rows.append({"n_experts": size, "n_active_params": count_active_params(trainer.state.params)})
         with contextlib.closing(iter(trainer.stream)) as stream:
             steps[str(size)] = _Steps(trainer, next(stream))
-    times = time_in_turns(steps, repeats)
-    first_ms = times[str(sizes[0])]
+    return _with_times(rows, time_in_turns(steps, repeats))
+
+
+def measure_asking(config: Config, workdir: Path, repeats: int = 9) -> list[dict[str, Any]]:
+    """Rows of `{asked_from, n_active_params, step_ms, ratio}`: the step of the config's model in which nothing is asked
+    (layer 0), and of one in which every service is; all else is the same, and the steps take turns.
+
+    Services are asked from the config's layer on, or from the second one where it asks none.
+    """
+    data, rows, steps = load_data(config.data, workdir), [], {}
+    for layer in (0, config.model.ask.from_layer or 1):
+        ask = dataclasses.replace(config.model.ask, from_layer=layer)
+        trainer = make_trainer(dataclasses.replace(config, model=dataclasses.replace(config.model, ask=ask)), data)
+        rows.append({"asked_from": layer, "n_active_params": count_active_params(trainer.state.params)})
+        with contextlib.closing(iter(trainer.stream)) as stream:
+            steps[str(layer)] = _Steps(trainer, next(stream))
+    return _with_times(rows, time_in_turns(steps, repeats))
+
+
+def _with_times(rows: list[dict[str, Any]], times: dict[str, float]) -> list[dict[str, Any]]:
+    """Args: the rows, and their milliseconds in the same order; ratios are to the first."""
+    first_ms = next(iter(times.values()))
     return [{**row, "step_ms": ms, "ratio": ms / first_ms} for row, ms in zip(rows, times.values(), strict=True)]
 
 
