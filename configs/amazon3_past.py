@@ -14,7 +14,7 @@ texts .0792 / .0469 in service and .0417 in the union (results/real_services.jso
 import dataclasses
 
 from configs import amazon3
-from moerec.config import AskConfig, Config
+from moerec.config import Config
 
 
 def get_config() -> Config:
@@ -34,7 +34,6 @@ def get_config() -> Config:
         text_pointer=True,
         transition_pointer=True,
         crossing_pointer=True,
-        ask=AskConfig(d_analyser=64),
     )
     return dataclasses.replace(
         base,

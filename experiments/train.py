@@ -13,10 +13,12 @@ from moerec.config import cli
 def main(config, flags):
     """Runs one config and prints its table."""
     from moerec.eval.evaluate_run import run_experiment
-    from moerec.eval.report import format_table
+    from moerec.eval.report import format_forced, format_table
 
     metrics = run_experiment(config, Path(flags.workdir))
     print(format_table(metrics))
+    if matrix := format_forced(metrics):
+        print(matrix)
     print(f"report: {Path(flags.workdir) / 'report.html'}", flush=True)
     return metrics
 

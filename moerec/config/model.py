@@ -181,6 +181,9 @@ class ModelConfig:
         one_of(self.attention, "model.attention", ("auto", "reference", "xla_blocks"))
         require(self.window >= 0, "model.window", "must not be negative")
         require(not self.pointer_time_bias or self.is_asked, "model.pointer_time_bias", "needs model.ask.from_layer")
+        require(not self.pointer_time_bias or self.has_pointers, "model.pointer_time_bias", "needs pointers")
+        is_limited = self.is_asked and self.moe.n_open_groups
+        require(not is_limited, "model.moe.n_open_groups", "a service that is asked opens its own group and cross")
         outside = [layer for layer in self.group_starts if not 0 < layer < self.n_layers]
         require(not outside, "model.group_starts", f"{outside} of {self.n_layers} layers (from 1)")
         for name in ("moe", "personal"):

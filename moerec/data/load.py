@@ -134,8 +134,8 @@ def reload_data(config: DataConfig, workdir: Path) -> RunData:
 def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: bool) -> RunData:
     """The data with their items' neighbors, of the run's tables where it has some; `is_kept`: made ones are written.
 
-    The tables are data beside the run: one of texts that was extended is read as it is. One that was left behind by
-    other events is made anew.
+    The tables are data beside the run: one of its texts that was extended is read as it is. One that was left behind
+    by other events, or by other items, is made anew.
     """
     catalogue, found = data.dataset.catalogue, {}
 
@@ -143,8 +143,11 @@ def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: b
         neighbors = find_transition_neighbors(data.dataset, data.split_ids, n, within_service)
         return NeighborTable(ItemNames.of(catalogue), neighbors, source=data.digest)
 
+    def compare_texts(n: int) -> NeighborTable:
+        return dataclasses.replace(make_text_table(catalogue, n), source=data.items_digest)
+
     makers: dict[str, Callable[[int], NeighborTable]] = {
-        "text": lambda n: make_text_table(catalogue, n),
+        "text": compare_texts,
         "transitions": lambda n: count(n, within_service=True),
         "crossings": lambda n: count(n, within_service=False),
     }
@@ -152,11 +155,14 @@ def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: b
         path = workdir / NEIGHBOR_FILES[name]
         if path.exists():
             table = load_neighbors(path)
-            if table.neighbors.item_IX.shape[1] == n and table.source in ("", data.digest):
+            source = data.items_digest if name == "text" else data.digest
+            if table.neighbors.item_IX.shape[1] == n and table.source == source:
                 found[name] = table.align(catalogue)
                 continue
             if not is_kept:
-                raise InputError(f"{path}: was made of other events, or keeps another number of neighbors than {n}")
+                raise InputError(
+                    f"{path}: was made of other events or items, or keeps another number of neighbors than {n}"
+                )
         table = makers[name](n)
         found[name] = table.neighbors
         if is_kept:

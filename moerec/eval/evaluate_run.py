@@ -32,6 +32,7 @@ from moerec.eval.per_target import FILE as RANKS
 from moerec.eval.per_target import write_ranks
 from moerec.eval.probes.asking import Prober, evaluate_asking
 from moerec.eval.probes.components import evaluate_components
+from moerec.eval.probes.example import describe_example
 from moerec.eval.probes.first_events import evaluate_first_events
 from moerec.eval.probes.interventions import evaluate_interventions
 from moerec.eval.probes.profile_aspects import describe_aspects
@@ -198,6 +199,8 @@ def _probe_parts(
     """Adds what components and hypotheses are worth, on a fixed sample of the targets that have a slot."""
     rng = np.random.default_rng([config.data.seed, TEST])
     chosen = np.sort(rng.permutation(np.flatnonzero(examples.has_slot))[: config.eval.n_probed])
+    if not len(chosen):
+        return
     sample = EvalDataset(data.dataset, examples.targets[chosen], config)
     predictor, catalog = trained.predictor, trained.catalog
     if config.model.has_pointers:
@@ -210,6 +213,8 @@ def _probe_parts(
         exact = rank_ceiling(sample, data, config.eval.mask_seen).log_service if data.world is not None else None
         prober = Prober(predictor, sample, catalog)
         metrics["probes"]["asking"] = evaluate_asking(config, prober, log_posterior, exact)
+        row = int(sample.targets[np.argmax(sample.history_len)])
+        metrics["example"] = describe_example(config, data.dataset, row, predictor, catalog)
 
 
 def _intervene(

@@ -11,13 +11,13 @@ from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.histories import Histories
 from moerec.data.packing import Sequences, device_time, pack, place_sequences
 from moerec.errors import InputError
+from moerec.eval.probes.answers import AskedAnswer, ask_services, describe_asked
 from moerec.eval.probes.profile_aspects import relevance_of_aspects
 from moerec.nn.heads.item import log_prob_items
 from moerec.nn.heads.near_pointers import near_names
 from moerec.nn.heads.service_answers import component_names
 from moerec.nn.model import Predictor
 from moerec.nn.profile import MemoryParams, UserState
-from moerec.serve.asking import AskedAnswer, ask_services, describe_asked
 from moerec.serve.profiles import explain_difference, observe_events, open_profiles, read_profile
 from moerec.serve.request import RecommendRequest, encode_context, encode_fields, hide_unknown
 from moerec.terminal import printable
@@ -82,7 +82,7 @@ def recommend(
     batch, slot = _make_batch(run, user, rows, request, is_continued)
     is_known = bool(is_continued or len(rows) or batch.request.field_BTY[0, slot].any())
     if config.model.is_asked:
-        log_p_I, asked = ask_services(run, batch, slot, profile, allowed, n, mass, service)
+        log_p_I, asked = ask_services(run.predictor, run.catalog, batch, slot, profile, allowed, n, mass, service)
         best = _find_best(log_p_I, allowed & np.isfinite(log_p_I), n)
         relevance = asked.relevance if is_known else None
         return Recommendation(best, log_p_I[best].astype(np.float64), asked.domain, relevance, None, asked)
@@ -249,7 +249,7 @@ def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:
         shares = ", ".join(f"{name} {p:.2f}" for name, p in found["domain"].items())
         lines.append(f"service of what comes next: {shares}")
     if answer.asked is not None:
-        found["services"], of_services = describe_asked(run, answer.asked)
+        found["services"], of_services = describe_asked(run.config.model, catalogue, answer.asked)
         lines += of_services
     if answer.weight is not None:
         names = _name_weights(run)

@@ -93,6 +93,8 @@ def make_tasks(config: Config) -> list[Task]:
         if task.name != name:
             raise InputError(f"config.tasks: {name!r} is a task that calls itself {task.name!r}")
         task.check(config)
+    if config.model.is_asked and "next_event" not in config.tasks:
+        raise InputError("config.tasks: where services are asked (model.ask.from_layer), next_event tells whom")
     return tasks
 
 

@@ -73,8 +73,9 @@ def sum_losses(
     if any(task.binds_catalog(config) for task in tasks):
         catalog = params.bind(catalog)
     domain_BT = find_domains(tasks, batch, catalog)
-    # Where services are asked, the one that a slot asks in training is its target's.
-    asked = {"hypothesis_BT": domain_BT} if config.model.is_asked else {}
+    asked = {}
+    if config.model.is_asked:  # the service that a slot asks in training is that of its next event
+        asked = {"hypothesis_BT": NextEvent().domains(batch.targets[NextEvent.name], catalog)}
     options: dict[str, Any] = {**asked, "router_bias_LE": router_bias_LE}
     if told_names(config.model):  # whose tables have been counted on these very targets
         target = batch.targets[NextEvent.name]

@@ -11,7 +11,7 @@ import pytest
 from moerec.config import AskConfig, Config, DataConfig, MoEConfig, PersonalConfig
 from moerec.nn.heads.answers import log_prob_all, log_prob_chosen
 from moerec.nn.model import Predictor
-from moerec.nn.moe.hypotheses import ask_all, ask_most_probable, ask_one, followed_services
+from moerec.nn.moe.hypotheses import Hypotheses, ask_all, ask_one, followed_services
 from moerec.tasks import Draws, NextEvent
 from moerec.train.step import sum_losses
 from moerec.types import NO_TIME, Catalog, NearItems
@@ -115,7 +115,13 @@ def test_all_services_asked_at_once_or_by_choice_give_the_same():
     answers = ask_everybody(model, BATCH, CATALOG, LAST)
     everything = log_prob_all(answers, catalog, OFFSETS)
     np.testing.assert_allclose(log_prob_chosen(answers, catalog), everything, atol=1e-5)
-    ask_two = jax.jit(lambda model, log_QZ: model.ask(BATCH, CATALOG, LAST, ask_most_probable(log_QZ, 2)))
+
+    @jax.jit
+    def ask_two(model, log_QZ):
+        log_QX, service_QX = jax.lax.top_k(log_QZ, 2)
+        two = Hypotheses(jax.nn.log_softmax(log_QX), service_QX, service_QX, service_QX)
+        return model.ask(BATCH, CATALOG, LAST, two)
+
     two = ask_two(model, answers.log_domain_QZ)
     chosen = np.asarray(log_prob_chosen(two, catalog))
     kept = np.sort(np.argsort(-np.asarray(answers.log_domain_QZ), axis=1)[:, :2], axis=1)
@@ -297,16 +303,18 @@ def test_the_loss_of_a_target_is_its_log_probability_among_all_answers(kind):
         np.testing.assert_allclose(-loss(item), log_p[:, item], rtol=1e-4, atol=1e-4)
 
 
-def test_no_gradient_of_the_posterior_comes_from_the_answers_and_hypotheses_learn():
-    """Every parameter of the asked part is trained by the loss of one batch."""
+def test_the_analyser_learns_by_its_own_loss_alone_and_hypotheses_by_the_answers():
     model = make_asked("personal")
     config = Config(model=model.config)
 
-    def total(model):
-        sums = sum_losses(model, BATCH, CATALOG, [NextEvent()], {"next_event": Draws()}, config)
-        return sums.tasks["next_event"].total
+    def total(model, part):
+        sums = sum_losses(model, BATCH, CATALOG, [NextEvent()], {"next_event": Draws()}, config).tasks["next_event"]
+        return sums.parts[part] if part else sums.total
 
-    gradient = jax.jit(jax.grad(total))(model)
+    gradient, of_analyser = (jax.jit(jax.grad(total), static_argnums=1)(model, part) for part in ("", "analyser"))
     for name in ("hypothesis_ZD", "analyser"):
         for leaf in jax.tree.leaves(getattr(gradient, name)):
             assert np.abs(leaf).max() > 0
+    for own, alone in zip(*(jax.tree.leaves(x.analyser) for x in (gradient, of_analyser)), strict=True):
+        np.testing.assert_allclose(own, alone, rtol=1e-4, atol=1e-6)
+    assert not np.any(of_analyser.hypothesis_ZD[...])

@@ -3,19 +3,22 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from moerec.config import AskConfig, MoEConfig
+from moerec.data.dataset import ItemTable
 from moerec.data.load import load_data, reload_data
-from moerec.data.neighbors import NEIGHBOR_FILES
+from moerec.data.neighbors import NEIGHBOR_FILES, extend_text_neighbors, load_neighbors, save_neighbors
 from moerec.data.splits import TEST
 from moerec.errors import InputError
 from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.per_target import read_ranks
+from moerec.eval.probes.answers import choose_services
 from moerec.eval.ranking import EvalDataset, make_test_set, rank_targets
+from moerec.eval.report import format_forced
 from moerec.nn.model import pick_calibration
-from moerec.serve.asking import choose_services
 from moerec.serve.bench import bench_recommend
 from moerec.serve.recommender import describe_answer, recommend
 from moerec.serve.request import RecommendRequest
@@ -85,6 +88,29 @@ def test_answers_are_those_of_the_evaluation(asked):
         np.testing.assert_allclose(np.exp(own), of_service.weight * of_service.p, atol=1e-6)
 
 
+def test_no_score_depends_on_the_target_or_on_what_comes_after_it(asked):
+    """Whatever item, of whatever service, stands in the log from the target on."""
+    dataset, log = asked.data.dataset, asked.data.dataset.log
+    rows = np.flatnonzero(asked.data.split_ids == TEST)[:3]
+    service = dataset.catalogue.service
+    for row in rows.tolist():
+        user = log.users_of(np.array([row]))[0]
+        item = log.item.copy()
+        item[row : log.offsets[user + 1]] = np.flatnonzero(service != service[item[row]])[row % 7]
+        other = dataclasses.replace(dataset, log=dataclasses.replace(log, item=item))
+        assert other.event_service[row] != dataset.event_service[row]
+        scores = []
+        for which in (dataset, other):
+            ((_, batch, queries),) = EvalDataset(which, np.array([row]), asked.config).batches()
+            scores.append(np.asarray(score(asked.predictor, batch, queries.slot, asked.catalog))[0])
+        np.testing.assert_array_equal(*scores)
+
+
+@jax.jit
+def score(predictor, batch, slot_Q, catalog):
+    return predictor.score(batch, slot_Q, catalog)
+
+
 def test_less_mass_asks_fewer_services_whose_items_alone_are_listed(asked):
     request, n = RecommendRequest(), asked.data.dataset.catalogue.n_items
     whole = recommend(asked, None, request, n)
@@ -132,7 +158,7 @@ def test_a_run_reports_its_probes(asked, metrics):
         assert np.shape(probes["forced"][what]) == (3, 3)
         np.testing.assert_allclose(np.diag(probes["forced"][what]), np.diag(probes["forced"]["both"]), atol=1e-5)
     assert set(probes["removed"]) == {*services, "cross"}
-    assert set(probes["posteriors"]) == {"own", "uniform", "random", "exact"}
+    assert set(probes["posteriors"]) == {"own", "most_probable", "uniform", "random", "exact"}
     components = metrics["probes"]["components"]
     assert set(components) == {"softmax", "own", "shared", "crossings", "text", "transitions"}
     for row in components.values():
@@ -142,8 +168,33 @@ def test_a_run_reports_its_probes(asked, metrics):
             mean = sum(part["n"] * part[metric] for part in parts) / 12
             assert mean == pytest.approx(row["all"][metric], abs=1e-9)
     assert set(metrics["excess_log_loss"]) == {"all", *services}
-    examples = EvalDataset(asked.data.dataset, np.flatnonzero(asked.data.split_ids == TEST), asked.config)
-    assert rank_targets(asked.predictor, examples, asked.catalog).log_p.shape == (len(examples.targets),)
+    examples = make_test_set(asked.config, asked.data)
+    rng = np.random.default_rng([asked.config.data.seed, TEST])
+    chosen = np.sort(rng.permutation(np.flatnonzero(examples.has_slot))[:12])
+    log_p = rank_targets(asked.predictor, examples, asked.catalog).log_p[chosen]
+    least = -np.log(asked.data.dataset.catalogue.n_items)
+    assert probes["posteriors"]["own"]["log_loss"] == pytest.approx(-np.maximum(log_p, least).mean(), abs=1e-4)
+    assert len({round(x["log_loss"], 5) for x in probes["posteriors"].values()}) > 2
+    for rows in probes["forced_interval"].values():
+        assert all(x is None or (x > 0) == (a != z) for a, row in enumerate(rows) for z, x in enumerate(row))
+        assert any(x for row in rows for x in row)
+
+
+def test_a_run_reports_one_request_and_prints_the_matrix_of_experts(asked, metrics, folder):
+    example, services = metrics["example"], metrics["dataset"]["services"]
+    assert set(example["services"]) == set(services)
+    for name, answer in example["services"].items():
+        assert answer["weight"] == pytest.approx(example["domain"][name], abs=1e-6)
+        assert len(answer["items"]) == 5
+        for item in answer["items"]:
+            assert sum(item["components"].values()) == pytest.approx(item["p"], abs=1e-6)
+    page = (folder / "report.html").read_text()
+    assert "One request" in page
+    assert all(f"{name}: weight {answer['weight']:.2f}" in page for name, answer in example["services"].items())
+    lines = format_forced(metrics).splitlines()
+    assert len(lines) == 5
+    assert "+0.000 ± 0.000" in lines[2] + lines[3] + lines[4]
+    assert format_forced({"dataset": metrics["dataset"]}) == ""
 
 
 def test_requests_are_timed(asked):
@@ -177,11 +228,33 @@ def test_tables_of_other_events_are_made_anew_and_not_read(folder, asked, tmp_pa
     other = load_data(dataclasses.replace(config, seed=config.seed + 1), tmp_path)
     again = load_data(dataclasses.replace(config, seed=config.seed + 1), tmp_path / "fresh")
     for name in NEIGHBOR_FILES:
-        if name != "text":
-            np.testing.assert_array_equal(other.neighbors[name].item_IX, again.neighbors[name].item_IX)
-    (tmp_path / NEIGHBOR_FILES["crossings"]).write_bytes(counted["crossings"])
-    with pytest.raises(InputError, match=r"crossings\.npz: was made of other events"):
-        reload_data(dataclasses.replace(config, seed=config.seed + 1), tmp_path)
+        assert np.any(other.neighbors[name].item_IX != mine.neighbors[name].item_IX)
+        np.testing.assert_array_equal(other.neighbors[name].item_IX, again.neighbors[name].item_IX)
+    for name in ("text", "crossings"):
+        kept = (tmp_path / NEIGHBOR_FILES[name]).read_bytes()
+        (tmp_path / NEIGHBOR_FILES[name]).write_bytes(counted[name])
+        with pytest.raises(InputError, match=rf"{NEIGHBOR_FILES[name]}: was made of other events or items"):
+            reload_data(dataclasses.replace(config, seed=config.seed + 1), tmp_path)
+        (tmp_path / NEIGHBOR_FILES[name]).write_bytes(kept)
+
+
+def test_a_table_of_texts_that_was_extended_is_the_runs(asked, tmp_path):
+    """Its new items are none of the run's, whose own neighbours stay as near as they were."""
+    config = asked.config.data
+    mine, path = load_data(config, tmp_path), tmp_path / NEIGHBOR_FILES["text"]
+    old = mine.dataset.catalogue
+    text, attributes = (np.append(x, x[-2:]) for x in (old.text, old.attributes))  # two of the last service
+    offsets, ids = np.append(old.offsets[:-1], old.n_items + 2), np.append(old.ids, ["new 1", "new 2"])
+    more = ItemTable(old.services, offsets, ids, text, attributes)
+    save_neighbors(path, extend_text_neighbors(load_neighbors(path), old, more))
+    again = reload_data(config, tmp_path).neighbors["text"]
+    for own, known in zip(mine.neighbors["text"].item_IX, again.item_IX, strict=True):
+        assert [i for i in own.tolist() if i in known and i >= 0] == [i for i in known.tolist() if i >= 0]
+
+
+def test_a_run_with_other_widths_has_other_tables(asked, tmp_path):
+    config = asked.config.data
+    mine = load_data(config, tmp_path)
     fewer = load_data(dataclasses.replace(config, text_neighbors=2), tmp_path / "fewer")
     assert fewer.neighbors["text"].item_IX.shape == (mine.dataset.catalogue.n_items, 2)
 

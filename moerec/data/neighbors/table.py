@@ -50,7 +50,7 @@ class NeighborTable:
 
     Attributes:
       names: of the items that `neighbors` numbers. counts: by which words were weighed; None if it is not about texts.
-      source: digest of the events that it was counted on; empty if it is about texts.
+      source: digest of the events that it was counted on, or, of texts, of the items that it was first made of.
     """
 
     names: ItemNames

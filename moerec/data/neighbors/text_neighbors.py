@@ -58,7 +58,7 @@ def extend_text_neighbors(table: NeighborTable, old: ItemTable, new: ItemTable) 
         own = np.arange(lo, hi)
         _fill(found, vector_IV, own[~is_new[lo:hi]], own[is_new[lo:hi]], rank_I)
         _fill(found, vector_IV, own[is_new[lo:hi]], own, rank_I)
-    return NeighborTable(ItemNames.of(new), found, table.counts)
+    return NeighborTable(ItemNames.of(new), found, table.counts, table.source)
 
 
 def _empty(n_items: int, n: int) -> Neighbors:

@@ -18,6 +18,7 @@ from moerec.data.load import load_data
 from moerec.errors import InputError
 from moerec.eval.ranking import make_test_set, rank_batch, rank_targets
 from moerec.nn.model import SequenceModel, count_active_params
+from moerec.nn.moe.router import count_groups
 from moerec.nn.profile import Event, ProfileRequest, count_profile_slots, make_personalizer
 from moerec.nn.profile.recurrence import Writes, chunked_exclusive_scan, exclusive_scan
 from moerec.nn.sharding import mesh_of
@@ -82,7 +83,7 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
     if len(set(sizes)) < len(sizes):
         raise InputError(f"--sizes: {', '.join(map(str, sizes))}: a size is named twice")
     data = load_data(config.data, workdir)
-    n_groups, steps, rows = data.dataset.catalogue.n_services + 1, {}, []
+    n_groups, steps, rows = count_groups(config.model.moe, data.dataset.catalogue.n_services), {}, []
     for size in sizes:
         if size < n_groups or size % n_groups:
             raise InputError(f"--sizes: {size} experts cannot be split evenly over {n_groups} groups")
@@ -103,7 +104,9 @@ def measure_asking(config: Config, workdir: Path, repeats: int = 9) -> list[dict
     data, rows, steps = load_data(config.data, workdir), [], {}
     for layer in (0, config.model.ask.from_layer or 1):
         ask = dataclasses.replace(config.model.ask, from_layer=layer)
-        trainer = make_trainer(dataclasses.replace(config, model=dataclasses.replace(config.model, ask=ask)), data)
+        has_time = layer > 0 and config.model.pointer_time_bias
+        model = dataclasses.replace(config.model, ask=ask, pointer_time_bias=has_time)
+        trainer = make_trainer(dataclasses.replace(config, model=model), data)
         rows.append({"asked_from": layer, "n_active_params": count_active_params(trainer.state.params)})
         with contextlib.closing(iter(trainer.stream)) as stream:
             steps[str(layer)] = _Steps(trainer, next(stream))

@@ -5,6 +5,7 @@ targets and their place in the union. A forced matrix whose diagonal is best pro
 experts are of use; `experiments.compare` of a run without them does.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from moerec.config import Config
 from moerec.eval.metrics import RankCounts, per_target_metrics
+from moerec.eval.probes.answers import choose_services
 from moerec.eval.ranking import EvalDataset, RankQueries
 from moerec.eval.ranking.rank import BatchRanks, count_ranks_of_scores
 from moerec.nn.heads.answers import log_prob_target
@@ -23,6 +25,7 @@ from moerec.nn.moe.router import count_groups
 from moerec.nn.sharding import mesh_of
 from moerec.types import Batch, Catalog
 
+MASS = 0.99
 FORCED = {"both": (True, True), "experts": (True, False), "vector": (False, True)}
 
 
@@ -101,12 +104,15 @@ class Prober:
 def evaluate_asking(
     config: Config, prober: Prober, log_posterior: np.ndarray, exact: np.ndarray | None
 ) -> dict[str, Any]:
-    """`probes["asking"]`: `forced`, `removed` and `posteriors`.
+    """`probes["asking"]`: `forced`, `forced_interval`, `removed` and `posteriors`.
 
     `forced[what][a][z]` is the mean loss (nats) of the targets of service z, which answers, under the vector and the
-    experts of a (`both`), or one of the two. `removed[group][z]` is what the loss of z's targets grows by without a
-    group of experts. `posteriors` are log-loss and union NDCG@10 by whose p(service) weighs the answers: the model's
-    own, uniform, another user's (`random`), the exact one (built-in world).
+    experts of a (`both`), or one of the two; `forced_interval`, half the width of the 95 % interval of what it is above
+    the diagonal, by the normal distribution over targets. `removed[group][z]` is what the loss of z's targets grows by
+    without a group of experts; nothing would be left of them without a cross group. `posteriors` are log-loss and union
+    NDCG@10 by whose p(service) weighs the answers: the model's own, that of its most probable services alone (mass .99;
+    a target of another one is given a uniform guess), uniform, another user's (`random`), the exact one (built-in
+    world).
 
     Args:
       log_posterior: `[n, Z]`, the model's own p(service). exact: that of the oracle, or None.
@@ -116,22 +122,22 @@ def evaluate_asking(
     has_experts = bool(config.model.moe.layers)
     own_answer = prober.answers(None, None)
 
-    def by_service(values: np.ndarray) -> list[float | None]:
-        return [float(values[service == z].mean()) if np.any(service == z) else None for z in range(len(services))]
+    def by_service(values: np.ndarray, measure: Callable[[np.ndarray], float] = np.mean, least: int = 1) -> list:
+        of_service = [values[service == z] for z in range(len(services))]
+        return [float(measure(x)) if len(x) >= least else None for x in of_service]
 
-    found: dict[str, Any] = {"n": len(service), "forced": {}, "removed": {}}
+    found: dict[str, Any] = {"n": len(service), "forced": {}, "forced_interval": {}, "removed": {}}
     for what, (is_expert, is_vector) in FORCED.items():
         if has_experts or not is_expert:
-            found["forced"][what] = [
-                by_service(-prober.answers(z if is_vector else None, z if is_expert else None))
-                for z in range(len(services))
-            ]
-    if has_experts:
-        groups = (*services, "cross")[: count_groups(config.model.moe, len(services))]
-        for g, name in enumerate(groups):
+            forced = [prober.answers(z if is_vector else None, z if is_expert else None) for z in range(len(services))]
+            found["forced"][what] = [by_service(-x) for x in forced]
+            found["forced_interval"][what] = [by_service(own_answer - x, _half_width, 2) for x in forced]
+    if has_experts and config.model.moe.cross:
+        for g, name in enumerate((*services, "cross")):
             found["removed"][name] = by_service(own_answer - prober.answers(None, None, closed=g))
     weights = {
         "own": log_posterior,
+        "most_probable": _keep_most_probable(log_posterior),
         "uniform": np.full_like(log_posterior, -np.log(len(services))),
         # Targets stand by user, so that half of them on it is (all but) always another one.
         "random": np.roll(log_posterior, len(log_posterior) // 2, axis=0),
@@ -139,7 +145,22 @@ def evaluate_asking(
     if exact is not None:
         weights["exact"] = exact
     ranks = {name: prober.ranks(weight) for name, weight in weights.items()}
+    least = -np.log(examples.dataset.catalogue.n_items)
     found["posteriors"] = {
-        name: {"log_loss": float(-x.log_p.mean()), "ndcg@10": float(x.ndcg.mean())} for name, x in ranks.items()
+        name: {"log_loss": float(-np.maximum(x.log_p, least).mean()), "ndcg@10": float(x.ndcg.mean())}
+        for name, x in ranks.items()
     }
     return found
+
+
+def _half_width(values: np.ndarray) -> float:
+    return 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5
+
+
+def _keep_most_probable(log_posterior: np.ndarray) -> np.ndarray:
+    """As requests ask (`choose_services`): the others have no weight."""
+    kept = np.full_like(log_posterior, MASK_VALUE)
+    for row, log_p in zip(kept, log_posterior, strict=True):  # over a sample
+        chosen, log_weight = choose_services(log_p, MASS, None)
+        row[chosen] = log_weight
+    return kept

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moerec.eval.report.charts import draw_bars, draw_curves, draw_shares
-from moerec.eval.report.probes import describe_asking, describe_components
+from moerec.eval.report.probes import describe_asking, describe_components, describe_example
 from moerec.eval.report.result import blamed_on, read_result
 from moerec.eval.report.table import (
     P_LABEL,
@@ -78,6 +78,7 @@ def _render(metrics: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], conf
         "mixture": _draw_mixture(metrics),
         "components": describe_components(metrics),
         "asking": describe_asking(metrics),
+        "example": describe_example(metrics),
         "routing": _describe_routing(metrics),
         "first_events": _describe_first_events(metrics),
         "interventions": _list_interventions(metrics),
@@ -243,7 +244,9 @@ def _draw_mixture(metrics: Mapping[str, Any]) -> str | None:
     if not rows:
         return None
     known = {service: row for service, row in zip(metrics["dataset"]["services"], rows, strict=True) if row is not None}
-    return draw_shares(known, _probe(metrics, "mixture_components"), "Mixture weights")
+    # A run of an earlier version does not say what was mixed.
+    names = _probe(metrics, "mixture_components") or [f"component {n}" for n in range(len(next(iter(known.values()))))]
+    return draw_shares(known, names, "Mixture weights")
 
 
 def _list_all_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class AnswerAggregator(nnx.Module):
         self.query_DGH = declare(k_query, (d, g, h), ("embed", None, None), ask_nothing_at_first(len(self.near)))
         self.key_DGH = declare(k_key, (d, g, h), ("embed", None, None), fan_in)
         self.weight_DX = declare(k_weight, (d, g + 1), ("embed", None), zeros)
-        self.gate_bias = declare(k_weight, (g + 1,), (None,), _favour_catalogue, decay="none")
+        self.gate_bias = declare(k_weight, (g + 1,), (None,), favour_softmax, decay="none")
         sharp, sloping = (nnx.initializers.constant(x) for x in (FIRST_SHARPNESS, FIRST_SLOPE))
         self.sharpness = declare(key, (), (), sharp, decay="none") if TEXT in self.near else None
         self.slope_X = declare(key, (len(self.near),), (None,), sloping, decay="none") if self.near else None
@@ -104,5 +104,6 @@ class AnswerAggregator(nnx.Module):
         return PointerMixture(log_weight_BTX, part_BGTS, near)
 
 
-def _favour_catalogue(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    return jnp.zeros(shape, dtype).at[0].set(CATALOGUE_BIAS)
+def favour_softmax(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Initialiser of gates' biases: the softmax, the first of the components, is ahead of all others."""
+    return jnp.zeros(shape, dtype).at[..., 0].set(CATALOGUE_BIAS)

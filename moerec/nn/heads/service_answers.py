@@ -28,7 +28,7 @@ from moerec.nn.heads.near_pointers import (
     read_table,
 )
 from moerec.nn.heads.places import Places
-from moerec.nn.heads.pointer import CATALOGUE_BIAS
+from moerec.nn.heads.pointer import favour_softmax
 from moerec.nn.layers import MASK_VALUE, declare, fan_in
 from moerec.nn.temporal import N_GAPS
 from moerec.types import Array, Batch, Catalog, PointerMixture
@@ -101,7 +101,7 @@ class ServiceAnswers(nnx.Module):
         self.key_DGH = declare(k_key, (d, g, h), ("embed", None, None), fan_in)
         n_components = len(self.components)
         self.weight_ZDX = declare(k_weight, (z, d, n_components), (None, "embed", None), zeros)
-        self.gate_bias = declare(k_weight, (z, n_components), (None, None), _favour_softmax, decay="none")
+        self.gate_bias = declare(k_weight, (z, n_components), (None, None), favour_softmax, decay="none")
         has_time = config.pointer_time_bias
         self.time_gate_biasX = (
             declare(k_weight, (z, n_components - 1, N_GAPS + 1), (None, None, None), zeros, decay="none")
@@ -189,7 +189,3 @@ class ServiceAnswers(nnx.Module):
             )
             for n, (name, table) in enumerate(zip(self.near, tables, strict=True))
         ]
-
-
-def _favour_softmax(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    return jnp.zeros(shape, dtype).at[:, 0].set(CATALOGUE_BIAS)

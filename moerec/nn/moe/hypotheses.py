@@ -40,13 +40,6 @@ def ask_all(log_weight_QZ: jax.Array) -> Hypotheses:
     return Hypotheses(log_weight_QZ, service_QZ, service_QZ, service_QZ)
 
 
-def ask_most_probable(log_weight_QZ: jax.Array, n: int) -> Hypotheses:
-    """The `n` most probable services of each slot are asked; the others have no weight."""
-    log_QX, service_QX = jax.lax.top_k(log_weight_QZ, n)
-    service_QX = service_QX.astype(jnp.int32)
-    return Hypotheses(jax.nn.log_softmax(log_QX), service_QX, service_QX, service_QX)
-
-
 def ask_one(answer_Q: jax.Array, vector_Q: jax.Array | None = None, group_Q: jax.Array | None = None) -> Hypotheses:
     """One service answers at each slot; under its own vector and experts, or (a probe's) under another's."""
     answer_Q1 = answer_Q[:, None]

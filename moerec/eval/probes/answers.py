@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moerec.config import ModelConfig
+from moerec.data.dataset import ItemTable
 from moerec.nn.heads.answers import log_prob_chosen, split_components
 from moerec.nn.heads.service_answers import component_names
 from moerec.nn.model import Below, Predictor
 from moerec.nn.moe.hypotheses import Hypotheses
 from moerec.nn.profile import UserState
-from moerec.train.run_dir import Run
 from moerec.types import Batch, Catalog
 
 
@@ -105,7 +106,8 @@ def choose_services(log_weight_Z: np.ndarray, mass: float, service: int | None) 
 
 
 def ask_services(
-    run: Run,
+    predictor: Predictor,
+    catalog: Catalog,
     batch: Batch,
     slot: int,
     start_B: UserState | None,
@@ -117,10 +119,11 @@ def ask_services(
     """`[I]` log p(item) of a request, and what it is made of.
 
     Args:
-      slot: the request's. start_B: what a profile knows already. allowed: `[I]` bool, items that may be listed.
+      catalog: bound to the predictor. slot: the request's. start_B: what a profile knows already.
+      allowed: `[I]` bool, items that may be listed.
       n: items of a service's list. mass, service: as `choose_services`.
     """
-    predictor, catalog, at = run.predictor, run.catalog, np.int32(slot)
+    at = np.int32(slot)
     below, log_weight_Z, relevance_M = _read(predictor, batch, at, catalog, start_B)
     service_X, log_weight_X = choose_services(np.asarray(log_weight_Z), mass, service)
     asked_QX = service_X[None]
@@ -132,21 +135,21 @@ def ask_services(
     answers = []
     for place, (z, weight) in enumerate(zip(service_X.tolist(), np.exp(log_weight_X).tolist(), strict=True)):
         kept = best_XJ[place] >= 0
-        expert = None if routed_LZE is None else _share_groups(run, routed_LZE[:, z])
+        expert = None if routed_LZE is None else _share_groups(predictor.config, routed_LZE[:, z])
         of_items = item_XJ[place][kept].astype(np.int64), best_XJ[place][kept], part_XJC[place][kept]
         answers.append(ServiceAnswer(z, weight, *of_items, gate_XC[place], expert))
     relevance = None if relevance_M is None else np.asarray(relevance_M)
     return log_p_I, AskedAnswer(np.exp(np.asarray(log_weight_Z)), tuple(answers), relevance)
 
 
-def _share_groups(run: Run, routed_LE: np.ndarray) -> np.ndarray:
+def _share_groups(config: ModelConfig, routed_LE: np.ndarray) -> np.ndarray:
     share_E = (routed_LE / np.maximum(routed_LE.sum(axis=1, keepdims=True), 1e-30)).mean(axis=0)
-    return share_E.reshape(-1, run.config.model.moe.n_per_group).sum(axis=1)
+    return share_E.reshape(-1, config.moe.n_per_group).sum(axis=1)
 
 
-def describe_asked(run: Run, found: AskedAnswer) -> tuple[dict[str, Any], list[str]]:
+def describe_asked(config: ModelConfig, catalogue: ItemTable, found: AskedAnswer) -> tuple[dict[str, Any], list[str]]:
     """The services' answers by names, and as lines of text."""
-    catalogue, components = run.data.dataset.catalogue, component_names(run.config.model)
+    components = component_names(config)
     groups = (*catalogue.services, "cross")
     services, lines = {}, []
     for answer in found.answers:
