@@ -93,6 +93,14 @@ def test_the_last_of_two_overrides_holds_and_the_file_is_not_changed(config_file
         (["--config.optim.final_rate=nan"], "config.optim.final_rate: nan is no finite number"),
         (["--config.model.n_layers=0"], "config.model.n_layers: must be at least 1"),
         (["--config.model.n_heads=3"], "config.model.n_kv_heads: must divide"),
+        (
+            ["--config.model.ask.from_layer=1", "--config.model.pointer_time_bias=true", "--config.model.pointer=none"],
+            "config.model.pointer_time_bias: needs pointers",
+        ),
+        (
+            ["--config.model.ask.from_layer=1", "--config.model.moe.n_open_groups=1"],
+            "config.model.moe.n_open_groups: a service that is asked opens its own group and cross",
+        ),
         (["--config.train.steps"], "Missing value for flag --config.train.steps"),
         (["--config.foo=4"], "--config.foo: no such field\n"),
         (["--top_q=3"], "--top_q: no such flag; did you mean --top_k?"),

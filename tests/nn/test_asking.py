@@ -318,3 +318,23 @@ def test_the_analyser_learns_by_its_own_loss_alone_and_hypotheses_by_the_answers
     for own, alone in zip(*(jax.tree.leaves(x.analyser) for x in (gradient, of_analyser)), strict=True):
         np.testing.assert_allclose(own, alone, rtol=1e-4, atol=1e-6)
     assert not np.any(of_analyser.hypothesis_ZD[...])
+
+
+class Elsewhere(NextEvent):
+    """A task that counts slots under other domains than the next event's."""
+
+    name = "elsewhere"
+
+    def domains(self, target, catalog):
+        return jnp.zeros_like(target.label_BT)
+
+
+def test_slots_ask_the_service_of_the_next_event_whatever_other_tasks_count_them_under():
+    model = make_asked("shared")
+    batch = BATCH._replace(targets=dict.fromkeys(("elsewhere", "next_event"), BATCH.targets["next_event"]))
+    loss = [
+        sum_losses(model, batch, CATALOG, tasks, {task.name: Draws() for task in tasks}, Config(model=model.config))
+        for tasks in ([NextEvent()], [Elsewhere(), NextEvent()])
+    ]
+    one, both = (float(sums.tasks["next_event"].total) for sums in loss)
+    assert one == pytest.approx(both, rel=1e-6)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moerec.config import Config, LossConfig, ModelConfig, TrainConfig
+from moerec.config import AskConfig, Config, LossConfig, ModelConfig, TrainConfig
 from moerec.errors import InputError
 from moerec.nn.attention import causal_segment_mask
 from moerec.tasks import Draws, NextEvent, check_loss, draw_one_each, draw_shared, make_tasks, register_loss
@@ -241,6 +241,9 @@ def test_tasks_have_their_own_names_and_each_stands_once():
         make_tasks(Config(tasks=("next_event", "quiet", "next_event")))
     with pytest.raises(InputError, match=r"config\.tasks: 'renamed' is a task that calls itself 'next_event'"):
         make_tasks(Config(tasks=("renamed",)))
+    asked = ModelConfig(n_layers=2, ask=AskConfig(from_layer=1))
+    with pytest.raises(InputError, match=r"config\.tasks: where services are asked"):
+        make_tasks(Config(model=asked, tasks=("quiet",)))
 
 
 @functools.cache
