@@ -96,7 +96,8 @@ class Catalog(NamedTuple):
       service_I: int32 service of each item; it rises, a service's items stand together.
       token_IW: int32 text and attribute tokens, 0 is padding.
       count_I: float32 number of training events of each item.
-      vector_ID, bias_I: of the items as candidates, once the catalogue is bound to parameters (`SequenceModel.bind`).
+      vector_ID, bias_I: of the items as candidates, once the catalogue is bound to parameters (`SequenceModel.bind`);
+        repeat_I: what is added to the scores of items that the history has, or None.
       has_row_I: bool, in a training step, which items are not without their rows; None: all that were trained.
       near: for each pointer to neighbours its table. `text`: items of the same service whose texts are alike, by their
         cosines; `transitions`: those that stand near it in training histories of the service, by how often and how near
@@ -110,6 +111,7 @@ class Catalog(NamedTuple):
     bias_I: Array | None = None
     has_row_I: Array | None = None
     near: dict[str, NearItems] = {}  # noqa: RUF012, nobody writes to it
+    repeat_I: Array | None = None
 
 
 class Routing(NamedTuple):
@@ -197,6 +199,7 @@ class Outputs(NamedTuple):
       relevance_BTM: float32, how much each memory slot of the user's profile matters to the request; adds up to one.
         None in a model that is not personal.
       pointers: the mixture with the pointers; None where the softmax is the only component.
+      had_BTS: bool, the events that each slot knows of, where the softmax has a bias for their items; or None.
     """
 
     state_BTD: Array
@@ -204,6 +207,7 @@ class Outputs(NamedTuple):
     routing: Routing | None
     relevance_BTM: Array | None = None
     pointers: PointerMixture | None = None
+    had_BTS: Array | None = None
 
 
 class Answers(NamedTuple):
@@ -218,6 +222,7 @@ class Answers(NamedTuple):
       log_domain_QZ: the posterior over all services, before some are left out.
       relevance_QM: as `Outputs.relevance_BTM`.
       routing: of the mixture layers, sums over the slots under each hypothesis; None without experts.
+      had_QS: as `Outputs.had_BTS`.
     """
 
     log_service_QX: Array
@@ -228,3 +233,4 @@ class Answers(NamedTuple):
     log_domain_QZ: Array
     relevance_QM: Array | None
     routing: Routing | None
+    had_QS: Array | None = None

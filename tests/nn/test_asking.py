@@ -31,6 +31,7 @@ KINDS = {
     "experts": {"moe": EXPERTS},
     "personal": {"moe": EXPERTS, "personal": PERSONAL, "pointer_time_bias": True},
     "window": {"window": 3, "personal": dataclasses.replace(PERSONAL, layers=(2,), other_services=False)},
+    "repeats": {"repeat_bias": True, "window": 4},
     "near": {
         "text_pointer": True,
         "transition_pointer": True,
@@ -218,9 +219,15 @@ def answer_by_hand(w, model, state, row: int, slot: int, z: int) -> np.ndarray:
     items = [oracle.item_vector(oracle.part(w, "item_encoder"), i, TABLE, 1e-6) for i in range(SIZES.n_items)]
     own = service_I == z
     softmax = np.zeros(SIZES.n_items)
-    softmax[own] = oracle.softmax(np.array(items)[own] @ state + w["head.bias_I"][own])
     x = oracle.embed(w, BATCH, TABLE, config, SIZES.context_sizes, row)
     seen = [s for s in range(slot + 1) if BATCH.segment_BT[row, s] == BATCH.segment_BT[row, slot]]
+    if config.window:
+        seen = [s for s in seen if s > slot - config.window]
+    score = np.array(items) @ state + w["head.bias_I"]
+    if config.repeat_bias:
+        had = [int(BATCH.item_BT[row, s]) for s in seen if BATCH.service_BT[row, s] < Z]
+        score[list(set(had))] += w["head.repeat_Z"][z]
+    softmax[own] = oracle.softmax(score[own])
     around = [s for s in seen if BATCH.service_BT[row, s] not in (z, Z)]
     own_events = [s for s in seen if BATCH.service_BT[row, s] == z]
     logits = head["gate_bias"][z] + state @ head["weight_ZDX"][z]
@@ -261,7 +268,7 @@ def answer_by_hand(w, model, state, row: int, slot: int, z: int) -> np.ndarray:
     return oracle.softmax(logits) @ np.array(parts)
 
 
-@pytest.mark.parametrize("kind", ["shared", "near", "personal"])
+@pytest.mark.parametrize("kind", ["shared", "near", "personal", "repeats"])
 def test_answers_are_those_of_loops_over_events_and_items(kind):
     model = make_asked(kind)
     answers = ask_everybody(model, BATCH, CATALOG, LAST)
@@ -276,7 +283,7 @@ def test_answers_are_those_of_loops_over_events_and_items(kind):
         np.testing.assert_allclose(np.exp(log_p[q]), expected, rtol=2e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["experts", "near"])
+@pytest.mark.parametrize("kind", ["experts", "near", "repeats"])
 def test_the_loss_of_a_target_is_its_log_probability_among_all_answers(kind):
     """What training minimises, under the target's hypothesis, is what evaluation gives, having asked everybody."""
     model, task = make_asked(kind), NextEvent()

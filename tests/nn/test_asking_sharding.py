@@ -23,7 +23,9 @@ def make_asked_config(n_data: int, n_expert: int, n_model: int, strategy: str) -
         dataclasses.replace(config.data, text_neighbors=3, transition_neighbors=3, crossing_neighbors=5),
     )
     near = {"text_pointer": True, "transition_pointer": True, "crossing_pointer": True}
-    model = dataclasses.replace(config.model, ask=ask, row_dropout=0.2, pointer_time_bias=True, **near)
+    model = dataclasses.replace(
+        config.model, ask=ask, row_dropout=0.2, pointer_time_bias=True, repeat_bias=True, **near
+    )
     return dataclasses.replace(config, data=data, model=model)
 
 

@@ -188,14 +188,17 @@ def draw_xent(mixed: bool):
             mixture = Mixture(*(jnp.asarray(np.log(x), jnp.float32) for x in (share, rest)))
     target, item = jnp.asarray(TARGET), jnp.asarray(rng.permutation(N_ITEMS))
     scopes = jnp.arange(MIXED_SLOTS) % 2, jnp.arange(N_ITEMS) % 2
-    return (h, positive, vector, offset, mixture), (target, item, scopes)
+    had = jnp.asarray(rng.integers(-1, N_ITEMS, (MIXED_SLOTS, 4)))  # the same one twice, too
+    repeat = jnp.asarray(rng.standard_normal(N_ITEMS), jnp.float32)
+    return (h, positive, vector, offset, mixture, repeat), (target, item, scopes, had)
 
 
 def dense_log_prob(floats, rest):
     """Log-softmax over the target and all candidates of its scope that are other items, then the mixture."""
-    (h, positive, vector, offset, mixture), (target, item, scopes) = floats, rest
+    (h, positive, vector, offset, mixture, repeat), (target, item, scopes, had) = floats, rest
     allowed = (item != target[:, None]) & (scopes[0][:, None] == scopes[1])
-    logits = jnp.concatenate([positive[:, None], jnp.where(allowed, h @ vector.T + offset, -1e30)], axis=1)
+    scores = h @ vector.T + offset + jnp.any(had[:, :, None] == item, axis=1) * repeat[item]
+    logits = jnp.concatenate([positive[:, None], jnp.where(allowed, scores, -1e30)], axis=1)
     log_p = jax.nn.log_softmax(logits)[:, 0]
     if mixture is None:
         return log_p
@@ -203,8 +206,9 @@ def dense_log_prob(floats, rest):
 
 
 def operands_of(floats, rest):
-    (h, positive, vector, offset, mixture), (target, item, scopes) = floats, rest
-    return XentSlots(h, positive, target, scopes[0], mixture), XentCandidates(vector, offset, item, scopes[1])
+    (h, positive, vector, offset, mixture, repeat), (target, item, scopes, had) = floats, rest
+    slots = XentSlots(h, positive, target, scopes[0], mixture, had)
+    return slots, XentCandidates(vector, offset, item, scopes[1], repeat)
 
 
 def assert_trees_close(found, expected, tolerance: float = 2e-6):
@@ -230,11 +234,12 @@ def test_log_probs_by_chunks_are_those_of_a_dense_log_softmax_in_value_and_gradi
     assert np.all(np.asarray(expected[0][1]) < 0)
     assert_trees_close(found, expected, 5e-6)
     # In float64 NumPy, too.
-    h, positive, vector, offset, mixture = jax.tree.map(lambda x: np.asarray(x, np.float64), floats)
-    target, item, scopes = jax.tree.map(np.asarray, rest)
+    h, positive, vector, offset, mixture, repeat = jax.tree.map(lambda x: np.asarray(x, np.float64), floats)
+    target, item, scopes, had = jax.tree.map(np.asarray, rest)
     for s, log_p in enumerate(found[0][1]):
         rivals = [j for j in range(N_ITEMS) if item[j] != target[s] and scopes[1][j] == scopes[0][s]]
-        scores = np.exp([positive[s], *(vector[j] @ h[s] + offset[j] for j in rivals)])
+        known = [vector[j] @ h[s] + offset[j] + (repeat[item[j]] if item[j] in had[s] else 0) for j in rivals]
+        scores = np.exp([positive[s], *known])
         p = scores[0] / scores.sum()
         if mixture is not None:
             p = np.exp(mixture.log_share_S[s]) * p + np.exp(mixture.log_rest_S[s])

@@ -72,7 +72,7 @@ def test_a_step_with_a_profile_compiles_for_sixteen_chips():
 def ask_all_pointers(config: Config) -> Config:
     """Experts that hypotheses open, all pointers, and rows that are dropped."""
     near = {"text_pointer": True, "transition_pointer": True, "crossing_pointer": True, "row_dropout": 0.2}
-    model = dataclasses.replace(config.model, ask=AskConfig(from_layer=1, d_analyser=128), **near)
+    model = dataclasses.replace(config.model, ask=AskConfig(from_layer=1, d_analyser=128), repeat_bias=True, **near)
     data = dataclasses.replace(config.data, text_neighbors=32, transition_neighbors=32, crossing_neighbors=32)
     return dataclasses.replace(config, model=model, data=data)
 

@@ -67,7 +67,7 @@ def read_gates(
         item_QS, log_domain_QZ = answers.item_QS, answers.log_domain_QZ
     else:
         outputs = predictor.encode(batch, catalog)
-        log_softmax_QI = log_softmax_items(outputs, queries.slot, catalog)
+        log_softmax_QI = log_softmax_items(outputs, batch, queries.slot, catalog)
         n_slots = batch.item_BT.shape[1]
         assert outputs.pointers is not None
         pointers, item_QS = pick_slots(outputs.pointers, flat_Q, n_slots), batch.item_BT[flat_Q // n_slots]

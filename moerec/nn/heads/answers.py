@@ -8,7 +8,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from moerec.nn.heads.item import spread_each, spread_pointers
+from moerec.nn.heads.item import mark_had, spread_each, spread_pointers
 from moerec.nn.layers import MASK_VALUE
 from moerec.types import Answers, Catalog, NearPointer, PointerMixture
 
@@ -30,6 +30,14 @@ def _mix(log_softmax_QI: jax.Array, pointers: PointerMixture | None, pointed_QI:
     return jnp.logaddexp(log_softmax_QI + pointers.log_weight_BTX[:, :1], jnp.log(pointed_QI))
 
 
+def _repeat_bias(answers: Answers, catalog: Catalog) -> jax.Array | float:
+    """`[Q, I]`, what is added to the scores of the softmax for items that the history has."""
+    if answers.had_QS is None:
+        return 0.0
+    assert catalog.repeat_I is not None
+    return jnp.where(mark_had(answers.had_QS, answers.item_QS, catalog.service_I.shape[0]), catalog.repeat_I, 0)
+
+
 def log_prob_all(answers: Answers, catalog: Catalog, offsets: tuple[int, ...]) -> jax.Array:
     """`[Q, I]`, log p(item), where all services were asked, in the order of the catalogue.
 
@@ -41,9 +49,9 @@ def log_prob_all(answers: Answers, catalog: Catalog, offsets: tuple[int, ...]) -
     pointers, pointed_QI = answers.pointers, None
     if pointers is not None:
         pointed_QI = spread_pointers(pointers, answers.item_QS, catalog)
-    parts = []
+    parts, bias_QI = [], bias_I[None] + _repeat_bias(answers, catalog)
     for z, (low, high) in enumerate(itertools.pairwise(offsets)):  # over services: shapes differ
-        score_QI = answers.state_QXD[:, z] @ vector_ID[low:high].T + bias_I[low:high]
+        score_QI = answers.state_QXD[:, z] @ vector_ID[low:high].T + bias_QI[:, low:high]
         own_QI = None if pointed_QI is None else pointed_QI[:, low:high]
         answer_QI = _mix(jax.nn.log_softmax(score_QI), _of_service(pointers, z), own_QI)
         parts.append(answers.log_service_QX[:, z, None] + answer_QI)
@@ -56,7 +64,8 @@ def _score_own(answers: Answers, catalog: Catalog, place: int | jax.Array) -> tu
     assert vector_ID is not None
     assert bias_I is not None
     own_QI = catalog.service_I == answers.service_QX[:, place, None]
-    return jnp.where(own_QI, answers.state_QXD[:, place] @ vector_ID.T + bias_I, -jnp.inf), own_QI
+    score_QI = answers.state_QXD[:, place] @ vector_ID.T + bias_I + _repeat_bias(answers, catalog)
+    return jnp.where(own_QI, score_QI, -jnp.inf), own_QI
 
 
 def _answer(answers: Answers, catalog: Catalog, place: int | jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -41,6 +41,7 @@ class ItemHead(nnx.Module):
         zeros = jax.nn.initializers.zeros
         self.bias_I = declare(key, (n_items,), ("items",), zeros, decay="none") if config.item_bias else None
         self.untrained_rows = config.untrained_rows
+        self.repeat_Z = declare(key, (n_services,), (None,), zeros, decay="none") if config.repeat_bias else None
         has_other = config.item_bias and not config.untrained_rows
         self.no_row_bias_Z = declare(key, (n_services,), (None,), zeros, decay="none") if has_other else None
 
@@ -56,6 +57,20 @@ class ItemHead(nnx.Module):
             bias = jnp.where(has_row(item_X, catalog), bias, other)
         return encoder(item_X, catalog), bias
 
+    def repeats(self, catalog: Catalog) -> jax.Array | None:
+        """`[I]`, what is added to an item's score where the history has it; None where that is no matter."""
+        return None if self.repeat_Z is None else self.repeat_Z[...][catalog.service_I]
+
+
+def mark_had(had_QS: jax.Array, item_QS: jax.Array, n_items: int) -> jax.Array:
+    """`[Q, I]` bool, the items of the events that each query knows of."""
+    place_QS = jnp.where(had_QS, item_QS, n_items)  # which is no place
+    return (
+        jnp.zeros((item_QS.shape[0], n_items), bool)
+        .at[jnp.arange(item_QS.shape[0])[:, None], place_QS]
+        .set(True, mode="drop")
+    )
+
 
 def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
     """Scores `[Q, I]` of all items of a bound catalogue at flat slots; the softmax of a row is p(item).
@@ -64,7 +79,7 @@ def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Cata
     the biases speak alone.
     """
     known_Q1, at_Q = slot_Q[:, None] >= 0, jnp.maximum(slot_Q, 0)
-    score_QI = _score_softmax(outputs, slot_Q, catalog)
+    score_QI = _score_softmax(outputs, batch, slot_Q, catalog)
     if outputs.pointers is None:
         return score_QI
     n_slots = batch.item_BT.shape[1]
@@ -75,17 +90,24 @@ def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Cata
     return jnp.logaddexp(jax.nn.log_softmax(score_QI) + log_share_Q1, jnp.log(pointed_QI))
 
 
-def _score_softmax(outputs: Outputs, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
+def _score_softmax(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
     vector_ID, bias_I = catalog.vector_ID, catalog.bias_I
     assert vector_ID is not None
     assert bias_I is not None
     h_QD = outputs.state_BTD.reshape(-1, vector_ID.shape[1])[jnp.maximum(slot_Q, 0)]
-    return jnp.where(slot_Q[:, None] >= 0, h_QD, 0) @ vector_ID.T + bias_I
+    score_QI = jnp.where(slot_Q[:, None] >= 0, h_QD, 0) @ vector_ID.T + bias_I
+    if outputs.had_BTS is None:
+        return score_QI
+    assert catalog.repeat_I is not None
+    at_Q, n_slots = jnp.maximum(slot_Q, 0), batch.item_BT.shape[1]
+    had_QS = outputs.had_BTS.reshape(-1, n_slots)[at_Q] & (slot_Q >= 0)[:, None]
+    had_QI = mark_had(had_QS, batch.item_BT[at_Q // n_slots], bias_I.shape[0])
+    return score_QI + jnp.where(had_QI, catalog.repeat_I, 0)
 
 
-def log_softmax_items(outputs: Outputs, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
+def log_softmax_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
     """`[Q, I]`, log p(item) at flat slots by the softmax alone, without the pointers."""
-    return jax.nn.log_softmax(_score_softmax(outputs, slot_Q, catalog))
+    return jax.nn.log_softmax(_score_softmax(outputs, batch, slot_Q, catalog))
 
 
 def pick_slots(pointers: PointerMixture, flat_Q: jax.Array, n_slots: int) -> PointerMixture:
@@ -174,10 +196,26 @@ class TargetItems(NamedTuple):
     def state_SD(self) -> jax.Array:
         return self.outputs.state_BTD.reshape(self.target_S.shape[0], -1)
 
+    @property
+    def had_SX(self) -> jax.Array | None:
+        """`[S, T]` int32, items of the events that each slot knows of, -1 for none; None where that is no matter."""
+        had_BTS = self.outputs.had_BTS
+        if had_BTS is None:
+            return None
+        return jnp.where(had_BTS, self.batch.item_BT[:, None], -1).reshape(self.target_S.shape[0], -1)
+
+    @property
+    def repeat_I(self) -> jax.Array | None:
+        """`[I]`, what is added to the scores of these items."""
+        return None if self.outputs.had_BTS is None else self.head.repeats(self.catalog)
+
     def score(self, item_S: jax.Array) -> jax.Array:
         """`[S]`, the score of one item a slot, without the pointers and without normalisation."""
         vector_SD, bias_S = self.head.vectors(item_S, self.catalog, self.tied)
-        return jnp.sum(self.state_SD * vector_SD, axis=-1) + bias_S
+        score_S, repeat_I = jnp.sum(self.state_SD * vector_SD, axis=-1) + bias_S, self.repeat_I
+        if self.had_SX is None or repeat_I is None:
+            return score_S
+        return score_S + jnp.where(jnp.any(self.had_SX == item_S[:, None], axis=1), repeat_I[item_S], 0)
 
     def _operands(self, candidates: Candidates | None) -> tuple[XentSlots, XentCandidates]:
         service_I, target_S = self.catalog.service_I, self.target_S
@@ -199,8 +237,9 @@ class TargetItems(NamedTuple):
         if self.outputs.pointers is not None:
             target_BT = target_S.reshape(self.batch.item_BT.shape)
             mixture = _mix_targets(self.outputs.pointers, self.batch, target_BT, self.catalog)
-        slots = XentSlots(self.state_SD, self.score(target_S), target_S, scope_S, mixture)
-        return slots, XentCandidates(vector_JD, bias_J + candidates.correction_J, candidates.item_J, scope_J)
+        slots = XentSlots(self.state_SD, self.score(target_S), target_S, scope_S, mixture, self.had_SX)
+        offset_J = bias_J + candidates.correction_J
+        return slots, XentCandidates(vector_JD, offset_J, candidates.item_J, scope_J, self.repeat_I)
 
     def sum_nll(self, candidates: Candidates | None) -> jax.Array:
         """The weighted sum of the targets' negative log-probabilities, normalised against the candidates.

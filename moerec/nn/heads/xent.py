@@ -31,6 +31,7 @@ class XentSlots(NamedTuple):
       h_SD: states. positive_S: scores of the targets. target_S: their catalogue indices.
       scope_S: a candidate counts only where its scope equals the slot's.
       mixture: or None, where the softmax is all.
+      had_SX: int32 catalogue indices of the items in a slot's history, -1 is padding; None where that is no matter.
     """
 
     h_SD: jax.Array
@@ -38,6 +39,7 @@ class XentSlots(NamedTuple):
     target_S: jax.Array
     scope_S: jax.Array
     mixture: Mixture | None
+    had_SX: jax.Array | None = None
 
 
 class XentCandidates(NamedTuple):
@@ -46,17 +48,33 @@ class XentCandidates(NamedTuple):
     Attributes:
       vector_JD, offset_J: vectors, and what is added to their scores (bias and correction).
       item_J: catalogue indices; a candidate that is the target is left out. scope_J: as `XentSlots.scope_S`.
+      repeat_I: `[I]` of the catalogue, added to the scores of items that a slot's history has; with `XentSlots.had_SX`.
     """
 
     vector_JD: jax.Array
     offset_J: jax.Array
     item_J: jax.Array
     scope_J: jax.Array
+    repeat_I: jax.Array | None = None
+
+
+def _find_had(slots: XentSlots, candidates: XentCandidates) -> jax.Array | None:
+    """`[S, J]` bool, the candidates that a slot's history has."""
+    if slots.had_SX is None or candidates.repeat_I is None:
+        return None
+    n_items = candidates.repeat_I.shape[0]
+    place_SX = jnp.where(slots.had_SX < 0, n_items, slots.had_SX)  # which is no place
+    rows_S1 = jnp.arange(place_SX.shape[0])[:, None]
+    had_SI = jnp.zeros((place_SX.shape[0], n_items), bool).at[rows_S1, place_SX].set(True, mode="drop")
+    return had_SI[:, candidates.item_J]
 
 
 def _log_probs(slots: XentSlots, candidates: XentCandidates):
     """Of a chunk: log-probabilities of the targets, the softmax's own part, its exponentials and their sum."""
-    logits = slots.h_SD @ candidates.vector_JD.T + candidates.offset_J
+    logits, had_SJ = slots.h_SD @ candidates.vector_JD.T + candidates.offset_J, _find_had(slots, candidates)
+    if had_SJ is not None:
+        assert candidates.repeat_I is not None
+        logits += jnp.where(had_SJ, candidates.repeat_I[candidates.item_J], 0)
     excluded = (candidates.item_J == slots.target_S[:, None]) | (candidates.scope_J != slots.scope_S[:, None])
     logits = jnp.where(excluded, -jnp.inf, logits)
     top = jnp.maximum(jnp.max(logits, axis=-1), slots.positive_S)
@@ -81,7 +99,10 @@ def _chunk_terms(slots: XentSlots, weight_S: jax.Array, candidates: XentCandidat
     loss = -jnp.sum(weight_S * log_p)
     scaled = exps * (pull_S / total)[:, None]
     d_positive = pull_S * (positive_exp / total - 1)
-    sums = (loss, scaled.T @ slots.h_SD, jnp.sum(scaled, axis=0))
+    had_SJ, d_repeat_J = _find_had(slots, candidates), None
+    if had_SJ is not None:
+        d_repeat_J = jnp.sum(jnp.where(had_SJ, scaled, 0), axis=0)
+    sums = (loss, scaled.T @ slots.h_SD, jnp.sum(scaled, axis=0), d_repeat_J)
     return sums, (scaled @ candidates.vector_JD, d_positive, d_mixture)
 
 
@@ -116,13 +137,17 @@ def _xent_forward(slots: XentSlots, weight_S: jax.Array, candidates: XentCandida
         terms, by_slot = _chunk_terms(own, weight, candidates)
         return jax.tree.map(jnp.add, sums, terms), by_slot
 
-    zero = (jnp.zeros((), jnp.float32), jnp.zeros_like(candidates.vector_JD), jnp.zeros_like(candidates.offset_J))
+    d_repeat_I = None if slots.had_SX is None else candidates.repeat_I
+    d_repeat_J = None if d_repeat_I is None else jnp.zeros_like(candidates.offset_J)
+    zero = (jnp.zeros((), jnp.float32), *map(jnp.zeros_like, (candidates.vector_JD, candidates.offset_J)), d_repeat_J)
     parts = jax.tree.map(lambda x: _split(x, chunk), (slots, weight_S))
-    (loss, d_vector, d_offset), by_slot = jax.lax.scan(step, zero, parts)
+    (loss, d_vector, d_offset, d_repeat_J), by_slot = jax.lax.scan(step, zero, parts)
+    if d_repeat_I is not None:
+        d_repeat_I = jnp.zeros_like(d_repeat_I).at[candidates.item_J].add(d_repeat_J)
     d_h, d_positive, d_mixture = jax.tree.map(lambda x: _join(x, weight_S.shape[0]), by_slot)
     # The pull of the positive's own vector is in `positive_S`, which the caller differentiates.
     d_slots = XentSlots(d_h, d_positive, None, None, d_mixture)  # type: ignore[arg-type]
-    return loss, (d_slots, XentCandidates(d_vector, d_offset, None, None))  # type: ignore[arg-type]
+    return loss, (d_slots, XentCandidates(d_vector, d_offset, None, None, d_repeat_I))  # type: ignore[arg-type]
 
 
 def _xent_backward(chunk: int, gradients, g):

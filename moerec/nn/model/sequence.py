@@ -29,7 +29,7 @@ from moerec.nn.moe.hypotheses import Hypotheses, close_groups, followed_services
 from moerec.nn.moe.router import RouterInputs, count_groups
 from moerec.nn.profile import ProfileRequest, ProfileState, UserState, count_profile_slots, make_personalizer
 from moerec.nn.profile.profile_router import ProfileRouter, read_slot_profiles, swap_profiles
-from moerec.types import NO_TIME, Answers, Batch, Catalog, Outputs, PointerMixture, Routing
+from moerec.types import EVENT, NO_TIME, Answers, Batch, Catalog, Outputs, PointerMixture, Routing
 
 
 class Below(NamedTuple):
@@ -105,7 +105,7 @@ class SequenceModel(nnx.Module):
         """The catalogue with the vectors and biases of all its items, computed once."""
         item_I = jnp.arange(catalog.service_I.shape[0])
         vector_ID, bias_I = self.head.vectors(item_I, catalog._replace(vector_ID=None, bias_I=None), self.item_encoder)
-        return catalog._replace(vector_ID=vector_ID, bias_I=bias_I)
+        return catalog._replace(vector_ID=vector_ID, bias_I=bias_I, repeat_I=self.head.repeats(catalog))
 
     def event_vectors(self, item: jax.Array, action: jax.Array, catalog: Catalog) -> jax.Array:
         """What a profile is fed of events: vectors `[..., D]` of item, service and action."""
@@ -197,7 +197,10 @@ class SequenceModel(nnx.Module):
             else:
                 point = remember(lambda a, state, event: a(state, event, batch, mask_BTS, catalog, places, told))
                 pointers = point(aggregator, state_BTD, below.event_BTD)
-        return Outputs(state_BTD, below.log_domain_BTZ, routing, below.relevance_BTM, pointers)
+        had_BTS = None
+        if config.repeat_bias:
+            had_BTS = causal_segment_mask(batch.segment_BT, config.window) & (batch.kind_BT == EVENT)[:, None]
+        return Outputs(state_BTD, below.log_domain_BTZ, routing, below.relevance_BTM, pointers, had_BTS)
 
     def ask(
         self,
@@ -248,6 +251,7 @@ class SequenceModel(nnx.Module):
         relevance_QM = None if below.relevance_BTM is None else _pick_slots(below.relevance_BTM, flat_Q)
         assert below.log_domain_BTZ is not None
         log_domain_QZ = _pick_slots(below.log_domain_BTZ, flat_Q)
+        had_QS = asked.seen_QS & (batch.kind_BT == EVENT)[asked.row_Q] if config.repeat_bias else None
         return Answers(
             hypotheses.log_weight_QX,
             hypotheses.answer_QX,
@@ -257,6 +261,7 @@ class SequenceModel(nnx.Module):
             log_domain_QZ,
             relevance_QM,
             routing,
+            had_QS,
         )
 
     def read(self, batch: Batch, catalog: Catalog, profile: ProfileState | None = None) -> Below:
