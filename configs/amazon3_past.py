@@ -7,7 +7,7 @@ pointers reach the neighbors of events; pointers into the history itself would b
 Command: python -m experiments.train --config=configs/amazon3_past.py --workdir=runs/amazon3_past
     --config.model.ask.from_layer=1 asks every service.
 Hardware: one CPU core.
-Result: recall@10 / NDCG@10 of .0920 / .0544 in service and .0497 in the union, the mean of three seeds; item graph +
+Result: recall@10 / NDCG@10 of .0922 / .0543 in service and .0496 in the union, the mean of five seeds; item graph +
 texts .0792 / .0469 in service and .0417 in the union (results/real_services.json).
 """
 

@@ -5,7 +5,7 @@ without a training event. Electronics has no texts.
 
 Command: python -m experiments.train --config=configs/amazon6_half.py --workdir=runs/amazon6_half
 Hardware: one CPU core.
-Result: recall@10 / NDCG@10 of .0596 / .0339 in service and .0237 in the union, the mean of four seeds; item graph +
+Result: recall@10 / NDCG@10 of .0596 / .0339 in service and .0238 in the union, the mean of five seeds; item graph +
 texts .0485 / .0271 in service and .0198 in the union (results/real_services.json).
 """
 
