@@ -252,17 +252,8 @@ class SequenceModel(nnx.Module):
         assert below.log_domain_BTZ is not None
         log_domain_QZ = _pick_slots(below.log_domain_BTZ, flat_Q)
         had_QS = asked.seen_QS & (batch.kind_BT == EVENT)[asked.row_Q] if config.repeat_bias else None
-        return Answers(
-            hypotheses.log_weight_QX,
-            hypotheses.answer_QX,
-            state_QXD,
-            pointers,
-            batch.item_BT[asked.row_Q],
-            log_domain_QZ,
-            relevance_QM,
-            routing,
-            had_QS,
-        )
+        asked_of = hypotheses.log_weight_QX, hypotheses.answer_QX, state_QXD, pointers, batch.item_BT[asked.row_Q]
+        return Answers(*asked_of, log_domain_QZ, relevance_QM, routing, had_QS)
 
     def read(self, batch: Batch, catalog: Catalog, profile: ProfileState | None = None) -> Below:
         """The trunk, the profile and the analyser's posterior, without dropout: all that no hypothesis changes."""
