@@ -161,7 +161,9 @@ def test_a_slot_sees_of_earlier_slots_only_services_known_by_then(kind):
         np.testing.assert_array_equal(after[2], before[2])  # the posterior is below all hypotheses
         if z == followed[row, slot]:
             continue
-        is_same = np.all(np.asarray(after[0] == before[0]), axis=-1)
+        # Where experts sort the slots, others may stand in another row of a product, which moves their last bits.
+        tolerance = 1e-6 if model.config.moe.layers else 0
+        is_same = np.max(np.abs(np.asarray(after[0] - before[0])), axis=-1) <= tolerance
         reached = np.zeros_like(is_same)
         reached[row, slot:7] = True
         assert np.all(is_same[~reached])
