@@ -143,9 +143,7 @@ class ModelConfig:
     context_dropout: float = 0.0  # in training, the share of context features that are hidden, as missing or as unseen
     tie_items: bool = True  # the item head scores against the vectors that the input uses
     item_bias: bool = True
-    repeat_bias: bool = (
-        False  # the softmax knows the items of the history: each service has a bias for its own among them
-    )
+    repeat_bias: bool = False  # the softmax knows the items of the history: a bias of each service for its own
     compute_dtype: str = "float32"  # or bfloat16; parameters stay float32
     remat: bool = False
     pointer: str = (

@@ -8,7 +8,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from moerec.nn.heads.item import mark_had, spread_each, spread_pointers
+from moerec.nn.heads.item import spread_each, spread_pointers
+from moerec.nn.heads.xent import mark_items
 from moerec.nn.layers import MASK_VALUE
 from moerec.types import Answers, Catalog, NearPointer, PointerMixture
 
@@ -35,7 +36,8 @@ def _repeat_bias(answers: Answers, catalog: Catalog) -> jax.Array | float:
     if answers.had_QS is None:
         return 0.0
     assert catalog.repeat_I is not None
-    return jnp.where(mark_had(answers.had_QS, answers.item_QS, catalog.service_I.shape[0]), catalog.repeat_I, 0)
+    had_QI = mark_items(jnp.where(answers.had_QS, answers.item_QS, -1), catalog.service_I.shape[0])
+    return jnp.where(had_QI, catalog.repeat_I, 0)
 
 
 def log_prob_all(answers: Answers, catalog: Catalog, offsets: tuple[int, ...]) -> jax.Array:

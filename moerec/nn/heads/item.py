@@ -13,7 +13,14 @@ from moerec.nn.embeddings import ItemEncoder, has_row
 from moerec.nn.heads.near_pointers import share_targets, spread_near
 from moerec.nn.heads.pointer import AnswerAggregator
 from moerec.nn.heads.service_answers import ServiceAnswers
-from moerec.nn.heads.xent import Mixture, XentCandidates, XentSlots, chunked_log_prob, chunked_softmax_xent
+from moerec.nn.heads.xent import (
+    Mixture,
+    XentCandidates,
+    XentSlots,
+    chunked_log_prob,
+    chunked_softmax_xent,
+    mark_items,
+)
 from moerec.nn.layers import declare
 from moerec.types import Batch, Catalog, NearPointer, Outputs, PointerMixture
 
@@ -62,16 +69,6 @@ class ItemHead(nnx.Module):
         return None if self.repeat_Z is None else self.repeat_Z[...][catalog.service_I]
 
 
-def mark_had(had_QS: jax.Array, item_QS: jax.Array, n_items: int) -> jax.Array:
-    """`[Q, I]` bool, the items of the events that each query knows of."""
-    place_QS = jnp.where(had_QS, item_QS, n_items)  # which is no place
-    return (
-        jnp.zeros((item_QS.shape[0], n_items), bool)
-        .at[jnp.arange(item_QS.shape[0])[:, None], place_QS]
-        .set(True, mode="drop")
-    )
-
-
 def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
     """Scores `[Q, I]` of all items of a bound catalogue at flat slots; the softmax of a row is p(item).
 
@@ -101,7 +98,7 @@ def _score_softmax(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: C
     assert catalog.repeat_I is not None
     at_Q, n_slots = jnp.maximum(slot_Q, 0), batch.item_BT.shape[1]
     had_QS = outputs.had_BTS.reshape(-1, n_slots)[at_Q] & (slot_Q >= 0)[:, None]
-    had_QI = mark_had(had_QS, batch.item_BT[at_Q // n_slots], bias_I.shape[0])
+    had_QI = mark_items(jnp.where(had_QS, batch.item_BT[at_Q // n_slots], -1), bias_I.shape[0])
     return score_QI + jnp.where(had_QI, catalog.repeat_I, 0)
 
 

@@ -58,20 +58,23 @@ class XentCandidates(NamedTuple):
     repeat_I: jax.Array | None = None
 
 
-def _find_had(slots: XentSlots, candidates: XentCandidates) -> jax.Array | None:
-    """`[S, J]` bool, the candidates that a slot's history has."""
+def mark_items(item_QX: jax.Array, n_items: int) -> jax.Array:
+    """`[Q, I]` bool, which items each query names; -1 names none."""
+    place_QX = jnp.where(item_QX < 0, n_items, item_QX)  # which is no place
+    rows_Q1 = jnp.arange(item_QX.shape[0])[:, None]
+    return jnp.zeros((item_QX.shape[0], n_items), bool).at[rows_Q1, place_QX].set(True, mode="drop")
+
+
+def _find_repeats(slots: XentSlots, candidates: XentCandidates) -> jax.Array | None:
+    """`[S, J]` bool, the candidates that a slot's history has; None where that is no matter."""
     if slots.had_SX is None or candidates.repeat_I is None:
         return None
-    n_items = candidates.repeat_I.shape[0]
-    place_SX = jnp.where(slots.had_SX < 0, n_items, slots.had_SX)  # which is no place
-    rows_S1 = jnp.arange(place_SX.shape[0])[:, None]
-    had_SI = jnp.zeros((place_SX.shape[0], n_items), bool).at[rows_S1, place_SX].set(True, mode="drop")
-    return had_SI[:, candidates.item_J]
+    return mark_items(slots.had_SX, candidates.repeat_I.shape[0])[:, candidates.item_J]
 
 
-def _log_probs(slots: XentSlots, candidates: XentCandidates):
+def _log_probs(slots: XentSlots, candidates: XentCandidates, had_SJ: jax.Array | None):
     """Of a chunk: log-probabilities of the targets, the softmax's own part, its exponentials and their sum."""
-    logits, had_SJ = slots.h_SD @ candidates.vector_JD.T + candidates.offset_J, _find_had(slots, candidates)
+    logits = slots.h_SD @ candidates.vector_JD.T + candidates.offset_J
     if had_SJ is not None:
         assert candidates.repeat_I is not None
         logits += jnp.where(had_SJ, candidates.repeat_I[candidates.item_J], 0)
@@ -90,7 +93,8 @@ def _log_probs(slots: XentSlots, candidates: XentCandidates):
 
 def _chunk_terms(slots: XentSlots, weight_S: jax.Array, candidates: XentCandidates):
     """Sum of the weighted losses of a chunk of slots, and its gradients, without keeping the logits."""
-    log_p, softmax_part, exps, positive_exp, total = _log_probs(slots, candidates)
+    had_SJ, d_repeat_J = _find_repeats(slots, candidates), None
+    log_p, softmax_part, exps, positive_exp, total = _log_probs(slots, candidates, had_SJ)
     pull_S, d_mixture = weight_S, None
     if slots.mixture is not None:
         # The softmax answers for a slot as far as the target's probability is its own.
@@ -99,7 +103,6 @@ def _chunk_terms(slots: XentSlots, weight_S: jax.Array, candidates: XentCandidat
     loss = -jnp.sum(weight_S * log_p)
     scaled = exps * (pull_S / total)[:, None]
     d_positive = pull_S * (positive_exp / total - 1)
-    had_SJ, d_repeat_J = _find_had(slots, candidates), None
     if had_SJ is not None:
         d_repeat_J = jnp.sum(jnp.where(had_SJ, scaled, 0), axis=0)
     sums = (loss, scaled.T @ slots.h_SD, jnp.sum(scaled, axis=0), d_repeat_J)
@@ -165,7 +168,11 @@ def chunked_log_prob(slots: XentSlots, candidates: XentCandidates, chunk: int) -
     The backward pass forms the logits anew, chunk by chunk.
     """
     parts = jax.tree.map(lambda x: _split(x, chunk), slots)
-    _, log_p = jax.lax.scan(lambda _, part: (None, _log_probs(part, candidates)[0]), None, parts)
+
+    def step(_, part):
+        return None, _log_probs(part, candidates, _find_repeats(part, candidates))[0]
+
+    _, log_p = jax.lax.scan(step, None, parts)
     return _join(log_p, slots.target_S.shape[0])
 
 
