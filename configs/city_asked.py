@@ -20,6 +20,8 @@ def get_config() -> Config:
     # A hypothesis opens the asked service's expert and the cross expert, a third as wide as the shared one each.
     moe = MoEConfig(layers=(1,), n_per_group=1, n_active=2, d_expert=48, d_shared=47, bias_rate=0.0)
     ask = AskConfig(from_layer=1, analyser_layers=1, d_analyser=32)
-    model = dataclasses.replace(base.model, d_ff=143, moe=moe, ask=ask, pointer="services", untrained_rows=False)
+    # Nobody buys a thing twice on the marketplace: the softmax knows what the history has.
+    model = dataclasses.replace(base.model, d_ff=143, moe=moe, ask=ask, pointer="services", repeat_bias=True)
+    model = dataclasses.replace(model, untrained_rows=False)
     city = dataclasses.replace(base.data.city, own_dynamics=1.0)
     return dataclasses.replace(base, name="city_asked", model=model, data=dataclasses.replace(base.data, city=city))
