@@ -17,7 +17,8 @@ def get_config() -> Config:
     base = city_asked.get_config()
     # Fewer steps than the study's: the whole demo is to end in minutes.
     train = dataclasses.replace(base.train, steps=300, eval_every=150, save_every=150)
-    model = dataclasses.replace(base.model, personal=PersonalConfig(layers=(1,)))
+    # In this world an item that was had is no less wanted: to know of that is worth little.
+    model = dataclasses.replace(base.model, personal=PersonalConfig(layers=(1,)), repeat_bias=False)
     city = dataclasses.replace(base.data.city, own_dynamics=0.0)
     data = dataclasses.replace(base.data, city=city, first_event=True)
     return dataclasses.replace(base, name="demo", data=data, model=model, train=train, baselines=DEFAULT_BASELINES)

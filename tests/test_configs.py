@@ -24,11 +24,13 @@ from moerec.config import (
 from moerec.data.load import load_data
 from moerec.errors import InputError
 from moerec.eval.baselines import BASELINES
+from moerec.eval.baselines.sasrec import sasrec_config
 from moerec.eval.ranking import make_evaluator
 from moerec.nn.model import ModelSizes, SequenceModel, count_active_params
 from moerec.nn.profile import count_profile_slots
 from moerec.tasks import check_loss, make_tasks
 from moerec.train.loop import fit
+from moerec.train.paths import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
@@ -43,6 +45,15 @@ def shrink(config: Config) -> Config:
     city = dataclasses.replace(config.data.city, n_users=40, events_per_user=8, items_per_service=20)
     data = dataclasses.replace(config.data, city=city)
     return dataclasses.replace(config, model=model, train=train, loss=loss, eval=evaluation, data=data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sasrec_has_items_and_blocks_whatever_the_run_has(name):
+    config = sasrec_config(cli.load_config(str(ROOT / "configs" / f"{name}.py")), "sasrec", "one_negative")
+    sizes = ModelSizes(40, 12, 3, 2, (3, 4), (5,), service_offsets=(0, 10, 20, 40))
+    model = jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, sizes))
+    found = {path for path in flatten(model) if not path.startswith("groups/0/")}
+    assert found == {"item_encoder/row_ID", "input_norm/scale", "final_norm/scale"}, found
 
 
 @pytest.mark.parametrize("name", NAMES)

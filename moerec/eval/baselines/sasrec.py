@@ -32,6 +32,7 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
         transition_pointer=False,
         crossing_pointer=False,
         pointer_time_bias=False,
+        repeat_bias=False,
         untrained_rows=True,  # as in the original, where every item is a negative
         row_dropout=0.0,
         window=0,
