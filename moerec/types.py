@@ -99,7 +99,7 @@ class Catalog(NamedTuple):
       vector_ID, bias_I: of the items as candidates, once the catalogue is bound to parameters (`SequenceModel.bind`);
         repeat_I: what is added to the scores of items that the history has, or None.
       has_row_I: bool, in a training step, which items are not without their rows; None: all that were trained.
-      near: for each pointer to neighbours its table. `text`: items of the same service whose texts are alike, by their
+      near: for each pointer to neighbors its table. `text`: items of the same service whose texts are alike, by their
         cosines; `transitions`: those that stand near it in training histories of the service, by how often and how near
         (`TRANSITION_DECAY`); `crossings`: those of other services that stand near it in histories over all services.
     """
@@ -134,12 +134,12 @@ class Routing(NamedTuple):
 
 
 class NearPointer(NamedTuple):
-    """How a pointer shares out among the neighbours of events what it gives to these.
+    """How a pointer shares out among the neighbors of events what it gives to these.
 
     Attributes:
-      share_BSX: float32 shares of the neighbours, in the order of the table of that name in `Catalog.near`; of
+      share_BSX: float32 shares of the neighbors, in the order of the table of that name in `Catalog.near`; of
         crossings those of all services, of which those of the service asked get their share divided by `part_BTS`.
-      part_BTS: float32, what the shares of the neighbours of the service asked add up to; None where that is one.
+      part_BTS: float32, what the shares of the neighbors of the service asked add up to; None where that is one.
       own: in training, where the table knows the targets; of the items that follow the slots, and of no others.
     """
 
@@ -165,7 +165,7 @@ class PointerMixture(NamedTuple):
 
     Attributes:
       log_weight_BTX: float32 logs of the components' weights, the softmax first, then the pointers.
-      part_BXTS: float32, what each pointer gives to each event of the history, its weight included; those to neighbours
+      part_BXTS: float32, what each pointer gives to each event of the history, its weight included; those to neighbors
         are the last, in the order of their names.
       near: how the latter share it out, by the names of their tables.
     """
@@ -185,7 +185,7 @@ class PointerMixture(NamedTuple):
         return self.part_BXTS[:, : self.n_copies].sum(axis=1)
 
     def given_BTS(self, name: str) -> Array:
-        """What the neighbours of each event in one table are given together."""
+        """What the neighbors of each event in one table are given together."""
         return self.part_BXTS[:, self.n_copies + sorted(self.near).index(name)]
 
 

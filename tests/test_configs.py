@@ -59,7 +59,7 @@ def test_sasrec_has_items_and_blocks_whatever_the_run_has(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_experiment_takes_a_step(name, tmp_path, request):
     config = shrink(cli.load_config(str(ROOT / "configs" / f"{name}.py")))
-    if name == "amazon3_past":  # its tables of neighbours take half a minute, and amazon6_half has the same pointers
+    if name == "amazon3_past":  # its tables of neighbors take half a minute, and amazon6_half has the same pointers
         pointers = {f"{kind}_pointer": False for kind in ("text", "transition", "crossing")}
         sizes = {f"{kind}_neighbors": 0 for kind in ("text", "transition", "crossing")}
         model, data = dataclasses.replace(config.model, **pointers), dataclasses.replace(config.data, **sizes)

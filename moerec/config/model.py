@@ -184,20 +184,22 @@ class ModelConfig:
         require(not self.pointer_time_bias or self.is_asked, "model.pointer_time_bias", "needs model.ask.from_layer")
         require(not self.pointer_time_bias or self.has_pointers, "model.pointer_time_bias", "needs pointers")
         is_limited = self.is_asked and self.moe.n_open_groups
-        require(not is_limited, "model.moe.n_open_groups", "a service that is asked opens its own group and cross")
+        require(not is_limited, "model.moe.n_open_groups", "must be 0 where services are asked (own group and cross)")
         outside = [layer for layer in self.group_starts if not 0 < layer < self.n_layers]
         require(not outside, "model.group_starts", f"{outside} of {self.n_layers} layers (from 1)")
         for name in ("moe", "personal"):
             outside = [layer for layer in getattr(self, name).layers if not 0 <= layer < self.n_layers]
             require(not outside, f"model.{name}.layers", f"{outside} of {self.n_layers} layers (from 0)")
-        require(
-            self.ask.from_layer < self.n_layers, "model.ask.from_layer", f"there are {self.n_layers} layers (from 0)"
-        )
+        is_above = self.ask.from_layer < self.n_layers
+        require(is_above, "model.ask.from_layer", f"must be below model.n_layers, which is {self.n_layers}")
+        n_open = (1 + self.moe.cross) * self.moe.n_per_group
+        is_open = not (self.is_asked and self.moe.layers) or self.moe.n_active <= n_open
+        require(is_open, "model.moe.n_active", f"a service that is asked opens {n_open} experts (own group and cross)")
         early = [layer for layer in self.moe.layers if layer < self.ask.from_layer]
         require(not early, "model.moe.layers", f"{early} are of the trunk, below what is asked (model.ask.from_layer)")
         first_upper = self.ask.from_layer or min(self.moe.layers, default=0)
         early = [layer for layer in self.personal.layers if layer < first_upper]
-        require(not early, "model.personal.layers", f"{early} are of the trunk, which is dense and nobody's own")
+        require(not early, "model.personal.layers", f"{early} lie below the first that may be personal, {first_upper}")
 
     @property
     def is_asked(self) -> bool:

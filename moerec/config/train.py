@@ -154,8 +154,8 @@ class AuditConfig:
     max_tied_test: float = 0.1  # test events at the very time of the event before them
     max_tied_valid: float = 0.1  # the same of validation events
     max_id_order: float = 0.52  # test events whose item's id lies on one side of the id before; .5 without a defect
-    max_id_order_in_ties: float = 0.52  # the same of all neighbouring events of one time
-    max_tie_order: float = 0.6  # neighbours of one time that stand as the same items do elsewhere; .5 without a defect
+    max_id_order_in_ties: float = 0.52  # the same of all neighboring events of one time
+    max_tie_order: float = 0.6  # neighbors of one time that stand as the same items do elsewhere; .5 without a defect
     max_id_canary: float = 0.01  # recall@5 of arithmetic on ids, above that of chance
     max_future_in_history: float = 0.0  # targets with a later event in their history
     max_future_canary: float = 0.0  # targets whose inputs change when the events after them are rewritten

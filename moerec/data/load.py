@@ -144,7 +144,10 @@ def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: b
         return NeighborTable(ItemNames.of(catalogue), neighbors, source=data.digest)
 
     def compare_texts(n: int) -> NeighborTable:
-        return dataclasses.replace(make_text_table(catalogue, n), source=data.items_digest)
+        table = make_text_table(catalogue, n)
+        if not np.any(table.neighbors.item_IX >= 0):
+            raise InputError("data.text_neighbors: no two items share a word of their texts (data.schema.text)")
+        return dataclasses.replace(table, source=data.items_digest)
 
     makers: dict[str, Callable[[int], NeighborTable]] = {
         "text": compare_texts,

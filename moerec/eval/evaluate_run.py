@@ -213,7 +213,8 @@ def _probe_parts(
         exact = rank_ceiling(sample, data, config.eval.mask_seen).log_service if data.world is not None else None
         prober = Prober(predictor, sample, catalog)
         metrics["probes"]["asking"] = evaluate_asking(config, prober, log_posterior, exact)
-        row = int(sample.targets[np.argmax(sample.history_len)])
+        is_candidate = ~sample.is_repeated if config.eval.mask_seen else np.full(len(chosen), True)
+        row = int(sample.targets[np.argmax(np.where(is_candidate, sample.history_len, -1))])
         metrics["example"] = describe_example(config, data.dataset, row, predictor, catalog)
 
 

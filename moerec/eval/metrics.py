@@ -14,6 +14,7 @@ from moerec.errors import WorkError
 
 CUTOFFS = (5, 10, 20)
 MRR_CUTOFF = 10
+COLDNESS = ("0", "1-4", "5-9", "10-49", "50+")  # training events of an item
 
 Seen = tuple[np.ndarray, np.ndarray] | np.ndarray | None
 
@@ -208,5 +209,5 @@ def bucket_history_length(length: np.ndarray) -> np.ndarray:
 
 
 def bucket_coldness(train_count: np.ndarray) -> np.ndarray:
-    """`[n]` labels 0, 1-4, 5-9, 10-49, 50+ of how often the target item occurs in training."""
-    return np.array(["0", "1-4", "5-9", "10-49", "50+"])[np.digitize(train_count, [1, 5, 10, 50])]
+    """`[n]` labels, of `COLDNESS`, of how often the target item occurs in training."""
+    return np.array(COLDNESS)[np.digitize(train_count, [1, 5, 10, 50])]

@@ -72,6 +72,8 @@ def recommend(
     if request.service:
         if request.service not in dataset.catalogue.services:
             raise InputError(f"--service: {request.service!r} is none of {', '.join(dataset.catalogue.services)}")
+        if mass < 1:
+            raise InputError("--mass: --service names the one that is asked")
         service = dataset.catalogue.services.index(request.service)
         allowed = dataset.catalogue.service == service
     if config.eval.mask_seen:
@@ -159,7 +161,7 @@ def find_user(run: Run, user: str) -> int:
     users = run.data.dataset.users
     (at,) = np.nonzero(users == user)
     if not len(at):
-        raise InputError(f"--user: nobody is called {user!r}; the first is {str(users[0])!r}")
+        raise InputError(f"--user: no such user as {user!r}; the first is {str(users[0])!r}")
     return int(at[0])
 
 
@@ -241,9 +243,11 @@ def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:
         for z, i, p in zip(service, answer.item, np.exp(answer.log_p), strict=True)
     ]
     found: dict[str, Any] = {"items": items}
-    lines = [f"{'p':>7s}  {'service':<12s} {'id':<10s} text"]
     shown = [[printable(x[key]) for key in ("service", "id", "text")] for x in items]
-    lines += [f"{x['p']:7.4f}  {z:<12s} {i:<10s} {text}" for x, (z, i, text) in zip(items, shown, strict=True)]
+    wide = [max([least, *(len(row[k]) for row in shown)]) for k, least in enumerate((12, 10))]
+    lines = [f"{'p':>7s}  {'service':<{wide[0]}s} {'id':<{wide[1]}s} text"]
+    for x, (z, i, text) in zip(items, shown, strict=True):
+        lines.append(f"{x['p']:7.4f}  {z:<{wide[0]}s} {i:<{wide[1]}s} {text}")
     if answer.domain is not None:
         found["domain"] = dict(zip(catalogue.services, map(float, answer.domain), strict=True))
         shares = ", ".join(f"{name} {p:.2f}" for name, p in found["domain"].items())
@@ -251,6 +255,8 @@ def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:
     if answer.asked is not None:
         found["services"], of_services = describe_asked(run.config.model, catalogue, answer.asked)
         lines += of_services
+        if left := [name for name in catalogue.services if name not in found["services"]]:
+            lines.append(f"not asked: {', '.join(left)}; p and the weights are of those that were")
     if answer.weight is not None:
         names = _name_weights(run)
         found["weight"] = dict(zip(names, answer.weight.tolist(), strict=True))

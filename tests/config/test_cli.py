@@ -99,7 +99,11 @@ def test_the_last_of_two_overrides_holds_and_the_file_is_not_changed(config_file
         ),
         (
             ["--config.model.ask.from_layer=1", "--config.model.moe.n_open_groups=1"],
-            "config.model.moe.n_open_groups: a service that is asked opens its own group and cross",
+            "config.model.moe.n_open_groups: must be 0 where services are asked (own group and cross)",
+        ),
+        (
+            ["--config.model.ask.from_layer=1", "--config.model.moe.layers=(1,)", "--config.model.moe.n_active=5"],
+            "config.model.moe.n_active: a service that is asked opens 4 experts (own group and cross)",
         ),
         (["--config.train.steps"], "Missing value for flag --config.train.steps"),
         (["--config.foo=4"], "--config.foo: no such field\n"),

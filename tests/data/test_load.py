@@ -185,6 +185,15 @@ def test_tables(tmp_path):
         assert ids.tolist()[:2] == [words.get(w, 1) for w in text.lower().split()]
 
 
+def test_neighbors_by_text_are_refused_where_no_texts_are(tmp_path):
+    write_tables(tmp_path / "tables")
+    config = table_config(tmp_path / "tables", text_neighbors=2)
+    load_data(config, tmp_path / "run")
+    config.schema.text = ()
+    with pytest.raises(InputError, match=r"data\.text_neighbors: .*\(data\.schema\.text\)"):
+        load_data(config, tmp_path / "other")
+
+
 def test_a_second_load_reuses_the_prepared_folder(tmp_path):
     write_tables(tmp_path / "tables")
     config = table_config(tmp_path / "tables")

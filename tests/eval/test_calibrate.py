@@ -124,7 +124,7 @@ def test_numbers_of_no_calibration_are_refused():
 
 
 def make_run(folder, is_asked: bool):
-    """A model with all pointers to neighbours as it begins, its catalogue, and validation's targets."""
+    """A model with all pointers to neighbors as it begins, its catalogue, and validation's targets."""
     config = make_config(steps=1)
     model = dataclasses.replace(
         config.model, pointer="services", text_pointer=True, transition_pointer=True, crossing_pointer=True

@@ -42,7 +42,7 @@ KINDS = {
 
 
 def make_near(catalog: Catalog, seed: int, n: int = 3, crosses: bool = False) -> NearItems:
-    """Random neighbours of the same service, or of others; some items have fewer, one has none."""
+    """Random neighbors of the same service, or of others; some items have fewer, one has none."""
     rng, n_items = np.random.default_rng(seed), len(catalog.service_I)
     neighbor_IX = np.full((n_items, n), -1, np.int32)
     for item in range(n_items - 1):
@@ -237,7 +237,7 @@ def answer_by_hand(w, model, state, row: int, slot: int, z: int) -> np.ndarray:
     for x_place, group in enumerate([z, Z, Z + 1, Z + 2, Z + 3][: len(logits) - 1]):
         name, p = [None, None, "crossings", "text", "transitions"][x_place], np.zeros(SIZES.n_items)
         open_events = around if name == "crossings" else own_events
-        # Of a pointer to neighbours counts what it finds among all events, wherever they are.
+        # Of a pointer to neighbors counts what it finds among all events, wherever they are.
         events = open_events if name is None else sorted(around + own_events)
         read = {s: read_near(name, int(BATCH.item_BT[row, s]), head, z) for s in open_events}
         if not any(known for known, _, _ in read.values()):

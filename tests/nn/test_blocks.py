@@ -82,7 +82,7 @@ def test_dropout_keeps_the_expectation_and_scales_what_it_keeps(rate):
 
 
 @pytest.mark.parametrize("width", [1, 7, 64])
-def test_dropout_of_neighbours_is_independent(width):
+def test_dropout_of_neighbors_is_independent(width):
     """Two of them share a random word."""
     kept = np.asarray(dropout(jnp.ones((200_000 // width, width)), 0.5, jax.random.key(5))).reshape(-1) != 0
     assert abs(kept.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(kept))

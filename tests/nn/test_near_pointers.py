@@ -1,4 +1,4 @@
-"""Pointers to the neighbours of events: what the table of transitions owes to a training target's user is no answer."""
+"""Pointers to the neighbors of events: what the table of transitions owes to a training target's user is no answer."""
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def count_pairs(histories: list[np.ndarray], crosses: bool = False) -> np.ndarra
 
 
 def make_catalog(histories: list[np.ndarray], n: int = N, kept: list[np.ndarray] | None = None):
-    """The catalogue with its tables, of `n` neighbours; whichever they are by the histories `kept`."""
+    """The catalogue with its tables, of `n` neighbors; whichever they are by the histories `kept`."""
     near = {}
     for name in ("transitions", "crossings"):
         weight_II = count_pairs(histories, name == "crossings")
@@ -149,7 +149,7 @@ def test_a_training_step_takes_it_out():
 
 
 @pytest.mark.parametrize("ask", [ASK, AskConfig()])
-def test_pointers_to_neighbours_and_no_others_begin_without_queries(ask):
+def test_pointers_to_neighbors_and_no_others_begin_without_queries(ask):
     config = make_config(n_layers=2, transition_pointer=True, crossing_pointer=True, ask=ask, pointer="services")
     model = SequenceModel(jax.random.key(0), config, SIZES)
     query_DGH = np.asarray(model.head.aggregator.query_DGH[...])

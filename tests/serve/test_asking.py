@@ -124,8 +124,11 @@ def test_less_mass_asks_fewer_services_whose_items_alone_are_listed(asked):
     name = asked.data.dataset.catalogue.services[first]
     named = recommend(asked, None, RecommendRequest(service=name), n)
     np.testing.assert_allclose(named.log_p, whole.log_p[kept], atol=1e-4)
-    with pytest.raises(InputError, match="--mass"):
-        recommend(asked, None, request, 5, mass=0.0)
+    lines = {mass: describe_answer(asked, answer)["lines"] for mass, answer in ((1, whole), (0.01, one))}
+    assert [[x for x in found if x.startswith("not asked: ")] != [] for found in lines.values()] == [False, True]
+    for mass, service in ((0.0, ""), (0.5, name)):
+        with pytest.raises(InputError, match="--mass"):
+            recommend(asked, None, RecommendRequest(service=service), 5, mass=mass)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +185,10 @@ def test_a_run_reports_its_probes(asked, metrics):
 
 def test_a_run_reports_one_request_and_prints_the_matrix_of_experts(asked, metrics, folder):
     example, services = metrics["example"], metrics["dataset"]["services"]
+    log, users = asked.data.dataset.log, asked.data.dataset.users
+    (row,) = np.flatnonzero(log.time_us == np.datetime64(example["time"], "us").astype(np.int64))
+    assert example["user"] == users[log.users_of(np.array([row]))[0]]
+    assert example["target"]["id"] == asked.data.dataset.catalogue.ids[log.item[row]]
     assert set(example["services"]) == set(services)
     for name, answer in example["services"].items():
         assert answer["weight"] == pytest.approx(example["domain"][name], abs=1e-6)
@@ -189,7 +196,7 @@ def test_a_run_reports_one_request_and_prints_the_matrix_of_experts(asked, metri
         for item in answer["items"]:
             assert sum(item["components"].values()) == pytest.approx(item["p"], abs=1e-6)
     page = (folder / "report.html").read_text()
-    assert "One request" in page
+    assert f"of {example['user']} at {example['time']}" in page
     assert all(f"{name}: weight {answer['weight']:.2f}" in page for name, answer in example["services"].items())
     lines = format_forced(metrics).splitlines()
     assert len(lines) == 5
@@ -210,7 +217,7 @@ def test_requests_are_timed(asked):
     ("name", "file", "n"),
     [("text", "neighbors.npz", 4), ("transitions", "transitions.npz", 5), ("crossings", "crossings.npz", 6)],
 )
-def test_the_neighbours_are_data_beside_the_run(name, file, n, folder, asked):
+def test_the_neighbors_are_data_beside_the_run(name, file, n, folder, asked):
     assert (folder / file).is_file()
     near = np.asarray(asked.catalog.near[name].item_IX)
     assert near.shape == (asked.data.dataset.catalogue.n_items, n)
@@ -239,7 +246,7 @@ def test_tables_of_other_events_are_made_anew_and_not_read(folder, asked, tmp_pa
 
 
 def test_a_table_of_texts_that_was_extended_is_the_runs(asked, tmp_path):
-    """Its new items are none of the run's, whose own neighbours stay as near as they were."""
+    """Its new items are none of the run's, whose own neighbors stay as near as they were."""
     config = asked.config.data
     mine, path = load_data(config, tmp_path), tmp_path / NEIGHBOR_FILES["text"]
     old = mine.dataset.catalogue

@@ -268,7 +268,7 @@ def test_an_answer_in_words(trained):
 @pytest.mark.parametrize(
     ("user", "request_", "word"),
     [
-        ("nobody at all", RecommendRequest(), "--user: nobody is called 'nobody at all'; the first is 'p000000'"),
+        ("nobody at all", RecommendRequest(), "--user: no such user as 'nobody at all'; the first is 'p000000'"),
         ("", RecommendRequest(context={"sky": "blue"}), "--context: 'sky' is none of"),
         ("", RecommendRequest(service="post"), "--service: 'post' is none of"),
         ("", RecommendRequest(time=4_102_444_800), "--time: must lie"),

@@ -57,7 +57,7 @@ def check_id_order(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
 def check_tie_order(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]:
     """Whether two items always stand in the same order where they are tied: then some key, seen or not, sorts ties.
 
-    Neighbours of one time are compared with the same two items in other sequences; one half agrees without a key.
+    Neighbors of one time are compared with the same two items in other sequences; one half agrees without a key.
     """
     item, n_items = subject.dataset.log.item.astype(np.int64), subject.dataset.catalogue.n_items
     for service, own in subject.split_by_service(_with_other_item_before(subject, np.flatnonzero(subject.tied))):
@@ -67,12 +67,12 @@ def check_tie_order(subject: Subject, limits: AuditConfig) -> Iterator[AuditRow]
         rising = np.bincount(which, weights=after > before)
         comparisons = float(np.sum(count * (count - 1) / 2))
         if not comparisons:
-            text = f"no two items stand tied twice among {len(own)} tied neighbours"
+            text = f"no two items stand tied twice among {len(own)} tied neighbors"
             yield make_row("tie_order", service, None, limits.max_tie_order, text)
             continue
         falling = count - rising
         agree = float(np.sum(rising * (rising - 1) + falling * (falling - 1)) / 2) / comparisons
-        text = f"of {comparisons:.0f} comparisons of tied neighbours with the same two items elsewhere, same order"
+        text = f"of {comparisons:.0f} comparisons of tied neighbors with the same two items elsewhere, same order"
         chance = bound_agreement(count[count > 1])
         yield make_row("tie_order", service, agree, limits.max_tie_order, text, chance=chance)
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moerec.eval.metrics import ScoredRanks, bucket_coldness, per_target_metrics
+from moerec.eval.metrics import COLDNESS, ScoredRanks, bucket_coldness, per_target_metrics
 from moerec.eval.ranking import EvalDataset, rank_targets
 from moerec.nn.heads.service_answers import component_names
 from moerec.nn.model import Predictor
@@ -34,7 +34,7 @@ def evaluate_components(
         lost = {metric: own[metric] - without[metric] for metric in own}
         row: dict[str, Any] = {"all": _average(lost, np.full(len(count_before), True))}
         for which, label in labels.items():
-            row[which] = {str(value): _average(lost, label == value) for value in np.unique(label)}
+            row[which] = {name: _average(lost, label == name) for name in COLDNESS if np.any(label == name)}
         found[name] = row
     return found
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moerec.config import Config
-from moerec.data.dataset import Dataset
+from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset
 from moerec.eval.probes.answers import ask_services, describe_asked
 from moerec.eval.ranking import EvalDataset
 from moerec.nn.model import Predictor
@@ -18,7 +18,8 @@ N_LISTED = 5
 def describe_example(
     config: Config, dataset: Dataset, row: int, predictor: Predictor, catalog: Catalog
 ) -> dict[str, Any]:
-    """`metrics["example"]`: the last events before a target, the target, the posterior, and each service's answer.
+    """`metrics["example"]`: whose request it is and when (UTC), the last events before it, the target, the posterior,
+    and each service's answer.
 
     A service's answer has its weight, the shares of its components and experts, and its best items with what each
     component gave of them; the items of the history are left out where they are no candidates (`eval.mask_seen`).
@@ -42,8 +43,11 @@ def describe_example(
             "text": str(catalogue.text[item]),
         }
 
-    before = examples.histories.last(N_LISTED).rows
+    before, time_us = examples.histories.last(N_LISTED).rows, dataset.log.time_us[row]
+    time = None if time_us == UNKNOWN_TIME else str(np.datetime64(int(time_us) // SECOND_US, "s"))
     return {
+        "user": str(dataset.users[dataset.log.users_of(np.array([row]))[0]]),
+        "time": time,
         "history": [name(item) for item in dataset.log.item[before].tolist()],
         "target": name(int(dataset.log.item[row])),
         "domain": dict(zip(catalogue.services, map(float, found.domain), strict=True)),

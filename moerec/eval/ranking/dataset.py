@@ -87,13 +87,16 @@ class EvalDataset:
         return self._length > 0
 
     @property
-    def repeated(self) -> float:
-        """The share of the targets that stand in their own history; where seen items are masked, each is a miss."""
-        if not len(self.targets):
-            return 0.0
+    def is_repeated(self) -> np.ndarray:
+        """`[n]` bool, which targets stand in their own history; where seen items are masked, each is a miss."""
         item = self.dataset.log.item
         seen = self.histories.distinct(item) if self._seen is None else self._seen
-        return float(find_repeated(seen, item, self.target_item).mean())
+        return find_repeated(seen, item, self.target_item)
+
+    @property
+    def repeated(self) -> float:
+        """The share of those targets."""
+        return float(self.is_repeated.mean()) if len(self.targets) else 0.0
 
     def batches(self) -> Iterator[tuple[slice, Batch, RankQueries]]:
         """Consecutive targets: which, their packed histories, and the queries."""

@@ -99,7 +99,7 @@ def draw_bars(bars: Mapping[str, tuple[float, int | None]], title: str) -> str:
 
 
 def draw_shares(rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str) -> str:
-    """A grid of shares, the darker the larger; equal neighbouring column labels are written once, in their middle."""
+    """A grid of shares, the darker the larger; equal neighboring column labels are written once, in their middle."""
     import matplotlib
     from matplotlib.patches import Rectangle
 

@@ -75,7 +75,9 @@ def describe_example(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         tables.append(ProbeTable(caption, ["p", *answer["components"]], rows))
     history = ", ".join(f"{x['text'] or x['id']} ({x['service']})" for x in found["history"])
     target = found["target"]
+    asked = " at ".join(found[key] for key in ("user", "time") if found.get(key))  # earlier versions name none
     return {
+        "request": f" (of {asked})" if asked else "",
         "history": history or "none",
         "target": f"{target['text'] or target['id']} ({target['service']})",
         "domain": _shares(found["domain"]),
@@ -94,7 +96,9 @@ def format_forced(metrics: Mapping[str, Any]) -> str:
         return ""
     loss, interval = found["forced"]["experts"], found["forced_interval"]["experts"]
     width = max(12, *map(len, services)) + 2
-    lines = ["Loss (nats) of each service's targets (columns) by another's experts (rows), less that by its own:"]
+    lines = [
+        "Loss (nats) of each service's targets (columns) by another's experts (rows), above their own's (95 %):"
+    ]
     lines.append(" " * width + "".join(f"{name:>18s}" for name in services))
     for name, cells in _named(services, _above_own(loss, interval)):
         lines.append(f"{name:<{width}s}" + "".join(f"{cell:>18s}" for cell in cells))
@@ -109,7 +113,7 @@ def _above_own(loss: Sequence[Sequence[float | None]], half: Sequence[Sequence[f
     """Cells of what losses are above the diagonal's of their column, with 95 % intervals."""
     return [
         [
-            "" if x is None or own is None or w is None else f"{x - own:+.3f} ± {w:.3f}"
+            "" if x is None or own is None or w is None else f"{round(x - own, 3) + 0.0:+.3f} ± {w:.3f}"
             for x, own, w in zip(row, [loss[z][z] for z in range(len(loss))], widths, strict=True)
         ]
         for row, widths in zip(loss, half, strict=True)

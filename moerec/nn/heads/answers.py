@@ -15,7 +15,7 @@ from moerec.types import Answers, Catalog, NearPointer, PointerMixture
 
 
 def _of_service(x: PointerMixture | None, place: int | jax.Array) -> PointerMixture | None:
-    """The mixtures `[Q, ...]` of the services asked at one place of X; shares of neighbours are of the row's events."""
+    """The mixtures `[Q, ...]` of the services asked at one place of X; shares of neighbors are of the row's events."""
     if x is None:
         return None
     near = {}

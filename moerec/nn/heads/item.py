@@ -118,7 +118,7 @@ def pick_slots(pointers: PointerMixture, flat_Q: jax.Array, n_slots: int) -> Poi
 
 def spread_pointers(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog) -> jax.Array:
     """`[Q, I]`, the probability that the pointers of each slot give to each item: of the service asked, if one was; or
-    of all, where pointers to neighbours are of all services' answers (`spread_near`).
+    of all, where pointers to neighbors are of all services' answers (`spread_near`).
     """
     none_QI, copy_QS = jnp.zeros((item_QS.shape[0], catalog.service_I.shape[0])), pointers.copy_BTS
     if copy_QS.ndim == 3:  # a service points at events of its own: all answers are spread at once
@@ -144,7 +144,7 @@ def _put_near(
     out_QI: jax.Array, name: str, pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog
 ) -> jax.Array:
     neighbor_QSX = catalog.near[name].item_IX[item_QS]
-    # What is no neighbour has no share: it may stand anywhere.
+    # What is no neighbor has no share: it may stand anywhere.
     given_QSX = spread_near(pointers.near[name], pointers.given_BTS(name), neighbor_QSX, catalog.service_I)
     return out_QI.at[jnp.arange(item_QS.shape[0])[:, None, None], jnp.maximum(neighbor_QSX, 0)].add(given_QSX)
 

@@ -1,7 +1,7 @@
 """What a pointer at an event gives to the items that are near that event's item.
 
 Near by their texts: an item that nobody has chosen yet has no row, and no pointer into the history finds it; its text's
-neighbours are known. And near in the histories of others, within a service and across services: the graphs of
+neighbors are known. And near in the histories of others, within a service and across services: the graphs of
 transitions, of which a small model would have to learn every pair by heart. The tables (`moerec.data.neighbors`) are
 data: they may be extended without training.
 
@@ -46,7 +46,7 @@ def told_names(config: ModelConfig) -> tuple[str, ...]:
 
 
 def ask_nothing_at_first(n_near: int) -> Initializer:
-    """Of the queries `[D, G, H]` of pointers, the last of which are those to neighbours: these begin with their slopes
+    """Of the queries `[D, G, H]` of pointers, the last of which are those to neighbors: these begin with their slopes
     alone. What is drawn at random has to be unlearned first, and where few events compete training does not do it.
     """
 
@@ -60,7 +60,7 @@ class NearTable(NamedTuple):
     """A table as the events of a batch see it.
 
     Attributes:
-      share_BSX: float32 shares of the neighbours.
+      share_BSX: float32 shares of the neighbors.
       total_BS: float32, what stands behind them; infinite where that is no matter of counts, 0 where there are none.
       part_BSZ: float32, what the shares of each service's items add up to; None where all are of the event's service.
     """
@@ -186,7 +186,7 @@ def point_near(
 
 
 def share_targets(near: NearPointer, neighbor_IX: jax.Array, item_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
-    """`[B, T, S]`, the share of the target of slot t of what the neighbours of the event of slot s are given."""
+    """`[B, T, S]`, the share of the target of slot t of what the neighbors of the event of slot s are given."""
     if near.own is not None:  # then the targets are the items that follow
         others_BTS = near.own.next - near.own.own
         # As a part of what is left; a share of which the own user has it all is rounded to nothing.
@@ -196,9 +196,9 @@ def share_targets(near: NearPointer, neighbor_IX: jax.Array, item_BS: jax.Array,
 
 
 def _find_shares(share_BSX: jax.Array, neighbor_BSX: jax.Array, target_BT: jax.Array) -> jax.Array:
-    """`[B, T, S]`, the share that the target of slot t has among the neighbours of the event of slot s."""
+    """`[B, T, S]`, the share that the target of slot t has among the neighbors of the event of slot s."""
     share_BTS = jnp.zeros((*target_BT.shape, share_BSX.shape[1]), share_BSX.dtype)
-    # Neighbour by neighbour, in one fused loop over pairs of slots: where shares have no gradient, as those of counts,
+    # Neighbor by neighbor, in one fused loop over pairs of slots: where shares have no gradient, as those of counts,
     # `[B, T, S, X]` never stands in memory, and it is several times faster on CPU than a sum over the last axis.
     for x in range(share_BSX.shape[-1]):
         is_hit_BTS = neighbor_BSX[:, None, :, x] == target_BT[:, :, None]
@@ -207,10 +207,10 @@ def _find_shares(share_BSX: jax.Array, neighbor_BSX: jax.Array, target_BT: jax.A
 
 
 def spread_near(near: NearPointer, given: jax.Array, neighbor_QSX: jax.Array, service_I: jax.Array) -> jax.Array:
-    """`[Q, S, X]`, what the neighbours of events are given: those of the service asked, others' values mean nothing.
+    """`[Q, S, X]`, what the neighbors of events are given: those of the service asked, others' values mean nothing.
 
     Args:
-      given: `[Q, S]`; or of all services' answers, where it and `part_BTS` are `[Q, Z, S]`: then each neighbour is
+      given: `[Q, S]`; or of all services' answers, where it and `part_BTS` are `[Q, Z, S]`: then each neighbor is
         given what its own service's answer gives it.
     """
     given = given if near.part_BTS is None else given / near.part_BTS

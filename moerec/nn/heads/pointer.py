@@ -36,7 +36,7 @@ class AnswerAggregator(nnx.Module):
     """`p(item) = w_0 softmax(item) + Σ_g w_g pointer_g(item)`: the weights, and what the pointers point at.
 
     A service's pointer sees the events of its service, the one after them those of all, and so do the last ones, which
-    give to the neighbours of events (`near_pointers`). The weights are a softmax over the components that there are: a
+    give to the neighbors of events (`near_pointers`). The weights are a softmax over the components that there are: a
     pointer without any event to point at has none.
     """
 
@@ -66,7 +66,7 @@ class AnswerAggregator(nnx.Module):
         told: Mapping[str, Told] = {},
     ) -> PointerMixture:
         """Args: final states, which ask; the events' vectors, which are pointed at; the slots; who sees which; and,
-        for pointers to neighbours, where they stand, and in training what `find_told` finds of each table.
+        for pointers to neighbors, where they stand, and in training what `find_told` finds of each table.
         """
         query_BTGH, key_BTGH = (
             rotate(jnp.einsum("BTD,DGH->BTGH", x, w[...]), batch.position_BT, self.theta)

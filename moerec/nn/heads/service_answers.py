@@ -57,7 +57,7 @@ class Asking(NamedTuple):
       position_BT: int32 places in the own sequence. time_BT: int32 times of the requests.
       mask_BTS: bool, which slots they see.
       places, told: where all these slots stand, and in training what `find_told` finds of each table; for pointers to
-        neighbours.
+        neighbors.
     """
 
     state_BTD: Array

@@ -49,7 +49,7 @@ def as_lists(array: pa.Array) -> pa.Array:
 
 
 def find_inexact(array: pa.Array) -> np.ndarray:
-    """`[n]` bool: the floats that are no whole numbers, or so large that neighbours are the same float."""
+    """`[n]` bool: the floats that are no whole numbers, or so large that neighbors are the same float."""
     array = _plain(array)
     if not pa.types.is_floating(array.type):
         return np.zeros(len(array), bool)
