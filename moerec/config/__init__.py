@@ -62,9 +62,7 @@ class Config:
         require(bool(self.tasks), "tasks", "at least one is needed")
         for name in ("text", "transition", "crossing"):
             has_table = getattr(self.data, f"{name}_neighbors") > 0 or not getattr(self.model, f"{name}_pointer")
-            require(
-                has_table, f"model.{name}_pointer", f"needs neighbors: set data.{name}_neighbors, say to 64"
-            )
+            require(has_table, f"model.{name}_pointer", f"needs neighbors: set data.{name}_neighbors, say to 64")
         for name in ("transition", "crossing"):
             is_told = "next_event" in self.tasks or not getattr(self.model, f"{name}_pointer")
             require(is_told, f"model.{name}_pointer", "needs the task next_event, whose targets its table has counted")
