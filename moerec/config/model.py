@@ -192,9 +192,9 @@ class ModelConfig:
             require(not outside, f"model.{name}.layers", f"{outside} of {self.n_layers} layers (from 0)")
         is_above = self.ask.from_layer < self.n_layers
         require(is_above, "model.ask.from_layer", f"must be below model.n_layers, which is {self.n_layers}")
-        n_open = (1 + self.moe.cross) * self.moe.n_per_group
+        n_open, opened = (1 + self.moe.cross) * self.moe.n_per_group, "own group" + " and cross" * self.moe.cross
         is_open = not (self.is_asked and self.moe.layers) or self.moe.n_active <= n_open
-        require(is_open, "model.moe.n_active", f"a service that is asked opens {n_open} experts (own group and cross)")
+        require(is_open, "model.moe.n_active", f"a service that is asked opens {n_open} experts ({opened})")
         early = [layer for layer in self.moe.layers if layer < self.ask.from_layer]
         require(not early, "model.moe.layers", f"{early} are of the trunk, below what is asked (model.ask.from_layer)")
         first_upper = self.ask.from_layer or min(self.moe.layers, default=0)

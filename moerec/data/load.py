@@ -146,7 +146,7 @@ def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: b
     def compare_texts(n: int) -> NeighborTable:
         table = make_text_table(catalogue, n)
         if not np.any(table.neighbors.item_IX >= 0):
-            raise InputError("data.text_neighbors: no two items share a word of their texts (data.schema.text)")
+            raise InputError("data.text_neighbors: no items of a service share words (data.schema.text, attributes)")
         return dataclasses.replace(table, source=data.items_digest)
 
     makers: dict[str, Callable[[int], NeighborTable]] = {

@@ -32,7 +32,7 @@ from moerec.eval.per_target import FILE as RANKS
 from moerec.eval.per_target import write_ranks
 from moerec.eval.probes.asking import Prober, evaluate_asking
 from moerec.eval.probes.components import evaluate_components
-from moerec.eval.probes.example import describe_example
+from moerec.eval.probes.example import describe_example, pick_row
 from moerec.eval.probes.first_events import evaluate_first_events
 from moerec.eval.probes.interventions import evaluate_interventions
 from moerec.eval.probes.profile_aspects import describe_aspects
@@ -213,9 +213,7 @@ def _probe_parts(
         exact = rank_ceiling(sample, data, config.eval.mask_seen).log_service if data.world is not None else None
         prober = Prober(predictor, sample, catalog)
         metrics["probes"]["asking"] = evaluate_asking(config, prober, log_posterior, exact)
-        is_candidate = ~sample.is_repeated if config.eval.mask_seen else np.full(len(chosen), True)
-        row = int(sample.targets[np.argmax(np.where(is_candidate, sample.history_len, -1))])
-        metrics["example"] = describe_example(config, data.dataset, row, predictor, catalog)
+        metrics["example"] = describe_example(config, data.dataset, pick_row(config, sample), predictor, catalog)
 
 
 def _intervene(

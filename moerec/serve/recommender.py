@@ -72,7 +72,7 @@ def recommend(
     if request.service:
         if request.service not in dataset.catalogue.services:
             raise InputError(f"--service: {request.service!r} is none of {', '.join(dataset.catalogue.services)}")
-        if mass < 1:
+        if mass < 1 and config.model.is_asked:
             raise InputError("--mass: --service names the one that is asked")
         service = dataset.catalogue.services.index(request.service)
         allowed = dataset.catalogue.service == service
@@ -255,8 +255,10 @@ def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:
     if answer.asked is not None:
         found["services"], of_services = describe_asked(run.config.model, catalogue, answer.asked)
         lines += of_services
-        if left := [name for name in catalogue.services if name not in found["services"]]:
-            lines.append(f"not asked: {', '.join(left)}; p and the weights are of those that were")
+        # A service that was named keeps its own probability; the most probable ones have theirs made up to one.
+        if sum(a.weight - answer.asked.domain[a.service] for a in answer.asked.answers) > 1e-6:
+            found["not_asked"] = [name for name in catalogue.services if name not in found["services"]]
+            lines.append(f"not asked: {', '.join(found['not_asked'])}; p and the weights are of the others alone")
     if answer.weight is not None:
         names = _name_weights(run)
         found["weight"] = dict(zip(names, answer.weight.tolist(), strict=True))

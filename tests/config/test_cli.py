@@ -105,6 +105,11 @@ def test_the_last_of_two_overrides_holds_and_the_file_is_not_changed(config_file
             ["--config.model.ask.from_layer=1", "--config.model.moe.layers=(1,)", "--config.model.moe.n_active=5"],
             "config.model.moe.n_active: a service that is asked opens 4 experts (own group and cross)",
         ),
+        (["--config.model.ask.from_layer=2"], "config.model.ask.from_layer: must be below model.n_layers, which is 2"),
+        (
+            ["--config.model.ask.from_layer=1", "--config.model.personal.layers=(0,)"],
+            "config.model.personal.layers: [0] lie below the first that may be personal, 1",
+        ),
         (["--config.train.steps"], "Missing value for flag --config.train.steps"),
         (["--config.foo=4"], "--config.foo: no such field\n"),
         (["--top_q=3"], "--top_q: no such flag; did you mean --top_k?"),

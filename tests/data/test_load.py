@@ -190,7 +190,7 @@ def test_neighbors_by_text_are_refused_where_no_texts_are(tmp_path):
     config = table_config(tmp_path / "tables", text_neighbors=2)
     load_data(config, tmp_path / "run")
     config.schema.text = ()
-    with pytest.raises(InputError, match=r"data\.text_neighbors: .*\(data\.schema\.text\)"):
+    with pytest.raises(InputError, match=r"data\.text_neighbors: .*\(data\.schema\.text, attributes\)"):
         load_data(config, tmp_path / "other")
 
 

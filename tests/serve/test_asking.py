@@ -16,6 +16,7 @@ from moerec.errors import InputError
 from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.per_target import read_ranks
 from moerec.eval.probes.answers import choose_services
+from moerec.eval.probes.example import pick_row
 from moerec.eval.ranking import EvalDataset, make_test_set, rank_targets
 from moerec.eval.report import format_forced
 from moerec.nn.model import pick_calibration
@@ -124,8 +125,11 @@ def test_less_mass_asks_fewer_services_whose_items_alone_are_listed(asked):
     name = asked.data.dataset.catalogue.services[first]
     named = recommend(asked, None, RecommendRequest(service=name), n)
     np.testing.assert_allclose(named.log_p, whole.log_p[kept], atol=1e-4)
-    lines = {mass: describe_answer(asked, answer)["lines"] for mass, answer in ((1, whole), (0.01, one))}
-    assert [[x for x in found if x.startswith("not asked: ")] != [] for found in lines.values()] == [False, True]
+    others = [other for other in asked.data.dataset.catalogue.services if other != name]
+    for answer, left in ((whole, None), (named, None), (one, others)):
+        found = describe_answer(asked, answer)
+        assert found.get("not_asked") == left
+        assert any(line.startswith("not asked: ") for line in found["lines"]) == bool(left)
     for mass, service in ((0.0, ""), (0.5, name)):
         with pytest.raises(InputError, match="--mass"):
             recommend(asked, None, RecommendRequest(service=service), 5, mass=mass)
@@ -202,6 +206,26 @@ def test_a_run_reports_one_request_and_prints_the_matrix_of_experts(asked, metri
     assert len(lines) == 5
     assert "+0.000 ± 0.000" in lines[2] + lines[3] + lines[4]
     assert format_forced({"dataset": metrics["dataset"]}) == ""
+    forced = {"experts": [[1.0004, 2.0], [1.0, 1.5]]}, {"experts": [[0.0, 0.1], [0.2, 0.0]]}
+    asking = dict(zip(("forced", "forced_interval"), forced, strict=True))
+    shown = format_forced({"dataset": {"services": ["a", "b"]}, "probes": {"asking": asking}})
+    assert "+0.000 ± 0.200" in shown
+    assert "+0.500 ± 0.100" in shown
+
+
+@pytest.mark.parametrize("mask_seen", [False, True])
+def test_the_request_of_the_report_has_the_longest_history_before_a_candidate(asked, mask_seen):
+    log = asked.data.dataset.log
+    config = dataclasses.replace(asked.config, eval=dataclasses.replace(asked.config.eval, mask_seen=mask_seen))
+    examples = make_test_set(config, asked.data)
+    lengths = {}
+    for row in examples.targets.tolist():
+        before = log.item[log.offsets[log.users_of(np.array([row]))[0]] : row]
+        if not mask_seen or log.item[row] not in before:
+            lengths[row] = min(len(before), config.data.history_len)
+    row = pick_row(config, examples)
+    assert len(lengths) < len(examples.targets) or not mask_seen
+    assert lengths[row] == max(lengths.values())
 
 
 def test_requests_are_timed(asked):

@@ -15,6 +15,12 @@ from moerec.types import Catalog
 N_LISTED = 5
 
 
+def pick_row(config: Config, sample: EvalDataset) -> int:
+    """The row of the target with the longest history, of those that are candidates if there are any."""
+    is_hidden = sample.is_repeated & config.eval.mask_seen
+    return int(sample.targets[np.argmax(np.where(is_hidden, -1, sample.history_len))])
+
+
 def describe_example(
     config: Config, dataset: Dataset, row: int, predictor: Predictor, catalog: Catalog
 ) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def format_forced(metrics: Mapping[str, Any]) -> str:
         return ""
     loss, interval = found["forced"]["experts"], found["forced_interval"]["experts"]
     width = max(12, *map(len, services)) + 2
-    lines = ["Loss (nats) of each service's targets (columns) by another's experts (rows), above their own's (95 %):"]
+    lines = ["Loss (nats) of a service's targets (columns) by another's experts (rows), less that by its own, ± 95 %:"]
     lines.append(" " * width + "".join(f"{name:>18s}" for name in services))
     for name, cells in _named(services, _above_own(loss, interval)):
         lines.append(f"{name:<{width}s}" + "".join(f"{cell:>18s}" for cell in cells))
