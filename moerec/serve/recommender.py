@@ -56,9 +56,9 @@ def recommend(
     probability.
 
     Raises:
-      InputError: `n` below 1; `mass` out of (0, 1]; nobody is called so; there are no events, and the model was not
-        trained to do without; an unknown feature, field or service; no such time; the profile has seen all events
-        before the request.
+      InputError: `n` below 1; `mass` out of (0, 1], or below 1 where a service is named; nobody is called so; there
+        are no events, and the model was not trained to do without; an unknown feature, field or service; no such time;
+        the profile has seen all events before the request.
     """
     config, dataset = run.config, run.data.dataset
     if n < 1:
