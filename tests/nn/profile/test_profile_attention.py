@@ -375,7 +375,7 @@ def test_layers_that_are_personal():
     assert split_layers(personal) == [(False, False, 0, 1), (False, True, 1, 3)]
     both = make_config(n_layers=3, moe=dataclasses.replace(MIXED, layers=(1,)), personal=PersonalConfig(layers=(1, 2)))
     assert split_layers(both) == [(False, False, 0, 1), (True, True, 1, 2), (False, True, 2, 3)]
-    with pytest.raises(InputError, match=r"personal.layers.*trunk"):
+    with pytest.raises(InputError, match=r"personal.layers.*lie below"):
         make_config(n_layers=3, moe=dataclasses.replace(MIXED, layers=(2,)), personal=PersonalConfig(layers=(1,)))
     with pytest.raises(InputError, match=r"personal.layers.*\[3\]"):
         make_config(n_layers=3, personal=PersonalConfig(layers=(3,)))
