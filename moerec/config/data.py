@@ -28,6 +28,7 @@ class CityConfig:
     n_closed: int = 0  # events for which each service in turn is closed to a user; 0: all are always open
     identical_users: bool = False
     identical_services: bool = False
+    random_services: bool = False  # a control: items are labelled with services at random; there is no ceiling then
     profile_missing_rate: float = 0.3
     profile_noise_rate: float = 0.15
 

@@ -172,6 +172,20 @@ def permute_items(dataset: Dataset, seed: int) -> tuple[Dataset, np.ndarray]:
     order = np.concatenate(
         [lo + rng.permutation(hi - lo) for lo, hi in zip(catalogue.offsets[:-1], catalogue.offsets[1:], strict=True)]
     )
+    return _renumber(dataset, order)
+
+
+def shuffle_services(dataset: Dataset, seed: int) -> Dataset:
+    """Gives items the services of others at random, each service as many as before: a control in which a service means
+    nothing. Ids have to be unique over all services.
+    """
+    order = np.random.default_rng(1000 + seed).permutation(dataset.catalogue.n_items)
+    return _renumber(dataset, order)[0]
+
+
+def _renumber(dataset: Dataset, order: np.ndarray) -> tuple[Dataset, np.ndarray]:
+    """The data set with item `order[k]` in place k of the catalogue; and `[I]` int32, the new number of each item."""
+    catalogue = dataset.catalogue
     new_index = np.empty(len(order), np.int32)
     new_index[order] = np.arange(len(order), dtype=np.int32)
     permuted = dataclasses.replace(

@@ -10,7 +10,15 @@ import numpy as np
 
 from moerec.config import DataConfig
 from moerec.data import city
-from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset, floor_seconds, mark_unseen, permute_items
+from moerec.data.dataset import (
+    SECOND_US,
+    UNKNOWN_TIME,
+    Dataset,
+    floor_seconds,
+    mark_unseen,
+    permute_items,
+    shuffle_services,
+)
 from moerec.data.neighbors import (
     NEIGHBOR_FILES,
     ItemNames,
@@ -226,7 +234,10 @@ def _find_requests(dataset: Dataset, keep: np.ndarray, first_event: bool) -> np.
 
 def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, Path | None]:
     if config.source == "city":
-        dataset, world = city.generate(config.city, config.seed)
+        dataset, generated = city.generate(config.city, config.seed)
+        world: city.World | None = generated
+        if config.city.random_services:  # the oracle knows items by their own services
+            dataset, world = shuffle_services(dataset, config.seed), None
         if config.reader == "memory":
             return dataset, world, None
         write_dataset(dataset, cache, config.n_shards)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moerec.config import CityConfig
 from moerec.data.city import generate
-from moerec.data.dataset import EventLog, ItemTable, keep_last_events, mark_unseen, permute_items
+from moerec.data.dataset import EventLog, ItemTable, keep_last_events, mark_unseen, permute_items, shuffle_services
 from moerec.errors import InputError
 from tests.random_dataset import make_dataset
 
@@ -32,6 +32,22 @@ def test_permutation_keeps_every_item_and_every_event(sizes, seed, data_seed):
     assert new.ids[number].tolist() == old.ids.tolist(), "not the new number of each item"
     for name in ("offsets", "action", "time_us", "context"):
         np.testing.assert_array_equal(getattr(after.log, name), getattr(before.log, name))
+
+
+def test_services_at_random_keep_their_sizes_and_every_event_its_item():
+    before = make_dataset([40, 60], (20, 5, 15), seed=1)
+    before = dataclasses.replace(
+        before, catalogue=dataclasses.replace(before.catalogue, ids=np.array([f"i{k}" for k in range(40)]))
+    )
+    after = shuffle_services(before, 3)
+    old, new = before.catalogue, after.catalogue
+    np.testing.assert_array_equal(new.offsets, old.offsets)
+    assert old.ids[before.log.item].tolist() == new.ids[after.log.item].tolist()
+    named = [dict(zip(x.ids, zip(x.text, x.attributes, strict=True), strict=True)) for x in (old, new)]
+    assert named[0] == named[1], "texts torn from their ids"
+    service = [dict(zip(x.ids, x.service.tolist(), strict=True)) for x in (old, new)]
+    assert 0.2 < np.mean([service[0][i] != service[1][i] for i in service[0]]) < 0.95
+    np.testing.assert_array_equal(shuffle_services(before, 3).log.item, after.log.item)
 
 
 def test_permutation_is_random_and_a_function_of_the_seed():

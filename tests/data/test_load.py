@@ -103,6 +103,10 @@ def test_city_is_the_generated_world_under_new_numbers(plain_city, tmp_path):
     assert data.world is not None
     np.testing.assert_array_equal(data.world.catalogue.ids, plain_city.catalogue.ids)
     assert not list(tmp_path.iterdir()), "memory needs no files"
+    random = load_data(DataConfig(city=dataclasses.replace(CITY, random_services=True), seed=3), tmp_path)
+    assert random.world is None, "the oracle would know the services"
+    assert sorted(random.dataset.catalogue.ids) == sorted(plain_city.catalogue.ids)
+    assert named_events(random.dataset) != named_events(plain_city)
 
 
 def test_the_digest_is_that_of_seconds_where_all_are_whole_and_of_microseconds_elsewhere(tmp_path):
