@@ -20,10 +20,8 @@ from moerec.types import Array, Routing
 MATRICES = ("gate_EDF", "up_EDF", "down_EFD")
 
 
-def count_experts(config: MoEConfig, n_services: int, is_asked: bool = False) -> int:
+def count_experts(config: MoEConfig, n_services: int) -> int:
     """Experts of a layer: the groups of the services, then the cross group.
-
-    Args: `is_asked`, whether a hypothesis opens one service's group alone, beside the cross group.
 
     Raises:
       InputError: a slot could not find `n_active` experts.
@@ -31,7 +29,7 @@ def count_experts(config: MoEConfig, n_services: int, is_asked: bool = False) ->
     n_open = n_services if config.n_open_groups == 0 else config.n_open_groups
     if n_open > n_services:
         raise InputError(f"config.model.moe.n_open_groups: {n_open} of {n_services} services")
-    n_at_hand = (1 if is_asked else n_open) + int(config.cross)
+    n_at_hand = n_open + int(config.cross)
     if config.n_active > n_at_hand * config.n_per_group:
         at_hand = f"a slot has {n_at_hand} groups of {config.n_per_group}"
         raise InputError(f"config.model.moe.n_active: {config.n_active} experts, but {at_hand}")
@@ -48,7 +46,7 @@ class DomainExperts(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
         moe, d = config.moe, config.d_model
-        e, f = count_experts(moe, n_services, config.is_asked), moe.d_expert
+        e, f = count_experts(moe, n_services), moe.d_expert
         k_router, k_gate, k_up, k_down, k_shared = jax.random.split(key, 5)
         zeros = jax.nn.initializers.zeros
         self.router_ED = declare(k_router, (e, d), ("experts", "embed"), fan_in_second)
