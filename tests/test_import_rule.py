@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOP_LEVEL = ("moerec", "pallas_kernels", "configs", "experiments")
 
 # From the ground up. Of moerec these are its own files and its folders, with all that is in them.
-FILES = ("moerec", "moerec.errors", "moerec.terminal", "moerec.files", "moerec.types")
+FILES = ("moerec", "moerec.errors", "moerec.files", "moerec.types")
 FOLDERS = ("config", "data", "nn", "tasks", "convert", "train", "eval", "serve")
 LAYERS = ("pallas_kernels", *FILES, *(f"moerec.{folder}" for folder in FOLDERS), "configs", "experiments")
 RANK = {name: rank for rank, name in enumerate(LAYERS)}

@@ -24,10 +24,10 @@ from absl import flags
 
 from moerec.config import Config, checked
 from moerec.config.python_file import did_you_mean, import_plugin, list_leaves, load_config
+from moerec.config.terminal import safe_output
 from moerec.config.value_types import list_groups, require_types
 from moerec.errors import TERMINATED, InputError, Terminated, WorkError
 from moerec.files import to_plain
-from moerec.terminal import safe_output
 
 Main = Callable[[Any, flags.FlagValues], Mapping[str, Any] | None]
 INTERRUPTED = 130

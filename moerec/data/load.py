@@ -33,8 +33,8 @@ from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.prepare.tables_to_shards import is_current, prepare
 from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties
+from moerec.data.text.words import TokenTable, tokenize
 from moerec.data.timezones import Zones, settle_zones
-from moerec.data.tokenizer import TokenTable, tokenize
 from moerec.errors import InputError
 from moerec.files import read_json
 from moerec.types import Catalog, NearItems

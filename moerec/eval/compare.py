@@ -9,11 +9,11 @@ import numpy as np
 from scipy import stats
 
 from moerec.config.stored import list_differences
+from moerec.config.terminal import printable
 from moerec.errors import InputError
 from moerec.eval.report.result import blamed_on, read_result
 from moerec.eval.report.table import config_name
 from moerec.eval.significance import LEVEL, correct_holm
-from moerec.terminal import printable
 
 METRIC = "ndcg@10"
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moerec.config.terminal import printable
 from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, ItemTable
 from moerec.data.packing import device_time
 from moerec.errors import InputError
@@ -18,7 +19,6 @@ from moerec.nn.profile.memory import decay_rates, evidence
 from moerec.serve.profiles import observe_events, start_profile
 from moerec.serve.recommender import find_history, recommend
 from moerec.serve.request import RecommendRequest
-from moerec.terminal import printable
 from moerec.train.run_dir import Run
 from moerec.types import Catalog
 

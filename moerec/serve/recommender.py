@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moerec.config.terminal import printable
 from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.histories import Histories
 from moerec.data.packing import Sequences, device_time, pack, place_sequences
@@ -20,7 +21,6 @@ from moerec.nn.model import Predictor
 from moerec.nn.profile import MemoryParams, UserState
 from moerec.serve.profiles import explain_difference, observe_events, open_profiles, read_profile
 from moerec.serve.request import RecommendRequest, encode_context, encode_fields, hide_unknown
-from moerec.terminal import printable
 from moerec.train.run_dir import Run
 from moerec.types import NO_TIME, Batch, Catalog
 

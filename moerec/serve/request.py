@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moerec.config.terminal import printable
 from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset
 from moerec.data.prepare.binning import NUMBER, find_ranges, name_ranges
 from moerec.data.splits import parse_date
 from moerec.errors import InputError
-from moerec.terminal import printable
 from moerec.train.run_dir import Run
 
 NOTHING: Mapping[str, str] = types.MappingProxyType({})

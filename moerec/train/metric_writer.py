@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moerec.config.terminal import printable
 from moerec.errors import InputError, WorkError
 from moerec.files import naming, read_lines, to_plain, write_text
-from moerec.terminal import printable
 
 _PLAIN_EVERY_S = 15.0  # between two progress lines where standard error is no terminal
 _TTY_EVERY_S = 0.2

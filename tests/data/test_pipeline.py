@@ -18,7 +18,7 @@ from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import MemoryReader, PackedStream, ShardReader, StreamOptions, plan_epoch
 from moerec.data.prepare.shards import open_source, write_dataset
 from moerec.data.splits import TRAIN
-from moerec.data.tokenizer import TokenTable
+from moerec.data.text.words import TokenTable
 from moerec.errors import InputError
 from moerec.tasks.base import render_targets
 from moerec.tasks.next_event import NextEvent

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse
 
 from moerec.data.dataset import ItemTable
-from moerec.data.tokenizer import split_words
+from moerec.data.text.words import split_words
 
 
 class WordCounts(NamedTuple):

@@ -3,12 +3,12 @@
 import numpy as np
 import scipy.sparse
 
+from moerec.config.terminal import printable
 from moerec.data.dataset import ItemTable
 from moerec.data.neighbors.best import Neighbors, keep_best, multiply_blocks, rank_ids
 from moerec.data.neighbors.table import ItemNames, NeighborTable
 from moerec.data.neighbors.text import WordCounts, count_words, make_text_vectors
 from moerec.errors import InputError
-from moerec.terminal import printable
 
 
 def find_text_neighbors(catalogue: ItemTable, n: int, counts: WordCounts | None = None) -> Neighbors:

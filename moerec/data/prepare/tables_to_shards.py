@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from moerec.config import DataConfig
+from moerec.config.terminal import printable
 from moerec.data.dataset import TOTAL, UNKNOWN_TIME
 from moerec.data.prepare import row_validation as defects
 from moerec.data.prepare import shards, spill
@@ -49,7 +50,6 @@ from moerec.data.prepare.vocab import (
     refuse_amounts,
 )
 from moerec.errors import InputError
-from moerec.terminal import printable
 
 QUARANTINE = "quarantine.jsonl"
 SPILL = "spill"

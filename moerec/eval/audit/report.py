@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from moerec.config.terminal import printable
 from moerec.eval.audit.chance import is_too_few
-from moerec.terminal import printable
 
 _ROUNDING = 1e-9  # of a value that equals its threshold
 

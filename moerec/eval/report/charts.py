@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moerec.config.terminal import printable
 from moerec.eval.report.table import format_value
-from moerec.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moerec.config.terminal import printable
 from moerec.eval.report.charts import draw_bars, draw_curves, draw_shares
 from moerec.eval.report.probes import describe_asking, describe_components, describe_example
 from moerec.eval.report.result import blamed_on, read_result
@@ -21,7 +22,6 @@ from moerec.eval.report.table import (
 )
 from moerec.eval.significance import LEVEL
 from moerec.files import read_json, write_text
-from moerec.terminal import printable
 from moerec.train.metric_writer import format_count, format_duration, read_metric_lines
 
 _CURVES = (  # title, then the scalars of metrics.jsonl and their labels

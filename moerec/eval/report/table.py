@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moerec.config.terminal import printable
 from moerec.errors import InputError
 from moerec.eval.significance import LEVEL
-from moerec.terminal import printable
 
 UNION_METRICS = ("ndcg@10", "recall@10", "mrr@10")
 SERVICE_METRICS = ("ndcg@10", "recall@10")

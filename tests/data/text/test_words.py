@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moerec.data.dataset import ItemTable
-from moerec.data.tokenizer import N_SPECIAL, PAD, UNKNOWN, split_words, tokenize
+from moerec.data.text.words import N_SPECIAL, PAD, UNKNOWN, split_words, tokenize
 
 LETTERS = "abzABZéÉßабвёяАБВЁЯ0479"
 WORDS = st.text(st.sampled_from(LETTERS), min_size=1, max_size=3)

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moerec.config import cli
+from moerec.config.terminal import SafeStream, printable, safe_output
 from moerec.data.prepare.tables_to_shards import PrepareReport, describe_report
 from moerec.errors import InputError
 from moerec.eval.audit.report import AuditReport, AuditRow
 from moerec.eval.compare import Difference, format_rows
 from moerec.eval.report import format_table, write_report
 from moerec.serve.profile_card import Aspect, ContextEffect, ProfileCard, render_card
-from moerec.terminal import SafeStream, printable, safe_output
 from tests.eval.test_report import full_metrics, make_run
 
 NASTY = "\x1b[31m\x07\x9b2J\u2028\u202e\u2066\x7f\r\nx\ud800\U000e0041"

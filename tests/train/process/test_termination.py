@@ -18,10 +18,10 @@ from moerec.errors import TERMINATED, Terminated
 from moerec.eval.ranking import make_evaluator
 from moerec.train.checkpoint import Checkpoints
 from moerec.train.loop import fit, make_trainer
-from moerec.train.termination import StopRequest
+from moerec.train.process.termination import StopRequest
 from tests.tiny import make_config
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_the_exit_code_is_that_of_the_signal(capsys):
 def start(grace_s: float, work: str) -> subprocess.Popen:
     code = f"""
 import hashlib, time
-from moerec.train.termination import StopRequest
+from moerec.train.process.termination import StopRequest
 with StopRequest().catch({grace_s}):
     print("ready", flush=True)
     {work}

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from moerec.train import malloc as memory
+from moerec.train.process import malloc as memory
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # Without the settings glibc maps a block of this size, and unmaps it when it is freed.
 PROBE = """
 import ctypes, sys
-from moerec.train.malloc import disable_malloc_trim
+from moerec.train.process.malloc import disable_malloc_trim
 
 if sys.argv[1] == "keep":
     print(disable_malloc_trim())

@@ -1,0 +1,1 @@
+"""Texts: words of item descriptions, tokenizers, chat templates."""

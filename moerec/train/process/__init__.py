@@ -1,0 +1,1 @@
+"""What a training process needs of its machine: memory that is kept, signals that end it."""
