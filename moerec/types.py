@@ -19,7 +19,7 @@ NO_TIME = np.int32(np.iinfo(np.int32).min)  # a time that is not known
 TRANSITION_DECAY, TRANSITION_GAP = 0.8, 10  # of `Catalog.near["transitions"]`: a pair g places apart counts .8^(g - 1)
 EPOCH_2000 = 946_684_800  # device times are int32 seconds since 2000-01-01, which lasts from 1931 to 2068
 
-PADDING, EVENT, RECOMMEND = 0, 1, 2  # kinds of slots; the last is the control token `<|recommend|>`
+PADDING, EVENT, RECOMMEND, TOKEN = range(4)  # kinds of slots; `RECOMMEND` is the control token `<|recommend|>`
 
 
 class Request(NamedTuple):
@@ -51,19 +51,20 @@ class Target(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Packed slots. A slot is an event, or a control token; `request` belongs to what comes after it.
+    """Packed slots. A slot is an event, a control token or a text token; `request` belongs to what comes after it.
 
     Attributes:
-      kind_BT: int32, `PADDING`, `EVENT` or `RECOMMEND`.
+      kind_BT: int32, `PADDING`, `EVENT`, `RECOMMEND` or `TOKEN`.
       item_BT: int32 index into the catalogue; 0 where the slot is no event.
       service_BT: int32 service of the item; Z, the number of services, where the slot is no event.
       action_BT: int32.
-      time_BT: int32 seconds since 2000, UTC, or `NO_TIME`.
+      time_BT: int32 seconds since 2000, UTC, or `NO_TIME`; where the slot is no event that of the last event before it.
       utc_offset_BT: int32 seconds that clocks at the event's place are ahead of UTC.
       position_BT: int32 place within its own sequence, from 0.
       segment_BT: int32 from 1 in each row; 0 is padding.
       request: what is known of what comes next.
       targets: by the name of the task.
+      token_BT: int32 index into the text vocabulary, 0 where the slot is no text; None where no slot is.
     """
 
     kind_BT: Array
@@ -76,6 +77,7 @@ class Batch(NamedTuple):
     segment_BT: Array
     request: Request
     targets: dict[str, Target]
+    token_BT: Array | None = None
 
 
 class NearItems(NamedTuple):

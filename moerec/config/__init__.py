@@ -6,8 +6,8 @@ The classes are not frozen only because `ml_collections.config_flags` sets field
 import dataclasses
 
 from moerec.config.checks import require, require_seed
-from moerec.config.data import CityConfig, DataConfig, SchemaConfig, SplitConfig, TablesConfig
-from moerec.config.model import AskConfig, ModelConfig, MoEConfig, PersonalConfig, TimeConfig
+from moerec.config.data import CityConfig, CorpusConfig, DataConfig, SchemaConfig, SplitConfig, TablesConfig
+from moerec.config.model import AskConfig, ModelConfig, MoEConfig, PersonalConfig, TextConfig, TimeConfig
 from moerec.config.train import AuditConfig, EvalConfig, LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "AuditConfig",
     "CityConfig",
     "Config",
+    "CorpusConfig",
     "DataConfig",
     "EvalConfig",
     "LossConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "SchemaConfig",
     "SplitConfig",
     "TablesConfig",
+    "TextConfig",
     "TimeConfig",
     "TrainConfig",
     "checked",
@@ -60,6 +62,9 @@ class Config:
     def __post_init__(self):
         require_seed(self.seed, "seed")
         require(bool(self.tasks), "tasks", "at least one is needed")
+        is_text = self.data.source == "text"
+        require(not is_text or self.tasks == ("lm",), "tasks", "documents (data.source text) have the task lm alone")
+        require(is_text or "lm" not in self.tasks, "tasks", "lm needs documents (data.source text)")
         for name in ("text", "transition", "crossing"):
             has_table = getattr(self.data, f"{name}_neighbors") > 0 or not getattr(self.model, f"{name}_pointer")
             require(has_table, f"model.{name}_pointer", f"needs neighbors: set data.{name}_neighbors, say to 64")

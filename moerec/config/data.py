@@ -215,13 +215,28 @@ class SplitConfig:
 
 
 @dataclasses.dataclass
+class CorpusConfig:
+    """Documents of text, for `source` text."""
+
+    path: str = ""  # a file of documents (.txt, .jsonl; also .gz), or a folder of such files
+    tokenizer: str = ""  # a Hugging Face tokenizer.json; empty: a byte-level BPE is trained on the documents
+    vocab_size: int = 8192  # tokens of the one that is trained
+    valid_fraction: float = 0.02  # share of the documents that are held out, by their hashes
+
+    def __post_init__(self):
+        require(self.vocab_size >= 1, "data.corpus.vocab_size", "must be at least 1")
+        require(0 <= self.valid_fraction < 1, "data.corpus.valid_fraction", "must lie in [0, 1)")
+
+
+@dataclasses.dataclass
 class DataConfig:
-    source: str = "city"  # city, tables, or prepared (a folder that experiments.prepare wrote)
+    source: str = "city"  # city, tables, prepared (a folder that experiments.prepare wrote), or text (of `corpus`)
     prepared: str = ""
     city: CityConfig = dataclasses.field(default_factory=CityConfig)
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
     schema: SchemaConfig = dataclasses.field(default_factory=SchemaConfig)
     split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     seed: int = 0  # the city, the permutation of item ids, the split by user
     seq_len: int = 128  # slots of a packed row
     history_len: int = 128  # most slots of one user's sequence that a prediction sees
@@ -235,7 +250,7 @@ class DataConfig:
     crossing_neighbors: int = 0  # those of other services that do so; 0 makes no table
 
     def __post_init__(self):
-        one_of(self.source, "data.source", ("city", "tables", "prepared"))
+        one_of(self.source, "data.source", ("city", "tables", "prepared", "text"))
         one_of(self.reader, "data.reader", ("memory", "shards"))
         shuffled_shards = self.reader == "shards" and self.split.shuffle_ties
         require(not shuffled_shards, "data.reader", "shards keep the published order; split.shuffle_ties needs memory")

@@ -13,11 +13,15 @@ class MoEConfig:
     """
 
     layers: tuple[int, ...] = ()  # which layers are mixtures, from 0; the dense ones before them are the trunk
+    services: bool = True  # whether each service has a group; without, all experts are of the one across all
     n_per_group: int = 2  # experts of a group; with `d_expert` the granularity
     d_expert: int = 128  # width of an expert
     n_active: int = 2  # experts that a slot goes to
     cross: bool = True  # whether there is a group across all services
+    renormalise: bool = True  # whether the weights of the experts chosen add up to one; else they are their softmax
+    reads_domain: bool = True  # whether the routers read the analyser's posterior
     d_shared: int = 0  # width of an expert that sees every slot; 0 is none
+    shared_gate: bool = False  # whether a sigmoid of the state weighs the expert that sees every slot
     n_open_groups: int = 0  # most probable services whose groups a slot may use, beside the cross group; 0 is all
     capacity_factor: float = 0.0  # in training, most slots of an expert, a multiple of its even share; 0: no limit
     jitter_rate: float = 0.0  # noise on what the router sees in training: times 1 - rate to 1 + rate
@@ -38,6 +42,10 @@ class MoEConfig:
             require(getattr(self, name) >= 0, f"model.moe.{name}", "must not be negative")
         one_of(self.backend, "model.moe.backend", ("auto", "xla_tiles", "ragged_dot", "tokamax", "pallas_tpu"))
         one_of(self.strategy, "model.moe.strategy", ("all_gather", "all_to_all", "ragged_all_to_all"))
+        require(self.services or self.cross, "model.moe.services", "needs model.moe.cross, or there is no group")
+        is_whole = self.services or not self.n_open_groups
+        require(is_whole, "model.moe.n_open_groups", "must be 0 where no service has a group (model.moe.services)")
+        require(self.d_shared > 0 or not self.shared_gate, "model.moe.shared_gate", "needs model.moe.d_shared")
         require(0 <= self.jitter_rate < 1, "model.moe.jitter_rate", "must lie in [0, 1)")
         # What is asked of the other groups is divided by: next to nothing would make their slots cost without bound.
         shares = (
@@ -120,6 +128,17 @@ class AskConfig:
 
 
 @dataclasses.dataclass
+class TextConfig:
+    """Words in the stream. With `vocab_size` 0 there are none, and nothing else here counts."""
+
+    vocab_size: int = 0  # rows of the tokens' embedding, V
+    tie_head: bool = True  # the text head scores against the tokens' embedding
+
+    def __post_init__(self):
+        require(self.vocab_size >= 0, "model.text.vocab_size", "must not be negative")
+
+
+@dataclasses.dataclass
 class ModelConfig:
     """The Qwen2-shaped decoder over slots, and which parts of an event it reads (each a switch, for ablations)."""
 
@@ -132,6 +151,7 @@ class ModelConfig:
     d_text: int = 64  # width of the item text encoder's token embeddings
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    qkv_bias: bool = True  # biases of queries, keys and values, as in Qwen2; Llama has none
     dropout: float = 0.2  # on the event vectors and after each sublayer
     item_row: bool = True  # the item's own embedding
     item_text: bool = True  # the projected text and attribute tokens
@@ -165,6 +185,7 @@ class ModelConfig:
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     personal: PersonalConfig = dataclasses.field(default_factory=PersonalConfig)
     ask: AskConfig = dataclasses.field(default_factory=AskConfig)
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "d_text", "d_pointer"):
@@ -192,6 +213,8 @@ class ModelConfig:
             require(not outside, f"model.{name}.layers", f"{outside} of {self.n_layers} layers (from 0)")
         is_above = self.ask.from_layer < self.n_layers
         require(is_above, "model.ask.from_layer", f"must be below model.n_layers, which is {self.n_layers}")
+        has_domains = self.moe.services or not self.is_asked or not self.moe.layers
+        require(has_domains, "model.moe.services", "services that are asked open groups of their own")
         n_open, opened = (1 + self.moe.cross) * self.moe.n_per_group, "own group" + " and cross" * self.moe.cross
         is_open = not (self.is_asked and self.moe.layers) or self.moe.n_active <= n_open
         require(is_open, "model.moe.n_active", f"a service that is asked opens {n_open} experts ({opened})")

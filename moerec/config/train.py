@@ -15,6 +15,7 @@ class LossConfig:
     sampling_power: float = 0.0  # negatives are drawn with q ~ (1 + training count)^power; 0 is uniform
     scope: str = "union"  # the competitors of a target: the items of all services, or those of its own
     chunk: int = 512  # slots whose logits are in memory at once
+    vocab_chunk: int = 2048  # of text: tokens of the vocabulary whose logits are, for all slots of a device
     analyser_weight: float = 0.1  # mixtures only: the analyser's cross-entropy of the next event's service
     balance_weight: float = 0.01  # load over the global batch against the load that its domains ask for
     domain_balance_weight: float = 0.01  # the same within the slots of each domain
@@ -26,7 +27,8 @@ class LossConfig:
         one_of(self.scope, "loss.scope", ("union", "service"))
         require(self.n_negatives >= 1, "loss.n_negatives", "must be at least 1")
         require(-2 <= self.sampling_power <= 2, "loss.sampling_power", "must lie in [-2, 2]")
-        require(self.chunk >= 1, "loss.chunk", "must be at least 1")
+        for name in ("chunk", "vocab_chunk"):
+            require(getattr(self, name) >= 1, f"loss.{name}", "must be at least 1")
 
     @property
     def by_service(self) -> bool:

@@ -3,13 +3,13 @@
 This is the one place where indices of packed slots are computed: for training, evaluation and single requests.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, EventLog, ItemTable
 from moerec.data.histories import Histories
-from moerec.types import EPOCH_2000, EVENT, NO_TIME, PADDING, RECOMMEND, Batch, Request
+from moerec.types import EPOCH_2000, EVENT, NO_TIME, PADDING, RECOMMEND, TOKEN, Batch, Request
 
 
 class Sequences(NamedTuple):
@@ -33,6 +33,28 @@ class Sequences(NamedTuple):
         return self.events.length + self.has_control
 
 
+class Words(NamedTuple):
+    """What users say after their events; each of `n` sequences with words ends with the control slot `<|recommend|>`.
+
+    Attributes:
+      offsets: `[n + 1]` int64, where each sequence's tokens begin in `ids`; without tokens there is no control slot.
+      ids: int32 tokens.
+    """
+
+    offsets: np.ndarray
+    ids: np.ndarray
+
+    @property
+    def length(self) -> np.ndarray:
+        """`[n]`, tokens of each sequence."""
+        return np.diff(self.offsets)
+
+    @property
+    def n_slots(self) -> np.ndarray:
+        """`[n]`, slots that they add to each sequence."""
+        return self.length + (self.length > 0)
+
+
 class Placement(NamedTuple):
     """Where the first `n` sequences went: sequence `u` starts at flat slot `start[u]` and is segment `segment[u]`."""
 
@@ -43,11 +65,14 @@ class Placement(NamedTuple):
 
 class Packed(NamedTuple):
     """Attributes:
-    batch: the slots, without targets. next_item_BT: int32 item of the event after each slot, 0 in padding.
+    batch: the slots, without targets. next_item_BT: int32 item of the event that each slot is to predict, 0 in padding
+      and -1 where none is: of words, and of the event before them. next_token_BT: int32 token after each slot, -1
+      where none is; None without text.
     """
 
     batch: Batch
     next_item_BT: np.ndarray
+    next_token_BT: np.ndarray | None = None
 
 
 def place_sequences(lengths: np.ndarray, n_rows: int, row_len: int) -> Placement:
@@ -79,24 +104,33 @@ def device_time(time_us: np.ndarray) -> np.ndarray:
     return np.where(fits, shifted, NO_TIME).astype(np.int32)
 
 
-def pack(log: EventLog, items: ItemTable, sequences: Sequences, placed: Placement, shape: tuple[int, int]) -> Packed:
-    """Gathers events into packed rows.
+def pack(
+    log: EventLog,
+    items: ItemTable,
+    sequences: Sequences,
+    placed: Placement,
+    shape: tuple[int, int],
+    words: Words | None = None,
+) -> Packed:
+    """Gathers events into packed rows, and the words behind them, if there are some.
+
+    After words the request is answered at the control slot behind them, which carries what is known of it.
 
     Args:
       log: columns that the sequences' rows index. items: the catalogue that its items index.
       sequences: as many as `placed` has.
-      shape: rows and slots of a row.
+      shape: rows and slots of a row. words: of as many sequences, whose placement has room for them.
     """
-    n_slots = sequences.n_slots
+    n_slots = sequences.n_slots if words is None else sequences.n_slots + words.n_slots
     owner = np.repeat(np.arange(len(n_slots)), n_slots)
     position = np.arange(len(owner)) - (np.cumsum(n_slots) - n_slots)[owner]
     slot = placed.start[owner] + position
-    is_event = position >= sequences.has_control[owner]
+    is_event = (position >= sequences.has_control[owner]) & (position < sequences.n_slots[owner])
     source = np.zeros(len(owner), np.int64)  # of a control slot any row: nothing is read from it
     source[is_event] = sequences.events.rows
     following = np.append(source[1:], 0)  # of a sequence's last slot that is in another one: mended in the next lines
-    last = np.cumsum(n_slots)[n_slots > 0] - 1
-    following[last] = sequences.next_row[n_slots > 0]
+    is_last = position >= sequences.n_slots[owner] - 1  # of the events; or it is behind them
+    following[is_last] = sequences.next_row[owner[is_last]]
 
     def lay(values: np.ndarray, dtype, empty=0) -> np.ndarray:
         out = np.full((shape[0] * shape[1], *values.shape[1:]), empty, dtype)
@@ -125,4 +159,54 @@ def pack(log: EventLog, items: ItemTable, sequences: Sequences, placed: Placemen
         request=request,
         targets={},
     )
-    return Packed(batch, lay(log.item[following], np.int32))
+    packed = Packed(batch, lay(log.item[following], np.int32))
+    return packed if words is None else _add_words(packed, sequences, words, placed, owner, position, slot)
+
+
+def _add_words(
+    packed: Packed,
+    sequences: Sequences,
+    words: Words,
+    placed: Placement,
+    owner: np.ndarray,
+    position: np.ndarray,
+    slot: np.ndarray,
+) -> Packed:
+    """The slots behind the events of each sequence as its words and the control slot, which were laid as control slots.
+
+    Args: of each slot its sequence, its place in it and in the flat batch.
+    """
+    behind = position - sequences.n_slots[owner]
+    is_word = (behind >= 0) & (behind < words.length[owner])
+    is_asked = (behind >= 0) & ~is_word
+    before = (behind == -1) & (words.length[owner] > 0)
+    batch, shape = packed.batch, packed.batch.kind_BT.shape
+
+    def change(values_BT: np.ndarray, *changes: tuple[np.ndarray, Any]) -> np.ndarray:
+        flat = values_BT.reshape(shape[0] * shape[1], *values_BT.shape[2:]).copy()
+        for where, value in changes:
+            flat[slot[where]] = value
+        return flat.reshape(values_BT.shape)
+
+    kind_BT = change(batch.kind_BT, (is_word, TOKEN))
+    token_BT = change(np.zeros(shape, np.int32), (is_word, words.ids))
+    following = np.append(words.ids[1:], -1)[: len(words.ids)]
+    is_inner = (behind + 1 < words.length[owner])[is_word]
+    next_token_BT = change(np.full(shape, -1, np.int32), (is_word, np.where(is_inner, following, -1)))
+    # As of the last event: of a sequence without events nothing is known.
+    last = (placed.start + sequences.n_slots - 1)[owner]
+    spoken = is_word | is_asked
+    has_event = sequences.events.length[owner[spoken]] > 0
+    time = batch.time_BT.reshape(-1)[last[spoken]]
+    request = batch.request._replace(
+        time_BT=change(batch.request.time_BT, (before, NO_TIME)),
+        utc_offset_BT=change(batch.request.utc_offset_BT, (before, 0)),
+        context_BTC=change(batch.request.context_BTC, (before, 0)),
+    )
+    batch = batch._replace(
+        kind_BT=kind_BT,
+        time_BT=change(batch.time_BT, (spoken, np.where(has_event, time, NO_TIME))),
+        request=request,
+        token_BT=token_BT,
+    )
+    return Packed(batch, change(packed.next_item_BT, (is_word | before, -1)), next_token_BT)

@@ -50,6 +50,7 @@ class ProfileContext(NamedTuple):
       time_BT: int32 times of the events. service_BT: int32, their services; Z where a slot is no event.
       slots: the memory slots of the profile before each event. log_relevance_BTM: logs of what they matter.
       summary_BTD: the profile as one vector.
+      known_BT: bool, the slots that have a profile, if not all: what is text alone has none, and goes as through Qwen2.
     """
 
     time_BT: jax.Array
@@ -57,6 +58,7 @@ class ProfileContext(NamedTuple):
     slots: ProfileMemory
     log_relevance_BTM: jax.Array
     summary_BTD: jax.Array
+    known_BT: jax.Array | None = None
 
 
 class ProfileAttention(nnx.Module):
@@ -94,8 +96,10 @@ class ProfileAttention(nnx.Module):
         """The queries, scaled by the profile."""
         if self.query_scale_DNH is None:
             return q_BTNH
-        scale = 1 + jnp.einsum("BTD,DNH->BTNH", context.summary_BTD, self.query_scale_DNH[...])
-        return (q_BTNH * scale).astype(q_BTNH.dtype)
+        scale = jnp.einsum("BTD,DNH->BTNH", context.summary_BTD, self.query_scale_DNH[...])
+        if context.known_BT is not None:
+            scale = jnp.where(context.known_BT[..., None, None], scale, 0)
+        return (q_BTNH * (1 + scale)).astype(q_BTNH.dtype)
 
     def group_bias(self, context: ProfileContext) -> jax.Array | None:
         """`[B, T, N or 1, Z + 1]`, what each query adds to the logits of the events of each service; of others 0."""
@@ -145,7 +149,10 @@ class ProfileAttention(nnx.Module):
         logit_BTNM = keys.score(q_BTNH) * q_BTNH.shape[-1] ** -0.5 + context.log_relevance_BTM[:, :, None]
         prefix = attend_few(logit_BTNM, values.read)
         joined, _ = merge([(out_BTNH, lse_BTN), prefix])
-        return out_BTNH + (jnp.tanh(self.gate_N[...])[:, None] * (joined - out_BTNH)).astype(out_BTNH.dtype)
+        change = jnp.tanh(self.gate_N[...])[:, None] * (joined - out_BTNH)
+        if context.known_BT is not None:
+            change = jnp.where(context.known_BT[..., None, None], change, 0)
+        return out_BTNH + change.astype(out_BTNH.dtype)
 
 
 def attend_plain(
@@ -201,8 +208,13 @@ def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=
     return out[:n_batch], lse[:n_batch]
 
 
+def _project(x_BTD: jax.Array, w_DNH: nnx.Param, bias_NH: nnx.Param | None) -> jax.Array:
+    y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH[...].astype(x_BTD.dtype))
+    return y_BTNH if bias_NH is None else y_BTNH + bias_NH[...].astype(x_BTD.dtype)
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with biases on query, key and value, as in Qwen2."""
+    """Grouped-query attention (Ainslie et al. 2023) with biases on query, key and value, as in Qwen2, or without."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, personal: ProfileAttention | None = None):
         d, n, k, h = config.d_model, config.n_heads, config.n_kv_heads, config.d_head
@@ -212,9 +224,10 @@ class Attention(nnx.Module):
         self.k_DKH = declare(kk, (d, k, h), ("embed", "kv_heads", None), fan_in)
         self.v_DKH = declare(kv, (d, k, h), ("embed", "kv_heads", None), fan_in)
         self.o_NHD = declare(ko, (n, h, d), ("heads", None, "embed"), fan_in_heads)
-        self.q_bias_NH = declare(kq, (n, h), ("heads", None), zeros, decay="none")
-        self.k_bias_KH = declare(kk, (k, h), ("kv_heads", None), zeros, decay="none")
-        self.v_bias_KH = declare(kv, (k, h), ("kv_heads", None), zeros, decay="none")
+        has_bias = config.qkv_bias
+        self.q_bias_NH = declare(kq, (n, h), ("heads", None), zeros, decay="none") if has_bias else None
+        self.k_bias_KH = declare(kk, (k, h), ("kv_heads", None), zeros, decay="none") if has_bias else None
+        self.v_bias_KH = declare(kv, (k, h), ("kv_heads", None), zeros, decay="none") if has_bias else None
         self.rope_theta, self.window, self.backend = config.rope_theta, config.window, config.attention
         self.personal = personal
 
@@ -222,10 +235,9 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, position_BT: jax.Array, context: ProfileContext | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Queries (scaled by the profile, where it is read) before and after rotation, rotated keys, and values."""
-        dtype = x_BTD.dtype
-        q = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...].astype(dtype)) + self.q_bias_NH[...].astype(dtype)
-        k = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH[...].astype(dtype)) + self.k_bias_KH[...].astype(dtype)
-        v = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH[...].astype(dtype)) + self.v_bias_KH[...].astype(dtype)
+        q = _project(x_BTD, self.q_DNH, self.q_bias_NH)
+        k = _project(x_BTD, self.k_DKH, self.k_bias_KH)
+        v = _project(x_BTD, self.v_DKH, self.v_bias_KH)
         if self.personal is not None:
             assert context is not None
             q = self.personal.scale(q, context)

@@ -33,6 +33,18 @@ class TextEncoder(nnx.Module):
         return (mean + jax.nn.silu(mean @ self.gate_DD[...])) @ self.out_DD[...]
 
 
+class TokenEncoder(nnx.Module):
+    """The vectors of text tokens: rows of a table, and nothing else."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        shape = config.text.vocab_size, config.d_model
+        self.row_VD = declare(key, shape, ("vocab", "embed"), normal(STDDEV), decay="embedding")
+
+    def __call__(self, token_BT: jax.Array) -> jax.Array:
+        """`[B, T, D]` float32."""
+        return self.row_VD[...][token_BT]
+
+
 def has_row(item_X: jax.Array, catalog: Catalog) -> jax.Array:
     """Bool, which items have a row and a bias of their own: those that were trained, less those dropped in a step."""
     has_row_I = catalog.count_I > 0 if catalog.has_row_I is None else catalog.has_row_I

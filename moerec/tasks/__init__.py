@@ -2,12 +2,14 @@
 
 from moerec.nn.heads.item import Candidates, TargetItems
 from moerec.tasks.base import Draws, Task, TaskSums, make_tasks, register_task
+from moerec.tasks.lm import LanguageModel
 from moerec.tasks.losses import draw_all, draw_one_each, draw_shared, register_loss
 from moerec.tasks.next_event import NextEvent, check_loss
 
 __all__ = [
     "Candidates",
     "Draws",
+    "LanguageModel",
     "NextEvent",
     "TargetItems",
     "Task",

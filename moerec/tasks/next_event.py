@@ -26,8 +26,8 @@ class NextEvent:
         check_loss(config)
 
     def render(self, packed: Packed) -> Target:
-        weight_BT = (packed.batch.segment_BT > 0).astype(np.float32)
-        return Target(packed.next_item_BT, weight_BT)
+        is_asked_BT = (packed.batch.segment_BT > 0) & (packed.next_item_BT >= 0)
+        return Target(np.maximum(packed.next_item_BT, 0), is_asked_BT.astype(np.float32))
 
     def constants(self, catalog: Catalog, config: Config) -> SamplingTable:
         """`make_sampling_table`."""
@@ -50,6 +50,8 @@ class NextEvent:
         self, model: SequenceModel, outputs: Outputs, batch: Batch, catalog: Catalog, draws: Draws, config: Config
     ) -> TaskSums:
         target, options = batch.targets[self.name], config.loss
+        assert model.head is not None
+        assert model.item_encoder is not None
         targets = TargetItems(
             model.head,
             model.item_encoder,

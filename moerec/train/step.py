@@ -202,7 +202,8 @@ def abstract_batch(config: Config, sizes: ModelSizes, tasks: list[Task]) -> Batc
 
     request = Request(ids, ids, codes(len(sizes.context_sizes)), codes(len(sizes.field_sizes)))
     targets = {task.name: Target(ids, real) for task in tasks}
-    return Batch(**dict.fromkeys(Batch._fields[:-2], ids), request=request, targets=targets)
+    columns = dict.fromkeys(Batch._fields[:-3], ids)
+    return Batch(**columns, request=request, targets=targets, token_BT=ids if "lm" in config.tasks else None)
 
 
 def lower_train_step(config: Config, sizes: ModelSizes, mesh: Mesh | None = None) -> jax.stages.Lowered:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moerec.data.dataset import UNKNOWN_TIME, EventLog, ItemTable
 from moerec.data.histories import Histories
-from moerec.data.packing import Sequences, device_time, pack, place_sequences
+from moerec.data.packing import Sequences, Words, device_time, pack, place_sequences
 from moerec.types import NO_TIME
 
 
@@ -160,19 +160,30 @@ def read_slot(packed, row: int, column: int) -> dict:
     """Every column of one slot."""
     batch = packed.batch
     columns = {**batch._asdict(), **{f"request.{k}": x for k, x in batch.request._asdict().items()}}
-    columns = {name: x for name, x in columns.items() if name not in ("request", "targets")}
-    return {name: x[row, column].tolist() for name, x in {**columns, "next_item": packed.next_item_BT}.items()}
+    columns |= {"next_item": packed.next_item_BT, "next_token": packed.next_token_BT}
+    left_out = ("request", "targets")
+    return {name: x[row, column].tolist() for name, x in columns.items() if name not in left_out and x is not None}
 
 
-@given(sequence_sets())
-def test_control_slots_and_events_stand_where_a_loop_lays_them(drawn):
+def take_words(words_of: list[list[int]]) -> Words:
+    offsets = np.concatenate([[0], np.cumsum([len(own) for own in words_of])]).astype(np.int64)
+    return Words(offsets, np.array([token for own in words_of for token in own], np.int32))
+
+
+@given(sequence_sets(), st.booleans(), st.integers(0, 10_000))
+def test_control_slots_events_and_words_stand_where_a_loop_lays_them(drawn, has_words, seed):
     log, items, rows_of, sequences, n_rows, row_len = drawn
+    rng = np.random.default_rng(seed)
     n_slots = [len(rows) + bool(c) for rows, c in zip(rows_of, sequences.has_control, strict=True)]
     assert sequences.n_slots.tolist() == n_slots
-    placed = place_sequences(sequences.n_slots, n_rows, row_len)
+    room = [max(row_len - n - 1, 0) for n in n_slots]
+    words_of = [rng.integers(1, 90, rng.integers(0, n + 1) if has_words else 0).tolist() for n in room]
+    n_slots = [n + len(own) + bool(own) for n, own in zip(n_slots, words_of, strict=True)]
+    placed = place_sequences(np.array(n_slots, np.int64), n_rows, row_len)
     n = placed.n
     part = Sequences(sequences.events.slice(0, n), *(x[:n] for x in sequences[1:]))
-    packed = pack(log, items, part, placed, (n_rows, row_len))
+    words = take_words(words_of[:n]) if has_words and n else None
+    packed = pack(log, items, part, placed, (n_rows, row_len), words)
     assert packed.batch.targets == {}
     n_services, n_context, n_fields = len(items.services), log.context.shape[1], sequences.field_UY.shape[1]
     service_of = [z for z in range(n_services) for _ in range(items.offsets[z], items.offsets[z + 1])]
@@ -194,14 +205,21 @@ def test_control_slots_and_events_stand_where_a_loop_lays_them(drawn):
         "request.context_BTC": [0] * n_context,
         "request.field_BTY": [0] * n_fields,
         "next_item": 0,
+        **({} if words is None else {"token_BT": 0, "next_token": -1}),
     }
     expected = [[padding] * row_len for _ in range(n_rows)]
     for k, (b, column, number) in enumerate(place_by_hand(n_slots, n_rows, row_len)):
         laid = ["control"] * bool(sequences.has_control[k]) + rows_of[k]
+        n_before, said = len(laid), words_of[k] if words is not None else []
+        laid += [f"word {token}" for token in said] + ["control"] * bool(said)
         for t, event in enumerate(laid):
-            after = laid[t + 1] if t + 1 < len(laid) else int(sequences.next_row[k])
-            own = nothing(2)
-            if event != "control":
+            after = laid[t + 1] if t + 1 < n_before else int(sequences.next_row[k])
+            own, is_word = nothing(2), str(event).startswith("word")
+            if t >= n_before and rows_of[k]:
+                own["time_BT"] = seen_time(rows_of[k][-1])
+            if is_word:
+                own["kind_BT"] = 3
+            elif event != "control":
                 own = {
                     "kind_BT": 1,
                     "item_BT": int(log.item[event]),
@@ -218,8 +236,15 @@ def test_control_slots_and_events_stand_where_a_loop_lays_them(drawn):
                 "request.utc_offset_BT": int(log.utc_offset[after]),
                 "request.context_BTC": log.context[after].tolist(),
                 "request.field_BTY": sequences.field_UY[k].tolist(),
-                "next_item": int(log.item[after]),
+                "next_item": -1 if is_word else int(log.item[after]),
             }
+            slot = expected[b][column + t]
+            if said and t == n_before - 1:  # the request is answered behind the words
+                slot |= {"request.time_BT": int(NO_TIME), "request.utc_offset_BT": 0, "next_item": -1}
+                slot["request.context_BTC"] = [0] * n_context
+            if words is not None:
+                slot["token_BT"] = said[t - n_before] if is_word else 0
+                slot["next_token"] = said[t - n_before + 1] if is_word and t - n_before + 1 < len(said) else -1
     assert [[read_slot(packed, b, t) for t in range(row_len)] for b in range(n_rows)] == expected
 
 

@@ -52,7 +52,7 @@ class Stub(NamedTuple):
 STUB = Stub(*(jnp.asarray(x, jnp.float32) for x in (H[None], VECTOR, BIAS)))
 EMPTY = np.zeros((1, N_SLOTS), np.int32)
 BATCH = Batch(
-    *[EMPTY] * (len(Batch._fields) - 2),
+    *[EMPTY] * (len(Batch._fields) - 3),
     request=Request(EMPTY, EMPTY, EMPTY[..., None], EMPTY[..., None]),
     targets={"next_event": Target(TARGET[None].astype(np.int32), WEIGHT[None].astype(np.float32))},
 )

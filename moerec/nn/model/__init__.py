@@ -1,10 +1,12 @@
 """The sequence model, and a trained one that answers."""
 
 from moerec.nn.model.calibration import Calibration, pick_calibration, read_calibration
+from moerec.nn.model.parts import TEXT_SIZES, Below, ModelSizes
 from moerec.nn.model.predictor import Predictor, count_active_params
-from moerec.nn.model.sequence import Below, ModelSizes, SequenceModel
+from moerec.nn.model.sequence import SequenceModel
 
 __all__ = [
+    "TEXT_SIZES",
     "Below",
     "Calibration",
     "ModelSizes",

@@ -30,6 +30,7 @@ class Calibration(NamedTuple):
         if self.gate_shift is None:
             return predictor
         params = jax.tree.map(lambda x: x, predictor.params)  # whose modules are others
+        assert params.head is not None
         aggregator = params.head.aggregator
         assert aggregator is not None
         aggregator.gate_bias[...] = aggregator.gate_bias[...] + jnp.asarray(self.gate_shift)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from moerec.config import ModelConfig
 from moerec.nn.heads.answers import drop_component, log_prob_all
 from moerec.nn.heads.item import score_items
-from moerec.nn.model.sequence import Below, SequenceModel
+from moerec.nn.model.parts import Below
+from moerec.nn.model.sequence import SequenceModel
 from moerec.nn.moe.experts import DomainExperts
 from moerec.nn.moe.hypotheses import Hypotheses, ask_all, temper
 from moerec.nn.profile import ProfileState

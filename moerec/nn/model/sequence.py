@@ -1,7 +1,6 @@
 """The sequence model: slots in, one state a slot out, from which heads predict what comes next."""
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,49 +17,20 @@ from moerec.nn.block import (
     zero_router_bias,
 )
 from moerec.nn.cache import AskedSlots, place_asked
-from moerec.nn.embeddings import ItemEncoder, SlotEncoder
+from moerec.nn.embeddings import ItemEncoder, SlotEncoder, TokenEncoder
 from moerec.nn.heads.item import ItemHead
 from moerec.nn.heads.near_pointers import find_told
 from moerec.nn.heads.places import find_places
 from moerec.nn.heads.service_answers import Asking, ServiceAnswers
+from moerec.nn.heads.text import TextHead
 from moerec.nn.layers import RMSNorm, declare, dropout, normal
+from moerec.nn.model.parts import Below, ModelSizes, refuse_parts
 from moerec.nn.moe.analyser import Analyser
 from moerec.nn.moe.hypotheses import Hypotheses, close_groups, followed_services, suppose_vector
-from moerec.nn.moe.router import RouterInputs, count_groups
+from moerec.nn.moe.router import RouterInputs, close_to_text, count_groups
 from moerec.nn.profile import ProfileRequest, ProfileState, UserState, count_profile_slots, make_personalizer
-from moerec.nn.profile.profile_router import ProfileRouter, read_slot_profiles, swap_profiles
-from moerec.types import EVENT, NO_TIME, Answers, Batch, Catalog, Outputs, PointerMixture, Routing
-
-
-class Below(NamedTuple):
-    """What the layers above the trunk begin with.
-
-    Attributes:
-      x_BTD: states of the trunk, with what was read of the profile. event_BTD: the slots' own vectors.
-      context: what layers see. log_domain_BTZ, relevance_BTM: as in `Outputs`.
-      keys: one a layer in training, else None.
-    """
-
-    x_BTD: jax.Array
-    event_BTD: jax.Array
-    context: LayerContext
-    log_domain_BTZ: jax.Array | None
-    relevance_BTM: jax.Array | None
-    keys: jax.Array | None
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSizes:
-    """What the data fixes about the model's shapes."""
-
-    n_items: int
-    n_tokens: int
-    n_services: int
-    n_actions: int
-    context_sizes: tuple[int, ...]  # codes of each context feature, the first "missing"; the next one is "unseen"
-    field_sizes: tuple[int, ...] = ()  # codes of each static profile field, the first of them "missing"
-    has_control: bool = False  # whether sequences begin with the control slot `<|recommend|>`
-    service_offsets: tuple[int, ...] = ()  # where each service's items begin in the catalogue, and its end
+from moerec.nn.profile.profile_router import ProfileRouter, has_profile, read_slot_profiles, swap_profiles
+from moerec.types import EVENT, NO_TIME, TOKEN, Answers, Batch, Catalog, Outputs, PointerMixture, Routing
 
 
 class SequenceModel(nnx.Module):
@@ -72,14 +42,17 @@ class SequenceModel(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig, sizes: ModelSizes):
         k_item, k_slot, k_blocks, k_head = jax.random.split(key, 4)
-        items = (sizes.n_items, sizes.n_tokens)
-        self.item_encoder = ItemEncoder(k_item, config, *items)
+        items, has_events = (sizes.n_items, sizes.n_tokens), sizes.n_items > 0
+        refuse_parts(config, has_events)
+        self.item_encoder = ItemEncoder(k_item, config, *items) if has_events else None
         # Static fields are read by the profile; where there is none, by the control slot.
         reads_fields = bool(count_profile_slots(config)) and config.personal.fields
         field_sizes = () if reads_fields else sizes.field_sizes
         services, shapes = (sizes.n_services, sizes.n_actions), (sizes.context_sizes, field_sizes)
-        self.slot_encoder = SlotEncoder(k_slot, config, *services, *shapes, sizes.has_control)
-        self.input_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.slot_encoder = SlotEncoder(k_slot, config, *services, *shapes, sizes.has_control) if has_events else None
+        self.input_norm = RMSNorm(config.d_model, config.norm_eps) if has_events else None
+        k_token = jax.random.fold_in(k_slot, 7)
+        self.token_encoder = TokenEncoder(k_token, config) if config.text.vocab_size else None
         k_layers = jax.random.split(k_blocks, config.n_layers)
         self.groups = nnx.List(
             [
@@ -89,7 +62,7 @@ class SequenceModel(nnx.Module):
         )
         k_analyser, k_profile, k_router, k_ask = (jax.random.fold_in(k_head, n) for n in (1, 2, 3, 6))
         is_mixture, is_personal = bool(config.moe.layers), bool(config.personal.layers)
-        has_analyser = is_mixture or config.is_asked
+        has_analyser = has_events and (is_mixture or config.is_asked)
         self.analyser = Analyser(k_analyser, config, sizes.n_services) if has_analyser else None
         shape, axes = (sizes.n_services, config.d_model), (None, "embed")
         # As large as what it is added to, or it goes unheard.
@@ -97,23 +70,29 @@ class SequenceModel(nnx.Module):
         self.profile = make_personalizer(config, sizes.field_sizes).init(k_profile) if is_personal else None
         self.profile_router = ProfileRouter(k_router, config) if count_profile_slots(config) else None
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = ItemHead(k_head, config, *items, sizes.n_services)
+        self.head = ItemHead(k_head, config, *items, sizes.n_services) if has_events else None
+        self.text_head = TextHead(jax.random.fold_in(k_token, 1), config) if config.text.vocab_size else None
         self.config, self.field_sizes, self.n_services = config, sizes.field_sizes, sizes.n_services
         self.service_offsets = sizes.service_offsets
 
     def bind(self, catalog: Catalog) -> Catalog:
         """The catalogue with the vectors and biases of all its items, computed once."""
+        if self.head is None:
+            return catalog
+        assert self.item_encoder is not None
         item_I = jnp.arange(catalog.service_I.shape[0])
         vector_ID, bias_I = self.head.vectors(item_I, catalog._replace(vector_ID=None, bias_I=None), self.item_encoder)
         return catalog._replace(vector_ID=vector_ID, bias_I=bias_I, repeat_I=self.head.repeats(catalog))
 
     def event_vectors(self, item: jax.Array, action: jax.Array, catalog: Catalog) -> jax.Array:
         """What a profile is fed of events: vectors `[..., D]` of item, service and action."""
+        assert self.slot_encoder is not None
         return self._item_vectors(item, catalog) + self.slot_encoder.of_event(item, action, catalog)
 
     def _item_vectors(self, item: jax.Array, catalog: Catalog) -> jax.Array:
         """Of items as inputs: those of a bound catalogue, where inputs and candidates share their vectors."""
-        if catalog.vector_ID is None or self.head.encoder is not None:
+        assert self.item_encoder is not None
+        if catalog.vector_ID is None or (self.head is not None and self.head.encoder is not None):
             return self.item_encoder(item, catalog)
         return catalog.vector_ID[item]
 
@@ -131,6 +110,7 @@ class SequenceModel(nnx.Module):
         """
         if item_BTD is None:
             item_BTD = self._item_vectors(batch.item_BT, catalog)
+        assert self.slot_encoder is not None
         event_BTD = item_BTD + self.slot_encoder.of_event(batch.item_BT, batch.action_BT, catalog)
         personalizer = make_personalizer(self.config, self.field_sizes)
         return read_slot_profiles(personalizer, self.profile, batch, event_BTD, self.config.personal.fields, start_B)
@@ -181,7 +161,7 @@ class SequenceModel(nnx.Module):
             routings += [routing] if group.experts else []
         routing = Routing(*map(jnp.concatenate, zip(*routings, strict=True))) if routings else None
         state_BTD, pointers = self.final_norm(x_BTD.astype(jnp.float32)), None
-        aggregator = self.head.aggregator
+        aggregator = None if self.head is None else self.head.aggregator
         if aggregator is not None:
             mask_BTS = causal_segment_mask(batch.segment_BT, config.window)
             places, told = find_places(batch, self.n_services) if aggregator.near else None, {}
@@ -246,7 +226,7 @@ class SequenceModel(nnx.Module):
             routings += [] if routing is None else [routing]
         routing = Routing(*map(jnp.concatenate, zip(*routings, strict=True))) if routings else None
         state_QXD, pointers = self.final_norm(x_QXD.astype(jnp.float32)), None
-        if isinstance(self.head.aggregator, ServiceAnswers):
+        if self.head is not None and isinstance(self.head.aggregator, ServiceAnswers):
             pointers = self._point_asked(batch, catalog, asked, hypotheses.answer_QX, state_QXD, below.event_BTD)
         relevance_QM = None if below.relevance_BTM is None else _pick_slots(below.relevance_BTM, flat_Q)
         assert below.log_domain_BTZ is not None
@@ -271,8 +251,7 @@ class SequenceModel(nnx.Module):
         k_input, k_context, k_blocks = None, None, None
         if key is not None:
             k_input, k_blocks, k_context = jax.random.split(key, 3)
-        item_BTD = self._item_vectors(batch.item_BT, catalog)
-        event_BTD = self.input_norm(self.slot_encoder(batch, item_BTD, catalog, k_context))
+        item_BTD, event_BTD = self._embed(batch, catalog, k_context)
         x_BTD = dropout(event_BTD, config.dropout, k_input).astype(jnp.dtype(config.compute_dtype))
         keys = None if k_blocks is None else jax.random.split(k_blocks, config.n_layers)
         k_analyser = None if k_blocks is None else jax.random.fold_in(k_blocks, config.n_layers)
@@ -286,6 +265,20 @@ class SequenceModel(nnx.Module):
         of_trunk = x_BTD, item_BTD, batch, catalog, context, profile, domain_BT, k_analyser
         x_BTD, context, log_domain_BTZ, relevance_BTM = self._condition(*of_trunk)
         return Below(x_BTD, event_BTD, context, log_domain_BTZ, relevance_BTM, keys)
+
+    def _embed(self, batch: Batch, catalog: Catalog, key: jax.Array | None) -> tuple[jax.Array | None, jax.Array]:
+        """The vectors of the slots' items, and of the slots: a token's is its row, with nothing added."""
+        token_BTD = None
+        if self.token_encoder is not None and batch.token_BT is not None:
+            token_BTD = self.token_encoder(batch.token_BT)
+        if self.slot_encoder is None or self.input_norm is None:
+            assert token_BTD is not None
+            return None, token_BTD
+        item_BTD = self._item_vectors(batch.item_BT, catalog)
+        event_BTD = self.input_norm(self.slot_encoder(batch, item_BTD, catalog, key))
+        if token_BTD is not None:
+            event_BTD = jnp.where((batch.kind_BT == TOKEN)[..., None], token_BTD, event_BTD)
+        return item_BTD, event_BTD
 
     @property
     def _n_trunk(self) -> int:
@@ -345,7 +338,7 @@ class SequenceModel(nnx.Module):
         state_QXD: jax.Array,
         event_BTD: jax.Array,
     ) -> PointerMixture:
-        aggregator = self.head.aggregator
+        aggregator = None if self.head is None else self.head.aggregator
         assert isinstance(aggregator, ServiceAnswers)
         events = jax.tree.map(lambda x: x[asked.row_Q], aggregator.see_events(event_BTD, batch))
         time_Q1 = batch.request.time_BT.reshape(-1)[asked.flat_Q][:, None]
@@ -359,7 +352,7 @@ class SequenceModel(nnx.Module):
     def _condition(
         self,
         x_BTD: jax.Array,
-        item_BTD: jax.Array,
+        item_BTD: jax.Array | None,
         batch: Batch,
         catalog: Catalog,
         context: LayerContext,
@@ -374,18 +367,23 @@ class SequenceModel(nnx.Module):
                 profile = self.read_profiles(batch, catalog, item_BTD=item_BTD)
             slots = profile.slots(make_personalizer(self.config, self.field_sizes).basis(self.profile))
             log_relevance_BTM = jnp.zeros((*batch.item_BT.shape, 0))
+            known_BT = None if batch.token_BT is None else has_profile(batch)
             if self.profile_router is not None:
                 relevance_BTM, log_relevance_BTM, read_BTD = self.profile_router(x_BTD, slots)
+                if known_BT is not None:
+                    read_BTD = jnp.where(known_BT[..., None], read_BTD, 0)
                 x_BTD = x_BTD + read_BTD.astype(x_BTD.dtype)
-            seen = (batch.time_BT, batch.service_BT, slots, log_relevance_BTM, profile.summary_D)
+            seen = (batch.time_BT, batch.service_BT, slots, log_relevance_BTM, profile.summary_D, known_BT)
             context = context._replace(profile=ProfileContext(*seen))
         if self.analyser is not None:
             log_domain_BTZ = self.analyser(x_BTD, context, key)
-            if self.config.moe.layers:
-                # The posterior stays one: the routers read it, but do not bend it to their ends.
-                known = jax.lax.stop_gradient(log_domain_BTZ)
-                domain_BT = jnp.full_like(batch.segment_BT, -1) if domain_BT is None else domain_BT
-                context = context._replace(router=RouterInputs(known, domain_BT, batch.segment_BT > 0, relevance_BTM))
+        if self.config.moe.layers:
+            # The posterior stays one: the routers read it, but do not bend it to their ends.
+            known = None if log_domain_BTZ is None else jax.lax.stop_gradient(log_domain_BTZ)
+            domain_BT = jnp.full_like(batch.segment_BT, -1) if domain_BT is None else domain_BT
+            real_BT, closed_BTG = close_to_text(batch, self.n_services, self.config.moe)
+            router = RouterInputs(known, domain_BT, real_BT, relevance_BTM, closed_BTG)
+            context = context._replace(router=router)
         return x_BTD, context, log_domain_BTZ, relevance_BTM
 
 

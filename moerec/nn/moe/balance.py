@@ -20,10 +20,11 @@ def target_load(config: MoEConfig, n_services: int, is_asked: bool = False) -> n
     under a hypothesis, which closes them, nothing.
     """
     share_ZG = np.zeros((n_services, count_groups(config, n_services)))
-    others = 0 if is_asked else 1 - config.own_group_fraction - config.cross_group_fraction
-    share_ZG[:, :n_services] = others / max(n_services - 1, 1)
-    share_ZG[np.arange(n_services), np.arange(n_services)] = config.own_group_fraction
-    share_ZG[:, n_services:] = config.cross_group_fraction
+    if config.services:
+        others = 0 if is_asked else 1 - config.own_group_fraction - config.cross_group_fraction
+        share_ZG[:, :n_services] = others / max(n_services - 1, 1)
+        share_ZG[np.arange(n_services), np.arange(n_services)] = config.own_group_fraction
+    share_ZG[:, n_services * int(config.services) :] = config.cross_group_fraction
     share_ZG /= share_ZG.sum(axis=1, keepdims=True)  # with a single service there are no others
     return np.repeat(share_ZG / config.n_per_group, config.n_per_group, axis=1).astype(np.float32)
 

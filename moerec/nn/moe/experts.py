@@ -26,7 +26,9 @@ def count_experts(config: MoEConfig, n_services: int) -> int:
     Raises:
       InputError: a slot could not find `n_active` experts.
     """
-    n_open = n_services if config.n_open_groups == 0 else config.n_open_groups
+    if config.services and not n_services:
+        raise InputError("config.model.moe.services: there are no services, so none has a group; set it to false")
+    n_open = config.n_open_groups or n_services * int(config.services)
     if n_open > n_services:
         raise InputError(f"config.model.moe.n_open_groups: {n_open} of {n_services} services")
     n_at_hand = n_open + int(config.cross)
@@ -40,8 +42,10 @@ class DomainExperts(nnx.Module):
     """Routed gated feed-forward experts; expert e belongs to group `e // n_per_group`, the last group is cross-domain
     (but with `moe.cross` off).
 
-    Shazeer et al. (2017) for the mixture; softmax before top-k. The bias that steers the choice without a gradient is
-    no parameter: it is part of the training state (`moerec.nn.moe.balance.update_bias`).
+    Shazeer et al. (2017) for the mixture; softmax before top-k, renormalised or not; beside it an expert that sees
+    every slot, weighed by a gate or not. Qwen2-MoE (Yang et al. 2024) is one cross group, not renormalised, with the
+    gate. The bias that steers the choice without a gradient is no parameter: it is part of the training state
+    (`moerec.nn.moe.balance.update_bias`).
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig, n_services: int):
@@ -51,7 +55,7 @@ class DomainExperts(nnx.Module):
         zeros = jax.nn.initializers.zeros
         self.router_ED = declare(k_router, (e, d), ("experts", "embed"), fan_in_second)
         # Under a hypothesis the domain is known.
-        reads_domain = not config.is_asked
+        reads_domain = moe.reads_domain and not config.is_asked and n_services > 0
         self.w_domain_EZ = (
             declare(k_router, (e, n_services), ("experts", None), zeros, decay="none") if reads_domain else None
         )
@@ -61,7 +65,8 @@ class DomainExperts(nnx.Module):
         self.up_EDF = declare(k_up, (e, d, f), ("experts", "embed", "mlp"), _fan_in_each)
         self.down_EFD = declare(k_down, (e, f, d), ("experts", "mlp", "embed"), _fan_in_each)
         self.shared = SwiGLU(k_shared, d, moe.d_shared) if moe.d_shared else None
-        self.moe = moe
+        self.shared_gate_D = declare(k_shared, (d,), ("embed",), fan_in) if moe.shared_gate else None
+        self.moe, self.n_services = moe, n_services
 
     def __call__(
         self, x_BTD: jax.Array, inputs: RouterInputs, bias_E: jax.Array, key: jax.Array | None
@@ -88,12 +93,15 @@ class DomainExperts(nnx.Module):
         bounded = key is not None and bool(moe.capacity_factor)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            y_BTD, routing = _apply(rows, weights, moe, bounded, None)
+            y_BTD, routing = _apply(rows, weights, moe, self.n_services, bounded, None)
         else:
             axes = {name: getattr(self, name).get_metadata()["axes"] for name in MATRICES}
-            y_BTD, routing = _apply_on_mesh(rows, weights, moe, bounded, mesh, axes)
+            y_BTD, routing = _apply_on_mesh(rows, weights, moe, self.n_services, bounded, mesh, axes)
         if self.shared is not None:
-            y_BTD = y_BTD + self.shared(x_BTD)
+            shared_BTD = self.shared(x_BTD)
+            if self.shared_gate_D is not None:
+                shared_BTD *= jax.nn.sigmoid(x_BTD @ self.shared_gate_D[...].astype(x_BTD.dtype))[..., None]
+            y_BTD = y_BTD + shared_BTD
         return y_BTD, routing
 
 
@@ -118,7 +126,13 @@ class Weights(NamedTuple):
 
 
 def _apply_on_mesh(
-    rows: Rows, weights: Weights, moe: MoEConfig, bounded: bool, mesh: AbstractMesh, axes: dict[str, tuple]
+    rows: Rows,
+    weights: Weights,
+    moe: MoEConfig,
+    n_services: int,
+    bounded: bool,
+    mesh: AbstractMesh,
+    axes: dict[str, tuple],
 ) -> tuple[jax.Array, Routing]:
     """One `shard_map` over the mesh; the batch is filled up with padding where the devices do not divide it."""
     (n_experts, _, f), n_batch = weights.gate_EDF.shape, rows.x_BTD.shape[0]
@@ -139,7 +153,7 @@ def _apply_on_mesh(
             for name, spec in matrices.items()
             if "data" in spec
         }
-        return _apply(rows, weights._replace(**whole), moe, bounded, mesh)
+        return _apply(rows, weights._replace(**whole), moe, n_services, bounded, mesh)
 
     y_BTD, routing = jax.shard_map(
         apply,
@@ -151,7 +165,7 @@ def _apply_on_mesh(
 
 
 def _apply(
-    rows: Rows, weights: Weights, moe: MoEConfig, bounded: bool, mesh: AbstractMesh | None
+    rows: Rows, weights: Weights, moe: MoEConfig, n_services: int, bounded: bool, mesh: AbstractMesh | None
 ) -> tuple[jax.Array, Routing]:
     """Routes the rows of a device and applies their experts; the sums are those of all devices."""
     shape, n_experts = rows.x_BTD.shape, weights.router_ED.shape[0]
@@ -159,7 +173,8 @@ def _apply(
     x_SD, seen_SD, known = flat
     domain_S, real_S = known.domain_BT, known.real_BT
     routing_weights = weights.router_ED, weights.w_domain_EZ, weights.w_profile_EM, weights.bias_E
-    routed = route_slots(seen_SD, known, *routing_weights, moe)
+    routed = route_slots(seen_SD, known, *routing_weights, moe, n_services)
+    weight_SA = routed.weight_TA if moe.renormalise else routed.probability_TA
     expert_SA = jnp.where(real_S[:, None], routed.expert_TA, n_experts)
     capacity = None
     if bounded:
@@ -168,7 +183,7 @@ def _apply(
             n_real = jax.lax.psum(n_real, "expert")  # the slots that these experts serve
         even = n_real * moe.n_active / n_experts
         capacity = jnp.maximum(jnp.round(even * moe.capacity_factor), 1).astype(jnp.int32)
-    assignment = Assignment(expert_SA, routed.weight_TA.astype(x_SD.dtype), capacity)
+    assignment = Assignment(expert_SA, weight_SA.astype(x_SD.dtype), capacity)
     dtype = x_SD.dtype
     matrices = (weights.gate_EDF.astype(dtype), weights.up_EDF.astype(dtype), weights.down_EFD.astype(dtype))
     counted_S = (domain_S >= 0).astype(jnp.float32)

@@ -68,6 +68,8 @@ def close_groups(service: jax.Array, n_services: int, n_groups: int) -> jax.Arra
 
     Args: int32 services `[...]`, -1 where none is asked, which opens the cross group alone.
     """
+    if n_groups <= 1:  # no service has one
+        return jnp.zeros((*service.shape, n_groups))
     own = jax.nn.one_hot(service, n_services, dtype=jnp.float32)
     cross = jnp.ones((*service.shape, n_groups - n_services))
     return MASK_VALUE * (1 - jnp.concatenate([own, cross], axis=-1))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moerec.config import MoEConfig
 from moerec.nn.layers import MASK_VALUE
+from moerec.types import TOKEN, Batch
 from pallas_kernels.router import Routed, route
 
 
@@ -14,13 +15,15 @@ class RouterInputs(NamedTuple):
     """What the router knows of each slot beside its state.
 
     Attributes:
-      log_domain_BTZ: the analyser's log-posterior. domain_BT: int32 domain under which the slot is counted, or -1.
-      real_BT: bool, false in padding, which goes to no expert.
+      log_domain_BTZ: the analyser's log-posterior; None where there are no services.
+      domain_BT: int32 domain under which the slot is counted, or -1.
+      real_BT: bool, false where a slot goes to no expert: in padding, and of text where there is no cross group.
       relevance_BTM: how much each memory slot of the profile matters, or None.
-      closed_BTG: of each group 0, or `MASK_VALUE` where a hypothesis closes it; None where there are no hypotheses.
+      closed_BTG: of each group 0, or `MASK_VALUE` where it is closed: by a hypothesis, or to text, which carries none.
+        None where there are neither.
     """
 
-    log_domain_BTZ: jax.Array
+    log_domain_BTZ: jax.Array | None
     domain_BT: jax.Array
     real_BT: jax.Array
     relevance_BTM: jax.Array | None = None
@@ -28,8 +31,8 @@ class RouterInputs(NamedTuple):
 
 
 def count_groups(config: MoEConfig, n_services: int) -> int:
-    """G, the groups of experts: one of each service, and the cross group where there is one."""
-    return n_services + int(config.cross)
+    """G, the groups of experts: one of each service, if services have some, and the cross group, if there is one."""
+    return n_services * int(config.services) + int(config.cross)
 
 
 def open_groups(log_domain_SZ: jax.Array, n_open: int, n_groups: int) -> jax.Array:
@@ -40,6 +43,18 @@ def open_groups(log_domain_SZ: jax.Array, n_open: int, n_groups: int) -> jax.Arr
     return jnp.pad(MASK_VALUE * (1 - chosen_SZ), ((0, 0), (0, n_groups - n_services)))
 
 
+def close_to_text(batch: Batch, n_services: int, config: MoEConfig) -> tuple[jax.Array, jax.Array | None]:
+    """`RouterInputs.real_BT` and `closed_BTG`: text uses what is open to all, of the experts the cross group."""
+    real_BT = batch.segment_BT > 0
+    if batch.token_BT is None or not config.services:
+        return real_BT, None
+    is_text_BT = batch.kind_BT == TOKEN
+    if not config.cross:
+        real_BT &= ~is_text_BT
+    closed_BT1 = jnp.where(is_text_BT, MASK_VALUE, 0.0)[..., None]
+    return real_BT, jnp.pad(jnp.repeat(closed_BT1, n_services, axis=-1), ((0, 0), (0, 0), (0, int(config.cross))))
+
+
 def route_slots(
     seen_SD: jax.Array,
     inputs: RouterInputs,
@@ -48,8 +63,9 @@ def route_slots(
     w_profile_EM: jax.Array | None,
     bias_E: jax.Array,
     config: MoEConfig,
+    n_services: int,
 ) -> Routed:
-    """The experts of each slot, and the statistics of Z domains.
+    """The experts of each slot, and the statistics of Z domains; of one where there are no services.
 
     Here alone the router's logits are made; `pallas_kernels.router` takes the softmax and the top k. The logits are
     linear in the state, in the log-posterior over domains (not under a hypothesis, which is a domain known), in the
@@ -59,10 +75,10 @@ def route_slots(
     Args:
       inputs: with a leading axis S in the place of B and T.
     """
-    log_domain_SZ = inputs.log_domain_BTZ
-    n_services, n_experts = log_domain_SZ.shape[1], router_ED.shape[0]
+    log_domain_SZ, n_experts = inputs.log_domain_BTZ, router_ED.shape[0]
     features, weights = [], []
     if w_domain_EZ is not None:
+        assert log_domain_SZ is not None
         features.append(log_domain_SZ)
         weights.append(w_domain_EZ)
     if w_profile_EM is not None:
@@ -71,12 +87,16 @@ def route_slots(
         weights.append(w_profile_EM)
     n_groups = count_groups(config, n_services)
     closed_SG = inputs.closed_BTG
-    if closed_SG is None and config.n_open_groups:
-        closed_SG = open_groups(log_domain_SZ, config.n_open_groups, n_groups)
+    if config.n_open_groups:
+        assert log_domain_SZ is not None
+        less_SG = open_groups(log_domain_SZ, config.n_open_groups, n_groups)
+        closed_SG = less_SG if closed_SG is None else jnp.minimum(less_SG, closed_SG)
     if closed_SG is not None:
         group_E = jnp.arange(n_experts) // config.n_per_group
         features.append(closed_SG)
         weights.append(jax.nn.one_hot(group_E, n_groups))
+    if not features:  # kernels want at least one
+        features, weights = [jnp.zeros((seen_SD.shape[0], 1))], [jnp.zeros((n_experts, 1))]
     backend = {"auto": "auto", "pallas_tpu": "pallas_tpu"}.get(config.backend, "xla")
     return route(
         seen_SD,
@@ -85,7 +105,7 @@ def route_slots(
         jnp.concatenate(weights, axis=1),
         bias_E,
         inputs.domain_BT,
-        n_services,
+        max(n_services, 1),
         config.n_active,
         backend,
     )

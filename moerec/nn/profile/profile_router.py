@@ -10,7 +10,7 @@ from moerec.config import ModelConfig
 from moerec.nn.layers import RMSNorm, declare, fan_in
 from moerec.nn.profile.api import Event, Personalizer, ProfileMemory, ProfileRequest, ProfileState, UserState
 from moerec.nn.profile.memory import MEMORIES, MemorySizes
-from moerec.types import EVENT, Batch
+from moerec.types import EVENT, TOKEN, Batch
 
 NO_PROFILE, MEAN_PROFILE = -1, -2  # in the place of a slot whose profile is given
 
@@ -86,6 +86,14 @@ def read_slot_profiles(
 
     events = Event(event_BTD, batch.time_BT, batch.kind_BT == EVENT)
     return jax.vmap(of_row)(events, first_BT, request.time_BT, field_BTY, start_B)
+
+
+def has_profile(batch: Batch) -> jax.Array:
+    """`[B, T]` bool, slots at or before which their sequence has an event or a control token; text alone has none."""
+    slot_T = jnp.arange(batch.kind_BT.shape[1])
+    of_user_BT = (batch.kind_BT != TOKEN) & (batch.segment_BT > 0)
+    last_BT = jax.lax.cummax(jnp.where(of_user_BT, slot_T, -1), axis=1)
+    return last_BT >= slot_T - batch.position_BT
 
 
 def swap_profiles(

@@ -279,7 +279,7 @@ def route(operands, domain_S, moe, profile: bool):
     relevance, w_profile = (o["relevance"], o["w_profile"]) if profile else (None, None)
     weights = (o["router"], o["w_domain"], w_profile, o["bias"])
     inputs = RouterInputs(o["log_domain"], domain_S, jnp.ones(len(domain_S), bool), relevance)
-    return route_slots(o["seen"], inputs, *weights, moe)
+    return route_slots(o["seen"], inputs, *weights, moe, N_SERVICES)
 
 
 def route_by_hand(operands, domain_S, moe, profile: bool):
