@@ -104,6 +104,7 @@ class Catalog(NamedTuple):
       near: for each pointer to neighbors its table. `text`: items of the same service whose texts are alike, by their
         cosines; `transitions`: those that stand near it in training histories of the service, by how often and how near
         (`TRANSITION_DECAY`); `crossings`: those of other services that stand near it in histories over all services.
+      state_IX: float32 states of the items' texts by a language model, standardised; None without.
     """
 
     service_I: Array
@@ -114,6 +115,7 @@ class Catalog(NamedTuple):
     has_row_I: Array | None = None
     near: dict[str, NearItems] = {}  # noqa: RUF012, nobody writes to it
     repeat_I: Array | None = None
+    state_IX: Array | None = None
 
 
 class Routing(NamedTuple):

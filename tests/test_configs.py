@@ -30,7 +30,7 @@ from moerec.nn.model import ModelSizes, SequenceModel, count_active_params
 from moerec.nn.profile import count_profile_slots
 from moerec.tasks import check_loss, make_tasks
 from moerec.train.loop import fit
-from moerec.train.paths import flatten
+from moerec.convert.paths import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))

@@ -71,8 +71,11 @@ class Config:
         for name in ("transition", "crossing"):
             is_told = "next_event" in self.tasks or not getattr(self.model, f"{name}_pointer")
             require(is_told, f"model.{name}_pointer", "needs the task next_event, whose targets its table has counted")
-        one_row = self.model.row_dropout == 0 or (self.model.item_text and not self.model.untrained_rows)
+        has_text = self.model.item_text or self.model.item_states
+        one_row = self.model.row_dropout == 0 or (has_text and not self.model.untrained_rows)
         require(one_row, "model.row_dropout", "needs texts (model.item_text), and model.untrained_rows=false")
+        has_states = bool(self.data.item_states) or not self.model.item_states
+        require(has_states, "model.item_states", "needs the run of a language model (data.item_states)")
 
 
 def checked(config):

@@ -245,6 +245,7 @@ class DataConfig:
     n_shards: int = 4  # ArrayRecord files of a prepared folder
     max_tokens: int = 24  # text and attribute tokens of an item
     vocab_size: int = 20000  # most text tokens kept
+    item_states: str = ""  # the run of a language model whose states of the items' texts are stored with the data
     text_neighbors: int = 0  # items of the same service whose texts are nearest, kept of each item; 0 makes no table
     transition_neighbors: int = 0  # those that stand near it in training histories; 0 makes no table
     crossing_neighbors: int = 0  # those of other services that do so; 0 makes no table

@@ -155,6 +155,7 @@ class ModelConfig:
     dropout: float = 0.2  # on the event vectors and after each sublayer
     item_row: bool = True  # the item's own embedding
     item_text: bool = True  # the projected text and attribute tokens
+    item_states: bool = False  # the projected states of the item's text by a language model; see `data.item_states`
     service: bool = True
     action: bool = True
     event_time: bool = False  # the event's place in the calendar, and the gap to the event before it; see `time`
@@ -197,7 +198,8 @@ class ModelConfig:
             require(0 <= getattr(self, name) < 1, f"model.{name}", "must lie in [0, 1)")
         require(self.norm_eps > 0, "model.norm_eps", "must be positive")
         require(self.rope_theta > 1, "model.rope_theta", "must be above 1")
-        require(self.item_row or self.item_text, "model.item_row", "an event needs the item's row or its text")
+        has_item = self.item_row or self.item_text or self.item_states
+        require(has_item, "model.item_row", "an event needs the item's row or its text")
         one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
         one_of(self.pointer, "model.pointer", ("none", "all", "services"))
         one_of(self.attention, "model.attention", ("auto", "reference", "xla_blocks"))

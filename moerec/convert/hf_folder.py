@@ -39,7 +39,7 @@ SIDE_FILES = (
 DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
 LENGTH_BYTES = 8  # of the header's length, in front of it
 
-_QUANTISED = ("I", "U", "F8", "F6", "F4")  # how dtypes of weights begin that mean nothing without their scales
+_QUANTISED = ("I", "U", "F8_", "F6_", "F4")  # how dtypes of weights begin that mean nothing without their scales
 _MOST_HEADER_BYTES = 100_000_000
 _MOST_DIMS = 8
 _PICKLED = re.compile(r"(pytorch_model|model|consolidated).*\.(bin|pth?|ckpt)(\.index\.json)?")
@@ -217,9 +217,10 @@ def _measure(path: Path) -> int:
     """Bytes of a file, whose link is followed. Raises InputError where there is none."""
     try:
         found = path.stat()
+    except FileNotFoundError:
+        raise InputError(f"{path}: {'is a link to nothing' if os.path.islink(path) else 'no such file'}") from None
     except OSError as error:
-        reason = "is a link to nothing" if path.is_symlink() else f"cannot be read: {error.strerror}"
-        raise InputError(f"{path}: {'no such file' if not os.path.lexists(path) else reason}") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"{path}: is no file")
     return found.st_size

@@ -141,16 +141,13 @@ def _write_file(
         header[plan.name] = {"dtype": _KINDS[plan.dtype], "shape": list(plan.shape), "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with path.open("xb") as file:
-        with naming(shown):
-            file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+    with naming(shown), path.open("xb") as file:
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for plan in plans:
             for block in _check_blocks(shown, plan, blocks(plan.name)):
-                with naming(shown):
-                    file.write(block)
-        with naming(shown):
-            file.flush()
-            os.fsync(file.fileno())
+                file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _check_blocks(shown: Path, plan: TensorPlan, blocks: Iterator[np.ndarray]) -> Iterator[memoryview]:

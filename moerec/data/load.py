@@ -33,6 +33,7 @@ from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.prepare.tables_to_shards import is_current, prepare
 from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties
+from moerec.data.text.item_states import open_store, standardise
 from moerec.data.text.words import TokenTable, tokenize
 from moerec.data.timezones import Zones, settle_zones
 from moerec.errors import InputError
@@ -55,6 +56,8 @@ class RunData:
       notes: lines about what is odd in its times and clocks.
       zones: those that its clocks are by; None where the events' times name the offsets of their own, or all show UTC.
       neighbors: the items' nearest, by the names of the tables that the config asks for (`Catalog.near`).
+      item_states: `[I, X]` float32, of the items' texts by a language model, standardised; None where none is asked
+        for, or they are not computed yet.
     """
 
     dataset: Dataset
@@ -67,6 +70,7 @@ class RunData:
     notes: tuple[str, ...] = ()
     zones: Zones | None = None
     neighbors: Mapping[str, Neighbors] = dataclasses.field(default_factory=dict)
+    item_states: np.ndarray | None = None
 
     @functools.cached_property
     def items_digest(self) -> str:
@@ -77,6 +81,14 @@ class RunData:
         for names in (catalogue.services, catalogue.ids.tolist()):
             found.update("\0".join(names).encode())
         return found.hexdigest()
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """What `DIGEST` holds of a run."""
+        found = {"sha256": self.digest, "items_sha256": self.items_digest}
+        if self.item_states is not None:
+            found["item_states_sha256"] = hashlib.sha256(self.item_states.tobytes()).hexdigest()
+        return found
 
     @functools.cached_property
     def digest(self) -> str:
@@ -99,7 +111,8 @@ class RunData:
         catalogue = self.dataset.catalogue
         count = np.bincount(self.dataset.log.item[self.split_ids == TRAIN], minlength=catalogue.n_items)
         found = Catalog(catalogue.service, self.tokens.ids, count.astype(np.float32))
-        return found._replace(near={name: NearItems(*table) for name, table in self.neighbors.items()})
+        near = {name: NearItems(*table) for name, table in self.neighbors.items()}
+        return found._replace(near=near, state_IX=self.item_states)
 
 
 def _coarsen(time_us: np.ndarray) -> np.ndarray:
@@ -136,7 +149,25 @@ def reload_data(config: DataConfig, workdir: Path) -> RunData:
     from_memory = dataclasses.replace(config, reader="memory")  # a city's shards would be written anew
     data = _assemble(from_memory, *_open(from_memory, workdir / "data"))
     _require_same(data, workdir)
+    if config.item_states:
+        store = open_store(data.folder or workdir, data.dataset.catalogue, data.item_number, model=None)
+        data = with_item_states(data, store.read(), workdir)
     return _with_neighbors(config, data, workdir, is_kept=False)
+
+
+def with_item_states(data: RunData, state_IX: np.ndarray, workdir: Path) -> RunData:
+    """The data with the states of the source's items in their order.
+
+    Raises:
+      InputError: `workdir` holds a run on other states.
+    """
+    placed = np.empty_like(state_IX)
+    placed[data.item_number] = standardise(state_IX)
+    data = dataclasses.replace(data, item_states=placed)
+    name = "item_states_sha256"
+    if name in (known := read_digests(workdir)) and known[name] != data.digests[name]:
+        raise InputError(f"{workdir}: this directory holds a run on other states of items (data.item_states)")
+    return data
 
 
 def _with_neighbors(config: DataConfig, data: RunData, workdir: Path, is_kept: bool) -> RunData:

@@ -49,6 +49,7 @@ from moerec.nn.heads.service_answers import component_names
 from moerec.nn.model import count_active_params
 from moerec.nn.profile import count_profile_slots
 from moerec.tasks import make_tasks
+from moerec.train.base_model.item_states import add_item_states
 from moerec.train.loop import TrainResult, fit
 from moerec.train.run_dir import CONFIG, METRICS, REPORT, refuse_other_config, refuse_strange_folder
 
@@ -82,12 +83,12 @@ def run_experiment(config: Config, workdir: Path) -> dict[str, Any]:
 def _run(config: Config, workdir: Path) -> dict[str, Any]:
     refuse_strange_folder(workdir)
     refuse_other_config(to_plain(dataclasses.asdict(config)), workdir / CONFIG)
-    data = load_data(config.data, workdir)
+    data = add_item_states(config, load_data(config.data, workdir), workdir)
     for line in (*data.notes, *describe_quarantine(data.quarantined)):
         print(line, file=sys.stderr)
     # Only now that the data could be read: a first call that failed must not bind the directory to its mistakes.
     store_config(workdir / CONFIG, config)
-    write_json(workdir / DIGEST, {"sha256": data.digest, "items_sha256": data.items_digest})
+    write_json(workdir / DIGEST, data.digests)
     finished = workdir / METRICS
     if finished.exists():
         print(f"{workdir}: is finished; delete its metrics.json to have it evaluated anew", file=sys.stderr)

@@ -33,6 +33,22 @@ class TextEncoder(nnx.Module):
         return (mean + jax.nn.silu(mean @ self.gate_DD[...])) @ self.out_DD[...]
 
 
+class StatesEncoder(nnx.Module):
+    """An item's text as a language model sees it: its states, made narrow, with a one-layer gate, projected."""
+
+    def __init__(self, key: jax.Array, d_states: int, d_text: int, d_model: int, eps: float):
+        k_in, k_gate, k_out = jax.random.split(key, 3)
+        self.in_XD = declare(k_in, (d_states, d_text), (None, None), fan_in)
+        self.norm = RMSNorm(d_text, eps)
+        self.gate_DD = declare(k_gate, (d_text, d_text), (None, None), fan_in)
+        self.out_DD = declare(k_out, (d_text, d_model), (None, "embed"), normal(STDDEV * d_text**-0.5))
+
+    def __call__(self, state_X: jax.Array) -> jax.Array:
+        """Args: states `[..., X]`, zeros without a text. Returns `[..., D]`, then zeros, too."""
+        narrow = self.norm(state_X @ self.in_XD[...])
+        return (narrow + jax.nn.silu(narrow @ self.gate_DD[...])) @ self.out_DD[...]
+
+
 class TokenEncoder(nnx.Module):
     """The vectors of text tokens: rows of a table, and nothing else."""
 
@@ -52,11 +68,11 @@ def has_row(item_X: jax.Array, catalog: Catalog) -> jax.Array:
 
 
 class ItemEncoder(nnx.Module):
-    """An item's vector: its own row, plus its text. An item without a training event has its text alone, and a vector
-    that all such items share.
+    """An item's vector: its own row, plus its text, as a bag of words or by a language model's states. An item without
+    a training event has its text alone, and a vector that all such items share.
     """
 
-    def __init__(self, key: jax.Array, config: ModelConfig, n_items: int, n_tokens: int):
+    def __init__(self, key: jax.Array, config: ModelConfig, n_items: int, n_tokens: int, d_states: int = 0):
         k_row, k_text = jax.random.split(key)
         self.row_ID = (
             declare(k_row, (n_items, config.d_model), ("items", "embed"), normal(STDDEV), decay="embedding")
@@ -66,6 +82,9 @@ class ItemEncoder(nnx.Module):
         self.text = (
             TextEncoder(k_text, n_tokens, config.d_text, config.d_model, config.norm_eps) if config.item_text else None
         )
+        widths = config.d_text, config.d_model, config.norm_eps
+        k_states = jax.random.fold_in(k_text, 1)
+        self.states = StatesEncoder(k_states, d_states, *widths) if config.item_states else None
         has_other = config.item_row and not config.untrained_rows
         zeros = jax.nn.initializers.zeros
         shape = (config.d_model,)
@@ -81,6 +100,9 @@ class ItemEncoder(nnx.Module):
             parts.append(row_XD)
         if self.text is not None:
             parts.append(self.text(catalog.token_IW[item_X]))
+        if self.states is not None:
+            assert catalog.state_IX is not None
+            parts.append(self.states(catalog.state_IX[item_X]))
         return sum(parts[1:], parts[0])
 
 

@@ -21,10 +21,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moerec.config.value_types import describe_misfit, fits
+from moerec.convert.paths import flatten, unflatten
 from moerec.errors import InputError, WorkError
 from moerec.files import require_plain_path
 from moerec.nn.model import read_calibration
-from moerec.train.paths import flatten, unflatten
 
 
 @dataclasses.dataclass

@@ -20,6 +20,7 @@ from moerec.nn.model import Predictor, pick_calibration, read_calibration
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
 from moerec.tasks import make_tasks
 from moerec.tasks.base import Task, render_targets
+from moerec.train.base_model.warm_start import warm_start
 from moerec.train.checkpoint import Checkpoints, TrainProgress
 from moerec.train.metric_writer import MetricWriter
 from moerec.train.process.malloc import disable_malloc_trim
@@ -27,7 +28,6 @@ from moerec.train.process.termination import StopRequest
 from moerec.train.run_dir import bind_catalog, make_sizes
 from moerec.train.state import TrainState, init_state, make_predictor
 from moerec.train.step import Constants, TrainStep, make_train_step
-from moerec.train.warm_start import warm_start
 from moerec.types import Batch, Catalog
 
 

@@ -6,8 +6,8 @@ import optax
 from flax import nnx
 
 from moerec.config import OptimConfig
+from moerec.convert.paths import first_match, flatten, name_path
 from moerec.errors import InputError
-from moerec.train.paths import first_match, flatten, name_path
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from moerec.config import Config
 from moerec.config.stored import list_differences, read_config, read_stored
 from moerec.data.load import DIGEST, RunData, reload_data
 from moerec.errors import InputError
 from moerec.files import read_json
-from moerec.nn.model import ModelSizes, Predictor, read_calibration
+from moerec.nn.model import TEXT_SIZES, ModelSizes, Predictor, read_calibration
 from moerec.nn.sharding import make_mesh, param_shardings, replicated
 from moerec.tasks import make_tasks
 from moerec.train.checkpoint import Checkpoints
@@ -35,6 +36,7 @@ def make_sizes(config: Config, data: RunData) -> ModelSizes:
         field_sizes=dataset.profile_codes[1],
         has_control=config.data.first_event,
         service_offsets=tuple(dataset.catalogue.offsets.tolist()),
+        d_states=0 if data.item_states is None else data.item_states.shape[1],
     )
 
 
@@ -45,9 +47,9 @@ def refuse_strange_folder(workdir: Path) -> None:
       InputError: there is something else.
     """
     if not (workdir / CONFIG).exists():
-        own = re.compile(
-            r"data(\..*)?|(neighbors|transitions|crossings)\.npz|audit\.json|\..*|.*\.log|lost\+found"
-        )  # `data.partial-…`: an interruption left it
+        tables = r"(neighbors|transitions|crossings)\.npz|item_states|tokenizer\.json"
+        # `data.partial-…`: an interruption left it
+        own = re.compile(rf"data(\..*)?|{tables}|audit\.json|\..*|.*\.log|lost\+found")
         strange = sorted(path.name for path in workdir.iterdir() if not own.fullmatch(path.name))
         if strange:
             raise InputError(f"{workdir}: is not empty and no directory of a run (there is {strange[0]})")
@@ -100,8 +102,13 @@ class Run:
     @functools.cached_property
     def predictor(self) -> Predictor:
         """The best parameters, on one device. Raises: InputError, where there is no checkpoint."""
-        mesh = make_mesh(1, 1, 1)
-        shapes = jax.eval_shape(lambda: init_state(self.config, make_sizes(self.config, self.data)))
+        return self.restore(make_mesh(1, 1, 1))
+
+    def restore(self, mesh: Mesh) -> Predictor:
+        """The best parameters, placed on a mesh. Raises: InputError, where there is no checkpoint."""
+        is_text = self.config.data.source == "text"
+        sizes = TEXT_SIZES if is_text else make_sizes(self.config, self.data)
+        shapes = jax.eval_shape(lambda: init_state(self.config, sizes))
         like = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
         )

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moerec.config import Config
+from moerec.convert.paths import flatten
 from moerec.nn.heads.near_pointers import told_names
 from moerec.nn.model import ModelSizes, SequenceModel
 from moerec.nn.moe.balance import balance_losses, update_bias, weigh_losses
@@ -18,7 +19,6 @@ from moerec.nn.sharding import ROW_AXES, param_shardings
 from moerec.tasks import NextEvent
 from moerec.tasks.base import Draws, Task, TaskSums, find_domains, make_tasks
 from moerec.train.optim import find_rates, make_optimizer, make_schedule
-from moerec.train.paths import flatten
 from moerec.train.state import TrainState, init_state
 from moerec.types import Batch, Catalog, NearItems, Request, Routing, Target
 

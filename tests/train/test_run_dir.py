@@ -24,7 +24,7 @@ from moerec.files import locked, parse_json, read_json
 from moerec.train.checkpoint import Checkpoints
 from moerec.train.metric_writer import read_metric_lines
 from moerec.train.run_dir import load_run
-from moerec.train.warm_start import read_parameters
+from moerec.train.base_model.warm_start import read_parameters
 from tests.tiny import make_config
 
 ROOT = Path(__file__).resolve().parents[2]

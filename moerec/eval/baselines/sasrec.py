@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moerec.config import AskConfig, Config, MoEConfig, PersonalConfig
+from moerec.config import AskConfig, Config, MoEConfig, PersonalConfig, TextConfig
 from moerec.eval.baselines.base import BaselineInputs, register_baseline
 from moerec.eval.metrics import Ranks
 from moerec.eval.ranking.rank import make_evaluator, rank_targets
@@ -20,6 +20,7 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
         config.model,
         item_row=True,
         item_text=False,
+        item_states=False,
         service=False,
         action=False,
         event_time=False,
@@ -39,6 +40,7 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
         moe=MoEConfig(),
         personal=PersonalConfig(),
         ask=AskConfig(),
+        text=TextConfig(),
     )
     return dataclasses.replace(
         config,

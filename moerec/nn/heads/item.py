@@ -40,9 +40,11 @@ class Candidates(NamedTuple):
 class ItemHead(nnx.Module):
     """Scores of items against a state, and the mixture of their softmax with the pointers."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig, n_items: int, n_tokens: int, n_services: int):
+    def __init__(
+        self, key: jax.Array, config: ModelConfig, n_items: int, n_tokens: int, n_services: int, d_states: int = 0
+    ):
         k_pointer, k_untied = (jax.random.fold_in(key, n) for n in (4, 5))
-        self.encoder = None if config.tie_items else ItemEncoder(k_untied, config, n_items, n_tokens)
+        self.encoder = None if config.tie_items else ItemEncoder(k_untied, config, n_items, n_tokens, d_states)
         mixture = ServiceAnswers if config.is_asked else AnswerAggregator
         self.aggregator = mixture(k_pointer, config, n_services) if config.has_pointers else None
         zeros = jax.nn.initializers.zeros

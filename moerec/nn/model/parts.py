@@ -22,6 +22,7 @@ class ModelSizes:
     field_sizes: tuple[int, ...] = ()  # codes of each static profile field, the first of them "missing"
     has_control: bool = False  # whether sequences begin with the control slot `<|recommend|>`
     service_offsets: tuple[int, ...] = ()  # where each service's items begin in the catalogue, and its end
+    d_states: int = 0  # width of the states of items' texts by a language model
 
 
 TEXT_SIZES = ModelSizes(0, 0, 0, 0, ())  # of a model of text alone

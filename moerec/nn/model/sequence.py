@@ -44,7 +44,7 @@ class SequenceModel(nnx.Module):
         k_item, k_slot, k_blocks, k_head = jax.random.split(key, 4)
         items, has_events = (sizes.n_items, sizes.n_tokens), sizes.n_items > 0
         refuse_parts(config, has_events)
-        self.item_encoder = ItemEncoder(k_item, config, *items) if has_events else None
+        self.item_encoder = ItemEncoder(k_item, config, *items, sizes.d_states) if has_events else None
         # Static fields are read by the profile; where there is none, by the control slot.
         reads_fields = bool(count_profile_slots(config)) and config.personal.fields
         field_sizes = () if reads_fields else sizes.field_sizes
@@ -70,7 +70,8 @@ class SequenceModel(nnx.Module):
         self.profile = make_personalizer(config, sizes.field_sizes).init(k_profile) if is_personal else None
         self.profile_router = ProfileRouter(k_router, config) if count_profile_slots(config) else None
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = ItemHead(k_head, config, *items, sizes.n_services) if has_events else None
+        scored = *items, sizes.n_services, sizes.d_states
+        self.head = ItemHead(k_head, config, *scored) if has_events else None
         self.text_head = TextHead(jax.random.fold_in(k_token, 1), config) if config.text.vocab_size else None
         self.config, self.field_sizes, self.n_services = config, sizes.field_sizes, sizes.n_services
         self.service_offsets = sizes.service_offsets

@@ -6,8 +6,8 @@ Of a `conditional` each figure is that of the branch in which it is highest. Whe
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -25,7 +25,7 @@ KINDS = (
     "collective-broadcast",
 )
 FLOPS, MEMORY, UNBOUNDED = "flops", "memory", "unbounded"
-Costs = Counter[str]  # FLOPS; MEMORY in bytes; UNBOUNDED loops; `key(kind, …)` of each collective
+Costs = defaultdict[str, float]  # FLOPS; MEMORY in bytes; UNBOUNDED loops; `key(kind, …)` of each collective
 
 
 def key(kind: str, what: str) -> str:
@@ -38,41 +38,49 @@ def key(kind: str, what: str) -> str:
 
 
 def sum_costs(module: Module, n_chips: int) -> Costs:
-    """One run of the program on one of `n_chips`."""
-    known: dict[str, Costs] = {}
+    """One run of the program on one of `n_chips`; what there is none of has no key."""
+    return _Program(module, n_chips).total(module.entry)
 
-    def total(computation_name: str) -> Costs:
-        if computation_name not in known:
-            computation = module.computations[computation_name]
-            found: Costs = Counter()
+
+class _Program:
+    def __init__(self, module: Module, n_chips: int):
+        self.module, self.n_chips = module, n_chips
+        self.known: dict[str, Costs] = {}
+
+    def total(self, name: str) -> Costs:
+        """One run of a computation."""
+        if name not in self.known:
+            computation, found = self.module.computations[name], Costs(float)
             for instruction in computation.instructions.values():
-                found.update(_cost_of(instruction, computation))
-            known[computation_name] = found
-        return known[computation_name]
+                _add(found, self.cost(instruction, computation))
+            self.known[name] = found
+        return self.known[name]
 
-    def _cost_of(instruction: Instruction, computation: Computation) -> Costs:
-        opcode = instruction.opcode
+    def cost(self, instruction: Instruction, computation: Computation) -> Costs:
+        """One run of an instruction with all that it calls."""
+        opcode, found = instruction.opcode, Costs(float)
         if opcode == "while":
-            trips = count_trips(instruction, computation, module)
-            body = total(instruction.called("body")[0])
-            counted = Counter({key: (1 if trips is None else trips) * value for key, value in body.items()})
-            return counted + Counter({UNBOUNDED: int(trips is None)})
-        if opcode == "conditional":
-            branches = instruction.called("branch_computations")
-            branches += instruction.called("true_computation") + instruction.called("false_computation")
-            highest: Costs = Counter()
-            for branch in branches:
-                highest |= total(branch)
-            return highest
-        if opcode == "call" or opcode == "async-start":
-            return total((instruction.called("to_apply") or instruction.called("calls"))[0])
-        found: Costs = Counter({MEMORY: count_memory_bytes(instruction, computation, module)})
-        found[FLOPS] = _count_flops(instruction, computation, module)
-        for kind, collective, place in _find_collectives(instruction, computation, module):
-            found.update(_cost_of_collective(kind, collective, place, n_chips))
+            trips = count_trips(instruction, computation, self.module)
+            _add(found, self.total(instruction.called("body")[0]), 1 if trips is None else trips)
+            found[UNBOUNDED] += trips is None
+        elif opcode == "conditional":
+            names = ("branch_computations", "true_computation", "false_computation")
+            for branch in [name for part in names for name in instruction.called(part)]:
+                for what, value in self.total(branch).items():
+                    found[what] = max(found[what], value)
+        elif opcode in ("call", "async-start"):
+            _add(found, self.total((instruction.called("to_apply") or instruction.called("calls"))[0]))
+        else:
+            found[MEMORY] += count_memory_bytes(instruction, computation, self.module)
+            found[FLOPS] += _count_flops(instruction, computation, self.module)
+            for kind, collective, place in _find_collectives(instruction, computation, self.module):
+                _add(found, _cost_of_collective(kind, collective, place, self.n_chips))
         return found
 
-    return total(module.entry)
+
+def _add(total: Costs, more: Mapping[str, float], times: int = 1) -> None:
+    for what, value in more.items():
+        total[what] += times * value
 
 
 def _find_collectives(
@@ -104,13 +112,13 @@ def _find_collectives(
                     yield "reduce-scatter" if is_scattered else kind, collective, place
 
 
-def _cost_of_collective(kind: str, collective: Instruction, place: Computation, n_chips: int) -> Costs:
+def _cost_of_collective(kind: str, collective: Instruction, place: Computation, n_chips: int) -> dict[str, float]:
     taken = collective.operands[:1] if kind == "ragged-all-to-all" else collective.operands
-    n, n_bytes = _group_size(collective, n_chips), sum(array.n_bytes for array in place.arrays_of(taken))
-    n_bytes *= n if kind == "all-gather" else 1
+    n = _group_size(collective, n_chips)
+    n_bytes = sum(array.n_bytes for array in place.arrays_of(taken)) * (n if kind == "all-gather" else 1)
     share = 1.0 if kind in ("collective-permute", "collective-broadcast") else (n - 1) / n
     sent = share * n_bytes * (2 if kind == "all-reduce" else 1)
-    return Counter({key(kind, "count"): 1.0, key(kind, "bytes"): n_bytes, key(kind, "sent"): sent})
+    return {key(kind, "count"): 1.0, key(kind, "bytes"): n_bytes, key(kind, "sent"): sent}
 
 
 def _group_size(collective: Instruction, n_chips: int) -> int:
@@ -146,7 +154,7 @@ def _count_flops(instruction: Instruction, computation: Computation, module: Mod
 
 
 def _count_convolution(instruction: Instruction, image: Array, kernel: Array) -> float:
-    """Products of inputs that are there, not of padding or gaps: TPUs have matmuls with batches as such convolutions."""
+    """Products of inputs that are there, not of padding or gaps: TPUs do matmuls with batches as such."""
     labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.find("dim_labels") or "")
     assert labels is not None, instruction.name
     found = instruction.arrays[0]
@@ -155,9 +163,8 @@ def _count_convolution(instruction: Instruction, image: Array, kernel: Array) ->
     for axis in sorted(set(labels[1]) - set("bf")):
         d = int(axis)
         n_in, n_out = image.shape[labels[1].index(axis)], found.shape[labels[3].index(axis)]
-        size, stride, spread, gap = (
-            _read_window(window, part, d) for part in ("size", "stride", "lhs_dilate", "rhs_dilate")
-        )
+        size, stride = _read_window(window, "size", d), _read_window(window, "stride", d)
+        spread, gap = _read_window(window, "lhs_dilate", d), _read_window(window, "rhs_dilate", d)
         low = int(window["pad"].split("x")[d].split("_")[0]) if "pad" in window else 0
         place = np.arange(n_out)[:, None] * stride + np.arange(size) * gap - low
         places *= np.count_nonzero((place >= 0) & (place % spread == 0) & (place // spread < n_in))

@@ -16,11 +16,11 @@ from flax import nnx
 
 from moerec.config import Config, ModelConfig, TrainConfig
 from moerec.config.stored import read_config
+from moerec.convert.paths import first_match, flatten, name_path, unflatten
 from moerec.data.load import RunData, read_digests
 from moerec.errors import InputError
 from moerec.nn.block import split_layers
 from moerec.train.checkpoint import Checkpoints
-from moerec.train.paths import first_match, flatten, name_path, unflatten
 from moerec.train.state import TrainState
 
 ROUTER_BIAS, BIAS = "router_bias_LE", "router_bias_E"  # of the state, and of a layer

@@ -20,10 +20,10 @@ from moerec.eval.ranking import make_evaluator
 from moerec.files import write_json
 from moerec.train.checkpoint import Checkpoints
 from moerec.train.loop import fit, make_trainer
-from moerec.train.paths import flatten
+from moerec.convert.paths import flatten
 from moerec.train.run_dir import make_sizes
 from moerec.train.state import init_state, make_predictor
-from moerec.train.warm_start import join_groups, match_leaves, read_parameters, split_groups, warm_start
+from moerec.train.base_model.warm_start import join_groups, match_leaves, read_parameters, split_groups, warm_start
 from tests.tiny import make_config
 
 MOE = MoEConfig(layers=(1,), n_per_group=1, d_expert=8, tile=8, bias_rate=0.01)
@@ -288,7 +288,7 @@ import sys
 from pathlib import Path
 from moerec.errors import InputError
 from moerec.train.run_dir import Run
-from moerec.train.warm_start import read_parameters
+from moerec.train.base_model.warm_start import read_parameters
 for read in (read_parameters, lambda folder: Run(folder).predictor):
     try:
         read(Path(sys.argv[1]))

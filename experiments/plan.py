@@ -1,0 +1,35 @@
+"""Compiles the training step for a TPU slice that is not there: whether it fits, and how fast it can be at best.
+
+python -m experiments.plan --config=configs/city_moe.py --topology=v5e:2x2 --config.train.mesh_data=4 [--json]
+
+Exit code 1 where it does not fit. It needs libtpu: pip install 'moerec[plan]'.
+"""
+
+import tempfile
+from pathlib import Path
+
+from moerec.config import cli
+
+
+def main(config, flags):
+    """Prints the plan."""
+    from moerec.data.load import load_data
+    from moerec.nn.model import TEXT_SIZES
+    from moerec.train.plan import describe_mesh, format_plan, parse_topology, plan_step
+    from moerec.train.run_dir import make_sizes
+
+    topology = parse_topology(flags.topology)
+    mesh = describe_mesh(topology, config)
+    if config.data.source == "text":
+        sizes = TEXT_SIZES
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            sizes = make_sizes(config, load_data(config.data, Path(flags.workdir or folder)))
+    found = plan_step(config, sizes, topology, mesh)
+    print(format_plan(found))
+    return found
+
+
+if __name__ == "__main__":
+    topology = {"topology": ("v5e:2x2", "kind of chip (v4, v5e, v5p, v6e) and sides of the slice, e.g. v5p:4x4x4")}
+    cli.run(main, "configs/city_moe.py", topology, workdir=False)

@@ -1,0 +1,71 @@
+"""Our logits beside those of `transformers`, position by position, where that is installed."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moerec.convert.logits import compute_logits, make_text_batch
+from moerec.errors import InputError
+from moerec.files import naming, replacing
+from moerec.nn.model import SequenceModel
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """`[T]` int32 token ids of a .npy file.
+
+    Raises:
+      InputError: there is none, or it holds anything else.
+    """
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path}: is no .npy file of numbers ({str(error).splitlines()[0][:100]})") from None
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"{path}: a list of at least one token id, whole numbers, is needed")
+    if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+        raise InputError(f"{path}: token ids are not negative, and below 2^31")
+    return ids.astype(np.int32)
+
+
+def check_logits(model: SequenceModel, folder: Path, token_T: np.ndarray, out: Path) -> dict[str, Any]:
+    """Writes the logits `[T, V]` and compares them.
+
+    Returns: `positions`, of each the largest difference in parts of the largest logit of all (`gap`) and whether the
+      same token comes first; `gap`, the largest of all. Without `transformers` no positions, and the `reason`.
+
+    Raises:
+      InputError: a token is not in the vocabulary.
+    """
+    n_vocab = model.config.text.vocab_size
+    if token_T.max() >= n_vocab:
+        raise InputError(f"--tokens: {int(token_T.max())} is no token; the vocabulary has {n_vocab}")
+    logits_TV = np.asarray(compute_logits(model, make_text_batch(token_T[None])))[0]
+    with replacing(out) as file, naming(out):
+        np.savez(file, logits=logits_TV)
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
+        return {"positions": [], "gap": None, "reason": "transformers is not installed (pip install 'moerec[hf]')"}
+    other_TV = run_transformers(folder, token_T)
+    gap_T = np.max(np.abs(logits_TV - other_TV), axis=1) / np.max(np.abs(other_TV))
+    same_T = np.argmax(logits_TV, axis=1) == np.argmax(other_TV, axis=1)
+    positions = [
+        {"position": t, "gap": float(gap), "same_first": bool(same)}
+        for t, (gap, same) in enumerate(zip(gap_T, same_T, strict=True))
+    ]
+    return {"positions": positions, "gap": float(gap_T.max())}
+
+
+def run_transformers(folder: Path, token_T: np.ndarray) -> np.ndarray:
+    """`[T, V]` float32 logits by `transformers`, in float32 and with its plainest attention and experts."""
+    import torch
+    import transformers
+
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **plain
+    )
+    with torch.no_grad():
+        return other.eval()(torch.from_numpy(token_T[None].astype(np.int64))).logits[0].float().numpy()

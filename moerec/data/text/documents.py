@@ -1,0 +1,91 @@
+"""Documents of text files and JSON lines, gzipped or not, one at a time."""
+
+import contextlib
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from moerec.errors import InputError
+from moerec.files import parse_json
+
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of a file in order, without those that are empty.
+
+    A `.txt` is one document; of a `.jsonl` each line holds one, in the field `text`, or where there is no such field
+    (pages in several languages: `id`, `ru`, `en`) each string but `id` is one. Blank lines are skipped.
+
+    Raises:
+      InputError: at the first document that is read, there is no such file, or it has another suffix; later, it is
+        damaged or no UTF-8, or a line (the message has its number) is no JSON object or holds no text.
+    """
+    path = Path(path)
+    if not path.name.endswith(SUFFIXES):
+        raise InputError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise InputError(f"{path}: {'is no file' if path.exists() else 'no such file'}")
+    with _opened(path) as file:
+        if path.name.removesuffix(".gz").endswith(".txt"):
+            documents = [_decode_text(file.read(), path)]
+            yield from filter(None, documents)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield from filter(None, _texts_of(line, f"{path}:{number}"))
+
+
+def read_folder(folder: Path) -> Iterator[str]:
+    """The documents of a folder's files (`SUFFIXES`), in the order of their names. See `read_documents`.
+
+    Raises:
+      InputError: also where it is no folder or has no such file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'is no folder' if folder.exists() else 'no such folder'}")
+    paths = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path.is_file())
+    if not paths:
+        raise InputError(f"{folder}: has no file of text ({', '.join(SUFFIXES)})")
+    for path in paths:
+        yield from read_documents(path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked. Raises InputError where the reading finds it damaged."""
+    packed = path.suffix == ".gz"
+    try:
+        with cast(BinaryIO, gzip.open(path) if packed else path.open("rb")) as file:
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: is damaged ({error})") from None
+
+
+def _decode_text(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: is no UTF-8 text (byte {error.start} of the file)") from None
+
+
+def _texts_of(line: bytes, where: str) -> list[str]:
+    """The documents of a JSON line. Raises InputError."""
+    try:
+        value: Any = parse_json(line)
+    except ValueError as error:
+        raise InputError(f"{where}: is no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: is no JSON object")
+    if "text" in value:
+        if not isinstance(value["text"], str):
+            raise InputError(f"{where}: the field text must be a string")
+        return [value["text"]]
+    texts = [item for key, item in value.items() if key != "id" and isinstance(item, str)]
+    if not texts:
+        raise InputError(f"{where}: has no field text, nor another string but the id")
+    return texts

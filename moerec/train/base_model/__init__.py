@@ -1,0 +1,1 @@
+"""What training begins with: other runs, Hugging Face folders, and a language model's view of the items."""

@@ -1,0 +1,100 @@
+"""Vectors of items' texts by a language model: means of its last layer, computed once and stored with the data."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.config import Config
+from moerec.convert.logits import encode_text, make_text_batch
+from moerec.data.load import RunData, with_item_states
+from moerec.data.text.item_states import open_store, order_as_source
+from moerec.data.text.tokenizer import TextTokenizer
+from moerec.errors import InputError
+from moerec.nn.model import SequenceModel
+from moerec.train.base_model.hf_run import find_tokenizer
+from moerec.train.run_dir import Run
+
+MOST_TOKENS = 64  # of a text; what is longer is cut
+SLOTS = 8192  # of a batch
+_SMALLEST = 8  # slots of the shortest rows
+
+
+def add_item_states(config: Config, data: RunData, workdir: Path) -> RunData:
+    """The data with the states of the items' texts, where the config asks for them; what is missing is computed.
+
+    Raises:
+      InputError: `data.item_states` is no run of a language model with a tokenizer.
+    """
+    if not config.data.item_states:
+        return data
+    base = Run(Path(config.data.item_states))
+    if not base.config.model.text.vocab_size:
+        raise InputError(f"config.data.item_states: {base.folder} knows no words (model.text.vocab_size)")
+    catalogue = data.dataset.catalogue
+    store = open_store(data.folder or workdir, catalogue, data.item_number, digest_run(base.folder))
+    missing = store.list_missing()
+    if missing:
+        texts = order_as_source(catalogue.text, data.item_number)
+        tokenizer, model = TextTokenizer.load(find_tokenizer(base.folder)), base.predictor.params
+        started = time.monotonic()
+        for n_done, part in enumerate(missing, 1):
+            store.write(part, encode_texts(model, tokenizer, texts[store.span(part)].tolist()))
+            if n_done % 8 == 0 or n_done == len(missing):
+                told = f"item states: {n_done} of {len(missing)} parts, {time.monotonic() - started:.0f} s"
+                print(told, file=sys.stderr, flush=True)
+    return with_item_states(data, store.read(), workdir)
+
+
+def digest_run(folder: Path) -> str:
+    """SHA-256 of the files of a run's best checkpoint, with their names."""
+    root, found = folder / "checkpoints" / "best", hashlib.sha256()
+    if not root.is_dir():
+        raise InputError(f"{folder}: holds no checkpoint")
+    for path in sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("_")):
+        found.update(str(path.relative_to(root)).encode() + b"\0")
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def encode_texts(model: SequenceModel, tokenizer: TextTokenizer, texts: list[str]) -> np.ndarray:
+    """`[n, D]` float32, the mean over each text's tokens of the states of the last layer; zeros without a token."""
+    offsets, ids = tokenizer.encode_batch(texts)
+    length = np.minimum(np.diff(offsets), MOST_TOKENS)
+    state = np.zeros((len(texts), model.config.d_model), np.float32)
+    for which, width in _group_by_length(length):
+        n_rows = max(SLOTS // width, 1)
+        for first in range(0, len(which), n_rows):
+            own = which[first : first + n_rows]
+            place = np.arange(width)
+            is_real = np.zeros((n_rows, width), bool)
+            is_real[: len(own)] = place < length[own][:, None]
+            token = np.zeros((n_rows, width), np.int32)
+            at = np.minimum(offsets[own][:, None] + place, len(ids) - 1)
+            token[: len(own)] = np.where(is_real[: len(own)], ids[at], 0)
+            batch = make_text_batch(token, is_real.astype(np.int32))
+            state[own] = np.asarray(_average(model, batch))[: len(own)]
+    return state
+
+
+def _group_by_length(length: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """Texts of about one length, and the width of their rows, of which there are a few: each is a program."""
+    width, lowest = _SMALLEST, 0
+    while lowest < length.max(initial=0):
+        which = np.flatnonzero((length > lowest) & (length <= width))
+        if len(which):
+            yield which, width
+        lowest, width = width, 2 * width
+
+
+@jax.jit
+def _average(model: SequenceModel, batch) -> jax.Array:
+    real_BT1 = (batch.segment_BT > 0)[..., None]
+    total_BD = jnp.sum(jnp.where(real_BT1, encode_text(model, batch), 0), axis=1)
+    return total_BD / jnp.maximum(jnp.sum(real_BT1, axis=1), 1)
