@@ -18,7 +18,7 @@ from moerec.eval.compare import (
     render,
     render_interventions,
 )
-from moerec.eval.per_target import TargetComparison, compare_targets, render_target_table
+from moerec.eval.ranking.per_target import TargetComparison, compare_targets, render_target_table
 
 EMPTY: list[str] = []
 FLAGS = {

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from moerec.config import cli
 
+FLAGS = {"topology": ("", "kind of chip (v4, v5e, v5p, v6e) and sides of the slice, e.g. v5p:4x4x4")}
+
 
 def main(config, flags):
     """Prints the plan."""
@@ -31,5 +33,4 @@ def main(config, flags):
 
 
 if __name__ == "__main__":
-    topology = {"topology": ("v5e:2x2", "kind of chip (v4, v5e, v5p, v6e) and sides of the slice, e.g. v5p:4x4x4")}
-    cli.run(main, "configs/city_moe.py", topology, workdir=False)
+    cli.run(main, "configs/city_moe.py", FLAGS, workdir=False)

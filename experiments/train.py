@@ -13,9 +13,13 @@ from moerec.config import cli
 def main(config, flags):
     """Runs one config and prints its table."""
     from moerec.eval.evaluate_run import run_experiment
+    from moerec.eval.language import format_language
     from moerec.eval.report import format_forced, format_table
 
     metrics = run_experiment(config, Path(flags.workdir))
+    if config.data.source == "text":
+        print(format_language(metrics), flush=True)
+        return metrics
     print(format_table(metrics))
     if matrix := format_forced(metrics):
         print(matrix)

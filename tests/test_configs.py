@@ -21,6 +21,7 @@ from moerec.config import (
     checked,
     cli,
 )
+from moerec.convert.paths import flatten
 from moerec.data.load import load_data
 from moerec.errors import InputError
 from moerec.eval.baselines import BASELINES
@@ -30,7 +31,6 @@ from moerec.nn.model import ModelSizes, SequenceModel, count_active_params
 from moerec.nn.profile import count_profile_slots
 from moerec.tasks import check_loss, make_tasks
 from moerec.train.loop import fit
-from moerec.convert.paths import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))

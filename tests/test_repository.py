@@ -95,7 +95,8 @@ def test_what_is_installed_is_what_is_locked():
 
 
 def test_every_package_that_the_code_imports_is_asked_for():
-    lines = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["tokamax"]
+    extras = PROJECT["optional-dependencies"]
+    lines = PROJECT["dependencies"] + extras["tokamax"] + extras["hf"]
     asked = {canonicalize_name(Requirement(line).name) for line in lines}
     holders = importlib.metadata.packages_distributions()
     breaches = set()
@@ -239,9 +240,9 @@ def test_changelog_has_a_place_for_the_next_change():
     assert headings[0] == "## [Unreleased]"
 
 
-def test_continuous_integration_is_the_one_command():
+def test_continuous_integration_is_the_two_commands():
     lines = [line for line in read(".ci/run").splitlines() if line and not line.startswith("#")]
-    assert lines[-1] == "make test"
+    assert lines[-2:] == ["make test", "make test-hf"]
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
 
 

@@ -260,7 +260,7 @@ def _read_moe(fields: _Fields, n_layers: int) -> MoEShape | None:
     if not layers or not moe.n_experts:
         return None
     if n_active > moe.n_experts:
-        told = "num_experts_per_tok" if "num_experts_per_tok" in fields.config else (named or ["num_experts"])[0]
+        told = "num_experts_per_tok" if "num_experts_per_tok" in fields.config else named[0]
         fields.refuse(told, f"{n_active} experts of {moe.n_experts} cannot be chosen")
     return moe
 

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from moerec.config import ModelConfig, MoEConfig, TextConfig
 from moerec.convert.hf_config import HFShape, MoEShape
 from moerec.convert.hf_folder import HFFolder
+from moerec.convert.mesh_arrays import MeshArrayWriter
 from moerec.convert.paths import flatten, unflatten
-from moerec.convert.shard_writer import ShardWriter
 from moerec.errors import InputError
 from moerec.nn.block import split_layers
 from moerec.nn.model import TEXT_SIZES, SequenceModel
@@ -246,7 +246,7 @@ def import_folder(folder: HFFolder, shape: HFShape, mesh: Mesh) -> SequenceModel
     for path, parts in by_path.items():  # one parameter after another, so that a matrix is begun when it is needed
         place = parts[0][1]
         leaf_shape = shapes[path].shape
-        writer = ShardWriter(leaf_shape, shardings[path], (*leaf_shape[: len(place.at)], *place.flat))
+        writer = MeshArrayWriter(leaf_shape, shardings[path], (*leaf_shape[: len(place.at)], *place.flat))
         for name, place in parts:
             for first, rows in folder.iter_blocks(name, BLOCK_BYTES):
                 writer.write(*place.take(first, rows))

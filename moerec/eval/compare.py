@@ -23,7 +23,7 @@ class Difference(NamedTuple):
 
     Attributes:
       first, second: means over the pairs. difference: mean of first - second, with its 95 % interval `low` to `high`
-        and two-sided p-value: of Student's t over pairs of runs, or over pairs of targets (`moerec.eval.per_target`).
+        and two-sided p-value: of Student's t over pairs of runs, or over pairs of targets (`ranking.per_target`).
       n_better: pairs in which the first is better.
       p_holm: the p-value, corrected for the number of rows of its table.
     """

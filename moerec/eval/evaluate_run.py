@@ -19,6 +19,7 @@ from moerec.data.splits import TEST, TRAIN
 from moerec.errors import InputError
 from moerec.eval.baselines import BASELINES, BaselineInputs, TunedRanks
 from moerec.eval.baselines.ceiling import excess_log_loss, measure_attainable, rank_ceiling
+from moerec.eval.language import run_language
 from moerec.eval.metrics import (
     Ranks,
     ScoredRanks,
@@ -28,8 +29,6 @@ from moerec.eval.metrics import (
     per_target_metrics,
     slice_table,
 )
-from moerec.eval.per_target import FILE as RANKS
-from moerec.eval.per_target import write_ranks
 from moerec.eval.probes.asking import Prober, evaluate_asking
 from moerec.eval.probes.components import evaluate_components
 from moerec.eval.probes.example import describe_example, pick_row
@@ -40,6 +39,8 @@ from moerec.eval.probes.routing import collect_routing, describe_mixture, macro_
 from moerec.eval.probes.transfer import describe_transfer
 from moerec.eval.ranking import EvalDataset, make_evaluator, make_test_set, make_valid_set, rank_targets
 from moerec.eval.ranking.calibrate import scale_posterior
+from moerec.eval.ranking.per_target import FILE as RANKS
+from moerec.eval.ranking.per_target import write_ranks
 from moerec.eval.report import write_report
 from moerec.eval.report.result import read_result
 from moerec.eval.report.table import gap_closed, list_columns
@@ -83,6 +84,8 @@ def run_experiment(config: Config, workdir: Path) -> dict[str, Any]:
 def _run(config: Config, workdir: Path) -> dict[str, Any]:
     refuse_strange_folder(workdir)
     refuse_other_config(to_plain(dataclasses.asdict(config)), workdir / CONFIG)
+    if config.data.source == "text":
+        return run_language(config, workdir)
     data = add_item_states(config, load_data(config.data, workdir), workdir)
     for line in (*data.notes, *describe_quarantine(data.quarantined)):
         print(line, file=sys.stderr)

@@ -1,6 +1,7 @@
 """The training loop, from a config and its data to the parameters that did best on validation."""
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from grain.experimental import ThreadPrefetchIterDataset
 from moerec.config import Config
 from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
+from moerec.data.text.corpus import Corpus
+from moerec.data.text.stream import TextStream, TokenReader
 from moerec.errors import InputError, Terminated, WorkError
-from moerec.nn.model import Predictor, pick_calibration, read_calibration
+from moerec.nn.model import TEXT_SIZES, Predictor, pick_calibration, read_calibration
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
 from moerec.tasks import make_tasks
 from moerec.tasks.base import Task, render_targets
@@ -69,14 +72,14 @@ class Trainer(NamedTuple):
         return self.train_step(state, batch, self.catalog, self.constants)
 
 
-def make_trainer(config: Config, data: RunData) -> Trainer:
+def make_trainer(config: Config, data: RunData | Corpus) -> Trainer:
     """Makes the state straight into its shards, and the stream of batches onto the mesh."""
     if jax.process_count() > 1:
         raise InputError("training runs in one process so far (config.train.mesh_data splits it over its devices)")
     disable_malloc_trim()
     tasks = make_tasks(config)
     mesh = make_mesh(config.train.mesh_data, config.train.mesh_expert, config.train.mesh_model)
-    sizes = make_sizes(config, data)
+    sizes = TEXT_SIZES if isinstance(data, Corpus) else make_sizes(config, data)
 
     def init() -> TrainState:
         return init_state(config, sizes)
@@ -100,7 +103,7 @@ def make_trainer(config: Config, data: RunData) -> Trainer:
     return Trainer(state, train_step, catalog, constants, ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
 
 
-def make_stream(config: Config, data: RunData, tasks: list[Task]) -> PackedStream:
+def make_stream(config: Config, data: RunData | Corpus, tasks: list[Task]) -> PackedStream:
     """The packed batches that a config trains on, on the host."""
     options = StreamOptions(
         n_rows=config.train.batch_size,
@@ -110,11 +113,13 @@ def make_stream(config: Config, data: RunData, tasks: list[Task]) -> PackedStrea
         first_event=config.data.first_event,
     )
     render = functools.partial(render_targets, tasks)
+    if isinstance(data, Corpus):
+        return TextStream(TokenReader(data), render, dataclasses.replace(options, first_event=False))
     return PackedStream(make_reader(config.data, data), data.dataset.catalogue, render, options)
 
 
 def _resume(
-    config: Config, data: RunData, checkpoints: Checkpoints, state: TrainState, stream
+    config: Config, data: RunData | Corpus, checkpoints: Checkpoints, state: TrainState, stream
 ) -> tuple[TrainState, TrainProgress]:
     if checkpoints.last_step() is None:
         return warm_start(state, config, data) if config.train.init_from else state, TrainProgress()
@@ -181,7 +186,7 @@ class MetricLogger:
             self._writer.progress(step, self.shown)
 
 
-def fit(config: Config, data: RunData, workdir: Path, evaluate: Evaluator) -> TrainResult:
+def fit(config: Config, data: RunData | Corpus, workdir: Path, evaluate: Evaluator) -> TrainResult:
     """Trains until `train.steps`, or until validation stops improving; goes on from the last checkpoint there is.
 
     The same command after a kill gives the same result bitwise: every random number is a function of the seed and

@@ -1,4 +1,4 @@
-"""Writes reference/CASE.json: what transformers' own models answer to the inputs of every case.
+"""Writes reference_CASE.json: what transformers' own models answer to the inputs of every case.
 
 It needs torch and transformers, which the tests do not:
 
@@ -17,7 +17,7 @@ import transformers
 from tests.convert.qwen2_cases import CASES, Case, Inputs, make_inputs, make_tensors, write_folder
 from tests.convert.qwen2_oracle import count_experts
 
-FOLDER = Path(__file__).parent / "reference"
+FOLDER = Path(__file__).parent
 
 
 def load_model(case: Case, folder: Path) -> torch.nn.Module:
@@ -113,7 +113,7 @@ def write_reference(case: Case) -> int:
     parts |= {name: lay_out("{}", label(value)) for name, value in (("inputs", asked), ("logits", answered))}
     text = lay_out("{}", label(parts)) + "\n"
     FOLDER.mkdir(exist_ok=True)
-    return (FOLDER / f"{case.name}.json").write_text(text, encoding="utf-8")
+    return (FOLDER / f"reference_{case.name}.json").write_text(text, encoding="utf-8")
 
 
 def main() -> None:

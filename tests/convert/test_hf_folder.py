@@ -230,6 +230,7 @@ FILE_DAMAGES = {
     "header of 2^63 bytes": (lambda data: b"\xff" * 8 + data[8:], "its header would have 18446744073709551615"),
     "header cut off": (lambda data: data[:60], "it has 60 bytes"),
     "no data": (lambda data: join_file(split_file(data)[0], b""), 'is cut off in tensor "a"'),
+    "last tensor lost": (lambda data: data[:-16], 'is cut off in tensor "c"'),
     "last byte lost": (lambda data: data[:-1], 'is cut off in tensor "c"'),
     "one byte more": (lambda data: data + b"\0", '1 bytes follow the last tensor "c"'),
     "no JSON": (in_header(b":", b"="), "no JSON object"),
@@ -538,7 +539,9 @@ def test_a_folder_that_fills_meanwhile_is_kept(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["new", "new/kept"]
 
 
-def test_blocks_need_not_lie_in_order_in_memory(tmp_path):
-    array = make_array((3, 4), np.float32).T
-    write_folder(tmp_path / "new", [TensorPlan("x", array.dtype, (4, 3))], lambda name: iter([array]), CONFIG)
-    assert_same(read_all(open_folder(tmp_path / "new")), {"x": np.ascontiguousarray(array)})
+def test_blocks_need_not_lie_in_order_in_memory_nor_have_rows(tmp_path):
+    arrays = {"turned": make_array((3, 4), "f4").T, "row": make_array((1, 3), BF16), "number": make_array((), "f2")}
+    plans = [TensorPlan(name, array.dtype, array.shape) for name, array in arrays.items()]
+    write_folder(tmp_path / "new", plans, lambda name: iter([arrays[name]]), CONFIG)
+    wanted = arrays | {"turned": np.ascontiguousarray(arrays["turned"]), "number": arrays["number"][None]}
+    assert_same(read_all(open_folder(tmp_path / "new")), wanted)

@@ -19,7 +19,7 @@ from moerec.nn.sharding import make_mesh
 from tests.convert import qwen2_oracle as oracle
 from tests.convert.qwen2_cases import CASES, Case, make_inputs, make_tensors, write_folder
 
-REFERENCE = pathlib.Path(__file__).parent / "reference"
+REFERENCE = pathlib.Path(__file__).parent
 FORMS = ("alone", "right", "left", "packed")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -63,7 +63,7 @@ def narrow(path: pathlib.Path, dtype: str) -> dict[str, np.ndarray]:
 def test_logits_at_every_position_are_those_of_the_oracle_and_of_transformers(case: Case, import_case):
     """In float32, to 1e-4 of the largest; where not, it says from which layer on."""
     _, _, model = import_case(case)
-    stored = json.loads((REFERENCE / f"{case.name}.json").read_text())
+    stored = json.loads((REFERENCE / f"reference_{case.name}.json").read_text())
     inputs = make_inputs(case)
     width = max(x.token_BT.shape[1] for x in inputs.values())
     rows = {}

@@ -10,7 +10,7 @@ import pytest
 from tests.convert import qwen2_oracle as oracle
 from tests.convert.qwen2_cases import CASES, LENGTHS, Case, make_inputs, make_tensors, write_folder
 
-REFERENCE = pathlib.Path(__file__).parent / "reference"
+REFERENCE = pathlib.Path(__file__).parent
 FORMS = ("alone", "right", "left", "packed")
 BY_NAME = {case.name: case for case in CASES}
 WITH_EXPERTS = [case for case in CASES if oracle.count_experts(case.config)]
@@ -25,7 +25,7 @@ def answer(case: Case, form: str) -> dict[str, Any]:
 
 @functools.cache
 def read_reference(case: Case) -> dict[str, Any]:
-    return json.loads((REFERENCE / f"{case.name}.json").read_text(encoding="utf-8"))
+    return json.loads((REFERENCE / f"reference_{case.name}.json").read_text(encoding="utf-8"))
 
 
 def worst_gap(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -41,7 +41,7 @@ def list_layers(case: Case) -> list[bool]:
 def test_every_case_has_its_reference_and_seed():
     assert len(BY_NAME) == len(CASES)
     assert len({case.seed for case in CASES}) == len(CASES)
-    assert {path.stem for path in REFERENCE.iterdir()} == BY_NAME.keys()
+    assert {path.stem for path in REFERENCE.glob("reference_*.json")} == {f"reference_{name}" for name in BY_NAME}
 
 
 @each_case

@@ -13,8 +13,8 @@ from moerec.eval import evaluate_run
 from moerec.eval.baselines import BASELINES, rank_by_scores, register_scorer
 from moerec.eval.baselines.ceiling import rank_ceiling
 from moerec.eval.metrics import RankCounts, Ranks, build_table
-from moerec.eval.per_target import read_ranks
 from moerec.eval.ranking import make_test_set
+from moerec.eval.ranking.per_target import read_ranks
 from moerec.train.run_dir import load_run
 from tests.tiny import make_config
 

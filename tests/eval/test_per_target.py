@@ -12,7 +12,7 @@ from moerec.config import SplitConfig, cli
 from moerec.errors import InputError
 from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.metrics import RankCounts, Ranks, ScoredRanks
-from moerec.eval.per_target import compare_targets, read_ranks, write_ranks
+from moerec.eval.ranking.per_target import compare_targets, read_ranks, write_ranks
 from tests.random_dataset import make_dataset
 from tests.tiny import make_config
 

@@ -14,10 +14,10 @@ from moerec.data.neighbors import NEIGHBOR_FILES, extend_text_neighbors, load_ne
 from moerec.data.splits import TEST
 from moerec.errors import InputError
 from moerec.eval.evaluate_run import run_experiment
-from moerec.eval.per_target import read_ranks
 from moerec.eval.probes.answers import choose_services
 from moerec.eval.probes.example import pick_row
 from moerec.eval.ranking import EvalDataset, make_test_set, rank_targets
+from moerec.eval.ranking.per_target import read_ranks
 from moerec.eval.report import format_forced
 from moerec.nn.model import pick_calibration
 from moerec.serve.bench import bench_recommend

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moerec.convert.paths import flatten, unflatten
 from moerec.errors import InputError, WorkError
 from moerec.nn.model import ModelSizes
 from moerec.nn.sharding import make_mesh, param_shardings
 from moerec.train.checkpoint import Checkpoints, TrainProgress
-from moerec.convert.paths import flatten, unflatten
 from moerec.train.state import init_state
 from tests.tiny import make_config
 

@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from moerec.config import OptimConfig
+from moerec.convert.paths import flatten, matches
 from moerec.errors import InputError
 from moerec.train.optim import decay_mask, make_optimizer, make_schedule
-from moerec.convert.paths import flatten, matches
 from tests.small_model import make_config, make_model, random_like
 
 PEAK, STEPS, WARMUP = 0.01, 50, 10

@@ -21,10 +21,10 @@ from moerec.eval.compare import compare
 from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.report import write_report
 from moerec.files import locked, parse_json, read_json
+from moerec.train.base_model.warm_start import read_parameters
 from moerec.train.checkpoint import Checkpoints
 from moerec.train.metric_writer import read_metric_lines
 from moerec.train.run_dir import load_run
-from moerec.train.base_model.warm_start import read_parameters
 from tests.tiny import make_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from moerec.config import Config, LossConfig, MoEConfig, OptimConfig, TrainConfig
+from moerec.convert.paths import flatten
 from moerec.nn.moe.balance import target_load
 from moerec.nn.sharding import batch_sharding, make_mesh, param_shardings
 from moerec.tasks import make_tasks
 from moerec.train.optim import make_schedule
-from moerec.convert.paths import flatten
 from moerec.train.state import TrainState, init_state, make_predictor, start_state
 from moerec.train.step import make_train_step
 from tests.nn import numpy_model as oracle

@@ -64,11 +64,9 @@ class TextTokenizer:
         for text, id in control.items():
             if listed.get(text) != id or self._plain.token_to_id(self._names[text]) != id:
                 raise InputError(f"{name}: the added token {text!r} cannot have the id {listed.get(text)}")
-        longest_first = sorted(control, key=len, reverse=True)  # which is how the library chooses
-        self._pattern = "|".join(
-            rf"(?<!\w){re.escape(text)}(?!\w)" if added[text][1].single_word else re.escape(text)
-            for text in longest_first
-        )
+        tokens = [added[text][1] for text in sorted(control, key=len, reverse=True)]
+        # The library looks for these in the text first, and in what is between them, normalised, for the others.
+        self._patterns = [_match_any([token for token in tokens if token.normalized == late]) for late in (False, True)]
         self.n_vocab = max(self._trusted.get_vocab().values(), default=-1) + 1
         self.control_tokens = tuple(control)
         self.control_ids = frozenset(control.values())
@@ -166,10 +164,19 @@ class TextTokenizer:
         added. A control token counts only where it is spelled as in `control_tokens`, while in `encode_template` it may
         come out of the file's normaliser.
         """
-        if self._names:
-            control = rf"(?:{self._pattern})(?!{re.escape(marker)})"
-            text = re.sub(control, lambda found: self._names[found[0]], text)
+        patterns = [rf"({pattern})(?!{re.escape(marker)})" for pattern in self._patterns if pattern]
+        text = self._name_control(text, patterns)
         return _encode(self._plain, text.replace(marker, ""), add_special=False)
+
+    def _name_control(self, text: str, patterns: list[str]) -> str:
+        """The text with other names for what the patterns, each of one group, find one after the other."""
+        if not patterns:
+            return text
+        pieces = [
+            self._names[piece] if place % 2 else self._name_control(piece, patterns[1:])
+            for place, piece in enumerate(re.split(patterns[0], text))
+        ]
+        return "".join(pieces)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD.
@@ -288,6 +295,12 @@ def _build(content: bytes, name: Path | str) -> Tokenizer:
     return tokenizer
 
 
+def _match_any(tokens: Sequence[AddedToken]) -> str:
+    """A pattern for the first of the tokens that is there; some count only where they are no part of a word."""
+    texts = [(re.escape(token.content), token.single_word) for token in tokens]
+    return "|".join(rf"(?<!\w){text}(?!\w)" if alone else text for text, alone in texts)
+
+
 def _draw_name() -> str:
     return "".join(secrets.choice(string.ascii_lowercase) for _ in range(26))
 
@@ -304,11 +317,12 @@ def _rename(spec: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
         model["vocab"] = {names.get(token, token): id for token, id in vocab.items()}
     else:
         model["vocab"] = [[names.get(token, token), score] for token, score in vocab]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    if model.get("type", "BPE") == "BPE" and not names.keys().isdisjoint(vocab):
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    merges = model.get("merges") if model.get("type", "BPE") == "BPE" else None
+    if merges and not names.keys().isdisjoint(vocab):
         inner = model.get("continuing_subword_prefix") or ""
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         model["merges"] = [x for x in pairs if names.keys().isdisjoint((*x, x[0] + x[-1].removeprefix(inner)))]
     return {**spec, "added_tokens": added, "model": model}
 

@@ -18,6 +18,7 @@ from moerec.config import Config, ModelConfig, TrainConfig
 from moerec.config.stored import read_config
 from moerec.convert.paths import first_match, flatten, name_path, unflatten
 from moerec.data.load import RunData, read_digests
+from moerec.data.text.corpus import Corpus
 from moerec.errors import InputError
 from moerec.nn.block import split_layers
 from moerec.train.checkpoint import Checkpoints
@@ -165,7 +166,7 @@ def _split_bias(bias_LE: Any, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def warm_start(state: TrainState, config: Config, data: RunData) -> TrainState:
+def warm_start(state: TrainState, config: Config, data: RunData | Corpus) -> TrainState:
     """The state before the first step with the parameters of `train.init_from`; what became of each leaf is told.
 
     Parameters are placed as those of the state are; moments and the step stay those of a start.
@@ -190,15 +191,18 @@ def warm_start(state: TrainState, config: Config, data: RunData) -> TrainState:
     return state._replace(params=params, router_bias_LE=bias_LE, average=average)
 
 
-def _refuse_other_items(restored: Restored, state: TrainState, config: Config, data: RunData) -> None:
-    """Rows of items and tokens mean the same only where the items, their numbering and their texts are the same."""
+def _refuse_other_items(restored: Restored, state: TrainState, config: Config, data: RunData | Corpus) -> None:
+    """Rows of items and of their words mean the same only where items, their numbering and their texts are the same.
+
+    Those of text tokens hang on the tokenizer, which a run takes over from the one that it begins with.
+    """
     run, _, _ = find_checkpoint(Path(config.train.init_from))
     if read_digests(run).get("items_sha256") == data.items_digest:
         return
     leaves = jax.tree_util.tree_leaves_with_path(state.params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     tables = [name_path(path) for path, leaf in leaves if {"items", "vocab"} & set(leaf.get_metadata().get("axes", ()))]
     for name in tables:
-        if name in restored.leaves:
+        if name in restored.leaves and not name.startswith(("token_encoder/", "text_head/")):
             raise InputError(
                 f"config.train.init_from: {name} is of other items there, or of items numbered otherwise (data.seed); "
                 "init_fresh and init_drop leave it out"

@@ -68,7 +68,7 @@ class _Program:
             for branch in [name for part in names for name in instruction.called(part)]:
                 for what, value in self.total(branch).items():
                     found[what] = max(found[what], value)
-        elif opcode in ("call", "async-start"):
+        elif opcode in ("call", "call-start", "async-start"):
             _add(found, self.total((instruction.called("to_apply") or instruction.called("calls"))[0]))
         else:
             found[MEMORY] += count_memory_bytes(instruction, computation, self.module)

@@ -8,6 +8,7 @@ all else were free and hidden behind it.
 import dataclasses
 import re
 import time
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,17 +74,15 @@ def _abstract_arguments(lowered: jax.stages.Lowered) -> tuple[Any, ...]:
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str]:
     """The program; or None and the compiler's words where it needs more memory than there is."""
-    is_cached = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)  # a TPU's program cannot be loaded from it here
     try:
-        return lowered.compile(), ""
+        with warnings.catch_warnings():  # a TPU's program in JAX's cache cannot be loaded here, and is compiled anew
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+            return lowered.compile(), ""
     except jax.errors.JaxRuntimeError as error:
         told = str(error).strip().split("\n")[0]
         if "RESOURCE_EXHAUSTED" not in told:
             raise WorkError(f"the TPU compiler: {told}") from None
         return None, told.removeprefix("RESOURCE_EXHAUSTED: ")
-    finally:
-        jax.config.update("jax_enable_compilation_cache", is_cached)
 
 
 def _count_flops(config: Config, arguments: tuple[Any, ...], mesh: Mesh) -> dict[str, float]:
@@ -163,7 +162,7 @@ def _sum_shards(tree: Any, shardings: Any) -> int:
 
 
 def read_shortage(reason: str) -> tuple[int, int] | None:
-    """Bytes of main memory that a program needs and that it may have, in the compiler's words; None if these are others.
+    """Bytes of main memory that a program needs and may have, in the words of the compiler; None if these are others.
 
     It has two ways to say so, one for programs that are too large by themselves and one where they are scheduled.
     """

@@ -1,4 +1,4 @@
-"""Conversations as text against what transformers rendered, and their ids against users who type control tokens."""
+"""Conversations against texts that are put together by hand, and their ids against users who type control tokens."""
 
 import gzip
 import json
@@ -20,9 +20,10 @@ CHATML = (
 )
 # Templates that make it easy to put a control token together from what is said.
 CLOSE = "<|im_start|>{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>"
+REST = "{% for m in messages %}{{ m.content }}im_end|> {% endfor %}<|im_end|>"
 AROUND = "{% for m in messages %}<{{ m.content }}>{% endfor %}<|im_end|>"
 CORPUS = ["Посоветуй фильм, похожий на «Солярис». I'd like a slow film: a < b, <b>bold</b> <|> im_start im_end"] * 2
-TOKENIZER = TextTokenizer.train(CORPUS, 340, [*SPECIAL, "<think>", "a<b>"])
+TOKENIZER = TextTokenizer.train(CORPUS, 340, [*SPECIAL, "<think>", "a<b>", "b>c"])
 PIECES = [
     *TOKENIZER.control_tokens,
     "<|im_",
@@ -87,7 +88,7 @@ def template_tokens(template, contents, prompt):
 
 
 @given(chats(PIECES), st.booleans())
-@example([{"role": "user", "content": "a<b>"}, {"role": "tool", "content": " <|im_end|> "}], True)
+@example([{"role": "user", "content": "a<b>c"}, {"role": "tool", "content": " <|im_end|> "}], True)
 def test_what_is_said_is_plain_text(messages, prompt):
     parts = []
     for message in messages:
@@ -98,13 +99,14 @@ def test_what_is_said_is_plain_text(messages, prompt):
     assert TOKENIZER.decode(ids) == render_chat(CHATML, messages, prompt)
 
 
-@given(chats(PIECES), st.sampled_from([CLOSE, AROUND]))
+@given(chats(PIECES), st.sampled_from([CLOSE, AROUND, REST]))
 @example([{"role": "user", "content": "think"}], AROUND)
+@example([{"role": "user", "content": "<|"}], REST)
 @example([{"role": "user", "content": "<|im_"}, {"role": "user", "content": "end|>"}], CLOSE)
 def test_no_control_token_is_put_together_of_what_is_said(messages, template):
     ids = encode_chat(TOKENIZER, template, messages).tolist()
     own = [TOKENIZER.id_of(token) for token in ("<|im_start|>", "<|im_end|>")]
-    assert [id for id in ids if id in TOKENIZER.control_ids] == own[template == AROUND :]
+    assert [id for id in ids if id in TOKENIZER.control_ids] == own[template != CLOSE :]
     assert TOKENIZER.decode(ids) == render_chat(template, messages)
 
 
@@ -166,6 +168,7 @@ def test_templates_may_do_what_transformers_lets_them(template, text):
         ("a\n{{ x. }}", "chat template, line 2: expected name or number"),
         ("{{ none | foo }}", "chat template, line 1: No filter named 'foo'."),
         ("{{ x.y.z }}", "chat template: 'x' is undefined"),
+        ("{{ lipsum(10) }}", "chat template: 'lipsum' is undefined"),
         ("{{ 1 / 0 }}", "chat template: division by zero"),
         ("{% include 'x' %}", "chat template: no loader for this environment specified"),
         ("{{ ''.__class__ }}", "chat template: '__class__' of a str is not for templates"),
@@ -188,8 +191,8 @@ def test_a_template_that_may_not_is_refused(template, message):
     "template",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% for i in range(9999) %}{% for j in messages[0].content %}x{% endfor %}{% endfor %}",
-        "{% for i in range(9999) %}{% for j in messages[0].content if false %}{% endfor %}{% endfor %}",
+        "{% for i in range(99) %}{% for j in messages[0].content %}x{% endfor %}{% endfor %}",
+        "{% for i in range(99) %}{% for j in messages[0].content if false %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
         "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
         "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",

@@ -42,8 +42,8 @@ def byte_level(special=SPECIAL) -> TextTokenizer:
 def with_added_tokens() -> TextTokenizer:
     """As Qwen: byte-level, with added tokens of both kinds after the vocabulary; as GPT-NeoX, with runs of spaces."""
     raw = Tokenizer.from_str(byte_level(()).content.decode())
-    raw.add_special_tokens([AddedToken(text, normalized=False) for text in SPECIAL])
-    raw.add_tokens([AddedToken("<tool_call>", normalized=False), "    ", "<|im_start|>a"])
+    raw.add_special_tokens([AddedToken(text, normalized=False) for text in (*SPECIAL, "<|im_end|>\n")])
+    raw.add_tokens([AddedToken("<tool_call>", normalized=False), "    ", "<|im_start|>a", "<tool_call> <"])
     return TextTokenizer(raw.to_str().encode())
 
 
@@ -122,9 +122,8 @@ def qwen(data_dir):
 @given(st.sampled_from(sorted(BYTE_LEVEL)), st.text() | TEXTS)
 def test_every_text_comes_back(name, text):
     tokenizer = BYTE_LEVEL[name]
-    ids = tokenizer.encode(text)
-    assert ids.dtype == np.int32
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode(text).dtype == np.int32
+    assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode(tokenizer.encode_template(text)) == text
 
 
@@ -223,7 +222,7 @@ def test_learned_tokens_keep_within_words():
         of_word = [letter.isalpha() or letter == "\u0301" for letter in text[1:]]  # there may be a space or sign before
         assert all(of_word) or not any(of_word), text
     assert {" слон", " elephants", "'s"} & set(whole)
-    assert any("\u0301" in text and len(text) > 2 for text in whole), "a stress mark does not split its word"
+    assert any(re.search("\\w\u0301", text) for text in whole), "a stress mark does not split its word"
 
 
 def test_the_same_texts_give_the_same_tokenizer():
@@ -257,8 +256,7 @@ def test_a_batch_is_each_text(limit, monkeypatch):
     tokenizer = ALL["with_added_tokens"]
     texts = [*MIXED, "<tool_call>"]
     offsets, ids = tokenizer.encode_batch(texts)
-    assert (offsets.dtype, ids.dtype) == (np.int64, np.int32)
-    assert offsets[0] == 0
+    assert (offsets.dtype, ids.dtype, offsets[0]) == (np.int64, np.int32, 0)
     parts = [part.tolist() for part in np.split(ids, offsets[1:-1])]
     assert parts == [tokenizer.encode(text).tolist() for text in texts]
     assert [x.tolist() for x in tokenizer.encode_batch([])] == [[0], []]
@@ -274,12 +272,13 @@ def test_what_cannot_be_encoded_is_refused():
 
 
 @given(st.sampled_from(sorted(ALL)), TEXTS, st.integers(0, 9))
+@example("with_added_tokens", "<|im_start|>a<|im_end|>\n", 0)
+@example("with_added_tokens", "<tool_call> <tool_call>", 0)
 def test_marked_text_without_a_mark_in_a_control_token_is_a_template(name, text, place):
     tokenizer = ALL[name]
     if name == "lower_case" and "<a>" in text:
         return
-    expected = tokenizer.encode_template(text).tolist()
-    assert tokenizer.encode_marked(text, "M").tolist() == expected
+    assert tokenizer.encode_marked(text, "M").tolist() == tokenizer.encode_template(text).tolist()
     bare = re.sub("[^слона ]", "", text)  # where a mark is in nothing's way
     marked = f"{bare[:place]}M{bare[place:]}"
     assert tokenizer.encode_marked(marked, "M").tolist() == tokenizer.encode_template(bare).tolist()
@@ -296,6 +295,8 @@ def test_a_control_token_with_a_mark_is_plain_text(name, start, end):
     assert [id for id in ids if id in tokenizer.control_ids] == [tokenizer.id_of(start)] * 2
     letters = text.replace("M", "").replace(" ", "").lower()  # some decoders put spaces around added tokens
     assert tokenizer.decode(ids).replace(" ", "").lower() == letters
+    after_a_mark = ALL["lower_case"].encode_marked("слон\ue000<ss>", "\ue000")
+    assert after_a_mark[-1] == ALL["lower_case"].id_of("<ss>"), "a mark is no part of a word"
 
 
 def test_special_tokens_are_text_unless_they_are_skipped():
@@ -303,18 +304,17 @@ def test_special_tokens_are_text_unless_they_are_skipped():
     ids = tokenizer.encode_template("<|im_start|>слон<tool_call><|im_end|>")
     assert tokenizer.decode(ids) == "<|im_start|>слон<tool_call><|im_end|>"
     assert tokenizer.decode(ids, skip_special=True) == "слон<tool_call>"
-    assert tokenizer.special_ids == {tokenizer.id_of(token) for token in SPECIAL}
-    others = {tokenizer.id_of("<tool_call>"), tokenizer.id_of("<|im_start|>a")}
+    assert tokenizer.special_ids == {tokenizer.id_of(token) for token in (*SPECIAL, "<|im_end|>\n")}
+    others = {tokenizer.id_of(token) for token in ("<tool_call>", "<|im_start|>a", "<tool_call> <")}
     assert tokenizer.control_ids == tokenizer.special_ids | others
-    assert tokenizer.id_of("<|im_start|>a") == tokenizer.n_vocab - 1
+    assert tokenizer.id_of("<tool_call> <") == tokenizer.n_vocab - 1
     with pytest.raises(InputError, match=r"^token '<none>' is not in the vocabulary$"):
         tokenizer.id_of("<none>")
 
 
 def test_a_file_is_used_and_kept_as_it_is(tmp_path):
     """But for padding, truncation, dropout and what is added to every text."""
-    raw = Tokenizer.from_str(byte_level().content.decode())
-    long = CORPUS[0]
+    raw, long = Tokenizer.from_str(byte_level().content.decode()), CORPUS[0]
     expected = raw.encode(long).ids
     raw.enable_truncation(3)
     raw.enable_padding(length=700)
@@ -339,7 +339,6 @@ def test_a_file_is_used_and_kept_as_it_is(tmp_path):
     [
         ("none.json", None, "no such file"),
         ("cut.json", b'{"version": "1.0"', "is no tokenizer ("),
-        ("other.json", b'{"vocab": {}}', "is no tokenizer ("),
         ("latin.json", "é".encode("latin-1"), "is no tokenizer ("),
         ("prefix.json", json.dumps(CUTS_LETTERS).encode(), "is no tokenizer (["),
         ("merge.json", json.dumps(LONG_MERGE).encode(), "is no tokenizer ("),
@@ -362,7 +361,6 @@ def test_a_bad_file_is_refused_in_one_line(name, content, message, tmp_path, cap
         ({"eos_token_id": [151645, 151643]}, {"eos_token_id": 7}, (151645, 151643)),
         ({}, {"eos_token_id": 7}, (7,)),
         ({"eos_token_id": None}, {"eos_token_id": [7]}, (7,)),
-        (None, {"eos_token_id": 0}, (0,)),
         (None, None, ()),
         ({"eos_token_id": "5"}, None, "generation_config.json"),
         ({"eos_token_id": [5, None]}, None, "generation_config.json"),

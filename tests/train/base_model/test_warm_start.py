@@ -13,17 +13,17 @@ import pytest
 
 from moerec.config import Config, MoEConfig, TrainConfig
 from moerec.config.stored import store_config
+from moerec.convert.paths import flatten
 from moerec.data.dataset import permute_items
 from moerec.data.load import DIGEST, load_data
 from moerec.errors import InputError
 from moerec.eval.ranking import make_evaluator
 from moerec.files import write_json
+from moerec.train.base_model.warm_start import join_groups, match_leaves, read_parameters, split_groups, warm_start
 from moerec.train.checkpoint import Checkpoints
 from moerec.train.loop import fit, make_trainer
-from moerec.convert.paths import flatten
 from moerec.train.run_dir import make_sizes
 from moerec.train.state import init_state, make_predictor
-from moerec.train.base_model.warm_start import join_groups, match_leaves, read_parameters, split_groups, warm_start
 from tests.tiny import make_config
 
 MOE = MoEConfig(layers=(1,), n_per_group=1, d_expert=8, tile=8, bias_rate=0.01)

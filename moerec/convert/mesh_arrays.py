@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 Span = tuple[int, int]  # first, and one behind the last
 
 
-class ShardWriter:
+class MeshArrayWriter:
     """One array under way; blocks are given in a flat view of it, in which neighbouring axes may be merged.
 
     Of merged axes only the first may be split over devices.

@@ -1,0 +1,149 @@
+"""How well a language model predicts held-out documents, and a run that is of text alone."""
+
+import dataclasses
+import functools
+import math
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moerec.config import Config
+from moerec.config.stored import store_config
+from moerec.data.load import DIGEST, read_digests
+from moerec.data.packing import place_sequences
+from moerec.data.text.corpus import Corpus, load_corpus
+from moerec.data.text.stream import TokenReader, pack_tokens
+from moerec.errors import InputError
+from moerec.files import read_json, write_json
+from moerec.nn.model import Predictor, count_active_params
+from moerec.tasks import LanguageModel
+from moerec.train.base_model.hf_run import find_tokenizer
+from moerec.train.base_model.warm_start import find_checkpoint
+from moerec.train.loop import Evaluator, fit
+from moerec.train.run_dir import CONFIG, METRICS
+from moerec.types import Batch, Catalog
+
+
+def list_batches(reader: TokenReader, shape: tuple[int, int], most_tokens: int) -> Iterator[Batch]:
+    """All documents once, cut into windows of a row, with their targets; at most so many tokens."""
+    n_slots = np.maximum(reader.lengths - 1, 0)
+    n_windows = -(-n_slots // shape[1])
+    owner = np.repeat(np.arange(len(n_slots)), n_windows)
+    skipped = (np.arange(len(owner)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)) * shape[1]
+    length = np.minimum(n_slots[owner] - skipped, shape[1])
+    kept = np.cumsum(length) - length < most_tokens
+    first, length = (reader.start[owner] + skipped)[kept], length[kept]
+    while len(length):
+        placed = place_sequences(length, *shape)
+        own = slice(placed.n)
+        packed = pack_tokens(reader.ids, first[own], length[own], placed, shape)
+        yield packed.batch._replace(targets={LanguageModel.name: LanguageModel().render(packed)})
+        first, length = first[placed.n :], length[placed.n :]
+
+
+@functools.partial(jax.jit, static_argnums=(3,))
+def _sum_nll(predictor: Predictor, batch: Batch, catalog: Catalog, chunk: int) -> tuple[jax.Array, jax.Array]:
+    model = predictor.params
+    assert model.text_head is not None
+    assert model.token_encoder is not None
+    target = batch.targets[LanguageModel.name]
+    state_SD = predictor.encode(batch, catalog).state_BTD.reshape(-1, model.config.d_model)
+    slots = state_SD, target.label_BT.reshape(-1), target.weight_BT.reshape(-1)
+    return model.text_head.sum_nll(*slots, model.token_encoder, chunk), jnp.sum(target.weight_BT)
+
+
+def measure_nats(config: Config, predictor: Predictor, batches: Iterator[Batch], catalog: Catalog) -> tuple[float, int]:
+    """The mean negative log-probability of a token in nats, and how many there are."""
+    total, n_tokens = 0.0, 0.0
+    for batch in batches:
+        nll, weight = _sum_nll(predictor, batch, catalog, config.loss.vocab_chunk)
+        total, n_tokens = total + float(nll), n_tokens + float(weight)
+    return total / max(n_tokens, 1), round(n_tokens)
+
+
+def make_language_evaluator(config: Config, corpus: Corpus) -> Evaluator:
+    """Scores what is trained by the probability of a held-out token (geometric mean); 0 where none is held out."""
+    reader = TokenReader(corpus, valid=True)
+    shape = config.train.batch_size, config.data.seq_len
+
+    def evaluate(predictor: Predictor, catalog: Catalog) -> tuple[float, dict[str, float]]:
+        batches = list_batches(reader, shape, config.train.n_valid)
+        nats, n_tokens = measure_nats(config, predictor, batches, catalog)
+        if not n_tokens:
+            return 0.0, {}
+        return math.exp(-nats), {"valid/lm/nats": nats, "valid/lm/perplexity": math.exp(nats)}
+
+    return evaluate
+
+
+def run_language(config: Config, workdir: Path) -> dict[str, Any]:
+    """Trains a language model, measures it on the held-out documents and writes `metrics.json`.
+
+    Raises:
+      InputError: a document, the tokenizer or the config cannot be used, or `workdir` holds a run on other documents.
+    """
+    corpus = load_corpus(config.data.corpus, workdir, config.model.text.vocab_size, _find_first_tokenizer(config))
+    known = read_digests(workdir)
+    if known and known["sha256"] != corpus.digest:
+        raise InputError(f"{workdir}: this directory holds a run on other documents")
+    store_config(workdir / CONFIG, config)
+    write_json(workdir / DIGEST, corpus.digests)
+    if (workdir / METRICS).exists():
+        return read_json(workdir / METRICS)
+    trained = fit(config, corpus, workdir, make_language_evaluator(config, corpus))
+    reader, shape = TokenReader(corpus, valid=True), (config.train.batch_size, config.data.seq_len)
+    batches = list_batches(reader, shape, most_tokens=int(reader.lengths.sum()))
+    nats, n_tokens = measure_nats(config, trained.predictor, batches, trained.catalog)
+    params = trained.predictor.params
+    metrics = {
+        "config": dataclasses.asdict(config),
+        "seed": config.seed,
+        "steps": trained.steps,
+        "best_step": trained.step,
+        "wall_s": trained.wall_s,
+        "tokens_per_s": trained.slots_per_s,
+        "n_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "n_active_params": count_active_params(params),
+        "valid": {"step": trained.step, **trained.valid},
+        "tasks": {"lm": _describe(corpus, nats, n_tokens)},
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    write_json(workdir / METRICS, metrics)
+    return metrics
+
+
+def format_language(metrics: dict[str, Any]) -> str:
+    """A line for each task of a run of text alone."""
+    found = metrics["tasks"]["lm"]
+    if not found["n_tokens"]:
+        return "lm: no document is held out (data.corpus.valid_fraction)"
+    size = f"{found['n_tokens']:,} tokens of {found['n_documents']:,} held-out documents"
+    told = f"{found['nats_per_token']:.4f} nats, perplexity {found['perplexity']:.2f}"
+    told += f", {found['bits_per_byte']:.4f} bits a byte"
+    return f"lm: {told}; {size}"
+
+
+def _describe(corpus: Corpus, nats: float, n_tokens: int) -> dict[str, Any]:
+    """Bits per byte count each document's end as a token that is to be told, and no byte."""
+    if not n_tokens:
+        return {"n_tokens": 0, "n_documents": 0}
+    n_bytes = int(corpus.n_bytes[corpus.is_valid].sum())
+    return {
+        "nats_per_token": nats,
+        "perplexity": math.exp(nats),
+        "bits_per_byte": nats * n_tokens / math.log(2) / max(n_bytes, 1),
+        "n_tokens": n_tokens,
+        "n_documents": int(corpus.is_valid.sum()),
+    }
+
+
+def _find_first_tokenizer(config: Config) -> Path | None:
+    """The tokenizer of the model that training begins with."""
+    if not config.train.init_from:
+        return None
+    return find_tokenizer(find_checkpoint(Path(config.train.init_from))[0])
