@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from moerec.config import ModelConfig
 from moerec.nn.layers import RMSNorm, declare, fan_in, normal
+from moerec.nn.sharding import ROW_AXES, find_layout
 from moerec.nn.temporal import TimeEmbedding, last_times
 from moerec.types import EVENT, NO_TIME, RECOMMEND, Batch, Catalog
 
@@ -55,10 +57,30 @@ class TokenEncoder(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig):
         shape = config.text.vocab_size, config.d_model
         self.row_VD = declare(key, shape, ("vocab", "embed"), normal(STDDEV), decay="embedding")
+        self.dtype = jnp.dtype(config.compute_dtype)
 
     def __call__(self, token_BT: jax.Array) -> jax.Array:
-        """`[B, T, D]` float32."""
-        return self.row_VD[...][token_BT]
+        """`[B, T, D]` float32, rounded to the model's type.
+
+        On a mesh each device looks up what it has of the rows: left to the compiler, every device had the whole batch.
+        """
+        table = self.row_VD[...].astype(self.dtype)
+        layout, n_batch = find_layout(table, self.row_VD.get_metadata()["axes"]), token_BT.shape[0]
+        if layout is None:
+            return table[token_BT].astype(jnp.float32)
+
+        def look_up(token_BT: jax.Array, table: jax.Array) -> jax.Array:
+            table, first = layout.gather(table)
+            place_BT = token_BT - first
+            is_here_BT = (place_BT >= 0) & (place_BT < table.shape[0])
+            rows = jnp.where(is_here_BT[..., None], table[jnp.clip(place_BT, 0, table.shape[0] - 1)], 0)
+            return jax.lax.psum(rows, "model") if layout.is_split else rows
+
+        by_row = PartitionSpec(ROW_AXES)
+        specs = by_row, layout.spec
+        padded_BT = jnp.pad(token_BT, ((0, -n_batch % layout.n_row_parts), (0, 0)))
+        found = jax.shard_map(look_up, mesh=layout.mesh, in_specs=specs, out_specs=by_row)(padded_BT, table)
+        return found[:n_batch].astype(jnp.float32)
 
 
 def has_row(item_X: jax.Array, catalog: Catalog) -> jax.Array:

@@ -1,7 +1,7 @@
 """Logical axes of the weights to axes of the mesh, in one place."""
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -85,3 +85,37 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole value on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+class TableLayout(NamedTuple):
+    """How a table of rows, such as a vocabulary's, lies on a mesh, for what is written inside `jax.shard_map`.
+
+    Attributes:
+      mesh: the one that is set. spec: of the table.
+      is_split: whether its rows are split over `model`. is_sharded: whether their width is over `data` (FSDP).
+    """
+
+    mesh: AbstractMesh
+    spec: PartitionSpec
+    is_split: bool
+    is_sharded: bool
+
+    @property
+    def n_row_parts(self) -> int:
+        """Devices over which rows of a batch are split."""
+        return int(np.prod([self.mesh.shape[axis] for axis in ROW_AXES]))
+
+    def gather(self, table_XD: jax.Array) -> tuple[jax.Array, jax.Array | int]:
+        """This device's rows in their whole width, and the number of the first of them."""
+        if self.is_sharded:
+            table_XD = jax.lax.all_gather(table_XD, "data", axis=1, tiled=True)
+        return table_XD, jax.lax.axis_index("model") * table_XD.shape[0] if self.is_split else 0
+
+
+def find_layout(table_XD: jax.Array, axes: tuple[str | None, ...]) -> TableLayout | None:
+    """The layout under `jax.set_mesh`; None on one device. Args: the table, and its logical axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    spec = param_spec(axes, table_XD.shape, mesh)
+    return TableLayout(mesh, spec, spec[0] == "model", spec[1] == "data")

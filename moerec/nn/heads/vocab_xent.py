@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from moerec.nn.layers import MASK_VALUE
-from moerec.nn.sharding import ROW_AXES, param_spec
+from moerec.nn.sharding import ROW_AXES, TableLayout, find_layout
 from pallas_kernels.varying import vary, varying_axes
 
 
@@ -89,33 +89,12 @@ def _scan_backward(
     return jax.lax.scan(step, start, jnp.arange(part.n_blocks))[0]
 
 
-class _Layout(NamedTuple):
-    """How the vocabulary lies on the mesh. Attributes: whether its rows are split over `model`, and their width over
-    `data` (FSDP).
-    """
-
-    mesh: AbstractMesh
-    row: PartitionSpec
-    is_split: bool
-    is_sharded: bool
-
-
-def _find_layout(row_VD: jax.Array, axes: tuple[str | None, ...]) -> _Layout | None:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None
-    row = param_spec(axes, row_VD.shape, mesh)
-    return _Layout(mesh, row, row[0] == "model", row[1] == "data")
-
-
-def _take_part(row_VD: jax.Array, chunk: int, layout: _Layout | None, *others: jax.Array) -> _Part:
+def _take_part(row_VD: jax.Array, chunk: int, layout: TableLayout | None, h_SD: jax.Array) -> _Part:
     """What this device works on; of a sharded width the whole is brought together here."""
     if layout is None:
         return _Part(row_VD, 0, min(chunk, row_VD.shape[0]), frozenset())
-    if layout.is_sharded:
-        row_VD = jax.lax.all_gather(row_VD, "data", axis=1, tiled=True)
-    first = jax.lax.axis_index("model") * row_VD.shape[0] if layout.is_split else 0
-    return _Part(row_VD, first, min(chunk, row_VD.shape[0]), varying_axes(row_VD, *others))
+    row_VD, first = layout.gather(row_VD.astype(h_SD.dtype))  # narrow before it travels
+    return _Part(row_VD, first, min(chunk, row_VD.shape[0]), varying_axes(row_VD, h_SD))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -143,13 +122,12 @@ def _pad(x: jax.Array, n: int) -> jax.Array:
     return jnp.pad(x, ((0, n - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
 
 
-def _count_padded(n: int, layout: _Layout | None) -> int:
-    n_parts = 1 if layout is None else layout.mesh.shape["data"] * layout.mesh.shape["expert"]
-    return -(-n // n_parts) * n_parts
+def _count_padded(n: int, layout: TableLayout | None) -> int:
+    return n if layout is None else -(-n // layout.n_row_parts) * layout.n_row_parts
 
 
 def _forward(h_SD, row_VD, label_S, weight_S, chunk, axes):
-    layout, n = _find_layout(row_VD, axes), h_SD.shape[0]
+    layout, n = find_layout(row_VD, axes), h_SD.shape[0]
 
     def run(h_SD, row_VD, label_S, weight_S):
         part = _take_part(row_VD, chunk, layout, h_SD)
@@ -164,7 +142,7 @@ def _forward(h_SD, row_VD, label_S, weight_S, chunk, axes):
 
     if layout is not None:
         rows = PartitionSpec(ROW_AXES)
-        specs = (rows, layout.row, rows, rows)
+        specs = (rows, layout.spec, rows, rows)
         run = jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=(PartitionSpec(), rows))
     padded = _count_padded(n, layout)
     loss, lse_S = run(_pad(h_SD, padded), row_VD, _pad(label_S, padded), _pad(weight_S, padded))
@@ -173,7 +151,7 @@ def _forward(h_SD, row_VD, label_S, weight_S, chunk, axes):
 
 def _backward(chunk, axes, residuals, g):
     h_SD, row_VD, label_S, weight_S, lse_S = residuals
-    layout, n = _find_layout(row_VD, axes), h_SD.shape[0]
+    layout, n = find_layout(row_VD, axes), h_SD.shape[0]
 
     def run(h_SD, row_VD, label_S, lse_S, pull_S):
         part = _take_part(row_VD, chunk, layout, h_SD)
@@ -189,8 +167,8 @@ def _backward(chunk, axes, residuals, g):
 
     if layout is not None:
         rows = PartitionSpec(ROW_AXES)
-        specs = (rows, layout.row, rows, rows, rows)
-        run = jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=(rows, layout.row))
+        specs = (rows, layout.spec, rows, rows, rows)
+        run = jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=(rows, layout.spec))
     padded = _count_padded(n, layout)
     slots = (_pad(x, padded) for x in (label_S, lse_S, g * weight_S))
     d_h_SD, d_row_VD = run(_pad(h_SD, padded), row_VD, *slots)

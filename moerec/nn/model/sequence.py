@@ -382,9 +382,8 @@ class SequenceModel(nnx.Module):
             # The posterior stays one: the routers read it, but do not bend it to their ends.
             known = None if log_domain_BTZ is None else jax.lax.stop_gradient(log_domain_BTZ)
             domain_BT = jnp.full_like(batch.segment_BT, -1) if domain_BT is None else domain_BT
-            real_BT, closed_BTG = close_to_text(batch, self.n_services, self.config.moe)
-            router = RouterInputs(known, domain_BT, real_BT, relevance_BTM, closed_BTG)
-            context = context._replace(router=router)
+            router = RouterInputs(known, domain_BT, batch.segment_BT > 0, relevance_BTM)
+            context = context._replace(router=close_to_text(router, batch, self.n_services, self.config.moe))
         return x_BTD, context, log_domain_BTZ, relevance_BTM
 
 

@@ -43,16 +43,22 @@ def open_groups(log_domain_SZ: jax.Array, n_open: int, n_groups: int) -> jax.Arr
     return jnp.pad(MASK_VALUE * (1 - chosen_SZ), ((0, 0), (0, n_groups - n_services)))
 
 
-def close_to_text(batch: Batch, n_services: int, config: MoEConfig) -> tuple[jax.Array, jax.Array | None]:
-    """`RouterInputs.real_BT` and `closed_BTG`: text uses what is open to all, of the experts the cross group."""
-    real_BT = batch.segment_BT > 0
-    if batch.token_BT is None or not config.services:
-        return real_BT, None
+def close_to_text(inputs: RouterInputs, batch: Batch, n_services: int, config: MoEConfig) -> RouterInputs:
+    """What routers know of text: its state alone, as in Qwen2-MoE; and of the experts only the cross group is open."""
+    if batch.token_BT is None:
+        return inputs
     is_text_BT = batch.kind_BT == TOKEN
+    is_text_BT1 = is_text_BT[..., None]
+    if inputs.log_domain_BTZ is not None:
+        inputs = inputs._replace(log_domain_BTZ=jnp.where(is_text_BT1, 0, inputs.log_domain_BTZ))
+    if inputs.relevance_BTM is not None:
+        inputs = inputs._replace(relevance_BTM=jnp.where(is_text_BT1, 0, inputs.relevance_BTM))
     if not config.cross:
-        real_BT &= ~is_text_BT
-    closed_BT1 = jnp.where(is_text_BT, MASK_VALUE, 0.0)[..., None]
-    return real_BT, jnp.pad(jnp.repeat(closed_BT1, n_services, axis=-1), ((0, 0), (0, 0), (0, int(config.cross))))
+        inputs = inputs._replace(real_BT=inputs.real_BT & ~is_text_BT)
+    if not config.services:
+        return inputs
+    closed_BTZ = jnp.repeat(jnp.where(is_text_BT1, MASK_VALUE, 0.0), n_services, axis=-1)
+    return inputs._replace(closed_BTG=jnp.pad(closed_BTZ, ((0, 0), (0, 0), (0, int(config.cross)))))
 
 
 def route_slots(
