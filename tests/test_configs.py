@@ -1,6 +1,8 @@
 """Every experiment file, shrunk, for one step on its real data; and the checks of the configuration."""
 
 import dataclasses
+import gzip
+import itertools
 import pkgutil
 from pathlib import Path
 
@@ -23,9 +25,11 @@ from moerec.config import (
 )
 from moerec.convert.paths import flatten
 from moerec.data.load import load_data
+from moerec.data.text.corpus import load_corpus
 from moerec.errors import InputError
 from moerec.eval.baselines import BASELINES
 from moerec.eval.baselines.sasrec import sasrec_config
+from moerec.eval.language import make_language_evaluator
 from moerec.eval.ranking import make_evaluator
 from moerec.nn.model import ModelSizes, SequenceModel, count_active_params
 from moerec.nn.profile import count_profile_slots
@@ -39,7 +43,9 @@ NAMES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
 def shrink(config: Config) -> Config:
     """The same experiment with a narrow model, few targets and one step."""
     model = dataclasses.replace(config.model, d_model=8, d_ff=8, n_heads=2, n_kv_heads=2, d_head=4, d_text=4)
-    train = dataclasses.replace(config.train, steps=1, batch_size=2, eval_every=0, n_valid=16, n_microbatches=1)
+    meshless = {"mesh_data": 1, "mesh_expert": 1, "mesh_model": 1}
+    short = {"steps": 1, "batch_size": 2, "eval_every": 0, "n_valid": 16, "n_microbatches": 1}
+    train = dataclasses.replace(config.train, **short, **meshless)
     loss = dataclasses.replace(config.loss, n_negatives=8, chunk=64)
     evaluation = dataclasses.replace(config.eval, batch_size=16)
     city = dataclasses.replace(config.data.city, n_users=40, events_per_user=8, items_per_service=20)
@@ -49,11 +55,32 @@ def shrink(config: Config) -> Config:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sasrec_has_items_and_blocks_whatever_the_run_has(name):
+    if cli.load_config(str(ROOT / "configs" / f"{name}.py")).data.source == "text":
+        return  # there are no items
     config = sasrec_config(cli.load_config(str(ROOT / "configs" / f"{name}.py")), "sasrec", "one_negative")
     sizes = ModelSizes(40, 12, 3, 2, (3, 4), (5,), service_offsets=(0, 10, 20, 40))
     model = jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, sizes))
     found = {path for path in flatten(model) if not path.startswith("groups/0/")}
     assert found == {"item_encoder/row_ID", "input_norm/scale", "final_norm/scale"}, found
+
+
+def take_a_step_of_text(config: Config, data_dir: Path, workdir: Path) -> None:
+    """On the first documents of its data, with two layers: tokenizer and vocabulary are the real ones."""
+    (workdir / "run").mkdir()
+    with gzip.open(data_dir / "text" / "ru_en_libreoffice_help.jsonl.gz", "rt", encoding="utf-8") as file:
+        (workdir / "documents.jsonl").write_text("".join(itertools.islice(file, 8)), encoding="utf-8")
+    corpus = dataclasses.replace(
+        config.data.corpus,
+        path=str(workdir / "documents.jsonl"),
+        tokenizer=str(data_dir / "tokenizer_qwen" / "tokenizer.json.gz"),
+        valid_fraction=0.3,
+    )
+    data = dataclasses.replace(config.data, corpus=corpus, seq_len=16, history_len=16)
+    config = checked(dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, n_layers=2)))
+    documents = load_corpus(corpus, workdir / "run", config.model.text.vocab_size)
+    fitted = fit(config, documents, workdir / "run", make_language_evaluator(config, documents))
+    assert fitted.steps == 1
+    assert fitted.valid["valid/lm/nats"] == pytest.approx(np.log(config.model.text.vocab_size), rel=0.01)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,6 +94,9 @@ def test_an_experiment_takes_a_step(name, tmp_path, request):
     if config.data.source == "tables":
         folder = request.getfixturevalue("data_dir") / Path(config.data.tables.folder).name
         config.data.tables.folder = str(folder)
+    if config.data.source == "text":
+        take_a_step_of_text(config, request.getfixturevalue("data_dir"), tmp_path)
+        return
     config, data = checked(config), load_data(config.data, tmp_path)
     fitted = fit(config, data, tmp_path, make_evaluator(config, data))
     assert fitted.steps == 1

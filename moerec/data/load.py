@@ -264,6 +264,8 @@ def _find_requests(dataset: Dataset, keep: np.ndarray, first_event: bool) -> np.
 
 
 def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, Path | None]:
+    if config.source == "text":
+        raise InputError("config.data.source: documents of text have no events, users or items")
     if config.source == "city":
         dataset, generated = city.generate(config.city, config.seed)
         world: city.World | None = generated

@@ -16,7 +16,7 @@ from moerec.config import Config
 from moerec.config.stored import store_config
 from moerec.data.load import DIGEST, read_digests
 from moerec.data.packing import place_sequences
-from moerec.data.text.corpus import Corpus, load_corpus
+from moerec.data.text.corpus import TOKENIZER, Corpus, load_corpus
 from moerec.data.text.stream import TokenReader, pack_tokens
 from moerec.errors import InputError
 from moerec.files import read_json, write_json
@@ -36,8 +36,8 @@ def list_batches(reader: TokenReader, shape: tuple[int, int], most_tokens: int) 
     owner = np.repeat(np.arange(len(n_slots)), n_windows)
     skipped = (np.arange(len(owner)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)) * shape[1]
     length = np.minimum(n_slots[owner] - skipped, shape[1])
-    kept = np.cumsum(length) - length < most_tokens
-    first, length = (reader.start[owner] + skipped)[kept], length[kept]
+    length = np.minimum(length, most_tokens - (np.cumsum(length) - length))
+    first, length = (reader.start[owner] + skipped)[length > 0], length[length > 0]
     while len(length):
         placed = place_sequences(length, *shape)
         own = slice(placed.n)
@@ -76,7 +76,7 @@ def make_language_evaluator(config: Config, corpus: Corpus) -> Evaluator:
         nats, n_tokens = measure_nats(config, predictor, batches, catalog)
         if not n_tokens:
             return 0.0, {}
-        return math.exp(-nats), {"valid/lm/nats": nats, "valid/lm/perplexity": math.exp(nats)}
+        return math.exp(-nats), {"valid/lm/nats": nats, "valid/lm/perplexity": _find_perplexity(nats)}
 
     return evaluate
 
@@ -87,7 +87,8 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
     Raises:
       InputError: a document, the tokenizer or the config cannot be used, or `workdir` holds a run on other documents.
     """
-    corpus = load_corpus(config.data.corpus, workdir, config.model.text.vocab_size, _find_first_tokenizer(config))
+    first_tokenizer = _find_first_tokenizer(config, workdir)
+    corpus = load_corpus(config.data.corpus, workdir, config.model.text.vocab_size, first_tokenizer)
     known = read_digests(workdir)
     if known and known["sha256"] != corpus.digest:
         raise InputError(f"{workdir}: this directory holds a run on other documents")
@@ -95,8 +96,12 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
     write_json(workdir / DIGEST, corpus.digests)
     if (workdir / METRICS).exists():
         return read_json(workdir / METRICS)
-    trained = fit(config, corpus, workdir, make_language_evaluator(config, corpus))
     reader, shape = TokenReader(corpus, valid=True), (config.train.batch_size, config.data.seq_len)
+    options = config.train
+    if not np.any(reader.lengths >= 2):  # nothing tells which step is best: the last one is kept
+        options = dataclasses.replace(options, eval_every=0, patience=0)
+    evaluate = make_language_evaluator(config, corpus)
+    trained = fit(dataclasses.replace(config, train=options), corpus, workdir, evaluate)
     batches = list_batches(reader, shape, most_tokens=int(reader.lengths.sum()))
     nats, n_tokens = measure_nats(config, trained.predictor, batches, trained.catalog)
     params = trained.predictor.params
@@ -128,6 +133,10 @@ def format_language(metrics: dict[str, Any]) -> str:
     return f"lm: {told}; {size}"
 
 
+def _find_perplexity(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # beyond lies no float64
+
+
 def _describe(corpus: Corpus, nats: float, n_tokens: int) -> dict[str, Any]:
     """Bits per byte count each document's end as a token that is to be told, and no byte."""
     if not n_tokens:
@@ -135,15 +144,15 @@ def _describe(corpus: Corpus, nats: float, n_tokens: int) -> dict[str, Any]:
     n_bytes = int(corpus.n_bytes[corpus.is_valid].sum())
     return {
         "nats_per_token": nats,
-        "perplexity": math.exp(nats),
+        "perplexity": _find_perplexity(nats),
         "bits_per_byte": nats * n_tokens / math.log(2) / max(n_bytes, 1),
         "n_tokens": n_tokens,
         "n_documents": int(corpus.is_valid.sum()),
     }
 
 
-def _find_first_tokenizer(config: Config) -> Path | None:
-    """The tokenizer of the model that training begins with."""
-    if not config.train.init_from:
+def _find_first_tokenizer(config: Config, workdir: Path) -> Path | None:
+    """The tokenizer of the model that training begins with, where it is what is needed."""
+    if not config.train.init_from or config.data.corpus.tokenizer or (workdir / TOKENIZER).is_file():
         return None
     return find_tokenizer(find_checkpoint(Path(config.train.init_from))[0])

@@ -1,11 +1,13 @@
 """Logical axes of the weights to axes of the mesh, in one place."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moerec.errors import InputError
@@ -39,7 +41,16 @@ def make_mesh(n_data: int, n_expert: int, n_model: int) -> Mesh:
     if n > len(devices):
         asked = " x ".join(map(str, shape))
         raise InputError(f"config.train.mesh_data: {asked} devices asked for, {len(devices)} are there")
-    return Mesh(np.asarray(devices[:n]).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(arrange_devices(shape, devices[:n]), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def arrange_devices(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices as a mesh; of TPUs each axis has whole sides of the torus, else parts of sides, else as they come."""
+    if devices[0].platform == "tpu":
+        for splits in (False, True):
+            with contextlib.suppress(NotImplementedError, ValueError, AssertionError):
+                return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=splits)
+    return np.asarray(devices).reshape(shape)
 
 
 def mesh_of(tree: Any) -> contextlib.AbstractContextManager:

@@ -79,18 +79,18 @@ def load_corpus(config: CorpusConfig, workdir: Path, vocab_size: int, first_toke
     is_valid = np.array([_hold_out(text, config.valid_fraction) for text in texts], bool)
     if is_valid.all():
         raise InputError(f"{path}: no document is left to train on")
-    if kept.is_file():
-        tokenizer = TextTokenizer.load(kept)
-    elif config.tokenizer or first_tokenizer is not None:
-        tokenizer = TextTokenizer.load(Path(config.tokenizer) if config.tokenizer else first_tokenizer or kept)
-        tokenizer.save(kept)
-    else:  # of the documents that are trained on alone
+    named = Path(config.tokenizer) if config.tokenizer else first_tokenizer
+    source = kept if kept.is_file() else named
+    if source is None:  # of the documents that are trained on alone
         tokenizer = TextTokenizer.train(itertools.compress(texts, ~is_valid), config.vocab_size)
-        tokenizer.save(kept)
+    else:
+        tokenizer = TextTokenizer.load(source)
     if tokenizer.n_vocab > vocab_size:
         told = f"the tokenizer has {tokenizer.n_vocab} tokens"
         raise InputError(f"config.model.text.vocab_size: {vocab_size} rows, but {told}")
-    offsets, ids = _encode(tokenizer, texts)
+    offsets, ids = _encode(tokenizer, texts, _find_end(tokenizer, source))
+    if source != kept:  # only now: what was refused must not bind the directory
+        tokenizer.save(kept)
     n_bytes = np.array([len(text.encode()) for text in texts], np.int64)
     return Corpus(tokenizer, offsets, ids, n_bytes, is_valid)
 
@@ -101,8 +101,16 @@ def _hold_out(text: str, fraction: float) -> bool:
     return word < fraction * _SHARES
 
 
-def _encode(tokenizer: TextTokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    end, offsets, parts = tokenizer.id_of(END), [np.zeros(1, np.int64)], []
+def _find_end(tokenizer: TextTokenizer, source: Path | None) -> int:
+    """The id of `END`. Args: the file that the tokenizer is of. Raises InputError where there is none."""
+    try:
+        return tokenizer.id_of(END)
+    except InputError as error:
+        raise InputError(f"{source}: {error}, and it ends each document") from None
+
+
+def _encode(tokenizer: TextTokenizer, texts: list[str], end: int) -> tuple[np.ndarray, np.ndarray]:
+    offsets, parts = [np.zeros(1, np.int64)], []
     for first in range(0, len(texts), _BATCH):
         own, ids = tokenizer.encode_batch(texts[first : first + _BATCH])
         parts.append(np.insert(ids, own[1:], end))

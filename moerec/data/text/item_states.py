@@ -54,10 +54,12 @@ class StateStore(NamedTuple):
         for part in range(self.n_parts):
             path, span = self._path(part), self.span(part)
             try:
-                found = np.load(path, allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                reason = str(error).splitlines()[0][:100]
-                raise InputError(f"{path}: states of items cannot be read ({reason}); training computes them") from None
+                with path.open("rb") as file:
+                    found = np.lib.format.read_array(file, allow_pickle=False)
+            except Exception as error:  # of a damaged header Python's own tokenizer may tell
+                reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
+                told = f"states of items cannot be read ({reason}); where there is no file, training computes them"
+                raise InputError(f"{path}: {told}") from None
             is_whole = found.ndim == 2 and found.dtype == np.float32 and len(found) == span.stop - span.start
             if not is_whole or (parts and found.shape[1] != parts[0].shape[1]) or not np.all(np.isfinite(found)):
                 raise InputError(f"{path}: is no float32 array of {span.stop - span.start} items' states; delete it")

@@ -1,5 +1,7 @@
 """The training stream of documents: packed like users' sequences, with the same epochs and the same position."""
 
+import dataclasses
+
 import numpy as np
 
 from moerec.data.dataset import EventLog
@@ -29,6 +31,7 @@ class TextStream(PackedStream):
     def __init__(self, reader: TokenReader, render: Render, options: StreamOptions):
         if not np.any(reader.lengths >= 2):
             raise InputError("config.data.corpus.path: no document has two tokens, so there is nothing to predict")
+        options = dataclasses.replace(options, first_event=False)  # or the last token would have a target
         super().__init__(reader, None, render, options)  # type: ignore[arg-type]
 
     def __iter__(self) -> "TextIterator":

@@ -19,6 +19,7 @@ from moerec.errors import InputError
 from moerec.nn.model import SequenceModel
 from moerec.train.base_model.hf_run import find_tokenizer
 from moerec.train.run_dir import Run
+from moerec.types import Batch
 
 MOST_TOKENS = 64  # of a text; what is longer is cut
 SLOTS = 8192  # of a batch
@@ -37,18 +38,29 @@ def add_item_states(config: Config, data: RunData, workdir: Path) -> RunData:
     if not base.config.model.text.vocab_size:
         raise InputError(f"config.data.item_states: {base.folder} knows no words (model.text.vocab_size)")
     catalogue = data.dataset.catalogue
-    store = open_store(data.folder or workdir, catalogue, data.item_number, digest_run(base.folder))
+    # A city's shards are written anew by each process, and whoever opens the run makes it in memory.
+    folder = workdir if config.data.source == "city" else data.folder or workdir
+    store = open_store(folder, catalogue, data.item_number, digest_run(base.folder))
     missing = store.list_missing()
     if missing:
         texts = order_as_source(catalogue.text, data.item_number)
-        tokenizer, model = TextTokenizer.load(find_tokenizer(base.folder)), base.predictor.params
+        tokenizer, predictor = _load_tokenizer(base), base.predictor
         started = time.monotonic()
         for n_done, part in enumerate(missing, 1):
-            store.write(part, encode_texts(model, tokenizer, texts[store.span(part)].tolist()))
+            own = texts[store.span(part)].tolist()
+            store.write(part, encode_texts(predictor.params, tokenizer, own, predictor.router_bias_LE))
             if n_done % 8 == 0 or n_done == len(missing):
                 told = f"item states: {n_done} of {len(missing)} parts, {time.monotonic() - started:.0f} s"
                 print(told, file=sys.stderr, flush=True)
     return with_item_states(data, store.read(), workdir)
+
+
+def _load_tokenizer(base: Run) -> TextTokenizer:
+    path, n_rows = find_tokenizer(base.folder), base.config.model.text.vocab_size
+    tokenizer = TextTokenizer.load(path)
+    if tokenizer.n_vocab > n_rows:
+        raise InputError(f"{path}: has {tokenizer.n_vocab} tokens, but the model has {n_rows} rows")
+    return tokenizer
 
 
 def digest_run(folder: Path) -> str:
@@ -63,7 +75,9 @@ def digest_run(folder: Path) -> str:
     return found.hexdigest()
 
 
-def encode_texts(model: SequenceModel, tokenizer: TextTokenizer, texts: list[str]) -> np.ndarray:
+def encode_texts(
+    model: SequenceModel, tokenizer: TextTokenizer, texts: list[str], router_bias_LE: jax.Array | None = None
+) -> np.ndarray:
     """`[n, D]` float32, the mean over each text's tokens of the states of the last layer; zeros without a token."""
     offsets, ids = tokenizer.encode_batch(texts)
     length = np.minimum(np.diff(offsets), MOST_TOKENS)
@@ -79,7 +93,7 @@ def encode_texts(model: SequenceModel, tokenizer: TextTokenizer, texts: list[str
             at = np.minimum(offsets[own][:, None] + place, len(ids) - 1)
             token[: len(own)] = np.where(is_real[: len(own)], ids[at], 0)
             batch = make_text_batch(token, is_real.astype(np.int32))
-            state[own] = np.asarray(_average(model, batch))[: len(own)]
+            state[own] = np.asarray(_average(model, batch, router_bias_LE))[: len(own)]
     return state
 
 
@@ -94,7 +108,7 @@ def _group_by_length(length: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
 
 
 @jax.jit
-def _average(model: SequenceModel, batch) -> jax.Array:
+def _average(model: SequenceModel, batch: Batch, router_bias_LE: jax.Array | None) -> jax.Array:
     real_BT1 = (batch.segment_BT > 0)[..., None]
-    total_BD = jnp.sum(jnp.where(real_BT1, encode_text(model, batch), 0), axis=1)
+    total_BD = jnp.sum(jnp.where(real_BT1, encode_text(model, batch, router_bias_LE), 0), axis=1)
     return total_BD / jnp.maximum(jnp.sum(real_BT1, axis=1), 1)

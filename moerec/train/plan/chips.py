@@ -10,13 +10,12 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import mesh_utils, topologies
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from moerec.config import Config
 from moerec.errors import InputError
-from moerec.nn.sharding import MESH_AXES
+from moerec.nn.sharding import MESH_AXES, arrange_devices
 
 GIB = 2**30
 # libtpu reads these when it is loaded: it is not to ask the network which machine this is, nor to tell at length that
@@ -107,7 +106,7 @@ def describe_mesh(topology: Topology, config: Config) -> Mesh:
         fields = "config.train.mesh_data x mesh_expert x mesh_model"
         asked = f"{' x '.join(map(str, shape))} = {math.prod(shape)} chips"
         raise InputError(f"{fields}: {asked}; --topology={topology.name} has {topology.n_chips}")
-    devices = _place(shape, _describe_devices(topology))
+    devices = arrange_devices(shape, _describe_devices(topology))
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -122,13 +121,3 @@ def _describe_devices(topology: Topology) -> list[Any]:
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0].split(": ", 1)[-1]
         raise InputError(f"--topology: {topology.name!r}: the TPU compiler knows no such slice: {reason}") from None
-
-
-def _place(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
-    """The devices as a mesh: whole sides of the torus for an axis, else parts of sides, else in their order."""
-    for splits in (False, True):
-        try:
-            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=splits)
-        except (NotImplementedError, ValueError, AssertionError):
-            continue
-    return np.asarray(devices).reshape(shape)

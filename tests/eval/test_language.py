@@ -1,0 +1,311 @@
+"""Runs of text alone: what is measured against loops over the held-out documents, and what is kept and refused."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moerec.config import (
+    Config,
+    CorpusConfig,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TextConfig,
+    TrainConfig,
+)
+from moerec.convert.logits import compute_logits, make_text_batch
+from moerec.convert.paths import flatten, unflatten
+from moerec.data.text.corpus import END, TOKENIZER, Corpus, load_corpus
+from moerec.data.text.stream import TokenReader
+from moerec.data.text.tokenizer import TextTokenizer
+from moerec.errors import InputError
+from moerec.eval.evaluate_run import run_experiment
+from moerec.eval.language import format_language, list_batches, make_language_evaluator
+from moerec.nn.model import Predictor
+from moerec.train.checkpoint import Checkpoints
+from moerec.train.run_dir import load_run
+from tests.small_model import worst_gap
+from tests.tiny import share_trainers
+
+ROWS, ROW_LEN, V = 4, 24, 300
+ANIMALS, PLACES = ("cat", "dog", "owl", "hen", "fox"), ("the mat", "a hill", "my bed", "the road")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trainers():
+    """Most tests train the same model: it is traced and compiled once for all of them."""
+    with share_trainers():
+        yield
+
+
+def write_documents(path: Path, animals: tuple[str, ...] = ANIMALS) -> Path:
+    """Sentences of one form, one to four of them in a document."""
+    pairs = list(itertools.product(animals, PLACES))
+    texts = [" ".join(f"The {a} sat on {p}." for a, p in pairs[k : k + 1 + k % 4]) for k in range(len(pairs))]
+    texts += [f"{text} And then the {animals[k % len(animals)]} slept." for k, text in enumerate(texts)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def make_config(path: Path, valid_fraction: float = 0.2, groups: tuple[str, ...] = (), **train) -> Config:
+    steps = {"steps": 24, "batch_size": ROWS, "log_every": 4, "eval_every": 8, "save_every": 6, "n_valid": 100}
+    return Config(
+        name="words",
+        tasks=("lm",),
+        data=DataConfig(
+            source="text",
+            corpus=CorpusConfig(path=str(path), vocab_size=280, valid_fraction=valid_fraction),
+            seq_len=ROW_LEN,
+            history_len=ROW_LEN,
+        ),
+        model=ModelConfig(
+            n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=24, dropout=0.0, text=TextConfig(V)
+        ),
+        loss=LossConfig(vocab_chunk=128),
+        optim=OptimConfig(learning_rate=0.03, warmup_steps=3, groups=groups),
+        train=TrainConfig(**{**steps, **train}),
+        eval=EvalConfig(n_probed=0),
+        baselines=(),
+    )
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("documents") / "all.jsonl")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, documents):
+    """A run and what it returned."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, run_experiment(make_config(documents), folder)
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    plain = json.loads(json.dumps(metrics))
+    return {name: x for name, x in plain.items() if name not in ("wall_s", "tokens_per_s", "peak_memory_gib")}
+
+
+def read_sides(path: Path, folder: Path) -> tuple[list[list[int]], list[list[int]], list[str]]:
+    """The ids of the documents that are trained on and of those held out, and the texts of these."""
+    tokenizer = TextTokenizer.load(folder / TOKENIZER)
+    sides: tuple[list, list, list] = ([], [], [])
+    for line in path.read_text().splitlines():
+        text = json.loads(line)["text"]
+        is_held = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") < 0.2 * 2**32
+        sides[is_held].append([*tokenizer.encode(text).tolist(), tokenizer.id_of(END)])
+        sides[2].extend([text] * is_held)
+    return sides
+
+
+def measure_by_hand(folder: Path, held: list[list[int]]) -> list[float]:
+    """The negative log-probability of each token that is predicted, a window after the other, each in a row alone."""
+    windows = [ids[k : k + ROW_LEN + 1] for ids in held for k in range(0, len(ids) - 1, ROW_LEN)]
+    token, segment = np.zeros((2, len(windows), ROW_LEN), np.int32)
+    for row, ids in enumerate(windows):
+        token[row, : len(ids) - 1], segment[row, : len(ids) - 1] = ids[:-1], 1
+    logits = compute_logits(load_run(folder).predictor.params, make_text_batch(token, segment))
+    nats = []
+    for ids, logit_TV in zip(windows, np.asarray(logits, np.float64), strict=True):
+        for following, logit_V in zip(ids[1:], logit_TV, strict=False):
+            nats.append(math.log(np.exp(logit_V).sum()) - logit_V[following])
+    return nats
+
+
+def test_metrics_are_those_of_loops_over_the_held_out_documents(finished, documents):
+    folder, metrics = finished
+    _, held, texts = read_sides(documents, folder)
+    assert max(map(len, held)) > ROW_LEN + 1, "no document is cut"
+    nats = measure_by_hand(folder, held)
+    found = stored(folder)["tasks"]["lm"]
+    assert without_times(stored(folder)) == without_times(metrics)
+    assert found["n_documents"] == len(held) > 3
+    assert found["n_tokens"] == sum(len(ids) - 1 for ids in held) == len(nats)
+    assert found["nats_per_token"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert found["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_something_is_learned(finished, documents):
+    """Held-out documents are told better than by how often tokens are, let alone by chance."""
+    folder, metrics = finished
+    trained, held, _ = read_sides(documents, folder)
+    count = np.bincount([token for ids in trained for token in ids[1:]], minlength=V) + 1.0
+    unigram = -np.mean([math.log(count[token] / count.sum()) for ids in held for token in ids[1:]])
+    assert metrics["tasks"]["lm"]["nats_per_token"] < 0.8 * unigram < 0.8 * math.log(V)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    valid = {line["step"]: line["valid/lm/nats"] for line in lines if "valid/lm/nats" in line}
+    assert set(valid) == {8, 16, 24}
+    assert metrics["best_step"] == min(valid, key=lambda step: valid[step])
+    assert metrics["valid"]["valid/lm/nats"] == pytest.approx(valid[metrics["best_step"]])
+    assert metrics["valid"]["valid/lm/perplexity"] == pytest.approx(math.exp(valid[metrics["best_step"]]))
+
+
+def test_the_same_command_again_gives_the_same_and_trains_nothing(finished, documents, monkeypatch):
+    folder, metrics = finished
+    monkeypatch.setattr("moerec.eval.language.fit", None)
+    again = run_experiment(make_config(documents), folder)
+    assert again == json.loads(json.dumps(metrics))
+
+
+def test_a_run_that_was_interrupted_ends_like_an_undisturbed_one(tmp_path, finished, documents, monkeypatch):
+    save_last = Checkpoints.save_last
+
+    def save_and_fail(self, step, state, progress):
+        save_last(self, step, state, progress)
+        if step == 12:
+            self.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save_last", save_and_fail)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(make_config(documents), tmp_path / "run")
+    monkeypatch.setattr(Checkpoints, "save_last", save_last)
+    metrics = run_experiment(make_config(documents), tmp_path / "run")
+    assert without_times(metrics) == without_times(finished[1])
+    params = [load_run(folder).predictor.params for folder in (finished[0], tmp_path / "run")]
+    assert worst_gap(*params) == 0
+
+
+def test_a_directory_is_of_its_documents(tmp_path, finished, documents):
+    """Also where the same file holds other ones by now."""
+    path = tmp_path / "mine.jsonl"
+    shutil.copy(documents, path)
+    shutil.copytree(finished[0], tmp_path / "run")
+    with pytest.raises(InputError, match=r"this directory holds another run: config\.data\.corpus\.path"):
+        run_experiment(make_config(path), tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(
+        (tmp_path / "run" / "config.json").read_text().replace(str(documents), str(path))
+    )
+    run_experiment(make_config(path), tmp_path / "run")
+    path.write_text(path.read_text().replace("my bed", "my bad"))
+    with pytest.raises(InputError, match=r"^[^\n]*run: this directory holds a run on other documents$"):
+        run_experiment(make_config(path), tmp_path / "run")
+
+
+def test_training_begins_with_the_parameters_and_the_tokenizer_of_another_run(tmp_path, finished, capsys):
+    """Of other documents, of which a tokenizer would have learned other tokens; nothing moves, as all is frozen."""
+    first, _ = finished
+    other = write_documents(tmp_path / "other.jsonl", ("yak", "eel", "ant", "bee"))
+    config = make_config(other, groups=("*=frozen",), steps=1, init_from=str(first))
+    metrics = run_experiment(config, tmp_path / "run")
+    assert (tmp_path / "run" / TOKENIZER).read_bytes() == (first / TOKENIZER).read_bytes()
+    assert worst_gap(load_run(tmp_path / "run").predictor.params, load_run(first).predictor.params) == 0
+    assert f"parameters from {first}" in capsys.readouterr().err
+    _, held, _ = read_sides(other, tmp_path / "run")
+    assert metrics["tasks"]["lm"]["nats_per_token"] == pytest.approx(
+        np.mean(measure_by_hand(tmp_path / "run", held)), rel=1e-5
+    )
+
+
+def test_a_finished_run_does_not_need_the_one_that_it_began_with(tmp_path, finished, documents):
+    """Nor does one whose config names a tokenizer need that of another run."""
+    first = shutil.copytree(finished[0], tmp_path / "first")
+    config = make_config(documents, groups=("*=frozen",), steps=1, init_from=str(first))
+    metrics = run_experiment(config, tmp_path / "run")
+    (first / TOKENIZER).rename(tmp_path / "own.json")
+    own = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=dataclasses.replace(
+        config.data.corpus, tokenizer=str(tmp_path / "own.json"))))  # fmt: skip
+    named = run_experiment(own, tmp_path / "named")
+    assert named["tasks"] == metrics["tasks"] == finished[1]["tasks"]
+    shutil.rmtree(first)
+    assert run_experiment(config, tmp_path / "run") == json.loads(json.dumps(metrics))
+
+
+def test_without_held_out_documents_the_last_parameters_are_kept(tmp_path, documents):
+    """And training does not stop early, for nothing was validated."""
+    metrics = run_experiment(make_config(documents, valid_fraction=0.0, patience=1), tmp_path / "run")
+    assert metrics["steps"] == metrics["best_step"] == 24
+    assert metrics["tasks"] == {"lm": {"n_tokens": 0, "n_documents": 0}}
+    assert format_language(metrics) == "lm: no document is held out (data.corpus.valid_fraction)"
+    assert metrics["valid"] == {"step": 24}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"data": {"corpus": CorpusConfig()}}, r"^config\.data\.corpus\.path is missing"),
+        ({"model": {"text": TextConfig(0)}}, r"^config\.model\.text\.vocab_size: the task lm needs words"),
+        (
+            {"model": {"text": TextConfig(270)}},
+            r"^config\.model\.text\.vocab_size: 270 rows, but the tokenizer has 280",
+        ),
+        ({"train": {"init_from": "nowhere"}}, r"^config\.train\.init_from: \S*nowhere is no run"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(tmp_path, documents, change, told):
+    config = make_config(documents)
+    ((part, fields),) = change.items()
+    config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
+    with pytest.raises(InputError, match=told) as error:
+        run_experiment(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 14), min_size=1, max_size=9),
+    st.tuples(st.integers(1, 3), st.integers(1, 6)),
+    st.integers(0, 60),
+)
+def test_all_documents_are_measured_once_up_to_a_number_of_tokens(lengths, shape, most):
+    """In their order, in windows of a row from each document's beginning."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.arange(100, 100 + offsets[-1], dtype=np.int32)
+    is_valid = np.ones(len(lengths), bool)
+    no_tokenizer: Any = None
+    reader = TokenReader(Corpus(no_tokenizer, offsets, ids, is_valid.astype(np.int64), is_valid), valid=True)
+    expected = []
+    for first, stop in itertools.pairwise(offsets.tolist()):
+        for k in range(first, stop - 1):
+            expected.append((ids[k], ids[k + 1], (k - first) % shape[1]))
+    found = []
+    for batch in list_batches(reader, shape, most):
+        label_BT, weight_BT = batch.targets["lm"]
+        assert weight_BT.shape == shape
+        for slot in zip(*np.nonzero(batch.segment_BT), strict=True):
+            assert weight_BT[slot] == 1
+            found.append((batch.token_BT[slot], label_BT[slot], batch.position_BT[slot]))
+        assert not np.any(weight_BT[batch.segment_BT == 0])
+    assert found == expected[:most]
+
+
+def test_the_result_is_told_in_a_line(finished):
+    found = finished[1]["tasks"]["lm"]
+    told = format_language(finished[1])
+    assert told == (
+        f"lm: {found['nats_per_token']:.4f} nats, perplexity {found['perplexity']:.2f}, "
+        f"{found['bits_per_byte']:.4f} bits a byte; {found['n_tokens']} tokens of {found['n_documents']} held-out "
+        "documents"
+    )
+
+
+def test_nats_beyond_all_bounds_are_a_number(finished, documents):
+    """Of a model that is sure of what does not come."""
+    folder, _ = finished
+    config, run = make_config(documents), load_run(folder)
+    corpus = load_corpus(config.data.corpus, folder, V)
+    leaves = flatten(run.predictor.params)
+    sure = unflatten(run.predictor.params, leaves | {"final_norm/scale": 1e4 * leaves["final_norm/scale"]})
+    score, valid = make_language_evaluator(config, corpus)(Predictor(sure, None), corpus.catalog)
+    assert score == 0
+    assert valid["valid/lm/nats"] > 1000
+    assert 1e300 < valid["valid/lm/perplexity"] < math.inf
