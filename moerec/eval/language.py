@@ -99,7 +99,7 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
     reader, shape = TokenReader(corpus, valid=True), (config.train.batch_size, config.data.seq_len)
     options = config.train
     if not np.any(reader.lengths >= 2):  # nothing tells which step is best: the last one is kept
-        options = dataclasses.replace(options, eval_every=0, patience=0)
+        options = dataclasses.replace(options, eval_every=0)
     evaluate = make_language_evaluator(config, corpus)
     trained = fit(dataclasses.replace(config, train=options), corpus, workdir, evaluate)
     batches = list_batches(reader, shape, most_tokens=int(reader.lengths.sum()))
