@@ -17,6 +17,7 @@ def main(config, flags):
     """Prints the plan."""
     from moerec.data.load import load_data
     from moerec.nn.model import TEXT_SIZES
+    from moerec.train.base_model.item_states import add_item_states
     from moerec.train.plan import describe_mesh, format_plan, parse_topology, plan_step
     from moerec.train.run_dir import make_sizes
 
@@ -26,7 +27,8 @@ def main(config, flags):
         sizes = TEXT_SIZES
     else:
         with tempfile.TemporaryDirectory() as folder:
-            sizes = make_sizes(config, load_data(config.data, Path(flags.workdir or folder)))
+            workdir = Path(flags.workdir or folder)
+            sizes = make_sizes(config, add_item_states(config, load_data(config.data, workdir), workdir))
     found = plan_step(config, sizes, topology, mesh)
     print(format_plan(found))
     return found

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from moerec.convert.hf_config import read_shape
+from moerec.convert.hf_folder import CONFIG_NAME
 from moerec.convert.logits import compute_logits, make_text_batch
 from moerec.errors import InputError
-from moerec.files import naming, replacing
+from moerec.files import naming, read_json, replacing
 from moerec.nn.model import SequenceModel
 
 
@@ -48,7 +50,11 @@ def check_logits(model: SequenceModel, folder: Path, token_T: np.ndarray, out: P
         np.savez(file, logits=logits_TV)
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
         return {"positions": [], "gap": None, "reason": "transformers is not installed (pip install 'moerec[hf]')"}
-    other_TV = run_transformers(folder, token_T)
+    try:
+        other_TV = run_transformers(folder, token_T)
+    except Exception as error:  # of another library, which refuses some folders that are read here
+        reason = str(error).strip().split("\n")[0][:200]
+        return {"positions": [], "gap": None, "reason": f"transformers cannot load this folder ({reason})"}
     gap_T = np.max(np.abs(logits_TV - other_TV), axis=1) / np.max(np.abs(other_TV))
     same_T = np.argmax(logits_TV, axis=1) == np.argmax(other_TV, axis=1)
     positions = [
@@ -63,7 +69,10 @@ def run_transformers(folder: Path, token_T: np.ndarray) -> np.ndarray:
     import torch
     import transformers
 
-    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    plain: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    shape = read_shape(read_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
+    if shape.moe is not None:
+        plain["num_experts"] = shape.moe.n_experts  # of this family `num_local_experts` is not read
     other = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **plain
     )

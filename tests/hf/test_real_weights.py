@@ -29,7 +29,7 @@ N_TOKENS = 48
 PROMPTS = ("The capital of France is", "Once upon a time, in a small village")  # beside a conversation
 MESSAGES = [{"role": "user", "content": "Name three colours of the rainbow, and say which one you like best."}]
 WIDTH, N_CONTINUED = 96, 24
-WINDOW, N_WINDOWS = 512, 16  # 8,192 of the text's 273,868 tokens: all of them would take half an hour of two cores
+WINDOW, N_WINDOWS = 512, 14  # 7,168 of the text's 273,868 tokens: all of them would take half an hour of two cores
 CLOSE = 1e-3  # logits of two tokens that are nearer than this may change places
 
 

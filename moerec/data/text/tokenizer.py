@@ -192,6 +192,10 @@ class TextTokenizer:
             raise InputError(f"token id {bad} is not in the vocabulary, which has {self.n_vocab}")
         return self._trusted.decode(listed, skip_special_tokens=skip_special)
 
+    def has_same_ids(self, other: "TextTokenizer") -> bool:
+        """Whether rows of an embedding mean the same tokens to both."""
+        return self._trusted.get_vocab() == other._trusted.get_vocab()
+
     def id_of(self, token: str) -> int:
         """The id of a token as the vocabulary spells it. Raises InputError where there is none."""
         id = self._trusted.token_to_id(token)

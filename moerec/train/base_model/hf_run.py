@@ -140,11 +140,28 @@ def find_tokenizer(run: Path) -> Path:
     Raises:
       InputError: it has none.
     """
+    if (run / TOKENIZER).is_file():
+        return run / TOKENIZER
     origin = find_origin(run)
-    for folder in (run, *([] if origin is None else [origin])):
-        if (folder / TOKENIZER).is_file():
-            return folder / TOKENIZER
+    if origin is not None and (origin / TOKENIZER).is_file():
+        return origin / TOKENIZER
     raise InputError(f"{run}: has no {TOKENIZER}, nor has the model that its training began with")
+
+
+def keep_origin(config: Config, workdir: Path) -> None:
+    """Copies what the model that training begins with came with, so that the run stands without that one.
+
+    Raises:
+      InputError: `train.init_from` is no run.
+    """
+    target = workdir / ORIGIN
+    if not config.train.init_from or target.exists():
+        return
+    origin = find_origin(find_checkpoint(Path(config.train.init_from))[0])
+    if origin is not None:
+        partial = workdir / f".{ORIGIN}.{os.getpid()}.tmp"
+        shutil.copytree(origin, partial)
+        partial.rename(target)
 
 
 def export_run(workdir: Path, target: Path, dtype: str = "") -> dict[str, Any]:
@@ -185,6 +202,8 @@ def export_run(workdir: Path, target: Path, dtype: str = "") -> dict[str, Any]:
 
     side_files = origin or (workdir if (workdir / TOKENIZER).is_file() else None)
     write_folder(target, plans, blocks, hf_config, side_files)
+    if side_files == workdir:  # else `transformers` builds the tokenizer that it thinks the family has
+        write_json(target / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     of_events = ("item_encoder", "slot_encoder", "input_norm", "analyser", "head", "profile")
     return {
         "n_tensors": len(plans),

@@ -1,6 +1,8 @@
 """Vectors of items' texts by a language model: means of its last layer, computed once and stored with the data."""
 
+import dataclasses
 import hashlib
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from moerec.data.load import RunData, with_item_states
 from moerec.data.text.item_states import open_store, order_as_source
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
+from moerec.files import to_plain
 from moerec.nn.model import SequenceModel
 from moerec.train.base_model.hf_run import find_tokenizer
 from moerec.train.run_dir import Run
@@ -64,8 +67,11 @@ def _load_tokenizer(base: Run) -> TextTokenizer:
 
 
 def digest_run(folder: Path) -> str:
-    """SHA-256 of the files of a run's best checkpoint, with their names."""
+    """SHA-256 of what the states hang on: a run's best checkpoint, its model's config and its tokenizer."""
     root, found = folder / "checkpoints" / "best", hashlib.sha256()
+    model = to_plain(dataclasses.asdict(Run(folder).config.model))
+    found.update(json.dumps([model, MOST_TOKENS], sort_keys=True).encode())
+    found.update(find_tokenizer(folder).read_bytes())
     if not root.is_dir():
         raise InputError(f"{folder}: holds no checkpoint")
     for path in sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("_")):
