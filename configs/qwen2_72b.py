@@ -4,7 +4,8 @@ Command: python -m experiments.plan --config=configs/qwen2_72b.py --topology=v5p
     python -m experiments.train --config=configs/qwen2_72b.py --workdir=runs/qwen2_72b
     --config.train.init_from=RUN begins with a run of experiments.import_hf.
 Hardware: sixty-four TPU v5p chips.
-Result: planned, not trained (results/language_model.json).
+Result: planned, not trained: 31.74 of 95.00 GiB of a chip, at most 79.0 % model FLOPs utilisation
+(results/language_model.json).
 """
 
 import dataclasses
