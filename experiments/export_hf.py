@@ -14,14 +14,14 @@ from moerec.errors import InputError
 
 def main(_, flags) -> dict:
     """Exports the run and says what was written, and what was left out."""
-    from moerec.train.base_model.hf_run import export_run
+    from moerec.train.base_model.hf_export import export_run
 
     if not flags.hf_folder:
         raise InputError("--hf_folder is missing: the folder to write")
     found = export_run(Path(flags.workdir), Path(flags.hf_folder), flags.dtype)
     print(f"{flags.hf_folder}: {found['n_tensors']} tensors, {found['n_bytes']:,} bytes, {', '.join(found['dtypes'])}")
     if found["left_out"]:
-        print(f"left out, since it is of events: {', '.join(found['left_out'])}")
+        print(f"left out, having no place there: {', '.join(found['left_out'])}")
     return found
 
 

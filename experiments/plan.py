@@ -5,6 +5,7 @@ python -m experiments.plan --config=configs/city_moe.py --topology=v5e:2x2 --con
 Exit code 1 where it does not fit. It needs libtpu: pip install 'moerec[plan]'.
 """
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -15,9 +16,9 @@ FLAGS = {"topology": ("", "kind of chip (v4, v5e, v5p, v6e) and sides of the sli
 
 def main(config, flags):
     """Prints the plan."""
+    from moerec.config.stored import read_config
     from moerec.data.load import load_data
     from moerec.nn.model import TEXT_SIZES
-    from moerec.train.base_model.item_states import add_item_states
     from moerec.train.plan import describe_mesh, format_plan, parse_topology, plan_step
     from moerec.train.run_dir import make_sizes
 
@@ -27,8 +28,10 @@ def main(config, flags):
         sizes = TEXT_SIZES
     else:
         with tempfile.TemporaryDirectory() as folder:
-            workdir = Path(flags.workdir or folder)
-            sizes = make_sizes(config, add_item_states(config, load_data(config.data, workdir), workdir))
+            sizes = make_sizes(config, load_data(config.data, Path(flags.workdir or folder)))
+        if config.data.item_states:  # of the states only the width counts
+            width = read_config(Path(config.data.item_states) / "config.json").model.d_model
+            sizes = dataclasses.replace(sizes, d_states=width)
     found = plan_step(config, sizes, topology, mesh)
     print(format_plan(found))
     return found

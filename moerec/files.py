@@ -103,7 +103,11 @@ def require_plain_path(folder: Path) -> None:
     Raises:
       InputError: such a character is in the name of the folder, or of one above it.
     """
-    found = re.search(r"[*?\[\]\\]|:(?=/)|[\ud800-\udfff]", f"{folder.resolve()}/")
+    try:
+        resolved = folder.resolve()
+    except (OSError, RuntimeError) as error:  # links that lead in a circle
+        raise InputError(f"{folder}: is no path to a folder ({error})") from None
+    found = re.search(r"[*?\[\]\\]|:(?=/)|[\ud800-\udfff]", f"{resolved}/")
     if found:
         raise InputError(f"{folder}: {found[0]!a} may not be in the name of a run's directory, or of one above it")
 

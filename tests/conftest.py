@@ -38,9 +38,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 
 # The longest files, longest first: two processes take a file at a time, and neither should be left with one at the end.
-LONG = """test_real_weights test_loop test_large_step test_plan test_qwen2 test_text test_tpu_step test_sharding test_experiments
-test_expert_parallel test_grouped_ffn test_configs test_warm_start test_profile_attention test_model
-test_profile_store test_lowering test_memory test_routing test_step test_attention_tpu
+LONG = """test_real_weights test_loop test_large_step test_plan test_qwen2 test_text test_tpu_step test_sharding
+test_experiments test_expert_parallel test_grouped_ffn test_configs test_warm_start test_profile_attention
+test_model test_profile_store test_lowering test_memory test_routing test_step test_attention_tpu
 test_tpu_compile_attention test_tpu_compile_grouped_ffn test_experts test_dispatch test_notebooks
 test_repository""".split()
 

@@ -69,6 +69,7 @@ def write_folder(
     blocks: Callable[[str], Iterator[np.ndarray]],
     config: Mapping[str, Any],
     side_files_from: Path | None = None,
+    files: Mapping[str, bytes] = {},
 ) -> None:
     """Writes weights, index, `config.json` and side files into a new folder, which takes its name when all is there.
 
@@ -76,7 +77,7 @@ def write_folder(
       target: does not exist yet, or is an empty folder.
       tensors: within a file they lie in this order.
       blocks: of a tensor's name, arrays of its dtype whose bytes, one after another, are the tensor's.
-      side_files_from: the folder whose `SIDE_FILES` are copied.
+      side_files_from: the folder whose `SIDE_FILES` are copied. files: further ones, by name.
 
     Raises:
       InputError: there is something at `target`, or `tensors` make no folder.
@@ -105,6 +106,9 @@ def write_folder(
         write_json(temporary / CONFIG_NAME, config)
         if side_files_from is not None:
             copy_side_files(Path(side_files_from), temporary)
+        for name, content in files.items():
+            with naming(target / name):
+                (temporary / name).write_bytes(content)
         try:
             temporary.rename(whole)
         except OSError as error:  # somebody else has made it meanwhile

@@ -148,7 +148,7 @@ def list_places(config: ModelConfig, name: str, packed: bool) -> list[Place]:
     Args: packed: whether the experts of a layer are one tensor.
 
     Raises:
-      KeyError: no tensor is called so.
+      KeyError: no tensor of a layer is called so.
     """
     d, v = config.d_model, config.text.vocab_size
     top = {
@@ -227,7 +227,8 @@ def import_folder(folder: HFFolder, shape: HFShape, mesh: Mesh) -> SequenceModel
     The folder has to be one that `check_tensors` has let pass.
 
     Raises:
-      InputError: the output projection of a tied model is there, and is not the table of the embeddings.
+      InputError: the output projection of a tied model is there, and is not the table of the embeddings; or numbers are
+        not finite.
     """
     config = make_model_config(shape)
     like = jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config, TEXT_SIZES))
@@ -249,6 +250,8 @@ def import_folder(folder: HFFolder, shape: HFShape, mesh: Mesh) -> SequenceModel
         writer = MeshArrayWriter(leaf_shape, shardings[path], (*leaf_shape[: len(place.at)], *place.flat))
         for name, place in parts:
             for first, rows in folder.iter_blocks(name, BLOCK_BYTES):
+                if not np.isfinite(rows).all():
+                    raise InputError(f"{folder.tensors[name].file}: {name} has numbers that are not finite")
                 writer.write(*place.take(first, rows))
         leaves[path] = writer.finish()
     missing = sorted(shapes.keys() - leaves.keys())
@@ -276,7 +279,11 @@ def _require_same(folder: HFFolder, name: str, other: str) -> None:
 def read_blocks(
     model: SequenceModel, name: str, shape: tuple[int, ...], dtype: np.dtype, packed: bool
 ) -> Iterator[np.ndarray]:
-    """A tensor of a model as a folder has it, a few rows at a time: `import_folder` backwards."""
+    """A tensor of a model as a folder has it, a few rows at a time: `import_folder` backwards.
+
+    Raises:
+      InputError: numbers are not finite, or too large for the type.
+    """
     config, leaves = model.config, flatten(model)
     places = [Place("token_encoder/row_VD", (), shape)] if name == HEAD and config.text.tie_head else None
     places = list_places(config, name, packed) if places is None else places
@@ -287,11 +294,15 @@ def read_blocks(
         is_row = len(shape) == 2 and len(places[0].flat) == 1
         parts = [_read_rows(leaves[place.path], place, first, last, is_row) for place in places]
         rows = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-        yield np.ascontiguousarray(rows.reshape(last - first, *shape[1:])).astype(dtype)
+        with np.errstate(over="ignore"):
+            narrow = np.ascontiguousarray(rows.reshape(last - first, *shape[1:])).astype(dtype)
+        if not np.isfinite(narrow).all():
+            raise InputError(f"{name}: has numbers that are not finite in {dtype}")
+        yield narrow
 
 
 def _read_rows(leaf: jax.Array, place: Place, first: int, last: int, is_row: bool) -> np.ndarray:
-    """Rows of a tensor out of the parameter that it stands in. Args: whether it is one row of a vector."""
+    """Rows of a tensor out of the parameter that it stands in. Args: is_row: whether it is a vector as a matrix."""
     n, flat = last - first, place.flat
     starts: tuple[int, ...] = (first, *(0,) * (len(flat) - 1))
     sizes: tuple[int, ...] = (n, *flat[1:])

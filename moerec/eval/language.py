@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from moerec.data.text.stream import TokenReader, pack_tokens
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
 from moerec.files import read_json, write_json
-from moerec.nn.model import Predictor, count_active_params
+from moerec.nn.model import TEXT_SIZES, Predictor, SequenceModel, count_active_params
 from moerec.tasks import LanguageModel
 from moerec.train.base_model.hf_run import find_tokenizer, keep_origin
 from moerec.train.base_model.warm_start import find_checkpoint
@@ -89,16 +90,18 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
     Raises:
       InputError: a document, the tokenizer or the config cannot be used, or `workdir` holds a run on other documents.
     """
-    first_tokenizer = _find_first_tokenizer(config, workdir)
-    corpus = load_corpus(config.data.corpus, workdir, config.model.text.vocab_size, first_tokenizer)
+    # What the model refuses is refused before anything is written.
+    jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, TEXT_SIZES))
     known = read_digests(workdir)
+    accept = functools.partial(_refuse_other_tokenizer, config) if not known else None
+    first_tokenizer = _find_first_tokenizer(config, workdir)
+    corpus = load_corpus(config.data.corpus, workdir, config.model.text.vocab_size, first_tokenizer, accept)
     if known and known["sha256"] != corpus.digest:
         raise InputError(f"{workdir}: this directory holds a run on other documents")
-    if not known:
-        _refuse_other_tokenizer(config, corpus)
     store_config(workdir / CONFIG, config)
+    if not known:
+        keep_origin(config, workdir)
     write_json(workdir / DIGEST, corpus.digests)
-    keep_origin(config, workdir)
     if (workdir / METRICS).exists():
         return read_json(workdir / METRICS)
     reader, shape = TokenReader(corpus, valid=True), (config.train.batch_size, config.data.history_len)
@@ -158,15 +161,21 @@ def _describe(corpus: Corpus, nats: float, n_tokens: int) -> dict[str, Any]:
     }
 
 
-def _refuse_other_tokenizer(config: Config, corpus: Corpus) -> None:
+def _refuse_other_tokenizer(config: Config, tokenizer: TextTokenizer) -> None:
     """Raises: InputError, where rows of tokens are taken over from a model to which they mean other tokens."""
     if not config.train.init_from or first_match("token_encoder/row_VD", config.train.init_fresh):
         return
-    there = TextTokenizer.load(find_tokenizer(find_checkpoint(Path(config.train.init_from))[0]))
-    if there.content != corpus.tokenizer.content and not corpus.tokenizer.has_same_ids(there):
+    base = find_checkpoint(Path(config.train.init_from))[0]
+    try:
+        there = TextTokenizer.load(find_tokenizer(base))
+    except InputError:  # a folder of weights alone: whoever names a tokenizer has to know
+        print(f"{base}: has no tokenizer; its rows of tokens are taken for those of this one", file=sys.stderr)
+        return
+    token = "" if there.content == tokenizer.content else tokenizer.find_conflict(there)
+    if token:
         raise InputError(
-            "config.data.corpus.tokenizer: gives tokens other ids than that of train.init_from; init_fresh and "
-            "init_drop leave token_encoder and text_head out"
+            f"config.data.corpus.tokenizer: {token!r} has another id in {base}; init_fresh and init_drop leave "
+            "token_encoder and text_head out"
         )
 
 

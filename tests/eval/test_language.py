@@ -21,6 +21,7 @@ from moerec.config import (
     EvalConfig,
     LossConfig,
     ModelConfig,
+    MoEConfig,
     OptimConfig,
     TextConfig,
     TrainConfig,
@@ -227,6 +228,39 @@ def test_a_finished_run_does_not_need_the_one_that_it_began_with(tmp_path, finis
     assert named["tasks"] == metrics["tasks"] == finished[1]["tasks"]
     shutil.rmtree(first)
     assert run_experiment(config, tmp_path / "run") == json.loads(json.dumps(metrics))
+
+
+def name_tokenizer(config: Config, path: Path) -> Config:
+    corpus = dataclasses.replace(config.data.corpus, tokenizer=str(path))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=corpus))
+
+
+def test_a_tokenizer_under_which_rows_mean_other_tokens_leaves_nothing(tmp_path, finished, documents):
+    TextTokenizer.train(["yak yak yak", "eel eel eel"], 300).save(tmp_path / "other.json")
+    config = make_config(documents, groups=("*=frozen",), steps=1, init_from=str(finished[0]))
+    with pytest.raises(InputError, match=r"^config\.data\.corpus\.tokenizer: .* has another id in ") as error:
+        run_experiment(name_tokenizer(config, tmp_path / "other.json"), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+    run_experiment(config, tmp_path / "run")
+
+
+def test_a_tokenizer_that_knows_more_tokens_is_taken(tmp_path, finished, documents):
+    spec = json.loads((finished[0] / TOKENIZER).read_bytes())
+    added = {**spec["added_tokens"][-1], "id": 280, "content": "<|new|>"}
+    spec["added_tokens"].append(added)
+    (tmp_path / "more.json").write_text(json.dumps(spec))
+    config = make_config(documents, groups=("*=frozen",), steps=1, init_from=str(finished[0]))
+    metrics = run_experiment(name_tokenizer(config, tmp_path / "more.json"), tmp_path / "run")
+    assert metrics["tasks"] == finished[1]["tasks"]
+
+
+def test_a_model_that_is_refused_leaves_nothing(tmp_path, documents):
+    config = make_config(documents)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=MoEConfig(layers=(0,))))
+    with pytest.raises(InputError, match=r"^config\.model\.moe\.services: "):
+        run_experiment(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_held_out_documents_the_last_parameters_are_kept(tmp_path, documents):

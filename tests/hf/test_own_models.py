@@ -18,7 +18,8 @@ from moerec.convert.logits import compute_logits, make_text_batch
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.files import write_json
 from moerec.nn.model import TEXT_SIZES, SequenceModel
-from moerec.train.base_model.hf_run import export_run, import_run
+from moerec.train.base_model.hf_export import export_run
+from moerec.train.base_model.hf_run import import_run
 from moerec.train.checkpoint import Checkpoints, TrainProgress
 from moerec.train.run_dir import CONFIG, METRICS, load_run
 from moerec.train.state import start_state

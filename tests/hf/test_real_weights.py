@@ -16,7 +16,8 @@ from moerec.convert.logits import compute_logits, encode_text, make_text_batch
 from moerec.data.text.chat_template import encode_chat, read_chat_template, read_template_tokens, render_chat
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.nn.model import SequenceModel
-from moerec.train.base_model.hf_run import export_run, import_run, read_hf_model
+from moerec.train.base_model.hf_export import export_run
+from moerec.train.base_model.hf_run import import_run, read_hf_model
 from moerec.types import Batch
 from tests.hf.loading import load_model, measure_gap, run_model
 

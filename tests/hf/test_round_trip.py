@@ -9,7 +9,8 @@ import transformers
 
 from moerec.data.text.chat_template import read_chat_template, read_template_tokens, render_chat
 from moerec.data.text.tokenizer import TextTokenizer, read_stop_ids
-from moerec.train.base_model.hf_run import export_run, import_run
+from moerec.train.base_model.hf_export import export_run
+from moerec.train.base_model.hf_run import import_run
 from tests.convert.qwen2_cases import CASES
 from tests.hf.loading import DTYPES, load_model, write_typed_folder
 

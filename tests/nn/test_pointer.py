@@ -44,7 +44,7 @@ class Stub(NamedTuple):
     def head(self) -> "Stub":
         return self
 
-    item_encoder = None
+    item_encoder = object()  # never asked: the vectors are the head's
     untrained_rows = True
 
     def vectors(self, item_X, catalog, tied):

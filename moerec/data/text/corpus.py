@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +63,19 @@ class Corpus:
         return {"sha256": self.digest, "items_sha256": self.items_digest}
 
 
-def load_corpus(config: CorpusConfig, workdir: Path, vocab_size: int, first_tokenizer: Path | None = None) -> Corpus:
+def load_corpus(
+    config: CorpusConfig,
+    workdir: Path,
+    vocab_size: int,
+    first_tokenizer: Path | None = None,
+    accept: Callable[[TextTokenizer], None] | None = None,
+) -> Corpus:
     """Reads and encodes the documents; the tokenizer is kept in `workdir`, and taken from there the next time.
 
     Args:
       vocab_size: rows of the model's embedding, below which all ids have to be.
       first_tokenizer: of the model that training begins with, for a config that names none.
+      accept: raises InputError where it does not take a tokenizer, before that is kept.
 
     Raises:
       InputError: a document or the tokenizer cannot be read, there is none, or the tokenizer has too many tokens.
@@ -89,6 +97,8 @@ def load_corpus(config: CorpusConfig, workdir: Path, vocab_size: int, first_toke
         told = f"the tokenizer has {tokenizer.n_vocab} tokens"
         raise InputError(f"config.model.text.vocab_size: {vocab_size} rows, but {told}")
     offsets, ids = _encode(tokenizer, texts, _find_end(tokenizer, source))
+    if accept is not None:
+        accept(tokenizer)
     if source != kept:  # only now: what was refused must not bind the directory
         tokenizer.save(kept)
     n_bytes = np.array([len(text.encode()) for text in texts], np.int64)

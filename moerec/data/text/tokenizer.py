@@ -192,9 +192,17 @@ class TextTokenizer:
             raise InputError(f"token id {bad} is not in the vocabulary, which has {self.n_vocab}")
         return self._trusted.decode(listed, skip_special_tokens=skip_special)
 
-    def has_same_ids(self, other: "TextTokenizer") -> bool:
-        """Whether rows of an embedding mean the same tokens to both."""
-        return self._trusted.get_vocab() == other._trusted.get_vocab()
+    def find_conflict(self, other: "TextTokenizer") -> str:
+        """A token to which both give ids, but not the same, or the one of two with one id; empty where there is none.
+
+        One may know tokens that the other does not, such as those that a later release has added.
+        """
+        own, there = self._trusted.get_vocab(), other._trusted.get_vocab()
+        by_id = {id: token for token, id in there.items()}
+        for token, id in own.items():
+            if there.get(token, id) != id or by_id.get(id, token) != token:
+                return token
+        return ""
 
     def id_of(self, token: str) -> int:
         """The id of a token as the vocabulary spells it. Raises InputError where there is none."""

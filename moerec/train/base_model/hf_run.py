@@ -14,22 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from moerec.config import Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
 from moerec.config.stored import read_config, store_config
-from moerec.convert.hf_config import HFShape, check_tensors, expected_tensors, read_shape, write_config
-from moerec.convert.hf_folder import CONFIG_NAME, DTYPES, HFFolder, copy_side_files, open_folder
-from moerec.convert.hf_writer import TensorPlan, plan_files, write_folder
-from moerec.convert.qwen2 import import_folder, is_packed, is_weight, make_model_config, make_shape, read_blocks
+from moerec.convert.hf_config import check_tensors, read_shape
+from moerec.convert.hf_folder import CONFIG_NAME, HFFolder, copy_side_files, open_folder
+from moerec.convert.qwen2 import import_folder, make_model_config
+from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
-from moerec.files import read_json, require_plain_path, write_json
-from moerec.nn.model import Predictor, SequenceModel, count_active_params
+from moerec.files import require_plain_path, write_json
+from moerec.nn.model import SequenceModel, count_active_params
 from moerec.nn.sharding import make_mesh
 from moerec.train.base_model.warm_start import find_checkpoint
 from moerec.train.checkpoint import Checkpoints, TrainProgress
-from moerec.train.run_dir import CONFIG, METRICS, Run
+from moerec.train.run_dir import CONFIG, METRICS
 from moerec.train.state import start_state
 
 ORIGIN, TENSORS = "hf", "tensors.json"  # in the directory of a run; and in that folder: names, types, shapes and files
@@ -56,8 +54,11 @@ def import_run(path: Path, workdir: Path, mesh: tuple[int, int, int] = (1, 1, 1)
       InputError: as `read_hf_model`; or there is something at `workdir`.
     """
     require_plain_path(workdir)
+    if workdir.is_symlink() or not all(above.is_dir() for above in workdir.absolute().parents if above.exists()):
+        raise InputError(f"{workdir}: is a link, or lies below a file; a model is imported into a new or empty folder")
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise InputError(f"{workdir}: is there already; a model is imported into a new or empty folder")
+    _check_tokenizer(path)
     folder, model = read_hf_model(path, mesh)
     config = Config(
         name=path.resolve().name,
@@ -96,6 +97,12 @@ def import_run(path: Path, workdir: Path, mesh: tuple[int, int, int] = (1, 1, 1)
             checkpoints.close()
         write_json(temporary / METRICS, metrics)
     return metrics
+
+
+def _check_tokenizer(path: Path) -> None:
+    """Raises: InputError, where the folder's tokenizer.json is none."""
+    if (path / TOKENIZER).is_file():
+        TextTokenizer.load(path / TOKENIZER)
 
 
 @contextlib.contextmanager
@@ -162,78 +169,3 @@ def keep_origin(config: Config, workdir: Path) -> None:
         partial = workdir / f".{ORIGIN}.{os.getpid()}.tmp"
         shutil.copytree(origin, partial)
         partial.rename(target)
-
-
-def export_run(workdir: Path, target: Path, dtype: str = "") -> dict[str, Any]:
-    """Writes the language model of a run as a Hugging Face folder.
-
-    Args: dtype: of the weights; empty: that of the folder which the model came from, or float32.
-
-    Raises:
-      InputError: the run's model has parts that have no place there (says which), or there is something at `target`.
-    """
-    known = {str(x): x for x in DTYPES.values()}
-    if dtype and dtype not in known:
-        raise InputError(f"--dtype: {dtype!r} is none of {', '.join(known)}")
-    config = read_config(workdir / CONFIG)
-    shape = make_shape(config.model)
-    origin, predictor = find_origin(workdir), _read_predictor(workdir, config)
-    model = predictor.params
-    if predictor.router_bias_LE is not None and bool(jnp.any(predictor.router_bias_LE != 0)):
-        raise InputError(f"{workdir}: the routers' biases (model.moe.bias_rate) have no Hugging Face layout")
-    if origin is not None and _is_same_shape(shape, origin):
-        plans = _read_plans(origin / TENSORS)
-        hf_config = read_json(origin / CONFIG_NAME)
-        if dtype:
-            plans = [dataclasses.replace(plan, dtype=known[dtype]) for plan in plans]
-            hf_config |= {name: dtype for name in ("torch_dtype", "dtype") if name in hf_config}
-    else:
-        origin, chosen = None, known[dtype or "float32"]
-        shapes = expected_tensors(shape, ())
-        sizes = {name: int(np.prod(x)) * chosen.itemsize for name, x in shapes.items()}
-        files = plan_files(sizes, SHARD_BYTES)
-        plans = [TensorPlan(name, chosen, x, files[name]) for name, x in shapes.items()]
-        hf_config = write_config(shape, str(chosen))
-    by_name = {plan.name: plan for plan in plans}
-    packed = is_packed(by_name)
-
-    def blocks(name: str) -> Iterator[np.ndarray]:
-        return read_blocks(model, name, by_name[name].shape, by_name[name].dtype, packed)
-
-    side_files = origin or (workdir if (workdir / TOKENIZER).is_file() else None)
-    write_folder(target, plans, blocks, hf_config, side_files)
-    if side_files == workdir:  # else `transformers` builds the tokenizer that it thinks the family has
-        write_json(target / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-    of_events = ("item_encoder", "slot_encoder", "input_norm", "analyser", "head", "profile")
-    return {
-        "n_tensors": len(plans),
-        "n_bytes": sum(plan.n_bytes for plan in plans),
-        "dtypes": sorted({str(plan.dtype) for plan in plans}),
-        "left_out": [name for name in of_events if getattr(model, name) is not None],
-    }
-
-
-def _is_same_shape(shape: HFShape, origin: Path) -> bool:
-    """Whether a model still has the sizes that it came with; a stage may have added layers or words."""
-    there = read_shape(read_json(origin / CONFIG_NAME), origin / CONFIG_NAME)
-    return dataclasses.replace(shape, max_positions=there.max_positions, dtype=there.dtype) == there
-
-
-def _read_predictor(workdir: Path, config: Config) -> Predictor:
-    train = config.train
-    n_devices = train.mesh_data * train.mesh_expert * train.mesh_model
-    mesh = (train.mesh_data, train.mesh_expert, train.mesh_model) if n_devices <= len(jax.devices()) else (1, 1, 1)
-    return Run(workdir).restore(make_mesh(*mesh))
-
-
-def _read_plans(path: Path) -> list[TensorPlan]:
-    known, plans = {str(x): x for x in DTYPES.values()}, []
-    for entry in read_json(path).get("tensors", ()):
-        try:
-            shape = tuple(int(n) for n in entry["shape"])
-            plan = TensorPlan(str(entry["name"]), known[entry["dtype"]], shape, str(entry["file"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: an entry of tensors is damaged ({error!r})") from None
-        if is_weight(plan.name):
-            plans.append(plan)
-    return plans

@@ -15,10 +15,10 @@ import numpy as np
 from moerec.config import Config
 from moerec.convert.logits import encode_text, make_text_batch
 from moerec.data.load import RunData, with_item_states
-from moerec.data.text.item_states import open_store, order_as_source
+from moerec.data.text.item_states import FOLDER, open_store, order_as_source
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
-from moerec.files import to_plain
+from moerec.files import locked, to_plain
 from moerec.nn.model import SequenceModel
 from moerec.train.base_model.hf_run import find_tokenizer
 from moerec.train.run_dir import Run
@@ -43,18 +43,20 @@ def add_item_states(config: Config, data: RunData, workdir: Path) -> RunData:
     catalogue = data.dataset.catalogue
     # A city's shards are written anew by each process, and whoever opens the run makes it in memory.
     folder = workdir if config.data.source == "city" else data.folder or workdir
-    store = open_store(folder, catalogue, data.item_number, digest_run(base.folder))
-    missing = store.list_missing()
-    if missing:
-        texts = order_as_source(catalogue.text, data.item_number)
-        tokenizer, predictor = _load_tokenizer(base), base.predictor
-        started = time.monotonic()
-        for n_done, part in enumerate(missing, 1):
-            own = texts[store.span(part)].tolist()
-            store.write(part, encode_texts(predictor.params, tokenizer, own, predictor.router_bias_LE))
-            if n_done % 8 == 0 or n_done == len(missing):
-                told = f"item states: {n_done} of {len(missing)} parts, {time.monotonic() - started:.0f} s"
-                print(told, file=sys.stderr, flush=True)
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    with locked(folder / FOLDER):  # a prepared folder may be another run's, too
+        store = open_store(folder, catalogue, data.item_number, digest_run(base.folder))
+        missing = store.list_missing()
+        if missing:
+            texts = order_as_source(catalogue.text, data.item_number)
+            tokenizer, predictor = _load_tokenizer(base), base.predictor
+            started = time.monotonic()
+            for n_done, part in enumerate(missing, 1):
+                own = texts[store.span(part)].tolist()
+                store.write(part, encode_texts(predictor.params, tokenizer, own, predictor.router_bias_LE))
+                if n_done % 8 == 0 or n_done == len(missing):
+                    told = f"item states: {n_done} of {len(missing)} parts, {time.monotonic() - started:.0f} s"
+                    print(told, file=sys.stderr, flush=True)
     return with_item_states(data, store.read(), workdir)
 
 

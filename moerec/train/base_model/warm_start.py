@@ -4,6 +4,7 @@ Leaves are matched by path, and layers one by one: `layers/3/attention/q_DNH` is
 so that a dense model's layers are found by a mixture that groups them otherwise.
 """
 
+import operator
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -180,6 +181,11 @@ def warm_start(state: TrainState, config: Config, data: RunData | Corpus) -> Tra
     restored = match_leaves({path: leaf.shape for path, leaf in by_layer.items()}, there, config.train)
     _refuse_other_items(restored, state, config, data)
     print(describe_restored(restored, config.train.init_from), file=sys.stderr)
+    if other := list_other_functions(config.model, find_checkpoint(Path(config.train.init_from))[0]):
+        print(
+            f"{config.train.init_from}: the same weights make another function here: {'; '.join(other)}",
+            file=sys.stderr,
+        )
     by_layer |= restored.leaves
     joined = join_groups(by_layer, config.model, current)
     placed = {path: jax.device_put(joined[path].astype(leaf.dtype), leaf.sharding) for path, leaf in current.items()}
@@ -207,6 +213,21 @@ def _refuse_other_items(restored: Restored, state: TrainState, config: Config, d
                 f"config.train.init_from: {name} is of other items there, or of items numbered otherwise (data.seed); "
                 "init_fresh and init_drop leave it out"
             )
+
+
+_FUNCTION = ("rope_theta", "norm_eps", "window", "moe.n_active", "moe.renormalise", "moe.n_open_groups")
+
+
+def list_other_functions(config: ModelConfig, run: Path) -> list[str]:
+    """Fields that have no parameters, and yet decide what these compute, where those of a run differ; in words."""
+    there, found = read_config(run / "config.json").model, []
+    for name in _FUNCTION:
+        if name.startswith("moe.") and not (config.moe.layers and there.moe.layers):
+            continue
+        old, new = (operator.attrgetter(name)(x) for x in (there, config))
+        if old != new:
+            found.append(f"model.{name} was {old} and is {new}")
+    return found
 
 
 def describe_restored(restored: Restored, source: str) -> str:

@@ -13,8 +13,10 @@ from moerec.config import cli
 from moerec.config.stored import read_config
 from moerec.convert.hf_folder import open_folder
 from moerec.convert.logits import compute_logits, make_text_batch
+from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
-from moerec.train.base_model.hf_run import export_run, import_run, read_hf_model
+from moerec.train.base_model.hf_export import export_run
+from moerec.train.base_model.hf_run import import_run, read_hf_model
 from moerec.train.run_dir import load_run
 from tests.convert.qwen2_cases import CASES, make_inputs, write_folder
 
@@ -172,6 +174,88 @@ def test_what_has_no_layout_is_refused_with_the_reason(parts, told, tmp_path):
         export_run(tmp_path / "run", tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def change_norm(folder: Path, value: float) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = value
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_not_let_in(value, tmp_path, capsys):
+    folder = make_folder(tmp_path / "in", "qwen2_tied")
+    change_norm(folder, value)
+    assert run(import_hf, f"--hf_folder={folder}", f"--workdir={tmp_path / 'run'}") == 2
+    assert "model.norm.weight has numbers that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_that_a_type_cannot_hold_is_not_written(tmp_path, capsys):
+    folder = make_folder(tmp_path / "in", "qwen2_tied")
+    change_norm(folder, 1e6)
+    import_run(folder, tmp_path / "run")
+    target = tmp_path / "out"
+    assert run(export_hf, f"--workdir={tmp_path / 'run'}", f"--hf_folder={target}", "--dtype=float16") == 2
+    assert "model.norm.weight: has numbers that are not finite in float16" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "run"}
+    assert run(export_hf, f"--workdir={tmp_path / 'run'}", f"--hf_folder={target}", "--dtype=bfloat16") == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entries: entries[1:],
+        lambda entries: [{**entries[0], "name": "foo"}, *entries[1:]],
+        lambda entries: [{**entries[0], "name": "model.layers.99.mlp.up_proj.weight"}, *entries[1:]],
+        lambda entries: [{**entries[0], "shape": [1, 2]}, *entries[1:]],
+        lambda entries: [{"name": "x"}],
+        lambda entries: 3,
+    ],
+)
+def test_a_damaged_list_of_tensors_is_refused(damage, tmp_path):
+    import_run(make_folder(tmp_path / "in", "qwen2_tied"), tmp_path / "run")
+    path = tmp_path / "run" / "hf" / "tensors.json"
+    path.write_text(json.dumps({"tensors": damage(json.loads(path.read_text())["tensors"])}))
+    with pytest.raises(InputError, match=r"hf/tensors\.json: ") as error:
+        export_run(tmp_path / "run", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_none_is_not_let_in(tmp_path):
+    folder = make_folder(tmp_path / "in", "qwen2_tied")
+    (folder / "tokenizer.json").write_text("{garbage")
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        import_run(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_a_run_has_another_tokenizer_that_one_goes_out(tmp_path):
+    folder = make_folder(tmp_path / "in", "qwen2_tied")
+    own, other = (TextTokenizer.train(["ab ab ab", word * 3], 300).content for word in ("cd ", "xyz "))
+    (folder / "tokenizer.json").write_bytes(own)
+    import_run(folder, tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.json").write_bytes(own)
+    export_run(tmp_path / "run", tmp_path / "same")
+    assert (tmp_path / "same/chat_template.jinja").is_file()
+    (tmp_path / "run" / "tokenizer.json").write_bytes(other)
+    found = export_run(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == other
+    assert not (tmp_path / "out/chat_template.jinja").exists()
+    assert any("chat template" in name for name in found["left_out"])
+
+
+@pytest.mark.parametrize("kind", ["link", "loop", "below a file"])
+def test_a_place_that_can_be_no_folder_is_refused(kind, tmp_path, capsys):
+    folder, target = make_folder(tmp_path / "in", "qwen2_tied"), tmp_path / "x"
+    if kind == "below a file":
+        target.write_text("")
+        target /= "run"
+    else:
+        target.symlink_to(tmp_path / "nowhere" if kind == "link" else target)
+    assert run(import_hf, f"--hf_folder={folder}", f"--workdir={target}") == 2
+    assert str(target) in capsys.readouterr().err
 
 
 # In a process of its own: peaks of memory are those of a process.

@@ -19,7 +19,14 @@ from moerec.data.load import DIGEST, load_data
 from moerec.errors import InputError
 from moerec.eval.ranking import make_evaluator
 from moerec.files import write_json
-from moerec.train.base_model.warm_start import join_groups, match_leaves, read_parameters, split_groups, warm_start
+from moerec.train.base_model.warm_start import (
+    join_groups,
+    list_other_functions,
+    match_leaves,
+    read_parameters,
+    split_groups,
+    warm_start,
+)
 from moerec.train.checkpoint import Checkpoints
 from moerec.train.loop import fit, make_trainer
 from moerec.train.run_dir import make_sizes
@@ -352,3 +359,14 @@ def test_rows_of_items_are_not_taken_from_a_run_whose_items_are_others(dense, da
     found = by_layer(warm_start(start(config, other), config, other).params, config)
     np.testing.assert_array_equal(found["item_encoder/row_ID"], before["item_encoder/row_ID"])
     assert np.any(found["layers/0/attention/q_DNH"] != before["layers/0/attention/q_DNH"])
+
+
+def test_fields_that_decide_what_weights_compute_are_told(tmp_path):
+    config = make_config()
+    moe = dataclasses.replace(config.model.moe, layers=(1,))
+    there = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    store_config(tmp_path / "config.json", there)
+    here = dataclasses.replace(there.model, rope_theta=1e6, moe=dataclasses.replace(moe, renormalise=False))
+    assert list_other_functions(there.model, tmp_path) == []
+    told = list_other_functions(here, tmp_path)
+    assert told == ["model.rope_theta was 10000.0 and is 1000000.0", "model.moe.renormalise was True and is False"]
