@@ -57,7 +57,7 @@ def _count_equation(equation: Any, platform: str) -> Flops:
         return _repeat(count_flops(params["jaxpr"], platform), n_devices)
     if name == "pallas_call":
         return _count_kernel(params, platform)
-    return _add(count_flops(body, platform) for body in _find_bodies(params))
+    return _add(count_flops(body, platform) for body in find_bodies(params))
 
 
 def _find_branches(params: dict[str, Any], platform: str) -> tuple[Any, ...]:
@@ -69,7 +69,7 @@ def _find_branches(params: dict[str, Any], platform: str) -> tuple[Any, ...]:
     return tuple(own) or tuple(branch for branch, names in zip(branches, platforms, strict=True) if names is None)
 
 
-def _find_bodies(params: dict[str, Any]) -> Iterator[Any]:
+def find_bodies(params: dict[str, Any]) -> Iterator[Any]:
     """What any other equation calls, once."""
     for name, value in params.items():
         if name in _CALLED_ONCE and isinstance(value, core.Jaxpr | core.ClosedJaxpr):

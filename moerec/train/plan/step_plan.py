@@ -24,6 +24,7 @@ from moerec.tasks import make_tasks
 from moerec.train.plan.chips import Topology
 from moerec.train.plan.hlo import parse_module
 from moerec.train.plan.hlo_costs import FLOPS, KINDS, MEMORY, UNBOUNDED, Costs, key, sum_costs
+from moerec.train.plan.jaxpr_activations import count_activations
 from moerec.train.plan.jaxpr_flops import Flops, count_flops
 from moerec.train.step import lower_train_step, make_train_step, sum_losses
 
@@ -49,7 +50,11 @@ def plan_step(config: Config, sizes: ModelSizes, topology: Topology, mesh: Mesh)
     compiled, reason = _compile(lowered)
     compiled_at = time.perf_counter()
     costs = sum_costs(parse_module(compiled.as_text() or ""), topology.n_chips) if compiled else None
-    flops = _count_flops(config, arguments, mesh)
+    with jax.set_mesh(mesh):
+        traced = jax.make_jaxpr(make_train_step(config, make_tasks(config)))(*arguments)
+    flops = _count_flops(config, arguments, mesh, count_flops(traced))
+    rows = config.train.batch_size // config.train.n_microbatches
+    kept = count_activations(traced, rows, config.data.seq_len) // (mesh.shape["data"] * mesh.shape["expert"])
     found: Report = {
         "topology": topology.name,
         "n_chips": topology.n_chips,
@@ -59,7 +64,7 @@ def plan_step(config: Config, sizes: ModelSizes, topology: Topology, mesh: Mesh)
         "compile_s": compiled_at - lowered_at,
         "fits": compiled is not None,
         "reason": reason,
-        "memory": _report_memory(arguments, mesh, topology, compiled, reason),
+        "memory": {**_report_memory(arguments, mesh, topology, compiled, reason), "activations": kept},
         "flops": flops,
         **_report_costs(costs),
     }
@@ -85,7 +90,7 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, s
         return None, told.removeprefix("RESOURCE_EXHAUSTED: ")
 
 
-def _count_flops(config: Config, arguments: tuple[Any, ...], mesh: Mesh) -> dict[str, float]:
+def _count_flops(config: Config, arguments: tuple[Any, ...], mesh: Mesh, step: Flops) -> dict[str, float]:
     """Operations of a step on all chips together.
 
     `step`: all that is computed, what rematerialisation computes again included. `model`: what the model asks for, the
@@ -106,7 +111,6 @@ def _count_flops(config: Config, arguments: tuple[Any, ...], mesh: Mesh) -> dict
         with jax.set_mesh(mesh):
             return count_flops(jax.make_jaxpr(traced)(*arguments))
 
-    step = count(make_train_step(config, tasks))
     once = step if plain == config else count(make_train_step(plain, tasks))
     return {"step": step.total, "model": min(3 * count(forward).total, once.total), "loops": step.unbounded}
 

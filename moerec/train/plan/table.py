@@ -10,6 +10,7 @@ _MEMORY = {
     "other_arguments": "other arguments",
     "padding": "padding of arguments",
     "temporaries": "temporaries",
+    "activations": "  activations kept, among them",
     "unaliased_output": "output that is not aliased",
     "program": "program",
     "total": "together",
