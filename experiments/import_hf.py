@@ -25,6 +25,7 @@ def main(_, flags) -> dict:
     imported = metrics["imported"]
     size = f"{metrics['n_params']:,} parameters, {metrics['n_active_params']:,} of them active"
     print(f"{flags.workdir}: {size}; {imported['n_tensors']} tensors, {', '.join(imported['dtypes'])}")
+    print(f"in a config of another shape: {imported['shape_flags']}")
     return {name: metrics[name] for name in ("n_params", "n_active_params", "imported")}
 
 

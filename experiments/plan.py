@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from moerec.config import cli
+from moerec.errors import InputError
 
 FLAGS = {"topology": ("", "kind of chip (v4, v5e, v5p, v6e) and sides of the slice, e.g. v5p:4x4x4")}
 
@@ -22,6 +23,8 @@ def main(config, flags):
     from moerec.train.plan import describe_mesh, format_plan, parse_topology, plan_step
     from moerec.train.run_dir import make_sizes
 
+    if not flags.topology:
+        raise InputError("--topology is missing, e.g. --topology=v5e:2x2")
     topology = parse_topology(flags.topology)
     mesh = describe_mesh(topology, config)
     if config.data.source == "text":

@@ -79,6 +79,7 @@ def run_transformers(folder: Path, token_T: np.ndarray) -> np.ndarray:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     plain: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     shape = read_shape(read_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
     if shape.moe is not None:

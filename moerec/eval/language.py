@@ -24,6 +24,7 @@ from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
 from moerec.files import read_json, write_json
 from moerec.nn.model import TEXT_SIZES, Predictor, SequenceModel, count_active_params
+from moerec.nn.sharding import make_mesh
 from moerec.tasks import LanguageModel
 from moerec.train.base_model.hf_run import find_tokenizer, keep_origin
 from moerec.train.base_model.warm_start import find_checkpoint
@@ -92,6 +93,7 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
     """
     # What the model refuses is refused before anything is written.
     jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, TEXT_SIZES))
+    make_mesh(config.train.mesh_data, config.train.mesh_expert, config.train.mesh_model)
     known = read_digests(workdir)
     accept = functools.partial(_refuse_other_tokenizer, config) if not known else None
     first_tokenizer = _find_first_tokenizer(config, workdir)
@@ -108,6 +110,7 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
     options = config.train
     if not np.any(reader.lengths >= 2):  # nothing tells which step is best: the last one is kept
         options = dataclasses.replace(options, eval_every=0)
+        print("no document is held out (data.corpus.valid_fraction): nothing is validated", file=sys.stderr)
     evaluate = make_language_evaluator(config, corpus)
     trained = fit(dataclasses.replace(config, train=options), corpus, workdir, evaluate)
     batches = list_batches(reader, shape, most_tokens=int(reader.lengths.sum()))
@@ -174,8 +177,8 @@ def _refuse_other_tokenizer(config: Config, tokenizer: TextTokenizer) -> None:
     token = "" if there.content == tokenizer.content else tokenizer.find_conflict(there)
     if token:
         raise InputError(
-            f"config.data.corpus.tokenizer: {token!r} has another id in {base}; init_fresh and init_drop leave "
-            "token_encoder and text_head out"
+            f"config.data.corpus.tokenizer: {token!r} has another id in {base}; an empty one takes over that of "
+            "the base (or init_fresh and init_drop leave token_encoder and text_head out)"
         )
 
 

@@ -63,6 +63,8 @@ def export_run(workdir: Path, target: Path, dtype: str = "") -> dict[str, Any]:
     side_files, files = _find_side_files(workdir, origin)
     write_folder(target, layout.plans, blocks, layout.config, side_files, files)
     left_out = [name for name in _OF_EVENTS if getattr(model, name) is not None]
+    if origin is not None and not _is_same_shape(shape, origin):
+        left_out.append("types and files of the folder that the model came from, which is of another shape")
     if origin is not None and side_files is None:
         left_out.append("chat template and generation config, which belong to another tokenizer")
     return {

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from moerec.config import Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+from moerec.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from moerec.config.stored import read_config, store_config
 from moerec.convert.hf_config import check_tensors, read_shape
 from moerec.convert.hf_folder import CONFIG_NAME, HFFolder, copy_side_files, open_folder
@@ -81,6 +81,7 @@ def import_run(path: Path, workdir: Path, mesh: tuple[int, int, int] = (1, 1, 1)
         "n_params": n_params,
         "n_active_params": count_active_params(model),
         "imported": {
+            "shape_flags": list_shape_flags(config),
             "n_tensors": len(folder.tensors),
             "n_bytes": sum(info.stop - info.start for info in folder.tensors.values()),
             "dtypes": sorted({str(info.dtype) for info in folder.tensors.values()}),
@@ -97,6 +98,19 @@ def import_run(path: Path, workdir: Path, mesh: tuple[int, int, int] = (1, 1, 1)
             checkpoints.close()
         write_json(temporary / METRICS, metrics)
     return metrics
+
+
+def list_shape_flags(config: Config) -> str:
+    """The flags that give another config the shape of a run's model."""
+    default, model = ModelConfig(), config.model
+    names = "n_layers d_model n_heads n_kv_heads d_head d_ff rope_theta norm_eps qkv_bias".split()
+    values = {name: getattr(model, name) for name in names}
+    values |= {f"text.{name}": value for name, value in dataclasses.asdict(model.text).items()}
+    for name, value in dataclasses.asdict(model.moe).items():
+        if value != getattr(default.moe, name):
+            values[f"moe.{name}"] = f"'{value}'" if isinstance(value, tuple) else value
+    found = [f"--config.model.{name}={value}" for name, value in values.items()]
+    return " ".join(found)
 
 
 def _check_tokenizer(path: Path) -> None:

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,20 @@ def test_what_comes_in_goes_out_byte_by_byte(name, tmp_path, capsys):
         else:
             assert json.loads(path.read_text()) == json.loads(other.read_text())
     assert "tensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["qwen2_wide_heads", "llama_tied", "moe_every_second"])
+def test_the_flags_of_a_shape_give_it_to_another_config(name, tmp_path):
+    metrics = import_run(make_folder(tmp_path / "in", name), tmp_path / "run")
+    seen = []
+
+    def main(config, flags):
+        seen.append(config.model)
+
+    flags = shlex.split(metrics["imported"]["shape_flags"])
+    path = Path(__file__).resolve().parents[3] / "configs" / "qwen2_0p5b.py"
+    assert cli.execute(main, ["train", f"--config={path}", *flags], workdir=False) == 0
+    assert dataclasses.replace(seen[0], remat=False, compute_dtype="float32") == load_run(tmp_path / "run").config.model
 
 
 def test_a_run_answers_as_its_folder(tmp_path):
