@@ -18,7 +18,7 @@ from moerec.data.load import RunData, with_item_states
 from moerec.data.text.item_states import FOLDER, open_store, order_as_source
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
-from moerec.files import locked, to_plain
+from moerec.files import locked, read_json, to_plain
 from moerec.nn.model import SequenceModel
 from moerec.train.base_model.hf_run import find_tokenizer
 from moerec.train.run_dir import Run
@@ -38,6 +38,10 @@ def add_item_states(config: Config, data: RunData, workdir: Path) -> RunData:
     if not config.data.item_states:
         return data
     base = Run(Path(config.data.item_states))
+    path = base.folder / "config.json"
+    if path.is_file() and "model_type" in read_json(path):
+        told = "is a Hugging Face folder; experiments.import_hf makes a run of it"
+        raise InputError(f"config.data.item_states: {base.folder} {told}")
     if not base.config.model.text.vocab_size:
         raise InputError(f"config.data.item_states: {base.folder} knows no words (model.text.vocab_size)")
     catalogue = data.dataset.catalogue
@@ -50,6 +54,8 @@ def add_item_states(config: Config, data: RunData, workdir: Path) -> RunData:
         if missing:
             texts = order_as_source(catalogue.text, data.item_number)
             tokenizer, predictor = _load_tokenizer(base), base.predictor
+            n_left = sum(store.span(part).stop - store.span(part).start for part in missing)
+            print(f"item states: {n_left:,} texts by {base.folder}", file=sys.stderr, flush=True)
             started = time.monotonic()
             for n_done, part in enumerate(missing, 1):
                 own = texts[store.span(part)].tolist()

@@ -141,7 +141,9 @@ def test_states_are_computed_once_and_of_what_is_missing_alone(tmp_path, base, e
     first = add(config_for(base), tmp_path / "run")
     texts = order_as_source(first.dataset.catalogue.text, first.item_number).tolist()
     assert encoded == [texts[:7], texts[7:14], texts[14:]]
-    assert capsys.readouterr().err.startswith("item states: 3 of 3 parts")
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == f"item states: {len(texts)} texts by {base}"
+    assert told[-1].startswith("item states: 3 of 3 parts")
     np.testing.assert_allclose(first.catalog.state_IX, states_by_hand(first, base), rtol=1e-3, atol=1e-3)
     encoded.clear()
     monkeypatch.setattr(Run, "predictor", property(lambda run: pytest.fail("the model was read")))
