@@ -165,7 +165,7 @@ def test_a_slot_sees_words_and_events_before_it_and_none_after(kind):
     other[0, word] = (other[0, word] + 1) % V
     after = np.asarray(encode(model, batch._replace(token_BT=other), catalog).state_BTD)[0]
     moved = np.abs(after - before).max(axis=1)
-    assert moved[:word].max() == 0
+    assert moved[:word].max() < 1e-7
     assert moved[word:].min() > 1e-6
     item = batch.item_BT.copy()
     event = int(np.flatnonzero(batch.kind_BT[0] == EVENT)[2])

@@ -23,7 +23,9 @@ def count_activations(jaxpr: core.Jaxpr | core.ClosedJaxpr, rows: int, slots: in
 def _count_equation(equation: Any, rows: int, slots: int) -> int:
     params = equation.params
     if equation.primitive.name == "scan":
-        stacked = [out.aval for out in equation.outvars[params["num_carry"] :]]
+        body = params["jaxpr"].jaxpr if isinstance(params["jaxpr"], core.ClosedJaxpr) else params["jaxpr"]
+        pairs = zip(equation.outvars, body.outvars, strict=True)
+        stacked = [out.aval for out, of_pass in pairs if len(out.aval.shape) > len(of_pass.aval.shape)]
         # Of microbatches one at a time is alive, so that the scans within their own are counted once.
         own = sum(math.prod(x.shape) * x.dtype.itemsize for x in stacked if x.shape[1:3] == (rows, slots))
         return own or count_activations(params["jaxpr"], rows, slots)
