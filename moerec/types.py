@@ -118,6 +118,10 @@ class Catalog(NamedTuple):
     state_IX: Array | None = None
 
 
+# Of a stream of words alone.
+NO_ITEMS = Catalog(np.zeros(0, np.int32), np.zeros((0, 1), np.int32), np.zeros(0, np.float32))
+
+
 class Routing(NamedTuple):
     """Sums over the slots that have a domain, in each mixture layer: all that balance, bias and telemetry need.
 

@@ -8,9 +8,7 @@ from moerec.nn.block import LayerContext
 from moerec.nn.model import SequenceModel
 from moerec.nn.moe.experts import DomainExperts
 from moerec.nn.moe.router import RouterInputs
-from moerec.types import NO_TIME, TOKEN, Batch, Catalog, Request
-
-NO_ITEMS = Catalog(np.zeros(0, np.int32), np.zeros((0, 1), np.int32), np.zeros(0, np.float32))
+from moerec.types import NO_ITEMS, NO_TIME, TOKEN, Batch, Request
 
 
 def make_text_batch(token_BT: np.ndarray, segment_BT: np.ndarray | None = None) -> Batch:

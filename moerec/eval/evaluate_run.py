@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from moerec.config import Config
@@ -47,7 +46,6 @@ from moerec.eval.report.table import gap_closed, list_columns
 from moerec.eval.significance import compare_best_rows, table_intervals, table_tests
 from moerec.files import locked, require_plain_path, to_plain, write_json
 from moerec.nn.heads.service_answers import component_names
-from moerec.nn.model import count_active_params
 from moerec.nn.profile import count_profile_slots
 from moerec.tasks import make_tasks
 from moerec.train.base_model.item_states import add_item_states
@@ -112,16 +110,8 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
     service, services = examples.target_service, dataset.catalogue.services
     ranks = rank_targets(trained.predictor, examples, trained.catalog)
     write_ranks(workdir / RANKS, dataset, examples.targets, ranks)
-    params = trained.predictor.params
     metrics: dict[str, Any] = {
-        "config": dataclasses.asdict(config),
-        "seed": config.seed,
-        "steps": trained.steps,
-        "best_step": trained.step,
-        "wall_s": trained.wall_s,
-        "tokens_per_s": trained.slots_per_s,
-        "n_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "n_active_params": count_active_params(params),
+        **trained.describe(config),
         "dataset": {
             "n_users": dataset.log.n_users,
             "n_events": dataset.log.n_events,

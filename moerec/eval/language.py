@@ -23,9 +23,9 @@ from moerec.data.text.stream import TokenReader, pack_tokens
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
 from moerec.files import read_json, write_json
-from moerec.nn.model import TEXT_SIZES, Predictor, SequenceModel, count_active_params
+from moerec.nn.model import TEXT_SIZES, Predictor, SequenceModel
 from moerec.nn.sharding import make_mesh
-from moerec.tasks import LanguageModel
+from moerec.tasks import LanguageModel, sum_token_nll
 from moerec.train.base_model.hf_run import find_tokenizer, keep_origin
 from moerec.train.base_model.warm_start import find_checkpoint
 from moerec.train.loop import Evaluator, fit
@@ -52,13 +52,8 @@ def list_batches(reader: TokenReader, shape: tuple[int, int], most_tokens: int) 
 
 @functools.partial(jax.jit, static_argnums=(3,))
 def _sum_nll(predictor: Predictor, batch: Batch, catalog: Catalog, chunk: int) -> tuple[jax.Array, jax.Array]:
-    model = predictor.params
-    assert model.text_head is not None
-    assert model.token_encoder is not None
-    target = batch.targets[LanguageModel.name]
-    state_SD = predictor.encode(batch, catalog).state_BTD.reshape(-1, model.config.d_model)
-    slots = state_SD, target.label_BT.reshape(-1), target.weight_BT.reshape(-1)
-    return model.text_head.sum_nll(*slots, model.token_encoder, chunk), jnp.sum(target.weight_BT)
+    target, outputs = batch.targets[LanguageModel.name], predictor.encode(batch, catalog)
+    return sum_token_nll(predictor.params, outputs, target, chunk), jnp.sum(target.weight_BT)
 
 
 def measure_nats(config: Config, predictor: Predictor, batches: Iterator[Batch], catalog: Catalog) -> tuple[float, int]:
@@ -115,16 +110,8 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
     trained = fit(dataclasses.replace(config, train=options), corpus, workdir, evaluate)
     batches = list_batches(reader, shape, most_tokens=int(reader.lengths.sum()))
     nats, n_tokens = measure_nats(config, trained.predictor, batches, trained.catalog)
-    params = trained.predictor.params
     metrics = {
-        "config": dataclasses.asdict(config),
-        "seed": config.seed,
-        "steps": trained.steps,
-        "best_step": trained.step,
-        "wall_s": trained.wall_s,
-        "tokens_per_s": trained.slots_per_s,
-        "n_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "n_active_params": count_active_params(params),
+        **trained.describe(config),
         "valid": {"step": trained.step, **trained.valid},
         "tasks": {"lm": _describe(corpus, nats, n_tokens)},
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

@@ -64,10 +64,10 @@ class TokenEncoder(nnx.Module):
 
         On a mesh each device looks up what it has of the rows: left to the compiler, every device had the whole batch.
         """
-        table = self.row_VD[...].astype(self.dtype)
-        layout, n_batch = find_layout(table, self.row_VD.get_metadata()["axes"]), token_BT.shape[0]
+        layout = find_layout(self.row_VD[...], self.row_VD.get_metadata()["axes"])
         if layout is None:
-            return table[token_BT].astype(jnp.float32)
+            return self.row_VD[...][token_BT].astype(self.dtype).astype(jnp.float32)
+        table, n_batch = self.row_VD[...].astype(self.dtype), token_BT.shape[0]  # narrow before it travels
 
         def look_up(token_BT: jax.Array, table: jax.Array) -> jax.Array:
             table, first = layout.gather(table)

@@ -2,7 +2,7 @@
 
 from moerec.nn.heads.item import Candidates, TargetItems
 from moerec.tasks.base import Draws, Task, TaskSums, make_tasks, register_task
-from moerec.tasks.lm import LanguageModel
+from moerec.tasks.lm import LanguageModel, sum_token_nll
 from moerec.tasks.losses import draw_all, draw_one_each, draw_shared, register_loss
 from moerec.tasks.next_event import NextEvent, check_loss
 
@@ -21,4 +21,5 @@ __all__ = [
     "make_tasks",
     "register_loss",
     "register_task",
+    "sum_token_nll",
 ]

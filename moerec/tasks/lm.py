@@ -48,10 +48,15 @@ class LanguageModel:
     def loss(
         self, model: SequenceModel, outputs: Outputs, batch: Batch, catalog: Catalog, draws: Draws, config: Config
     ) -> TaskSums:
-        assert model.text_head is not None
-        assert model.token_encoder is not None
         target = batch.targets[self.name]
-        state_SD = outputs.state_BTD.reshape(-1, outputs.state_BTD.shape[-1])
-        slots = state_SD, target.label_BT.reshape(-1), target.weight_BT.reshape(-1)
-        nll = model.text_head.sum_nll(*slots, model.token_encoder, config.loss.vocab_chunk)
+        nll = sum_token_nll(model, outputs, target, config.loss.vocab_chunk)
         return TaskSums(nll, jnp.sum(target.weight_BT), {"loss": nll})
+
+
+def sum_token_nll(model: SequenceModel, outputs: Outputs, target: Target, chunk: int) -> jax.Array:
+    """The weighted sum of the targets' negative log-probabilities. Args: chunk: `loss.vocab_chunk`."""
+    assert model.text_head is not None
+    assert model.token_encoder is not None
+    state_SD = outputs.state_BTD.reshape(-1, outputs.state_BTD.shape[-1])
+    slots = state_SD, target.label_BT.reshape(-1), target.weight_BT.reshape(-1)
+    return model.text_head.sum_nll(*slots, model.token_encoder, chunk)

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -19,7 +19,7 @@ from moerec.data.pipeline import PackedStream, StreamOptions
 from moerec.data.text.corpus import Corpus
 from moerec.data.text.stream import TextStream, TokenReader
 from moerec.errors import InputError, Terminated, WorkError
-from moerec.nn.model import TEXT_SIZES, Predictor, pick_calibration, read_calibration
+from moerec.nn.model import TEXT_SIZES, Predictor, count_active_params, pick_calibration, read_calibration
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
 from moerec.tasks import make_tasks
 from moerec.tasks.base import Task, render_targets
@@ -51,6 +51,20 @@ class TrainResult(NamedTuple):
     wall_s: float
     slots_per_s: float
     valid: dict[str, float]
+
+    def describe(self, config: Config) -> dict[str, Any]:
+        """What `metrics.json` begins with, whatever was trained on."""
+        params = self.predictor.params
+        return {
+            "config": dataclasses.asdict(config),
+            "seed": config.seed,
+            "steps": self.steps,
+            "best_step": self.step,
+            "wall_s": self.wall_s,
+            "tokens_per_s": self.slots_per_s,
+            "n_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "n_active_params": count_active_params(params),
+        }
 
 
 # Scores what is trained: the number that picks the best step, and the metrics of the validation; among these what the

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from moerec.config import AskConfig, Config, LossConfig, MoEConfig, PersonalConfig, TextConfig
-from moerec.convert.logits import NO_ITEMS, make_text_batch
+from moerec.convert.logits import make_text_batch
 from moerec.convert.paths import flatten, unflatten
 from moerec.errors import InputError
 from moerec.nn.model import TEXT_SIZES, SequenceModel
 from moerec.nn.moe.hypotheses import ask_all
 from moerec.nn.sharding import batch_sharding, make_mesh, param_shardings
 from moerec.tasks import Draws, LanguageModel
-from moerec.types import EVENT, NO_TIME, RECOMMEND, TOKEN, Batch, Target
+from moerec.types import EVENT, NO_ITEMS, NO_TIME, RECOMMEND, TOKEN, Batch, Target
 from tests.small_model import SIZES, fill, make_config, make_model, make_sequence, make_table, worst_gap
 
 V = 17

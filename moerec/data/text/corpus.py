@@ -13,7 +13,7 @@ from moerec.config import CorpusConfig
 from moerec.data.text.documents import read_documents, read_folder
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
-from moerec.types import Catalog
+from moerec.types import NO_ITEMS
 
 TOKENIZER = "tokenizer.json"  # in the directory of a run
 END = "<|endoftext|>"  # behind every document
@@ -37,7 +37,7 @@ class Corpus:
     n_bytes: np.ndarray
     is_valid: np.ndarray
 
-    catalog = Catalog(np.zeros(0, np.int32), np.zeros((0, 1), np.int32), np.zeros(0, np.float32))  # there are no items
+    catalog = NO_ITEMS
 
     @property
     def length(self) -> np.ndarray:
