@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+import secrets
+import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -83,6 +85,38 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_new_folder(target: Path) -> None:
+    """Raises: InputError, where there is something at `target` besides an empty folder, or no folder can be there."""
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise InputError(f"{target}: is there already; a new or empty folder is needed")
+    if not all(above.is_dir() for above in target.absolute().parents if above.exists()):
+        raise InputError(f"{target}: lies below a file; a new or empty folder is needed")
+
+
+@contextlib.contextmanager
+def making_folder(target: Path) -> Iterator[Path]:
+    """A folder to write what `target` is to hold; it takes that name when the block ends, or is gone.
+
+    Raises:
+      InputError: there is something at `target` (`require_new_folder`), or it cannot be made.
+    """
+    require_new_folder(target)
+    whole = Path(os.path.abspath(target))
+    temporary = whole.with_name(f".{whole.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be made: {error.strerror}") from None
+    try:
+        yield temporary
+        try:
+            temporary.rename(whole)
+        except OSError as error:  # somebody else has made it meanwhile
+            raise InputError(f"{target}: cannot be made: {error.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from moerec.convert.hf_folder import (
     require_file_name,
 )
 from moerec.errors import InputError, WorkError
-from moerec.files import naming, write_json
+from moerec.files import making_folder, naming, write_json
 
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 _ALIGNMENT = 8  # bytes; tensors that are mapped must begin at a multiple of their numbers' size
@@ -85,15 +83,7 @@ def write_folder(
     """
     target = Path(target)
     _check_plans(target, tensors)
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or os.listdir(target))):
-        raise InputError(f"{target}: is there already; a model is written into a new or empty folder")
-    whole = Path(os.path.abspath(target))
-    temporary = whole.with_name(f".{whole.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be made: {error.strerror}") from None
-    try:
+    with making_folder(target) as temporary:
         by_file: dict[str, list[TensorPlan]] = {}
         for plan in tensors:
             by_file.setdefault(plan.file, []).append(plan)
@@ -109,12 +99,6 @@ def write_folder(
         for name, content in files.items():
             with naming(target / name):
                 (temporary / name).write_bytes(content)
-        try:
-            temporary.rename(whole)
-        except OSError as error:  # somebody else has made it meanwhile
-            raise InputError(f"{target}: cannot be made: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_plans(target: Path, tensors: Sequence[TensorPlan]) -> None:

@@ -4,12 +4,9 @@ What the folder says beside its weights (its config, tokenizer, chat template, w
 type) is kept in the run's `hf/`, so that what goes out again is what came in, but for what was trained.
 """
 
-import contextlib
 import dataclasses
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from moerec.convert.hf_folder import CONFIG_NAME, HFFolder, copy_side_files, ope
 from moerec.convert.qwen2 import import_folder, make_model_config
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
-from moerec.files import require_plain_path, write_json
+from moerec.files import making_folder, require_new_folder, require_plain_path, write_json
 from moerec.nn.model import SequenceModel, count_active_params
 from moerec.nn.sharding import make_mesh
 from moerec.train.base_model.warm_start import find_checkpoint
@@ -54,10 +51,7 @@ def import_run(path: Path, workdir: Path, mesh: tuple[int, int, int] = (1, 1, 1)
       InputError: as `read_hf_model`; or there is something at `workdir`.
     """
     require_plain_path(workdir)
-    if workdir.is_symlink() or not all(above.is_dir() for above in workdir.absolute().parents if above.exists()):
-        raise InputError(f"{workdir}: is a link, or lies below a file; a model is imported into a new or empty folder")
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise InputError(f"{workdir}: is there already; a model is imported into a new or empty folder")
+    require_new_folder(workdir)  # before minutes are spent
     _check_tokenizer(path)
     folder, model = read_hf_model(path, mesh)
     config = Config(
@@ -87,7 +81,7 @@ def import_run(path: Path, workdir: Path, mesh: tuple[int, int, int] = (1, 1, 1)
             "dtypes": sorted({str(info.dtype) for info in folder.tensors.values()}),
         },
     }
-    with _making(workdir) as temporary:
+    with making_folder(workdir) as temporary:
         store_config(temporary / CONFIG, config)
         _keep_origin(folder, temporary / ORIGIN)
         checkpoints = Checkpoints(temporary / "checkpoints")
@@ -117,19 +111,6 @@ def _check_tokenizer(path: Path) -> None:
     """Raises: InputError, where the folder's tokenizer.json is none."""
     if (path / TOKENIZER).is_file():
         TextTokenizer.load(path / TOKENIZER)
-
-
-@contextlib.contextmanager
-def _making(workdir: Path) -> Iterator[Path]:
-    """A temporary folder beside `workdir`, which takes its name when all is there."""
-    whole = Path(os.path.abspath(workdir))
-    temporary = whole.with_name(f".{whole.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(whole)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _keep_origin(folder: HFFolder, origin: Path) -> None:
