@@ -92,7 +92,7 @@ def require_new_folder(target: Path) -> None:
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise InputError(f"{target}: is there already; a new or empty folder is needed")
     if not all(above.is_dir() for above in target.absolute().parents if above.exists()):
-        raise InputError(f"{target}: lies below a file; a new or empty folder is needed")
+        raise InputError(f"{target}: cannot be made: it lies below a file")
 
 
 @contextlib.contextmanager

@@ -76,6 +76,8 @@ class Config:
         require(one_row, "model.row_dropout", "needs texts (model.item_text), and model.untrained_rows=false")
         has_states = bool(self.data.item_states) or not self.model.item_states
         require(has_states, "model.item_states", "needs the run of a language model (data.item_states)")
+        is_read = self.model.item_states or not self.data.item_states
+        require(is_read, "data.item_states", "nothing reads them while model.item_states is false")
 
 
 def checked(config):

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moerec.data.packing import assemble_words
 from moerec.nn.block import LayerContext
 from moerec.nn.model import SequenceModel
 from moerec.nn.moe.experts import DomainExperts
 from moerec.nn.moe.router import RouterInputs
-from moerec.types import NO_ITEMS, NO_TIME, TOKEN, Batch, Request
+from moerec.types import NO_ITEMS, Batch
 
 
 def make_text_batch(token_BT: np.ndarray, segment_BT: np.ndarray | None = None) -> Batch:
@@ -21,22 +22,8 @@ def make_text_batch(token_BT: np.ndarray, segment_BT: np.ndarray | None = None) 
     place_BT = np.broadcast_to(np.arange(token_BT.shape[1], dtype=np.int32), token_BT.shape)
     is_first_BT = np.diff(segment_BT, axis=1, prepend=-1) != 0
     position_BT = place_BT - np.maximum.accumulate(np.where(is_first_BT, place_BT, 0), axis=1)
-    zero_BT, real_BT = np.zeros_like(token_BT), segment_BT > 0
-    nothing = np.zeros((*token_BT.shape, 0), np.int32)
-    unknown_BT = np.full_like(token_BT, NO_TIME)
-    return Batch(
-        kind_BT=np.where(real_BT, TOKEN, 0).astype(np.int32),
-        item_BT=zero_BT,
-        service_BT=zero_BT,
-        action_BT=zero_BT,
-        time_BT=unknown_BT,
-        utc_offset_BT=zero_BT,
-        position_BT=np.where(real_BT, position_BT, 0).astype(np.int32),
-        segment_BT=segment_BT,
-        request=Request(unknown_BT, zero_BT, nothing, nothing),
-        targets={},
-        token_BT=np.where(real_BT, token_BT, 0),
-    )
+    real_BT = segment_BT > 0
+    return assemble_words(np.where(real_BT, token_BT, 0), np.where(real_BT, position_BT, 0), segment_BT)
 
 
 def encode_text(model: SequenceModel, batch: Batch, router_bias_LE: jax.Array | None = None) -> jax.Array:

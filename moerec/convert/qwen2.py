@@ -23,6 +23,8 @@ from moerec.nn.model import TEXT_SIZES, SequenceModel
 from moerec.nn.sharding import param_shardings
 
 BLOCK_BYTES = 16 << 20  # of a tensor that are in memory at once, if a row is not larger
+# What a base model's sizes and a model's config call alike.
+SHAPE_FIELDS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "rope_theta", "norm_eps", "qkv_bias")
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
@@ -73,15 +75,7 @@ def make_model_config(shape: HFShape) -> ModelConfig:
             bias_rate=0.0,
         )
     return ModelConfig(
-        n_layers=shape.n_layers,
-        d_model=shape.d_model,
-        n_heads=shape.n_heads,
-        n_kv_heads=shape.n_kv_heads,
-        d_head=shape.d_head,
-        d_ff=shape.d_ff,
-        rope_theta=shape.rope_theta,
-        norm_eps=shape.norm_eps,
-        qkv_bias=shape.qkv_bias,
+        **{name: getattr(shape, name) for name in SHAPE_FIELDS},
         dropout=0.0,
         text=TextConfig(vocab_size=shape.vocab_size, tie_head=shape.tied),
         moe=moe,
@@ -103,17 +97,9 @@ def make_shape(config: ModelConfig) -> HFShape:
     is_llama = moe is None and not config.qkv_bias
     return HFShape(
         family="qwen2_moe" if moe else "llama" if is_llama else "qwen2",
-        n_layers=config.n_layers,
-        d_model=config.d_model,
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        d_head=config.d_head,
-        d_ff=config.d_ff,
+        **{name: getattr(config, name) for name in SHAPE_FIELDS},
         vocab_size=config.text.vocab_size,
-        norm_eps=config.norm_eps,
-        rope_theta=config.rope_theta,
         tied=config.text.tie_head,
-        qkv_bias=config.qkv_bias,
         max_positions=32768,
         dtype=None,
         moe=moe,

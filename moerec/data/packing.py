@@ -163,6 +163,25 @@ def pack(
     return packed if words is None else _add_words(packed, sequences, words, placed, owner, position, slot)
 
 
+def assemble_words(token_BT: np.ndarray, position_BT: np.ndarray, segment_BT: np.ndarray) -> Batch:
+    """A batch of words alone, without targets. Args: as `Batch`; in padding the segment is 0."""
+    zero_BT, real_BT = np.zeros(token_BT.shape, np.int32), segment_BT > 0
+    unknown_BT, nothing = np.full(token_BT.shape, NO_TIME), np.zeros((*token_BT.shape, 0), np.int32)
+    return Batch(
+        kind_BT=np.where(real_BT, TOKEN, PADDING).astype(np.int32),
+        item_BT=zero_BT,
+        service_BT=zero_BT,
+        action_BT=zero_BT,
+        time_BT=unknown_BT,
+        utc_offset_BT=zero_BT,
+        position_BT=position_BT.astype(np.int32),
+        segment_BT=segment_BT.astype(np.int32),
+        request=Request(unknown_BT, zero_BT, nothing, nothing),
+        targets={},
+        token_BT=token_BT.astype(np.int32),
+    )
+
+
 def _add_words(
     packed: Packed,
     sequences: Sequences,

@@ -5,11 +5,10 @@ import dataclasses
 import numpy as np
 
 from moerec.data.dataset import EventLog
-from moerec.data.packing import Packed, Placement
+from moerec.data.packing import Packed, Placement, assemble_words
 from moerec.data.pipeline import EpochPlan, PackedIterator, PackedStream, Render, StreamOptions
 from moerec.data.text.corpus import Corpus
 from moerec.errors import InputError
-from moerec.types import NO_TIME, PADDING, TOKEN, Batch, Request
 
 
 class TokenReader:
@@ -65,18 +64,5 @@ def pack_tokens(
         out[slot] = values
         return out.reshape(shape)
 
-    zero, unknown, nothing = np.zeros(shape, np.int32), np.full(shape, NO_TIME), np.zeros((*shape, 0), np.int32)
-    batch = Batch(
-        kind_BT=lay(np.full(len(owner), TOKEN), PADDING),
-        item_BT=zero,
-        service_BT=zero,
-        action_BT=zero,
-        time_BT=unknown,
-        utc_offset_BT=zero,
-        position_BT=lay(position),
-        segment_BT=lay(placed.segment[owner]),
-        request=Request(unknown, zero, nothing, nothing),
-        targets={},
-        token_BT=lay(ids[source]),
-    )
+    batch = assemble_words(lay(ids[source]), lay(position), lay(placed.segment[owner]))
     return Packed(batch, np.full(shape, -1, np.int32), lay(ids[source + 1], -1))

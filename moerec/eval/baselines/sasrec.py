@@ -45,6 +45,7 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
     return dataclasses.replace(
         config,
         name=f"{config.name}_{name}",
+        data=dataclasses.replace(config.data, item_states=""),
         model=items_alone,
         loss=dataclasses.replace(config.loss, kind=loss_kind),
         optim=dataclasses.replace(config.optim, groups=()),

@@ -16,7 +16,7 @@ from moerec.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConf
 from moerec.config.stored import read_config, store_config
 from moerec.convert.hf_config import check_tensors, read_shape
 from moerec.convert.hf_folder import CONFIG_NAME, HFFolder, copy_side_files, open_folder
-from moerec.convert.qwen2 import import_folder, make_model_config
+from moerec.convert.qwen2 import SHAPE_FIELDS, import_folder, make_model_config
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
 from moerec.files import making_folder, require_new_folder, require_plain_path, write_json
@@ -97,8 +97,7 @@ def import_run(path: Path, workdir: Path, mesh: tuple[int, int, int] = (1, 1, 1)
 def list_shape_flags(config: Config) -> str:
     """The flags that give another config the shape of a run's model."""
     default, model = ModelConfig(), config.model
-    names = "n_layers d_model n_heads n_kv_heads d_head d_ff rope_theta norm_eps qkv_bias".split()
-    values = {name: getattr(model, name) for name in names}
+    values = {name: getattr(model, name) for name in SHAPE_FIELDS}
     values |= {f"text.{name}": value for name, value in dataclasses.asdict(model.text).items()}
     for name, value in dataclasses.asdict(model.moe).items():
         if value != getattr(default.moe, name):

@@ -99,7 +99,12 @@ def config_for(base: Path | str, seed: int = 0, reader: str = "memory") -> Confi
     small = CityConfig(n_users=8, events_per_user=6, items_per_service=6)
     config = make_config()
     data = dataclasses.replace(config.data, city=small, seed=seed, reader=reader, item_states=str(base))
-    return dataclasses.replace(config, data=data)
+    return read_states(config, data)
+
+
+def read_states(config: Config, data: DataConfig) -> Config:
+    """The config on other data, with a model that reads the states of their items."""
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, item_states=True))
 
 
 def add(config: Config, workdir: Path) -> RunData:
@@ -177,7 +182,7 @@ def test_runs_that_number_items_otherwise_share_the_states_beside_their_data(tmp
     for seed in (0, 1):
         prepared = str(tmp_path / "first" / "data")
         data = DataConfig("prepared", prepared, seed=seed, item_states=str(base))
-        found.append(add(dataclasses.replace(make_config(), data=data), tmp_path / f"run {seed}"))
+        found.append(add(read_states(make_config(), data), tmp_path / f"run {seed}"))
         np.testing.assert_allclose(found[-1].item_states, states_by_hand(found[-1], base), rtol=1e-3, atol=1e-3)
     assert len(encoded) == 1
     assert np.any(found[0].item_number != found[1].item_number)
@@ -188,7 +193,7 @@ def test_a_run_reads_its_states_again_without_the_model(tmp_path, base, source, 
     """From wherever its data are, and they are not computed anew when the same command is given again."""
     config, own = config_for(base, reader="shards" if "shards" in source else "memory"), tmp_path / "own"
     if source == "tables":
-        config = dataclasses.replace(config, data=table_config(tmp_path))
+        config = read_states(config, dataclasses.replace(table_config(tmp_path), item_states=str(base)))
     config.data.item_states = str(shutil.copytree(base, own))
     data = add(config, tmp_path / "run")
     write_json(tmp_path / "run" / "data.json", data.digests)
@@ -250,6 +255,9 @@ def test_a_model_with_states_needs_a_run_that_has_them():
     model = dataclasses.replace(make_config().model, item_states=True)
     with pytest.raises(InputError, match=r"^config\.model\.item_states: needs the run of a language model"):
         dataclasses.replace(make_config(), model=model)
+    data = dataclasses.replace(make_config().data, item_states="runs/base")
+    with pytest.raises(InputError, match=r"^config\.data\.item_states: nothing reads them"):
+        dataclasses.replace(make_config(), data=data)
 
 
 @pytest.fixture(scope="module")
