@@ -1,11 +1,12 @@
 """Takes users' profiles in a store further by their events, as a service would, or removes users from it.
 
 python -m experiments.observe --workdir=runs/mine --profiles=DIR [--before=2024-05-01] [--recent=N] [--json]
-    [--forget=NAME,NAME] [--export=FILE.npz]
+    [--interactions=new.csv] [--items=new_items.csv] [--forget=NAME,NAME] [--export=FILE.npz]
 
 The store is made where there is none. Each user's last events stay out (`--recent`; by default as many as an answer
 reaches by attention, or as a row holds): `experiments.recommend --profiles=DIR` gives them to the model, and the
-profile what was before. A later call goes on from where the profiles are. Who is forgotten has to leave the data, too,
+profile what was before. A later call goes on from where the profiles are; events since training come from a table with
+the columns of the run's own. Who is forgotten has to leave the data, too,
 or the next call begins a new profile for them; whoever has none is named.
 """
 
@@ -20,6 +21,8 @@ FLAGS = {
     "profiles": ("", "the folder of the store"),
     "recent": (-1, "the last events of each user that stay out; -1 for those that an answer reaches"),
     "before": ("", "an ISO date and time, UTC unless it names an offset; events from then on stay out"),
+    "interactions": ("", "a table of new events, with the columns of the run's own"),
+    "items": ("", "a table of new items, with the columns of the run's own"),
     "forget": (EMPTY, "users whose profiles are removed for good, and none is taken further"),
     "export": ("", "an .npz file for all profiles afterwards"),
 }
@@ -28,6 +31,7 @@ FLAGS = {
 def main(_, flags):
     """Prints what was done."""
     from moerec.data.splits import parse_date
+    from moerec.serve.new_data import extend_run
     from moerec.serve.profiles import count_recent, describe_feed, explain_difference, feed, forget, open_profiles
     from moerec.train.run_dir import load_run
 
@@ -36,7 +40,10 @@ def main(_, flags):
     if flags.recent < -1:
         raise InputError(f"--recent: {flags.recent} is no number of events")
     before_us = parse_date(flags.before, "--before").time_us if flags.before else None
-    run = load_run(Path(flags.workdir))
+    run = load_run(flags.workdir)
+    if flags.interactions or flags.items:
+        run, additions = extend_run(run, flags.interactions, flags.items)
+        print("\n".join(additions.describe()), file=sys.stderr)
     params = run.predictor.params
     store = open_profiles(Path(flags.profiles), params, create=not flags.forget)
     if flags.forget:

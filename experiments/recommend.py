@@ -1,15 +1,17 @@
-"""Lists what a user most probably wants next, by the best parameters of a run.
+"""Lists what users most probably want next, by the best parameters of a run.
 
-python -m experiments.recommend --workdir=runs/demo --user=NAME [--context=weather=rain,holiday=yes]
+python -m experiments.recommend --workdir=runs/demo --user=NAME [--user=NAME …] [--context=weather=rain,holiday=yes]
     [--time=2024-05-01T09:00] [--service=kuper] [--top_k=10] [--profiles=DIR] [--fields=age=35-49] [--new_user]
-    [--mass=.99] [--json]
+    [--interactions=new.csv] [--items=new_items.csv] [--user_table=new_users.csv] [--mass=.99] [--json]
 
 Without `--time` and `--context` they are not known; `--time` is UTC or names an offset, its place's clock. `p` is the
 probability that the item is taken next, of all items of all services, if that is what the model was trained for. With
-`--profiles`, a store of `experiments.observe`, the whole past counts. Who has no event before the time, or is new
-(`--new_user`), is answered by the request alone, its fields included. Below the list stands what the model made of the
-request: the services that its need may belong to (semantic analyser); what each answers, with its weight, experts and
-components, or the mixture's weights (answer aggregator); and what of the profile matters (profile router).
+`--profiles`, a store of `experiments.observe`, the whole past counts. New events, items and users come from tables with
+the columns of the run's own; nothing is retrained. Who has no event before the time, or is new (`--new_user`), is
+answered by the request alone, its fields included. Above the list stands the history it is made from, below it what the
+model made of the request: the services that its need may belong to (semantic analyser); what each answers, with its
+weight, experts and components, or the mixture's weights (answer aggregator); and what of the profile matters (profile
+router), by what its aspects stand for.
 """
 
 import sys
@@ -20,40 +22,42 @@ from moerec.errors import InputError
 
 
 def main(_, flags):
-    """Prints the list, and what the model made of the request."""
-    from moerec.serve.recommender import describe_answer, recall_profile, recommend
+    """Prints each user's history and list, and what the model made of the request."""
+    from moerec.serve.explained import answer_users
+    from moerec.serve.new_data import extend_run
     from moerec.serve.request import list_unseen, read_request
     from moerec.train.run_dir import load_run
 
     if flags.new_user and (flags.user or flags.profiles):
         raise InputError("--new_user: has no name and no profile; leave --user and --profiles out")
     request = read_request(flags.context, flags.time, flags.service, flags.fields)
-    run = load_run(Path(flags.workdir))
-    user = None if flags.new_user else flags.user or str(run.data.dataset.users[0])
-    profile, notes = recall_profile(run, user, request, Path(flags.profiles) if flags.profiles else None)
-    for note in [*list_unseen(run, request.context), *notes]:
+    run, notes = load_run(flags.workdir), []
+    if flags.interactions or flags.items or flags.user_table:
+        run, additions = extend_run(run, flags.interactions, flags.items, flags.user_table)
+        notes = additions.describe()
+    for note in [*notes, *list_unseen(run, request.context)]:
         print(note, file=sys.stderr)
-    answer = recommend(run, user, request, flags.top_k, profile, flags.mass)
-    if flags.profiles and profile is None:
-        answer = answer._replace(relevance=None)
-    found = describe_answer(run, answer)
-    print("\n".join(found.pop("lines")))
-    return found
+    users = [None] if flags.new_user else flags.user or [str(run.data.dataset.users[0])]
+    profiles = Path(flags.profiles) if flags.profiles else None
+    found = answer_users(run, users, request, flags.top_k, profiles, flags.mass, sys.stderr)
+    for number, answer in enumerate(found):
+        print("\n" * (number > 0) + "\n".join(answer.pop("lines")))
+    return found[0] if len(found) == 1 else {"users": found}
 
 
 FLAGS = {
-    "user": ("", "whose list; the first user by default"),
+    "user": ((), "whose list; may be given several times; the first user by default"),
     "new_user": (False, "a user of whom nothing is known but the request"),
     "fields": ((), "static profile fields, as name=value,name=value, in the place of the user's own"),
     "context": ((), "features of the request, as name=value,name=value; may be given several times"),
     "time": ("", "when it is wanted: an ISO date and time, UTC unless it names an offset; later events are no history"),
     "service": ("", "a service, for a list of its items alone"),
     "profiles": ("", "a store of profiles, made by experiments.observe"),
+    "interactions": ("", "a table of new events, with the columns of the run's own"),
+    "items": ("", "a table of new items, with the columns of the run's own"),
+    "user_table": ("", "a table of new users' profile fields, with the columns of the run's own"),
     "top_k": (10, "items of the list"),
-    "mass": (
-        1.0,
-        "where services are asked: only the most probable ones, with this much of the posterior",
-    ),
+    "mass": (1.0, "where services are asked: only the most probable ones, with this much of the posterior"),
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """moerec: a multi-expert personalised language model that recommends across services.
 
-`Config` and `run_experiment` train and evaluate; `load_run`, `RecommendRequest` and `recommend` answer from a run.
+`Config` and `run_experiment` train and evaluate; `load_run` opens a run, and `Recommender` answers from it, for many
+users at once; `recommend` explains one answer.
 """
 
 import importlib
@@ -15,12 +16,26 @@ settle_platform()
 # Found when they are asked for: a machine that only trains from Python may lack what the commands need.
 _HOMES = {
     "Config": "moerec.config",
+    "Recommendations": "moerec.serve.recommender",
     "RecommendRequest": "moerec.serve.request",
+    "Recommender": "moerec.serve.recommender",
+    "UserEvent": "moerec.serve.packed_requests",
+    "UserHistory": "moerec.serve.packed_requests",
     "load_run": "moerec.train.run_dir",
-    "recommend": "moerec.serve.recommender",
+    "recommend": "moerec.serve.explained",
     "run_experiment": "moerec.eval.evaluate_run",
 }
-__all__ = ["Config", "RecommendRequest", "load_run", "recommend", "run_experiment"]
+__all__ = [
+    "Config",
+    "RecommendRequest",
+    "Recommendations",
+    "Recommender",
+    "UserEvent",
+    "UserHistory",
+    "load_run",
+    "recommend",
+    "run_experiment",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -231,6 +231,8 @@ class Answers(NamedTuple):
       relevance_QM: as `Outputs.relevance_BTM`.
       routing: of the mixture layers, sums over the slots under each hypothesis; None without experts.
       had_QS: as `Outputs.had_BTS`.
+      group_QXG: float32, of each group of experts what the slot's experts of it weigh, mean over the mixture layers;
+        None without experts, and where it was not asked for.
     """
 
     log_service_QX: Array
@@ -242,3 +244,4 @@ class Answers(NamedTuple):
     relevance_QM: Array | None
     routing: Routing | None
     had_QS: Array | None = None
+    group_QXG: Array | None = None

@@ -67,17 +67,29 @@ class Block(nnx.Module):
         return self._feed_forward(x_BTD, context.router, bias_E, k_ffn)
 
     def ask(
-        self, x_BTD: jax.Array, x_QXD: jax.Array, context: LayerContext, asked: AskedSlots, bias_E: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, Routing | None]:
-        """The new states of all slots, and of those that are asked, under each hypothesis (`moerec.nn.cache`); and the
-        sums of the latter's routing.
+        self,
+        x_BTD: jax.Array,
+        x_QXD: jax.Array,
+        context: LayerContext,
+        asked: AskedSlots,
+        bias_E: jax.Array | None,
+        weigh_groups: bool = False,
+    ) -> tuple[jax.Array, jax.Array, tuple[Routing | None, jax.Array | None]]:
+        """The new states of all slots, and of those that are asked, under each hypothesis (`moerec.nn.cache`); the
+        sums of the latter's routing; and, where they are to be weighed, what the groups of experts weigh.
         """
         y = self.attention_norm(x_BTD)
         y, keys = self.attention.attend(y, context.position_BT, context.segment_BT, context.profile)
         y_QXD = attend_asked(self.attention, self.attention_norm(x_QXD), *keys, asked)
         x_BTD, _ = self._feed_forward(x_BTD + y, context.router, bias_E, None)
-        x_QXD, routing = self._feed_forward(x_QXD + y_QXD, asked.router, bias_E, None)
-        return x_BTD, x_QXD, routing
+        x_QXD += y_QXD
+        group_QXG = None
+        if weigh_groups and isinstance(self.ffn, DomainExperts):
+            assert asked.router is not None
+            assert bias_E is not None
+            group_QXG = self.ffn.weigh_groups(self.ffn_norm(x_QXD), asked.router, bias_E)
+        x_QXD, routing = self._feed_forward(x_QXD, asked.router, bias_E, None)
+        return x_BTD, x_QXD, (routing, group_QXG)
 
     def _feed_forward(
         self, x_BTD: jax.Array, router: RouterInputs | None, bias_E: jax.Array | None, key: jax.Array | None
@@ -144,16 +156,19 @@ def run_asked_blocks(
     context: LayerContext,
     asked: AskedSlots,
     bias_LE: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, Routing | None]:
-    """`run_blocks` without dropout, over all slots and, beside them, over those that are asked."""
+    weigh_groups: bool = False,
+) -> tuple[jax.Array, jax.Array, Routing | None, jax.Array | None]:
+    """`run_blocks` without dropout, over all slots and, beside them, over those that are asked; with the weights of
+    their groups of experts `[L, Q, X, G]`, where these are asked for.
+    """
 
     def step(x, layer):
         block, layer_bias_E = layer
-        *x, routing = block.ask(*x, context, asked, layer_bias_E)
-        return tuple(x), routing
+        *x, seen = block.ask(*x, context, asked, layer_bias_E, weigh_groups)
+        return tuple(x), seen
 
-    x, routing = jax.lax.scan(step, (x_BTD, x_QXD), (blocks, bias_LE))
-    return *x, routing
+    x, (routing, group_LQXG) = jax.lax.scan(step, (x_BTD, x_QXD), (blocks, bias_LE))
+    return *x, routing, group_LQXG
 
 
 def zero_router_bias(config: ModelConfig, n_services: int) -> jax.Array | None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moerec.errors import InputError
-from moerec.serve.recommender import recommend
+from moerec.serve.explained import recommend
 from moerec.serve.request import RecommendRequest
 from moerec.train.run_dir import Run
 

@@ -1,271 +1,437 @@
-"""A trained run that answers: what one user wants next, at some time and in some context, and why."""
+"""A trained run as a library: lists, scores, vectors, states, routing and attention for many users at once.
 
+    recommender = Recommender(load_run("runs/demo"))
+    print(recommender.recommend(["user 7"], time="2024-05-01T20:00", k=5).to_table())
+
+Each kind of answer is one compiled program for each shape (`packed_requests`); a second call of a shape compiles
+nothing.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 
-from moerec.config.terminal import printable
-from moerec.data.dataset import UNKNOWN_TIME
-from moerec.data.histories import Histories
-from moerec.data.packing import Sequences, device_time, pack, place_sequences
+from moerec.data.dataset import ItemTable
 from moerec.errors import InputError
-from moerec.eval.probes.answers import AskedAnswer, ask_services, describe_asked
-from moerec.eval.probes.profile_aspects import relevance_of_aspects
-from moerec.nn.heads.item import log_prob_items
-from moerec.nn.heads.near_pointers import near_names
+from moerec.nn.heads.item import log_prob_items, pick_slots
+from moerec.nn.heads.origin import split_listed
 from moerec.nn.heads.service_answers import component_names
 from moerec.nn.model import Predictor
-from moerec.nn.profile import MemoryParams, UserState
-from moerec.serve.profiles import explain_difference, observe_events, open_profiles, read_profile
-from moerec.serve.request import RecommendRequest, encode_context, encode_fields, hide_unknown
+from moerec.nn.model.inspect import SlotTrace, trace_slots
+from moerec.nn.moe.hypotheses import ask_all, followed_services
+from moerec.serve.new_data import Additions, extend_run
+from moerec.serve.packed_requests import (
+    Moment,
+    PackedRequests,
+    Requests,
+    UserEvent,
+    UserHistory,
+    ask_of_histories,
+    ask_of_users,
+    find_item,
+    find_users,
+    pack_requests,
+    place_items,
+    read_contexts,
+    read_moments,
+)
 from moerec.train.run_dir import Run
-from moerec.types import NO_TIME, Batch, Catalog
+from moerec.types import Batch, Catalog, PointerMixture
+
+ItemKey: TypeAlias = tuple[str, str]  # service and id
+Contexts: TypeAlias = Mapping[str, str] | Sequence[Mapping[str, str]] | None
+Moments: TypeAlias = Moment | Sequence[Moment] | np.ndarray
 
 
-class Recommendation(NamedTuple):
-    """Attributes:
-    item: `[n]` int64 items of the catalogue, best first. log_p: `[n]`, log-softmax of the scores over the union: logs
-    of probabilities if the loss ranks the union (not under `loss.scope=service` or `loss.kind=one_negative`).
-    domain: `[Z]`, the analyser's posterior over services; None in a dense model.
-    relevance: `[M]`, what each slot of the profile matters to the request; None in a model without one, and where
-      nothing is known of a user that a profile could hold.
-    weight: `[X]`, weights of the mixture's components; None where there is one, and where services are asked.
-    asked: where they are, what each answers.
+class Recommendations(NamedTuple):
+    """The best items of `n` requests.
+
+    Attributes:
+      users: `[n]` names; empty for histories. item: `[n, k]` int64 items of the catalogue, best first, -1 where there
+        are fewer. log_p: `[n, k]` float32, log-probabilities over the items of all services; -inf there.
+      part: `[n, k, C]` float32, what each component of the mixture gave of the probability given the item's service (of
+        the probability, where services are not asked).
+      group: `[n, k]` int32, of the groups of experts the one that weighs most in the answer that the item is from; the
+        last is the cross-domain one. Where services are not asked or have no experts, the item's service.
+      domain: `[n, Z]` float32, the posterior over services; None in a dense model.
+      catalogue, components: what items and parts are called.
     """
 
+    users: np.ndarray
     item: np.ndarray
     log_p: np.ndarray
+    part: np.ndarray
+    group: np.ndarray
     domain: np.ndarray | None
-    relevance: np.ndarray | None
-    weight: np.ndarray | None
-    asked: AskedAnswer | None = None
+    catalogue: ItemTable
+    components: tuple[str, ...]
 
-
-def recommend(
-    run: Run, user: str | None, request: RecommendRequest, n: int, profile: UserState | None = None, mass: float = 1.0
-) -> Recommendation:
-    """The `n` items that a user most probably wants next, after all of their events before the request.
-
-    Who has no event before it, or is nobody yet (None), is answered by the request alone: its time, context and fields.
-    Items that the user had by then are no candidates where the configuration says so (`eval.mask_seen`). Of the events
-    the model is given the last `data.history_len`; with a `profile`, those that it has not seen, and it beside them.
-    Where services are asked, those are that have `mass` of the posterior together; the items of others have no
-    probability.
-
-    Raises:
-      InputError: `n` below 1; `mass` out of (0, 1], or below 1 where a service is named; nobody is called so; there
-        are no events, and the model was not trained to do without; an unknown feature, field or service; no such time;
-        the profile has seen all events before the request.
-    """
-    config, dataset = run.config, run.data.dataset
-    if n < 1:
-        raise InputError("--top_k: must be at least 1")
-    if not 0 < mass <= 1:
-        raise InputError("--mass: must lie in (0, 1]")
-    rows = find_history(run, user, request)
-    if not len(rows) and not config.data.first_event:
-        raise InputError(f"--user: {user!r} has no events before the request, and the run has data.first_event=false")
-    allowed, service = np.ones(dataset.catalogue.n_items, bool), None
-    if request.service:
-        if request.service not in dataset.catalogue.services:
-            raise InputError(f"--service: {request.service!r} is none of {', '.join(dataset.catalogue.services)}")
-        if mass < 1 and config.model.is_asked:
-            raise InputError("--mass: --service names the one that is asked")
-        service = dataset.catalogue.services.index(request.service)
-        allowed = dataset.catalogue.service == service
-    if config.eval.mask_seen:
-        allowed[dataset.log.item[rows]] = False
-    is_continued = profile is not None and int(profile.n_events) > 0
-    if profile is not None:
-        rows, profile = _continue_profile(run, rows, profile)
-    batch, slot = _make_batch(run, user, rows, request, is_continued)
-    is_known = bool(is_continued or len(rows) or batch.request.field_BTY[0, slot].any())
-    if config.model.is_asked:
-        log_p_I, asked = ask_services(run.predictor, run.catalog, batch, slot, profile, allowed, n, mass, service)
-        best = _find_best(log_p_I, allowed & np.isfinite(log_p_I), n)
-        relevance = asked.relevance if is_known else None
-        return Recommendation(best, log_p_I[best].astype(np.float64), asked.domain, relevance, None, asked)
-    log_p_I, found = _predict(run.predictor, batch, slot, run.catalog, profile)
-    log_p_I = np.asarray(log_p_I, np.float64)
-    best = _find_best(log_p_I, allowed, n)
-    domain, relevance, weight = found
-    if not is_known:
-        relevance = None
-    found = domain, relevance, weight
-    domain, relevance, weight = (None if x is None else np.asarray(x) for x in found)
-    return Recommendation(best, log_p_I[best], domain, relevance, weight)
-
-
-def _find_best(log_p_I: np.ndarray, allowed: np.ndarray, n: int) -> np.ndarray:
-    return np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
-
-
-def recall_profile(
-    run: Run, user: str | None, request: RecommendRequest, folder: Path | None
-) -> tuple[UserState | None, list[str]]:
-    """A user's profile in a store, None where it has none, and in a line each what is to be known of an answer by it.
-
-    Raises:
-      InputError: there is no such store, or it is another run's; the profile has seen other events than the user's.
-    """
-    if user is None or folder is None:
-        return None, []
-    params, dataset = run.predictor.params, run.data.dataset
-    profile, is_stored = read_profile(open_profiles(folder, params), params, dataset, user)
-    if not is_stored:
-        return None, [f"{user}: no profile in the store; the last events alone count"]
-    n_seen = int(profile.n_events)
-    n_given = min(len(find_history(run, user, request)) - n_seen, run.config.data.history_len)
-    reason = explain_difference(run.config, n_given) if n_seen and n_given > 0 else ""
-    return profile, [f"{user}: not the answer that the whole history would give: {reason}"] if reason else []
-
-
-def _continue_profile(run: Run, rows: np.ndarray, profile: UserState) -> tuple[np.ndarray, UserState]:
-    """The rows that the model is given, and the profile before them, `[1, ...]`."""
-    rest, start = rows[int(profile.n_events) :], jax.tree.map(lambda leaf: leaf[None], profile)
-    if not len(rest) and int(profile.n_events):
-        raise InputError(
-            "--profiles: the profile has seen all events before the request; "
-            "experiments.observe leaves some to the request (--recent)"
+    def to_table(self) -> pa.Table:
+        """One row an item: user, rank (from 1), service, item, text, p, group, and component, the largest part."""
+        row, place = np.nonzero(self.item >= 0)
+        item = self.item[row, place]
+        services, groups = (pa.array(names) for names in (self.catalogue.services, (*self.catalogue.services, "cross")))
+        return pa.table(
+            {
+                "user": pa.array(self.users[row].tolist(), pa.string()),
+                "rank": pa.array(place + 1, pa.int32()),
+                "service": services.take(pa.array(self.catalogue.service[item])),
+                "item": pa.array(self.catalogue.ids[item].tolist(), pa.string()),
+                "text": pa.array(self.catalogue.text[item].tolist(), pa.string()),
+                "p": pa.array(np.exp(self.log_p[row, place]), pa.float32()),
+                "group": groups.take(pa.array(self.group[row, place])),
+                "component": pa.array(self.components).take(pa.array(self.part[row, place].argmax(axis=1))),
+            }
         )
-    n_old = max(len(rest) - run.config.data.history_len, 0)  # which a row does not hold
-    if n_old:
-        log = run.data.dataset.log
-        start = observe_events(run.predictor.params, run.catalog, log, start, rest[:1], np.array([n_old]))
-    return rest[n_old:], start
+
+
+class Recommender:
+    """Answers from the best parameters of a run. What it is given may be a batch of any size."""
+
+    def __init__(self, run: Run):
+        """Args: of `load_run`."""
+        self.run = run
+
+    def with_new(
+        self,
+        interactions: str | Path | None = None,
+        items: str | Path | None = None,
+        users: str | Path | None = None,
+    ) -> tuple["Recommender", Additions]:
+        """One that knows of new tables, too, and what in them is new (`extend_run`). Nothing is retrained.
+
+        Raises:
+          InputError: a table cannot be read.
+        """
+        run, additions = extend_run(self.run, interactions, items, users)
+        return Recommender(run), additions
+
+    def recommend(
+        self,
+        users: Sequence[str] | None = None,
+        histories: Sequence[UserHistory | Sequence[UserEvent]] | None = None,
+        *,
+        time: Moments = None,
+        context: Contexts = None,
+        services: Sequence[str] | None = None,
+        exclude: Sequence[ItemKey] | Sequence[Sequence[ItemKey]] = (),
+        k: int = 10,
+    ) -> Recommendations:
+        """The `k` items that each most probably wants next, after all of their events before the request.
+
+        Items that somebody had are no candidates where the configuration says so (`eval.mask_seen`).
+
+        Args:
+          users: names of users in the data; or histories: people in no table, by their events.
+          time: of the requests, one or one each: unix seconds, ISO texts (UTC unless they name an offset) or datetimes;
+            events from then on are no history. context: features of the requests by name, one or one each.
+          services: whose items may be listed; None: all. exclude: items that may not, for all or for each.
+
+        Raises:
+          InputError: `k` is below 1; no such user, item, service, feature or time; or nothing is known of somebody, and
+            the model was not trained to do without (`data.first_event`).
+        """
+        if k < 1:
+            raise InputError("k: must be at least 1")
+        requests = self._read(users, histories, time, context)
+        allowed = self._allow(services)
+        excluded = self._exclude(requests, exclude)
+        catalogue, k = self._catalogue, min(k, self._catalogue.n_items)
+
+        def ask(packed: PackedRequests) -> tuple[jax.Array, ...]:
+            own = [excluded[i] for i in packed.which.tolist()]
+            return _list(*self._model, packed.batch, packed.slot, allowed, _pad(own, len(packed.slot)), k)
+
+        found = self._collect(requests, ask)
+        item, log_p, part, group = found[:4]
+        domain = found[4] if len(found) > 4 else None
+        names = component_names(self.run.config.model, catalogue.services)
+        return Recommendations(requests.names, item.astype(np.int64), log_p, part, group, domain, catalogue, names)
+
+    def score(
+        self,
+        users: Sequence[str] | None = None,
+        histories: Sequence[UserHistory | Sequence[UserEvent]] | None = None,
+        *,
+        time: Moments = None,
+        context: Contexts = None,
+    ) -> np.ndarray:
+        """`[n, I]` float32, log-probabilities of all items, as `item_vectors` orders them. Args, Raises: `recommend`."""
+        requests = self._read(users, histories, time, context)
+        (found,) = self._collect(requests, lambda x: (_score(*self._model, x.batch, x.slot),))
+        return found
+
+    def list_answerable(self, users: Sequence[str], time: Moment = None) -> list[str]:
+        """Those of the users who have an event before a time, or all where a model does without (`data.first_event`).
+
+        Raises:
+          InputError: no such user.
+        """
+        if self.run.config.data.first_event:
+            return list(users)
+        requests = self._read(users, None, time, None)
+        return [name for name, n in zip(users, requests.before.length.tolist(), strict=True) if n]
+
+    def item_vectors(self) -> tuple[list[ItemKey], np.ndarray]:
+        """The items' names, and `[I, D]` float32 vectors: a state's dot product with one, and a bias, is its score."""
+        catalogue = self._catalogue
+        names = [(catalogue.services[z], str(i)) for z, i in zip(catalogue.service, catalogue.ids, strict=True)]
+        return names, np.asarray(self.run.catalog.vector_ID)
+
+    def user_states(
+        self,
+        users: Sequence[str] | None = None,
+        histories: Sequence[UserHistory | Sequence[UserEvent]] | None = None,
+        *,
+        time: Moments = None,
+        context: Contexts = None,
+    ) -> np.ndarray:
+        """The states that score the items: `[n, D]` float32; `[n, Z, D]`, one for each service, where these are asked.
+
+        Args, Raises: as `recommend`.
+        """
+        requests = self._read(users, histories, time, context)
+        (found,) = self._collect(requests, lambda x: (_state(*self._model, x.batch, x.slot),))
+        return found
+
+    def routing(
+        self,
+        users: Sequence[str] | None = None,
+        histories: Sequence[UserHistory | Sequence[UserEvent]] | None = None,
+        *,
+        time: Moments = None,
+        context: Contexts = None,
+        service: str | None = None,
+    ) -> list[SlotTrace]:
+        """Of each request, to which experts each of its slots goes, and the analyser's posterior and the profile's
+        relevance there: a `SlotTrace` of one row `[1, ...]`, without the attention.
+
+        Where services are asked, slots of the past ask the service that followed; the last one asks `service`, or none.
+
+        Args, Raises: as `recommend`; InputError: the model has no experts.
+        """
+        if not self.run.config.model.moe.layers:
+            raise InputError("--workdir: this run has no experts; train it with model.moe.layers")
+        traces = self._trace(self._read(users, histories, time, context), service)
+        return [trace._replace(attention_BLNTS=None, memory_BLNTM=None) for trace in traces]
+
+    def attention(
+        self,
+        users: Sequence[str] | None = None,
+        histories: Sequence[UserHistory | Sequence[UserEvent]] | None = None,
+        *,
+        time: Moments = None,
+        context: Contexts = None,
+        service: str | None = None,
+    ) -> list[SlotTrace]:
+        """Of each request, what each head of each layer reads at each of its slots: a `SlotTrace` of one row.
+
+        Args, Raises: as `routing`, experts aside.
+        """
+        return self._trace(self._read(users, histories, time, context), service)
+
+    def _trace(self, requests: Requests, service: str | None) -> list[SlotTrace]:
+        z = -1 if service is None else self._find_service(service)
+        traces: list[SlotTrace | None] = [None] * len(requests)
+        for packed in pack_requests(self.run, requests):
+            found = jax.tree.map(np.asarray, _trace(*self._model, packed.batch, packed.slot, np.int32(z)))
+            width = packed.batch.kind_BT.shape[1]
+            for row, i in enumerate(packed.which.tolist()):
+                n = int(packed.slot[row]) % width + 1
+                traces[i] = SlotTrace(
+                    found.attention_BLNTS[row : row + 1, :, :, :n, :n],
+                    None if found.memory_BLNTM is None else found.memory_BLNTM[row : row + 1, :, :, :n],
+                    *(None if x is None else x[row : row + 1, :, :n] for x in (found.expert_BLTA, found.weight_BLTA)),
+                    *(None if x is None else x[row : row + 1, :n] for x in (found.log_domain_BTZ, found.relevance_BTM)),
+                )
+        return [trace for trace in traces if trace is not None]
+
+    @property
+    def _catalogue(self) -> ItemTable:
+        return self.run.data.dataset.catalogue
+
+    @property
+    def _model(self) -> tuple[Predictor, Catalog]:
+        return self.run.predictor, self.run.catalog
+
+    @functools.cached_property
+    def _place_of_user(self) -> dict[str, int]:
+        return {name: k for k, name in enumerate(self.run.data.dataset.users.tolist())}
+
+    @functools.cached_property
+    def _place_of_item(self) -> dict[ItemKey, int]:
+        return place_items(self.run.data.dataset)
+
+    def _read(
+        self,
+        users: Sequence[str] | None,
+        histories: Sequence[UserHistory | Sequence[UserEvent]] | None,
+        time: Moments,
+        context: Contexts,
+    ) -> Requests:
+        if (users is None) == (histories is None):
+            raise InputError("users, histories: one of the two says whom to answer")
+        if isinstance(users, str):
+            raise InputError(f"users: {users!r} is one name; a list of names is needed")
+        n = len(users) if users is not None else len(histories or ())
+        time_us, said = read_moments(time, n)
+        codes = read_contexts(self.run, context, n)
+        if users is not None:
+            at = find_users(self._place_of_user, users)
+            return ask_of_users(self.run, at, time_us, said, codes)
+        people = [own if isinstance(own, UserHistory) else UserHistory(own) for own in histories or ()]
+        return ask_of_histories(self.run, people, self._place_of_item, time_us, said, codes)
+
+    def _find_service(self, name: str) -> int:
+        if name not in self._catalogue.services:
+            raise InputError(f"services: {name!r} is none of {', '.join(self._catalogue.services)}")
+        return self._catalogue.services.index(name)
+
+    def _allow(self, services: Sequence[str] | None) -> np.ndarray:
+        """`[Z]` bool, whose items may be listed."""
+        if services is None:
+            return np.ones(self._catalogue.n_services, bool)
+        if isinstance(services, str):
+            raise InputError(f"services: {services!r} is one name; a list of names is needed")
+        allowed = np.zeros(self._catalogue.n_services, bool)
+        allowed[[self._find_service(name) for name in services]] = True
+        return allowed
+
+    def _exclude(
+        self, requests: Requests, exclude: Sequence[ItemKey] | Sequence[Sequence[ItemKey]]
+    ) -> list[np.ndarray]:
+        """The items that may not be listed, of each request."""
+        n = len(requests)
+        is_common = all(len(key) == 2 and isinstance(key[0], str) for key in exclude)
+        keys: list[Any] = [list(exclude)] if is_common else [list(own) for own in exclude]
+        if not is_common and len(keys) != n:
+            raise InputError(f"exclude: items of {len(keys)} requests, and there are {n}")
+        dataset, place = self.run.data.dataset, self._place_of_item if len(exclude) else {}
+        numbers = [
+            np.array([find_item(dataset, place, item, service, "exclude") for service, item in own], np.int32)
+            for own in keys
+        ]
+        found = numbers * n if is_common else numbers
+        if not self.run.config.eval.mask_seen:
+            return found
+        had = requests.before.distinct(requests.log.item)
+        seen = np.split(requests.log.item[had.rows], had.offsets[1:-1])
+        return [np.concatenate(pair) for pair in zip(found, seen, strict=True)] if n else []
+
+    def _collect(
+        self, requests: Requests, ask: Callable[[PackedRequests], tuple[jax.Array, ...]]
+    ) -> tuple[np.ndarray, ...]:
+        """The answers of all batches, in the order of the requests; one batch is packed while another is computed."""
+        out: list[np.ndarray] = []
+        waiting: list[tuple[np.ndarray, tuple[jax.Array, ...]]] = []
+
+        def settle() -> None:
+            which, arrays = waiting.pop()
+            for k, array in enumerate(arrays):
+                rows = np.asarray(array)[: len(which)]
+                if len(out) == k:
+                    out.append(np.zeros((len(requests), *rows.shape[1:]), rows.dtype))
+                out[k][which] = rows
+
+        for packed in pack_requests(self.run, requests):
+            arrays = ask(packed)
+            if waiting:
+                settle()
+            waiting.append((packed.which, arrays))
+        if waiting:
+            settle()
+        if not out:
+            raise InputError("users, histories: nobody is asked about")
+        return tuple(out)
+
+
+def _pad(rows: list[np.ndarray], n: int) -> np.ndarray:
+    """`[n, X]` int32, the rows with -1 behind; X is a power of two, so that few programs are compiled."""
+    most = max(map(len, rows), default=0)
+    out = np.full((n, 1 << max(most - 1, 0).bit_length()), -1, np.int32)
+    for k, row in enumerate(rows):
+        out[k, : len(row)] = row
+    return out
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _list(
+    predictor: Predictor,
+    catalog: Catalog,
+    batch: Batch,
+    slot_Q: jax.Array,
+    allowed_Z: jax.Array,
+    exclude_QX: jax.Array,
+    k: int,
+) -> tuple[jax.Array, ...]:
+    """The best items `[Q, K]`, their log-probabilities, parts and groups, and the posterior, as `Recommendations`."""
+    at_Q, n_slots = jnp.maximum(slot_Q, 0), batch.item_BT.shape[1]
+    pointers: PointerMixture | None
+    group_QXG = None
+    if predictor.config.is_asked:
+        below = predictor.params.read(batch, catalog)
+        log_domain_QZ = predictor.weigh_services(below, at_Q)
+        has_groups = bool(predictor.config.moe.layers)
+        answers = predictor.ask(batch, catalog, at_Q, ask_all(log_domain_QZ), below=below, weigh_groups=has_groups)
+        log_p_QI = predictor.weigh_answers(answers, slot_Q, catalog)
+        pointers, item_QS, group_QXG = answers.pointers, answers.item_QS, answers.group_QXG
+    else:
+        outputs = predictor.encode(batch, catalog)
+        log_p_QI = log_prob_items(outputs, batch, slot_Q, catalog)
+        log_domain_QZ = None
+        if outputs.log_domain_BTZ is not None:
+            log_domain_QZ = outputs.log_domain_BTZ.reshape(-1, outputs.log_domain_BTZ.shape[-1])[at_Q]
+        item_QS, pointers = batch.item_BT[at_Q // n_slots], None
+        if outputs.pointers is not None:
+            pointers = pick_slots(outputs.pointers, at_Q, n_slots)
+            pointers = pointers._replace(part_BXTS=pointers.part_BXTS[:, :, None])  # one answer
+    allowed_QI = jnp.broadcast_to(allowed_Z[catalog.service_I], log_p_QI.shape)
+    row_Q1, n_items = jnp.arange(len(slot_Q))[:, None], log_p_QI.shape[1]
+    allowed_QI = allowed_QI.at[row_Q1, jnp.where(exclude_QX >= 0, exclude_QX, n_items)].set(False, mode="drop")
+    best_QK, item_QK = jax.lax.top_k(jnp.where(allowed_QI, log_p_QI, -jnp.inf), k)
+    item_QK = jnp.where(best_QK > -jnp.inf, item_QK, -1)
+    service_QK = catalog.service_I[jnp.maximum(item_QK, 0)]
+    p_QK, place_QK = jnp.exp(best_QK), jnp.zeros_like(service_QK)
+    if predictor.config.is_asked:
+        assert log_domain_QZ is not None
+        p_QK = jnp.exp(best_QK - jnp.take_along_axis(log_domain_QZ, service_QK, axis=1))
+        place_QK = service_QK
+    part_QKC = split_listed(p_QK, pointers, place_QK, item_QK, item_QS, catalog)
+    group_QK = service_QK
+    if group_QXG is not None:
+        group_QK = jnp.take_along_axis(jnp.argmax(group_QXG, axis=-1), service_QK, axis=1)
+    found = item_QK, best_QK, part_QKC, group_QK.astype(jnp.int32)
+    return found if log_domain_QZ is None else (*found, jnp.exp(log_domain_QZ))
 
 
 @jax.jit
-def _predict(predictor: Predictor, batch: Batch, slot: jax.Array, catalog: Catalog, start_B: UserState | None):
-    """Log-probabilities `[I]` of all items of a bound catalogue at a flat slot; and what else the model says."""
-    profile = None if start_B is None else predictor.params.read_profiles(batch, catalog, start_B)
-    outputs = predictor.encode(batch, catalog, profile=profile)
-    log_p_QI = log_prob_items(outputs, batch, slot[None], catalog)
-
-    def pick(x_BTX, is_log):
-        if x_BTX is None:
-            return None
-        x_X = x_BTX.reshape(-1, x_BTX.shape[-1])[slot]
-        return jnp.exp(x_X) if is_log else x_X
-
-    weight_BTX = None if outputs.pointers is None else outputs.pointers.log_weight_BTX
-    found = pick(outputs.log_domain_BTZ, True), pick(outputs.relevance_BTM, False), pick(weight_BTX, True)
-    return log_p_QI[0], found
+def _score(predictor: Predictor, catalog: Catalog, batch: Batch, slot_Q: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(predictor.score(batch, slot_Q, catalog))
 
 
-def find_user(run: Run, user: str) -> int:
-    """The user's number in the data. Raises: InputError, where nobody is called so."""
-    users = run.data.dataset.users
-    (at,) = np.nonzero(users == user)
-    if not len(at):
-        raise InputError(f"--user: no such user as {user!r}; the first is {str(users[0])!r}")
-    return int(at[0])
+@jax.jit
+def _state(predictor: Predictor, catalog: Catalog, batch: Batch, slot_Q: jax.Array) -> jax.Array:
+    at_Q = jnp.maximum(slot_Q, 0)
+    if predictor.config.is_asked:
+        below = predictor.params.read(batch, catalog)
+        hypotheses = ask_all(predictor.weigh_services(below, at_Q))
+        return predictor.ask(batch, catalog, at_Q, hypotheses, below=below).state_QXD
+    state_BTD = predictor.encode(batch, catalog).state_BTD
+    return state_BTD.reshape(-1, state_BTD.shape[-1])[at_Q]
 
 
-def find_history(run: Run, user: str | None, request: RecommendRequest) -> np.ndarray:
-    """Rows of the log: the user's events before the request; none of somebody who is nobody yet."""
-    log = run.data.dataset.log
-    if request.time is not None and device_time(request.time_us)[0] == NO_TIME:
-        raise InputError("--time: must lie between 1932 and 2068")
-    if user is None:
-        return np.zeros(0, np.int64)
-    at = find_user(run, user)
-    rows = np.arange(*log.offsets[at : at + 2])
-    if request.time is None:
-        return rows
-    time_us = log.time_us[rows]
-    return rows[(time_us == UNKNOWN_TIME) | (time_us < request.time_us)]
-
-
-def _make_batch(
-    run: Run, user: str | None, rows: np.ndarray, request: RecommendRequest, is_continued: bool
-) -> tuple[Batch, int]:
-    """The last events of a history in one row, and the slot whose request this is."""
-    data, dataset = run.config.data, run.data.dataset
-    own_Y = np.zeros(dataset.profile_codes[0].shape[1], np.int32)
-    fields = dict(request.fields)
-    if user is not None:
-        at = find_user(run, user)
-        own_Y = dataset.profile_codes[0][at]
-        fields = {name: str(values[at]) for name, values in dataset.profile.items()} | fields
-    # A sequence that leaves room for it, and goes on from nothing, begins with its control slot, as in training.
-    has_control = np.array([data.first_event and not is_continued and len(rows) < data.history_len])
-    events = rows[-data.history_len :]
-    sequences = Sequences(
-        Histories(np.array([0, len(events)]), events),
-        np.zeros(1, np.int64),  # the request is written over what this row says
-        has_control,
-        encode_fields(dataset, request.fields, own_Y)[None],
-    )
-    placed = place_sequences(sequences.n_slots, 1, data.seq_len)
-    batch = pack(dataset.log, dataset.catalogue, sequences, placed, (1, data.seq_len)).batch
-    last = int(sequences.n_slots[0]) - 1
-    code_C = encode_context(dataset, data.schema.edges, request.context)
-    utc_offset = np.array([request.utc_offset or 0], np.int32)
-    if request.utc_offset is None:
-        if run.data.zones is not None:  # by what was said, be it known to the model or not
-            zones = run.data.zones.of_somebody(data.schema, fields)
-            utc_offset = zones.find_utc_offsets(np.zeros(1, np.int64), request.time_us, code_C[None])
-        elif len(rows):
-            utc_offset = dataset.log.utc_offset[rows[-1:]]  # the clock of the last event, if events have their own
-    batch.request.time_BT[0, last] = device_time(request.time_us)[0]
-    batch.request.utc_offset_BT[0, last] = utc_offset[0]
-    batch.request.context_BTC[0, last] = hide_unknown(run, code_C)
-    return batch, last
-
-
-def _name_relevance(run: Run, relevance_M: np.ndarray) -> dict[str, float]:
-    """By aspects, as a profile card numbers them; by slots where a memory has no aspects."""
-    *of_slots, of_fields = relevance_M.tolist()
-    kind, parts = "slot", of_slots
-    if isinstance(run.predictor.params.profile, MemoryParams):
-        kind, parts = "aspect", relevance_of_aspects(relevance_M[None], run.config.model.personal)[0].tolist()
-    return {**{f"{kind} {k}": x for k, x in enumerate(parts)}, "fields": of_fields}
-
-
-def _name_weights(run: Run) -> list[str]:
-    """What is mixed in a model in which no service is asked."""
-    services, near = run.data.dataset.catalogue.services, near_names(run.config.model)
-    named = {"softmax": "catalogue", "shared": "own history", **{name: f"neighbors by {name}" for name in near}}
-    own = [f"own {name}" for name in services]
-    return [named.get(name, name) for name in component_names(run.config.model, own)]
-
-
-def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:
-    """The answer by names, and as `lines` of text."""
-    catalogue = run.data.dataset.catalogue
-    service = catalogue.service[answer.item]
-    items = [
-        {"service": catalogue.services[z], "id": str(catalogue.ids[i]), "text": str(catalogue.text[i]), "p": float(p)}
-        for z, i, p in zip(service, answer.item, np.exp(answer.log_p), strict=True)
-    ]
-    found: dict[str, Any] = {"items": items}
-    shown = [[printable(x[key]) for key in ("service", "id", "text")] for x in items]
-    wide = [max([least, *(len(row[k]) for row in shown)]) for k, least in enumerate((12, 10))]
-    lines = [f"{'p':>7s}  {'service':<{wide[0]}s} {'id':<{wide[1]}s} text"]
-    for x, (z, i, text) in zip(items, shown, strict=True):
-        lines.append(f"{x['p']:7.4f}  {z:<{wide[0]}s} {i:<{wide[1]}s} {text}")
-    if answer.domain is not None:
-        found["domain"] = dict(zip(catalogue.services, map(float, answer.domain), strict=True))
-        shares = ", ".join(f"{name} {p:.2f}" for name, p in found["domain"].items())
-        lines.append(f"service of what comes next: {shares}")
-    if answer.asked is not None:
-        found["services"], of_services = describe_asked(run.config.model, catalogue, answer.asked)
-        lines += of_services
-        # A service that was named keeps its own probability; the most probable ones have theirs made up to one.
-        if sum(a.weight - answer.asked.domain[a.service] for a in answer.asked.answers) > 1e-6:
-            found["not_asked"] = [name for name in catalogue.services if name not in found["services"]]
-            lines.append(f"not asked: {', '.join(found['not_asked'])}; p and the weights are of the others alone")
-    if answer.weight is not None:
-        names = _name_weights(run)
-        found["weight"] = dict(zip(names, answer.weight.tolist(), strict=True))
-        lines.append("mixture weights: " + ", ".join(f"{name} {w:.2f}" for name, w in found["weight"].items()))
-    if answer.relevance is not None:
-        found["relevance"] = _name_relevance(run, answer.relevance)
-        lines.append(
-            "relevance of the profile: " + ", ".join(f"{name} {x:.2f}" for name, x in found["relevance"].items())
-        )
-    return {**found, "lines": [printable(line) for line in lines]}
+@jax.jit
+def _trace(predictor: Predictor, catalog: Catalog, batch: Batch, slot_Q: jax.Array, service: jax.Array) -> SlotTrace:
+    hypothesis_BT = None
+    if predictor.config.is_asked:
+        hypothesis_BT = followed_services(batch, predictor.params.n_services)
+        flat_S = hypothesis_BT.reshape(-1)
+        at_Q = jnp.where(slot_Q >= 0, slot_Q, flat_S.shape[0])
+        hypothesis_BT = flat_S.at[at_Q].set(service, mode="drop").reshape(hypothesis_BT.shape)
+    return trace_slots(predictor, batch, catalog, hypothesis_BT)

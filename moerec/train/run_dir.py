@@ -134,7 +134,7 @@ def bind_catalog(predictor: Predictor, catalog: Catalog) -> Catalog:
     return predictor.params.bind(catalog)
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: str | Path) -> Run:
     """A finished run.
 
     Raises:

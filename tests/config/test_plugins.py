@@ -19,7 +19,7 @@ from moerec.eval.baselines import BASELINES, register_scorer
 from moerec.eval.evaluate_run import run_experiment
 from moerec.nn.profile import ema_memory, register_memory
 from moerec.nn.profile.memory import MEMORIES
-from moerec.serve.recommender import recommend
+from moerec.serve.explained import recommend
 from moerec.serve.request import RecommendRequest
 from moerec.tasks import Draws, TaskSums, register_loss, register_task
 from moerec.tasks.base import TASKS

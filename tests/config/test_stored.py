@@ -13,7 +13,7 @@ from moerec.config.stored import FORMAT, list_differences, read_config, read_sto
 from moerec.errors import InputError
 from moerec.eval.evaluate_run import run_experiment
 from moerec.files import to_plain
-from moerec.serve.recommender import recommend
+from moerec.serve.explained import recommend
 from moerec.serve.request import RecommendRequest
 from moerec.train.checkpoint import Checkpoints
 from moerec.train.run_dir import load_run

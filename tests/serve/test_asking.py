@@ -21,7 +21,7 @@ from moerec.eval.ranking.per_target import read_ranks
 from moerec.eval.report import format_forced
 from moerec.nn.model import pick_calibration
 from moerec.serve.bench import bench_recommend
-from moerec.serve.recommender import describe_answer, recommend
+from moerec.serve.explained import describe_answer, recommend
 from moerec.serve.request import RecommendRequest
 from moerec.train.run_dir import load_run
 from tests.tiny import make_config, make_moving_step

@@ -13,8 +13,8 @@ from moerec.config import PersonalConfig, cli
 from moerec.data.dataset import ItemTable
 from moerec.errors import InputError
 from moerec.nn.profile.memory import decay_rates
+from moerec.serve.explained import recommend
 from moerec.serve.profile_card import describe_card, name_aspects, next_time, render_card, summarize_profile
-from moerec.serve.recommender import recommend
 from moerec.serve.request import RecommendRequest
 from moerec.train.run_dir import Run
 from tests.tiny import make_config, make_untrained

@@ -14,6 +14,7 @@ from experiments import recommend as recommend_command
 from moerec.config import Config, PersonalConfig, cli
 from moerec.errors import InputError
 from moerec.nn.profile import Event, make_personalizer
+from moerec.serve.explained import recommend
 from moerec.serve.profiles import (
     count_recent,
     explain_difference,
@@ -24,7 +25,6 @@ from moerec.serve.profiles import (
     read_profile,
     start_profile,
 )
-from moerec.serve.recommender import recommend
 from moerec.serve.request import RecommendRequest
 from moerec.train.run_dir import Run
 from tests.small_model import fill

@@ -4,7 +4,7 @@ Memory: the texts of the item table, and the profile fields of the users who hav
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +31,18 @@ from moerec.errors import InputError
 CATALOGUE = ("service", "id", "text", "attributes")  # columns of the catalogue's rows
 
 
-def read_items(table: SourceTable, schema: SchemaConfig, log: DefectLog) -> tuple[ItemCodes, pa.Table]:
-    """The item table: codes, and the catalogue's rows (service code, id, text, attributes) in catalogue order."""
+Edges = dict[str, tuple[float, ...]]
+
+
+def read_items(
+    table: SourceTable, schema: SchemaConfig, log: DefectLog, quantiles: Mapping[str, tuple[float, ...]] = {}
+) -> tuple[ItemCodes, pa.Table, Edges]:
+    """The item table: codes, the catalogue's rows (service code, id, text, attributes) in catalogue order, and where
+    the ranges of its numbers meet.
+
+    Args: `quantiles` are the edges of numbers that the schema has cut by quantiles, where they are known already: an
+    item that is new belongs to the ranges of those before it.
+    """
     codes, parts = ItemCodes(), []
     scans = {name: AmountScan(is_whole) for name in schema.attributes}
     service, column = item_service(schema), schema.item_id
@@ -74,8 +84,8 @@ def read_items(table: SourceTable, schema: SchemaConfig, log: DefectLog) -> tupl
         raise InputError(f"{table.label}: the item table has no good row")
     for name, scan in scans.items():
         refuse_amounts(table, name, schema, scan.example, ATTRIBUTE_REMEDY)
-    rows = _bin_numbers(table, schema, pa.concat_tables(parts))
-    return codes, rows.take(pa.array(np.argsort(rows["service"].to_numpy(), kind="stable")))
+    rows, edges = _bin_numbers(table, schema, pa.concat_tables(parts), quantiles)
+    return codes, rows.take(pa.array(np.argsort(rows["service"].to_numpy(), kind="stable"))), edges
 
 
 def _split(table: SourceTable, schema: SchemaConfig, name: str, array: pa.Array, printed: pa.Array) -> pa.Array:
@@ -106,19 +116,24 @@ def _catalogue_rows(
     return pa.table(dict(zip(CATALOGUE, (pa.array(services), ids, text, attributes), strict=True)))
 
 
-def _bin_numbers(table: SourceTable, schema: SchemaConfig, rows: pa.Table) -> pa.Table:
-    """The rows with a token of its range behind the attributes for every number, and without the numbers."""
-    attributes = rows["attributes"].combine_chunks()
+def _bin_numbers(
+    table: SourceTable, schema: SchemaConfig, rows: pa.Table, quantiles: Mapping[str, tuple[float, ...]]
+) -> tuple[pa.Table, Edges]:
+    """The rows with a token of its range behind the attributes for every number, and without the numbers; and the
+    edges.
+    """
+    attributes, found = rows["attributes"].combine_chunks(), {}
     for name, edges in schema.item_ranges.items():
         numbers = rows[f"number.{name}"].to_numpy()
         if isinstance(edges, int):
-            edges = find_quantiles(numbers, edges)
+            edges = quantiles.get(name) or find_quantiles(numbers, edges)
             if not edges:
                 raise InputError(f"{table.label}, column {name}: no two different numbers to take quantiles of")
+        found[name] = tuple(edges)
         tokens = ["", *("_".join(f"{name}={words}".split()) for words in name_ranges(edges))]
         ranges = pa.array(tokens, pa.string()).take(pa.array(find_ranges(numbers, edges)))
         attributes = join_filled([attributes, ranges], len(rows))
-    return rows.select(CATALOGUE).set_column(CATALOGUE.index("attributes"), "attributes", attributes)
+    return rows.select(CATALOGUE).set_column(CATALOGUE.index("attributes"), "attributes", attributes), found
 
 
 def join_filled(columns: list[pa.Array], n: int) -> pa.Array:

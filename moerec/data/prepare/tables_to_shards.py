@@ -213,7 +213,7 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
     log = DefectLog(config.tables.on_bad_rows == "quarantine")
     replaced = (Path(out) / shards.META).is_file()
     with shards.replace_folder(out) as folder:
-        items, catalogue = read_items(tables.items, config.schema, log) if tables.items else (None, None)
+        items, catalogue, edges = read_items(tables.items, config.schema, log) if tables.items else (None, None, {})
         coder, events = _encode_interactions(tables, config, items, log, folder / SPILL)
         with shards.ShardWriter(folder, len(coder.users), config.n_shards) as writer:
             lengths, counts, times = _write_events(events, coder, writer)
@@ -232,7 +232,7 @@ def prepare(config: DataConfig, out: Path, accept: Callable[[Path], None] | None
         notes = (*([f"far-off times: {far}"] if far else []), *describe_coverage(coverage))
         meta = _describe(
             config, coder, int(lengths.sum()), writer.shards, tuple(profile),
-            {"quarantined": log.counts, "coverage": coverage, "notes": notes},
+            {"quarantined": log.counts, "coverage": coverage, "notes": notes, "item_edges": edges},
         )  # fmt: skip
         shards.write_meta(folder, meta)
         if accept is not None:

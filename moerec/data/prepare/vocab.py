@@ -82,13 +82,7 @@ class Tables:
 
 def open_tables(config: DataConfig) -> Tables:
     """Opens the tables of `config.tables` and checks that they have the columns of `config.schema`."""
-    files, schema = config.tables, config.schema
-
-    def open_one(name: str) -> SourceTable:
-        table = open_table(Path(files.folder), name, files.format)
-        return dataclasses.replace(table, one_line=files.line_breaks == "refuse")
-
-    interactions = open_one(files.interactions)
+    schema, interactions = config.schema, _open(config, config.tables.interactions)
     for field in ("user", "item", "service", "action", "time"):
         if getattr(schema, field):
             interactions.require(getattr(schema, field), f"data.schema.{field}", single=True)
@@ -96,19 +90,37 @@ def open_tables(config: DataConfig) -> Tables:
         interactions.require(column, "data.schema.context", single=True)
     if schema.item_service and not schema.service:
         raise InputError("config.data.schema.item_service: the interactions need a service column too")
-    items = open_one(files.items) if files.items else None
-    if items:
-        _require_item_columns(items, schema)
-    elif schema.text or schema.attributes or schema.item_numbers:
+    items, users = open_items(config), open_users(config)
+    if items is None and (schema.text or schema.attributes or schema.item_numbers):
         raise InputError("config.data.tables.items: text, attributes and item_numbers need an item table")
-    users = open_one(files.users) if files.users else None
-    if users:
-        users.require(schema.profile_id, "data.schema.profile_id", single=True)
-        for column in schema.profile:
-            users.require(column, "data.schema.profile", single=True)
-    elif schema.profile:
+    if users is None and schema.profile:
         raise InputError("config.data.tables.users: profile columns need a user table")
     return Tables(interactions, items, users)
+
+
+def open_items(config: DataConfig) -> SourceTable | None:
+    """The item table, whose columns are checked as in `open_tables`; None where there is none."""
+    if not config.tables.items:
+        return None
+    items = _open(config, config.tables.items)
+    _require_item_columns(items, config.schema)
+    return items
+
+
+def open_users(config: DataConfig) -> SourceTable | None:
+    """The user table, whose columns are checked as in `open_tables`; None where there is none."""
+    if not config.tables.users:
+        return None
+    users = _open(config, config.tables.users)
+    users.require(config.schema.profile_id, "data.schema.profile_id", single=True)
+    for column in config.schema.profile:
+        users.require(column, "data.schema.profile", single=True)
+    return users
+
+
+def _open(config: DataConfig, name: str) -> SourceTable:
+    table = open_table(Path(config.tables.folder), name, config.tables.format)
+    return dataclasses.replace(table, one_line=config.tables.line_breaks == "refuse")
 
 
 def _require_item_columns(items: SourceTable, schema: SchemaConfig):

@@ -112,9 +112,13 @@ def standardise(state_IX: np.ndarray) -> np.ndarray:
 
     States of language models share a large direction, and a few columns outweigh all others.
     """
-    has_text = np.any(state_IX != 0, axis=1)
-    known = state_IX[has_text].astype(np.float64)
+    return standardise_like(state_IX, state_IX)
+
+
+def standardise_like(state_IX: np.ndarray, known_IX: np.ndarray) -> np.ndarray:
+    """Columns moved and scaled as those of the states `known_IX` are by `standardise`; zeros stay."""
+    known = known_IX[np.any(known_IX != 0, axis=1)].astype(np.float64)
     if not len(known):
         return state_IX
     scaled = (state_IX - known.mean(axis=0)) / np.maximum(known.std(axis=0), 1e-6)
-    return np.where(has_text[:, None], scaled, 0).astype(np.float32)
+    return np.where(np.any(state_IX != 0, axis=1)[:, None], scaled, 0).astype(np.float32)

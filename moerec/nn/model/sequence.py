@@ -194,6 +194,7 @@ class SequenceModel(nnx.Module):
         router_bias_LE: jax.Array | None = None,
         closed_G: jax.Array | None = None,
         below: Below | None = None,
+        weigh_groups: bool = False,
     ) -> Answers:
         """What services answer at slots; the past is computed once, and at each hypothesis the asked slot alone.
 
@@ -203,7 +204,7 @@ class SequenceModel(nnx.Module):
           profile: as in `encode`.
           router_bias_LE: as in `encode`.
           closed_G: float32, added to what is closed: `MASK_VALUE` for groups that are taken away (a probe's).
-          below: of `read`, where it is there already.
+          below: of `read`, where it is there already. weigh_groups: whether `Answers.group_QXG` is wanted.
         """
         config = self.config
         assert self.hypothesis_ZD is not None
@@ -221,10 +222,12 @@ class SequenceModel(nnx.Module):
         if context.router is not None:
             asked = asked._replace(router=self._open(context.router, flat_Q, hypotheses, closed_G))
         bias_LE = zero_router_bias(config, self.n_services) if router_bias_LE is None else router_bias_LE
-        routings = []
+        routings, weights = [], []
         for blocks, _, bias in self._upper_groups(bias_LE):
-            x_BTD, x_QXD, routing = run_asked_blocks(blocks, x_BTD, x_QXD, context, asked, bias)
+            of_layers = blocks, x_BTD, x_QXD, context, asked, bias, weigh_groups
+            x_BTD, x_QXD, routing, group_LQXG = run_asked_blocks(*of_layers)
             routings += [] if routing is None else [routing]
+            weights += [] if group_LQXG is None else [group_LQXG]
         routing = Routing(*map(jnp.concatenate, zip(*routings, strict=True))) if routings else None
         state_QXD, pointers = self.final_norm(x_QXD.astype(jnp.float32)), None
         if self.head is not None and isinstance(self.head.aggregator, ServiceAnswers):
@@ -234,7 +237,8 @@ class SequenceModel(nnx.Module):
         log_domain_QZ = _pick_slots(below.log_domain_BTZ, flat_Q)
         had_QS = asked.seen_QS & (batch.kind_BT == EVENT)[asked.row_Q] if config.repeat_bias else None
         asked_of = hypotheses.log_weight_QX, hypotheses.answer_QX, state_QXD, pointers, batch.item_BT[asked.row_Q]
-        return Answers(*asked_of, log_domain_QZ, relevance_QM, routing, had_QS)
+        group_QXG = jnp.mean(jnp.concatenate(weights), axis=0) if weights else None
+        return Answers(*asked_of, log_domain_QZ, relevance_QM, routing, had_QS, group_QXG)
 
     def read(self, batch: Batch, catalog: Catalog, profile: ProfileState | None = None) -> Below:
         """The trunk, the profile and the analyser's posterior, without dropout: all that no hypothesis changes."""

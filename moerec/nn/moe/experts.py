@@ -104,6 +104,29 @@ class DomainExperts(nnx.Module):
             y_BTD = y_BTD + shared_BTD
         return y_BTD, routing
 
+    def weigh_groups(self, x_XD: jax.Array, inputs: RouterInputs, bias_E: jax.Array) -> jax.Array:
+        """`[..., G]`, what the chosen experts of each group weigh at each slot; they add up to one. On one device.
+
+        Args: as `__call__`, with any axes in the place of B and T.
+        """
+        expert_XA, weight_XA = self.choose(x_XD, inputs, bias_E)
+        of_group = jax.nn.one_hot(expert_XA // self.moe.n_per_group, count_groups(self.moe, self.n_services))
+        return jnp.sum(of_group * (weight_XA / jnp.sum(weight_XA, axis=-1, keepdims=True))[..., None], axis=-2)
+
+    def choose(self, x_XD: jax.Array, inputs: RouterInputs, bias_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`[..., A]` int32, the experts of each slot, best first, and their weights. On one device.
+
+        Args: as `weigh_groups`.
+        """
+        shape = x_XD.shape[:-1]
+        inputs = inputs._replace(relevance_BTM=None if self.w_profile_EM is None else inputs.relevance_BTM)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), (x_XD, inputs))
+        w_domain, w_profile = (None if w is None else w[...] for w in (self.w_domain_EZ, self.w_profile_EM))
+        weights = self.router_ED[...], w_domain, w_profile, bias_E
+        routed = route_slots(*flat, *weights, self.moe, self.n_services)
+        weight_SA = routed.weight_TA if self.moe.renormalise else routed.probability_TA
+        return routed.expert_TA.reshape(*shape, -1), weight_SA.reshape(*shape, -1)
+
 
 class Rows(NamedTuple):
     """What a layer is given of each slot: states, the states that the router sees, and what else is known of it."""

@@ -66,6 +66,16 @@ def add_item_states(config: Config, data: RunData, workdir: Path) -> RunData:
     return with_item_states(data, store.read(), workdir)
 
 
+def encode_items(config: Config, texts: list[str]) -> np.ndarray:
+    """`[n, X]` states of new items' texts by the language model that a run's are from, before `standardise_like`.
+
+    Raises:
+      InputError: the run of the language model is no longer there.
+    """
+    base = Run(Path(config.data.item_states))
+    return encode_texts(base.predictor.params, _load_tokenizer(base), texts, base.predictor.router_bias_LE)
+
+
 def _load_tokenizer(base: Run) -> TextTokenizer:
     path, n_rows = find_tokenizer(base.folder), base.config.model.text.vocab_size
     tokenizer = TextTokenizer.load(path)

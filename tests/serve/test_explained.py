@@ -21,7 +21,7 @@ from moerec.eval.ranking import EvalDataset, rank_targets
 from moerec.files import to_plain
 from moerec.nn.heads.item import score_items
 from moerec.nn.model import Predictor, SequenceModel
-from moerec.serve.recommender import _make_batch, describe_answer, find_history, recommend
+from moerec.serve.explained import _make_batch, describe_answer, find_history, recommend
 from moerec.serve.request import RecommendRequest, encode_context, encode_fields, read_request
 from moerec.train.run_dir import load_run, make_sizes
 from moerec.types import RECOMMEND

@@ -1,0 +1,62 @@
+"""Writes everybody's list, or that of a file of users, into one file: one row an item.
+
+python -m experiments.recommend_all --workdir=RUN --out=lists.parquet [--k=10] [--time=2026-01-31T09:00]
+    [--context=weather=rain] [--users=FILE] [--services=NAME,NAME] [--exclude=FILE.csv]
+    [--interactions=new.csv] [--items=new_items.csv] [--user_table=new_users.csv] [--json]
+
+The columns are user, rank, service, item, text, p (of all items of all services), group (of experts, the one that
+weighs most in the answer) and component (what gave most of p). An interrupted call goes on where it was; the file is
+there only when it is whole. `--out` may be a .csv, too.
+"""
+
+import sys
+from pathlib import Path
+
+from moerec.config import cli
+from moerec.errors import InputError
+
+EMPTY: list[str] = []
+FLAGS = {
+    "out": ("", "the file: .parquet or .csv"),
+    "k": (10, "items of a list"),
+    "time": ("", "when it is wanted: an ISO date and time, UTC unless it names an offset; later events are no history"),
+    "context": ((), "features of the request, as name=value,name=value; may be given several times"),
+    "users": ("", "a file of users, one a line; everybody by default"),
+    "services": (EMPTY, "services whose items may be listed; all by default"),
+    "exclude": ("", "a CSV file of items that are not to be listed, with the columns service and item"),
+    "interactions": ("", "a table of new events, with the columns of the run's own"),
+    "items": ("", "a table of new items, with the columns of the run's own"),
+    "user_table": ("", "a table of new users' profile fields, with the columns of the run's own"),
+}
+
+
+def main(_, flags):
+    """Prints what was written."""
+    from moerec.serve.recommend_all import ListOptions, read_exclusions, read_users, recommend_all
+    from moerec.serve.recommender import Recommender
+    from moerec.serve.request import read_request
+    from moerec.train.run_dir import load_run
+
+    if not flags.out:
+        raise InputError(f"--out is missing: {FLAGS['out'][1]}")
+    context = read_request(flags.context, "", "").context
+    recommender = Recommender(load_run(flags.workdir))
+    tables = {"interactions": flags.interactions, "items": flags.items, "users": flags.user_table}
+    if any(tables.values()):
+        recommender, additions = recommender.with_new(**tables)
+        print("\n".join(additions.describe()), file=sys.stderr)
+    dataset = recommender.run.data.dataset
+    users = read_users(Path(flags.users)) if flags.users else dataset.users.tolist()
+    exclude = read_exclusions(Path(flags.exclude), dataset.catalogue.services) if flags.exclude else ()
+    options = ListOptions(flags.k, flags.time or None, context, tuple(flags.services) or None, exclude)
+    done = recommend_all(recommender, users, Path(flags.out), options, tables)
+    resumed = f", {done.n_resumed:,} of them done before" if done.n_resumed else ""
+    left = f"; {done.n_left_out:,} without events left out" if done.n_left_out else ""
+    print(
+        f"{flags.out}: {done.n_rows:,} rows of {done.n_users:,} users{resumed}{left}; {done.users_per_s:,.0f} users/s"
+    )
+    return done._asdict()
+
+
+if __name__ == "__main__":
+    cli.run(main, extra_flags=FLAGS, config_type=None)
