@@ -5,9 +5,8 @@ python -m experiments.observe --workdir=runs/mine --profiles=DIR [--before=2024-
 
 The store is made where there is none. Each user's last events stay out (`--recent`; by default as many as an answer
 reaches by attention, or as a row holds): `experiments.recommend --profiles=DIR` gives them to the model, and the
-profile what was before. A later call goes on from where the profiles are; events since training come from a table with
-the columns of the run's own. Who is forgotten has to leave the data, too,
-or the next call begins a new profile for them; whoever has none is named.
+profile what was before. A later call goes on from there; events since training come from new tables. Who is forgotten
+has to leave the data, too, or the next call begins a new profile for them; whoever has none is named.
 """
 
 import sys
@@ -15,14 +14,14 @@ from pathlib import Path
 
 from moerec.config import cli
 from moerec.errors import InputError
+from moerec.serve import NEW_TABLES
 
 EMPTY: list[str] = []
 FLAGS = {
+    **NEW_TABLES,
     "profiles": ("", "the folder of the store"),
     "recent": (-1, "the last events of each user that stay out; -1 for those that an answer reaches"),
     "before": ("", "an ISO date and time, UTC unless it names an offset; events from then on stay out"),
-    "interactions": ("", "a table of new events, with the columns of the run's own"),
-    "items": ("", "a table of new items, with the columns of the run's own"),
     "forget": (EMPTY, "users whose profiles are removed for good, and none is taken further"),
     "export": ("", "an .npz file for all profiles afterwards"),
 }
@@ -31,19 +30,15 @@ FLAGS = {
 def main(_, flags):
     """Prints what was done."""
     from moerec.data.splits import parse_date
-    from moerec.serve.new_data import extend_run
+    from moerec.serve.new_data import open_extended
     from moerec.serve.profiles import count_recent, describe_feed, explain_difference, feed, forget, open_profiles
-    from moerec.train.run_dir import load_run
 
     if not flags.profiles:
         raise InputError(f"--profiles is missing: {FLAGS['profiles'][1]}")
     if flags.recent < -1:
         raise InputError(f"--recent: {flags.recent} is no number of events")
     before_us = parse_date(flags.before, "--before").time_us if flags.before else None
-    run = load_run(flags.workdir)
-    if flags.interactions or flags.items:
-        run, additions = extend_run(run, flags.interactions, flags.items)
-        print("\n".join(additions.describe()), file=sys.stderr)
+    run = open_extended(flags.workdir, flags.interactions, flags.items, flags.user_table, sys.stderr)
     params = run.predictor.params
     store = open_profiles(Path(flags.profiles), params, create=not flags.forget)
     if flags.forget:

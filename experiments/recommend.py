@@ -8,10 +8,8 @@ Without `--time` and `--context` they are not known; `--time` is UTC or names an
 probability that the item is taken next, of all items of all services, if that is what the model was trained for. With
 `--profiles`, a store of `experiments.observe`, the whole past counts. New events, items and users come from tables with
 the columns of the run's own; nothing is retrained. Who has no event before the time, or is new (`--new_user`), is
-answered by the request alone, its fields included. Above the list stands the history it is made from, below it what the
-model made of the request: the services that its need may belong to (semantic analyser); what each answers, with its
-weight, experts and components, or the mixture's weights (answer aggregator); and what of the profile matters (profile
-router), by what its aspects stand for.
+answered by the request alone. Below the list stands what the model made of the request: the services that its need may
+belong to (semantic analyser), what each answers (answer aggregator), and what of the profile matters (profile router).
 """
 
 import sys
@@ -19,23 +17,20 @@ from pathlib import Path
 
 from moerec.config import cli
 from moerec.errors import InputError
+from moerec.serve import NEW_TABLES
 
 
 def main(_, flags):
     """Prints each user's history and list, and what the model made of the request."""
     from moerec.serve.explained import answer_users
-    from moerec.serve.new_data import extend_run
+    from moerec.serve.new_data import open_extended
     from moerec.serve.request import list_unseen, read_request
-    from moerec.train.run_dir import load_run
 
     if flags.new_user and (flags.user or flags.profiles):
         raise InputError("--new_user: has no name and no profile; leave --user and --profiles out")
     request = read_request(flags.context, flags.time, flags.service, flags.fields)
-    run, notes = load_run(flags.workdir), []
-    if flags.interactions or flags.items or flags.user_table:
-        run, additions = extend_run(run, flags.interactions, flags.items, flags.user_table)
-        notes = additions.describe()
-    for note in [*notes, *list_unseen(run, request.context)]:
+    run = open_extended(flags.workdir, flags.interactions, flags.items, flags.user_table, sys.stderr)
+    for note in list_unseen(run, request.context):
         print(note, file=sys.stderr)
     users = [None] if flags.new_user else flags.user or [str(run.data.dataset.users[0])]
     profiles = Path(flags.profiles) if flags.profiles else None
@@ -46,6 +41,7 @@ def main(_, flags):
 
 
 FLAGS = {
+    **NEW_TABLES,
     "user": ((), "whose list; may be given several times; the first user by default"),
     "new_user": (False, "a user of whom nothing is known but the request"),
     "fields": ((), "static profile fields, as name=value,name=value, in the place of the user's own"),
@@ -53,9 +49,6 @@ FLAGS = {
     "time": ("", "when it is wanted: an ISO date and time, UTC unless it names an offset; later events are no history"),
     "service": ("", "a service, for a list of its items alone"),
     "profiles": ("", "a store of profiles, made by experiments.observe"),
-    "interactions": ("", "a table of new events, with the columns of the run's own"),
-    "items": ("", "a table of new items, with the columns of the run's own"),
-    "user_table": ("", "a table of new users' profile fields, with the columns of the run's own"),
     "top_k": (10, "items of the list"),
     "mass": (1.0, "where services are asked: only the most probable ones, with this much of the posterior"),
 }

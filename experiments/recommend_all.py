@@ -14,37 +14,32 @@ from pathlib import Path
 
 from moerec.config import cli
 from moerec.errors import InputError
+from moerec.serve import NEW_TABLES
 
 EMPTY: list[str] = []
 FLAGS = {
+    **NEW_TABLES,
     "out": ("", "the file: .parquet or .csv"),
     "k": (10, "items of a list"),
     "time": ("", "when it is wanted: an ISO date and time, UTC unless it names an offset; later events are no history"),
-    "context": ((), "features of the request, as name=value,name=value; may be given several times"),
+    "context": ((), "features of the request, as name=value,name=value"),
     "users": ("", "a file of users, one a line; everybody by default"),
     "services": (EMPTY, "services whose items may be listed; all by default"),
     "exclude": ("", "a CSV file of items that are not to be listed, with the columns service and item"),
-    "interactions": ("", "a table of new events, with the columns of the run's own"),
-    "items": ("", "a table of new items, with the columns of the run's own"),
-    "user_table": ("", "a table of new users' profile fields, with the columns of the run's own"),
 }
 
 
 def main(_, flags):
     """Prints what was written."""
-    from moerec.serve.recommend_all import ListOptions, read_exclusions, read_users, recommend_all
-    from moerec.serve.recommender import Recommender
+    from moerec.serve.new_data import open_extended
+    from moerec.serve.recommender import ListOptions, Recommender, read_exclusions, read_users, recommend_all
     from moerec.serve.request import read_request
-    from moerec.train.run_dir import load_run
 
     if not flags.out:
         raise InputError(f"--out is missing: {FLAGS['out'][1]}")
     context = read_request(flags.context, "", "").context
-    recommender = Recommender(load_run(flags.workdir))
-    tables = {"interactions": flags.interactions, "items": flags.items, "users": flags.user_table}
-    if any(tables.values()):
-        recommender, additions = recommender.with_new(**tables)
-        print("\n".join(additions.describe()), file=sys.stderr)
+    tables = flags.interactions, flags.items, flags.user_table
+    recommender = Recommender(open_extended(flags.workdir, *tables, sys.stderr))
     dataset = recommender.run.data.dataset
     users = read_users(Path(flags.users)) if flags.users else dataset.users.tolist()
     exclude = read_exclusions(Path(flags.exclude), dataset.catalogue.services) if flags.exclude else ()

@@ -51,7 +51,7 @@ def trace_slots(
     _, x_BTD = model._embed(batch, catalog, None)
     x_BTD = x_BTD.astype(jnp.dtype(config.compute_dtype))
     plain = LayerContext(batch.position_BT, batch.segment_BT)
-    seen = []
+    seen: list[tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array] | None]] = []
     for blocks, group in zip(model.groups, split_layers(config), strict=True):
         if group.last <= model._n_trunk:
             for layer in _list_layers(blocks):

@@ -120,10 +120,10 @@ class DomainExperts(nnx.Module):
         """
         shape = x_XD.shape[:-1]
         inputs = inputs._replace(relevance_BTM=None if self.w_profile_EM is None else inputs.relevance_BTM)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), (x_XD, inputs))
+        x_SD, known = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), (x_XD, inputs))
         w_domain, w_profile = (None if w is None else w[...] for w in (self.w_domain_EZ, self.w_profile_EM))
         weights = self.router_ED[...], w_domain, w_profile, bias_E
-        routed = route_slots(*flat, *weights, self.moe, self.n_services)
+        routed = route_slots(x_SD, known, *weights, self.moe, self.n_services)
         weight_SA = routed.weight_TA if self.moe.renormalise else routed.probability_TA
         return routed.expert_TA.reshape(*shape, -1), weight_SA.reshape(*shape, -1)
 

@@ -1,7 +1,7 @@
 """New tables for a trained run: users, events and items that were not there when it was trained."""
 
-from moerec.serve.new_data.extend import extend_run
+from moerec.serve.new_data.extend import extend_run, open_extended
 from moerec.serve.new_data.merge import Additions
 from moerec.serve.new_data.read import CITY_SCHEMA
 
-__all__ = ["CITY_SCHEMA", "Additions", "extend_run"]
+__all__ = ["CITY_SCHEMA", "Additions", "extend_run", "open_extended"]

@@ -7,6 +7,7 @@ attributes and its service; its neighbors by text are found as those of the cata
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -25,9 +26,21 @@ from moerec.nn.model import Predictor, SequenceModel
 from moerec.serve.new_data.merge import Additions, Joined, join_new
 from moerec.serve.new_data.read import find_schema, read_new_tables
 from moerec.train.base_model.item_states import encode_items
-from moerec.train.run_dir import Run, make_sizes
+from moerec.train.run_dir import Run, load_run, make_sizes
 
-ALL_TABLES = ("interactions", "items", "users")
+
+def open_extended(workdir: str, interactions: str, items: str, users: str, notes: TextIO) -> Run:
+    """A finished run, with new tables where paths are not empty; what is new goes to `notes`, line by line.
+
+    Raises:
+      InputError: as `load_run` and `extend_run`.
+    """
+    run = load_run(workdir)
+    if not (interactions or items or users):
+        return run
+    run, additions = extend_run(run, interactions, items, users)
+    print("\n".join(additions.describe()), file=notes)
+    return run
 
 
 def extend_run(

@@ -72,7 +72,9 @@ def join_new(data: RunData, schema: SchemaConfig, new: NewTables) -> Joined:
     An event that the run has already (user, item, action and known time) counts once. Events of services or actions
     that the run does not know are left out, since the model has no place for them.
     """
-    dataset, left_out, unseen = data.dataset, {}, {}
+    dataset = data.dataset
+    left_out: dict[str, int] = {}
+    unseen: dict[str, tuple[str, ...]] = {}
     catalogue, number = dataset.catalogue, np.arange(dataset.catalogue.n_items)
     n_known_items = n_described = 0
     if new.items is not None:

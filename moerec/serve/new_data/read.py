@@ -4,7 +4,7 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +62,7 @@ def find_schema(run: Run) -> tuple[SchemaConfig, TablesConfig]:
     source = Meta.load(folder).extra.get("source")
     if source is None:
         raise InputError(f"{folder / META}: names no tables that it was prepared from, so that new ones cannot be read")
-    schema = {name: tuple(x) if isinstance(x, list) else x for name, x in source["schema"].items()}
+    schema: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in source["schema"].items()}
     return dataclasses.replace(data.schema, **schema), TablesConfig(**source["tables"])
 
 
@@ -142,8 +142,8 @@ def _read_items(run: Run, config: DataConfig, log: DefectLog) -> ItemTable:
     attributes = np.array(rows["attributes"].to_pylist(), object)
     if run.config.data.source == "city":  # whose tokens name no column
         attributes = np.array([text.replace("attributes=", "") for text in attributes], object)
-    texts = (np.array(rows[name].to_pylist(), object) for name in ("id", "text"))
-    return ItemTable(tuple(codes.services.names()), codes.offsets, *texts, attributes)
+    ids, text = (np.array(rows[name].to_pylist(), object) for name in ("id", "text"))
+    return ItemTable(tuple(codes.services.names()), codes.offsets, ids, text, attributes)
 
 
 def _read_users(config: DataConfig, log: DefectLog) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:

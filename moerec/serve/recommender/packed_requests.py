@@ -82,7 +82,7 @@ class PackedRequests(NamedTuple):
 
 
 def read_moment(moment: Moment, flag: str = "time") -> tuple[int, int | None]:
-    """Microseconds since 1970 UTC (`UNKNOWN_TIME` for None), and how many seconds the clock is ahead where that is said.
+    """Microseconds since 1970 UTC (`UNKNOWN_TIME` for None), and how many seconds the clock is ahead, if that is said.
 
     Raises:
       InputError: it is no time, or lies outside what a model knows.

@@ -3,8 +3,8 @@
     recommender = Recommender(load_run("runs/demo"))
     print(recommender.recommend(["user 7"], time="2024-05-01T20:00", k=5).to_table())
 
-Each kind of answer is one compiled program for each shape (`packed_requests`); a second call of a shape compiles
-nothing.
+Each kind of answer is one compiled program (`programs`) for each shape (`packed_requests`); a second call of a shape
+compiles nothing.
 """
 
 import functools
@@ -13,20 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
 from moerec.data.dataset import ItemTable
 from moerec.errors import InputError
-from moerec.nn.heads.item import log_prob_items, pick_slots
-from moerec.nn.heads.origin import split_listed
 from moerec.nn.heads.service_answers import component_names
 from moerec.nn.model import Predictor
-from moerec.nn.model.inspect import SlotTrace, trace_slots
-from moerec.nn.moe.hypotheses import ask_all, followed_services
+from moerec.nn.model.inspect import SlotTrace
 from moerec.serve.new_data import Additions, extend_run
-from moerec.serve.packed_requests import (
+from moerec.serve.recommender.packed_requests import (
     Moment,
     PackedRequests,
     Requests,
@@ -41,8 +37,9 @@ from moerec.serve.packed_requests import (
     read_contexts,
     read_moments,
 )
+from moerec.serve.recommender.programs import list_best, read_states, score_items, trace_requests
 from moerec.train.run_dir import Run
-from moerec.types import Batch, Catalog, PointerMixture
+from moerec.types import Catalog
 
 ItemKey: TypeAlias = tuple[str, str]  # service and id
 Contexts: TypeAlias = Mapping[str, str] | Sequence[Mapping[str, str]] | None
@@ -146,7 +143,7 @@ class Recommender:
 
         def ask(packed: PackedRequests) -> tuple[jax.Array, ...]:
             own = [excluded[i] for i in packed.which.tolist()]
-            return _list(*self._model, packed.batch, packed.slot, allowed, _pad(own, len(packed.slot)), k)
+            return list_best(*self._model, packed.batch, packed.slot, allowed, _pad(own, len(packed.slot)), k)
 
         found = self._collect(requests, ask)
         item, log_p, part, group = found[:4]
@@ -162,9 +159,9 @@ class Recommender:
         time: Moments = None,
         context: Contexts = None,
     ) -> np.ndarray:
-        """`[n, I]` float32, log-probabilities of all items, as `item_vectors` orders them. Args, Raises: `recommend`."""
+        """`[n, I]` float32, log-probabilities of all items, as `item_vectors` has them. Args, Raises: `recommend`."""
         requests = self._read(users, histories, time, context)
-        (found,) = self._collect(requests, lambda x: (_score(*self._model, x.batch, x.slot),))
+        (found,) = self._collect(requests, lambda x: (score_items(*self._model, x.batch, x.slot),))
         return found
 
     def list_answerable(self, users: Sequence[str], time: Moment = None) -> list[str]:
@@ -197,7 +194,7 @@ class Recommender:
         Args, Raises: as `recommend`.
         """
         requests = self._read(users, histories, time, context)
-        (found,) = self._collect(requests, lambda x: (_state(*self._model, x.batch, x.slot),))
+        (found,) = self._collect(requests, lambda x: (read_states(*self._model, x.batch, x.slot),))
         return found
 
     def routing(
@@ -240,7 +237,7 @@ class Recommender:
         z = -1 if service is None else self._find_service(service)
         traces: list[SlotTrace | None] = [None] * len(requests)
         for packed in pack_requests(self.run, requests):
-            found = jax.tree.map(np.asarray, _trace(*self._model, packed.batch, packed.slot, np.int32(z)))
+            found = jax.tree.map(np.asarray, trace_requests(*self._model, packed.batch, packed.slot, np.int32(z)))
             width = packed.batch.kind_BT.shape[1]
             for row, i in enumerate(packed.which.tolist()):
                 n = int(packed.slot[row]) % width + 1
@@ -358,80 +355,3 @@ def _pad(rows: list[np.ndarray], n: int) -> np.ndarray:
     for k, row in enumerate(rows):
         out[k, : len(row)] = row
     return out
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def _list(
-    predictor: Predictor,
-    catalog: Catalog,
-    batch: Batch,
-    slot_Q: jax.Array,
-    allowed_Z: jax.Array,
-    exclude_QX: jax.Array,
-    k: int,
-) -> tuple[jax.Array, ...]:
-    """The best items `[Q, K]`, their log-probabilities, parts and groups, and the posterior, as `Recommendations`."""
-    at_Q, n_slots = jnp.maximum(slot_Q, 0), batch.item_BT.shape[1]
-    pointers: PointerMixture | None
-    group_QXG = None
-    if predictor.config.is_asked:
-        below = predictor.params.read(batch, catalog)
-        log_domain_QZ = predictor.weigh_services(below, at_Q)
-        has_groups = bool(predictor.config.moe.layers)
-        answers = predictor.ask(batch, catalog, at_Q, ask_all(log_domain_QZ), below=below, weigh_groups=has_groups)
-        log_p_QI = predictor.weigh_answers(answers, slot_Q, catalog)
-        pointers, item_QS, group_QXG = answers.pointers, answers.item_QS, answers.group_QXG
-    else:
-        outputs = predictor.encode(batch, catalog)
-        log_p_QI = log_prob_items(outputs, batch, slot_Q, catalog)
-        log_domain_QZ = None
-        if outputs.log_domain_BTZ is not None:
-            log_domain_QZ = outputs.log_domain_BTZ.reshape(-1, outputs.log_domain_BTZ.shape[-1])[at_Q]
-        item_QS, pointers = batch.item_BT[at_Q // n_slots], None
-        if outputs.pointers is not None:
-            pointers = pick_slots(outputs.pointers, at_Q, n_slots)
-            pointers = pointers._replace(part_BXTS=pointers.part_BXTS[:, :, None])  # one answer
-    allowed_QI = jnp.broadcast_to(allowed_Z[catalog.service_I], log_p_QI.shape)
-    row_Q1, n_items = jnp.arange(len(slot_Q))[:, None], log_p_QI.shape[1]
-    allowed_QI = allowed_QI.at[row_Q1, jnp.where(exclude_QX >= 0, exclude_QX, n_items)].set(False, mode="drop")
-    best_QK, item_QK = jax.lax.top_k(jnp.where(allowed_QI, log_p_QI, -jnp.inf), k)
-    item_QK = jnp.where(best_QK > -jnp.inf, item_QK, -1)
-    service_QK = catalog.service_I[jnp.maximum(item_QK, 0)]
-    p_QK, place_QK = jnp.exp(best_QK), jnp.zeros_like(service_QK)
-    if predictor.config.is_asked:
-        assert log_domain_QZ is not None
-        p_QK = jnp.exp(best_QK - jnp.take_along_axis(log_domain_QZ, service_QK, axis=1))
-        place_QK = service_QK
-    part_QKC = split_listed(p_QK, pointers, place_QK, item_QK, item_QS, catalog)
-    group_QK = service_QK
-    if group_QXG is not None:
-        group_QK = jnp.take_along_axis(jnp.argmax(group_QXG, axis=-1), service_QK, axis=1)
-    found = item_QK, best_QK, part_QKC, group_QK.astype(jnp.int32)
-    return found if log_domain_QZ is None else (*found, jnp.exp(log_domain_QZ))
-
-
-@jax.jit
-def _score(predictor: Predictor, catalog: Catalog, batch: Batch, slot_Q: jax.Array) -> jax.Array:
-    return jax.nn.log_softmax(predictor.score(batch, slot_Q, catalog))
-
-
-@jax.jit
-def _state(predictor: Predictor, catalog: Catalog, batch: Batch, slot_Q: jax.Array) -> jax.Array:
-    at_Q = jnp.maximum(slot_Q, 0)
-    if predictor.config.is_asked:
-        below = predictor.params.read(batch, catalog)
-        hypotheses = ask_all(predictor.weigh_services(below, at_Q))
-        return predictor.ask(batch, catalog, at_Q, hypotheses, below=below).state_QXD
-    state_BTD = predictor.encode(batch, catalog).state_BTD
-    return state_BTD.reshape(-1, state_BTD.shape[-1])[at_Q]
-
-
-@jax.jit
-def _trace(predictor: Predictor, catalog: Catalog, batch: Batch, slot_Q: jax.Array, service: jax.Array) -> SlotTrace:
-    hypothesis_BT = None
-    if predictor.config.is_asked:
-        hypothesis_BT = followed_services(batch, predictor.params.n_services)
-        flat_S = hypothesis_BT.reshape(-1)
-        at_Q = jnp.where(slot_Q >= 0, slot_Q, flat_S.shape[0])
-        hypothesis_BT = flat_S.at[at_Q].set(service, mode="drop").reshape(hypothesis_BT.shape)
-    return trace_slots(predictor, batch, catalog, hypothesis_BT)

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from moerec.errors import InputError
 from moerec.files import naming, read_json, replacing, write_json
-from moerec.serve.packed_requests import Moment
-from moerec.serve.recommender import Contexts, ItemKey, Recommender
+from moerec.serve.recommender.batched import Contexts, ItemKey, Recommender
+from moerec.serve.recommender.packed_requests import Moment
 
 PART = 1024  # users of a part
 FORMATS = (".parquet", ".csv")
@@ -172,7 +172,7 @@ def read_users(path: Path) -> list[str]:
 
 
 def read_exclusions(path: Path, services: Sequence[str]) -> tuple[ItemKey, ...]:
-    """Items that are not to be listed: a CSV file with the columns service and item; item alone will do for one service.
+    """Items that are not to be listed: a CSV file with the columns service and item, of one service with item alone.
 
     Raises:
       InputError: the file is not there, or lacks a column.

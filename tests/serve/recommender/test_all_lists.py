@@ -1,0 +1,111 @@
+"""Everybody's lists in a file: the same whether or not the work was interrupted."""
+
+import json
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from experiments import recommend_all as command
+from moerec.config import cli
+from moerec.errors import InputError
+from moerec.serve.recommender import ListOptions, Recommender, all_lists, read_exclusions, read_users, recommend_all
+from moerec.serve.recommender.batched import Recommender as Batched
+from tests.tiny import make_config, make_untrained, replace_parts
+
+OPTIONS = ListOptions(k=3, time="2024-05-01T20:00")
+
+
+@pytest.fixture(scope="module")
+def recommender(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.json").write_text("{}")
+    return Recommender(replace_parts(make_untrained(folder, make_config()), metrics={"best_step": 1}))
+
+
+@pytest.fixture
+def users(recommender):
+    return recommender.run.data.dataset.users.tolist()
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(all_lists, "PART", 16)
+
+
+def test_an_interrupted_call_goes_on_and_gives_the_same_file(recommender, users, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole.parquet", tmp_path / "lists.parquet"
+    done = recommend_all(recommender, users, whole, OPTIONS)
+    assert (done.n_users, done.n_rows, done.n_resumed) == (60, 180, 0)
+    calls = []
+    original = Batched.recommend
+
+    def fail_at_third(self, own, **options):
+        calls.append(len(own))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, own, **options)
+
+    monkeypatch.setattr(Batched, "recommend", fail_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        recommend_all(recommender, users, out, OPTIONS)
+    assert not out.exists()
+    done = recommend_all(recommender, users, out, OPTIONS)
+    assert (done.n_resumed, calls) == (32, [16, 16, 16, 16, 12])
+    assert pq.read_table(out).equals(pq.read_table(whole))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lists.parquet", "whole.parquet"]
+
+
+def test_parts_of_other_options_are_not_taken(recommender, users, tmp_path, monkeypatch):
+    out = tmp_path / "lists.csv"
+    monkeypatch.setattr(all_lists, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        recommend_all(recommender, users, out, OPTIONS)
+    monkeypatch.undo()
+    done = recommend_all(recommender, users, out, OPTIONS._replace(services=("kuper",)))
+    assert done.n_resumed == 0
+    assert set(pyarrow.csv.read_csv(out)["service"].to_pylist()) == {"kuper"}
+
+
+def test_rows_are_the_lists_of_the_library(recommender, users, tmp_path):
+    recommend_all(recommender, users[::-1], tmp_path / "lists.parquet", OPTIONS)
+    found = pq.read_table(tmp_path / "lists.parquet")
+    assert found["user"].to_pylist() == [user for user in users[::-1] for _ in range(3)]
+    direct = recommender.recommend(users[::-1], time=OPTIONS.time, k=3)
+    np.testing.assert_allclose(found["p"].to_numpy(), np.exp(direct.log_p).ravel(), rtol=1e-6)
+
+
+def test_the_command_takes_users_and_exclusions_from_files(recommender, users, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("moerec.serve.new_data.extend.load_run", lambda _: recommender.run)
+    names, banned, out = tmp_path / "users.txt", tmp_path / "banned.csv", tmp_path / "lists.parquet"
+    names.write_text("\n".join(users[5:9]) + "\n")
+    best = recommender.recommend(users[5:6], k=1).to_table().to_pylist()[0]
+    banned.write_text(f"service,item\n{best['service']},{best['item']}\n")
+    flags = [f"--out={out}", f"--users={names}", f"--exclude={banned}", "--k=2", "--json", "--workdir=x"]
+    assert cli.execute(command.main, ["test", *flags], None, command.FLAGS, config_type=None) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_rows"] == 8
+    rows = pq.read_table(out).to_pylist()
+    assert {row["user"] for row in rows} == set(users[5:9])
+    assert best["item"] not in {row["item"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [("", "names nobody"), ("a\nb\na\n", "row 3: 'a' is there twice"), (None, "there is no file")]
+)
+def test_bad_files_of_users_are_named(tmp_path, content, told):
+    path = tmp_path / "users.txt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=told):
+        read_users(path)
+
+
+def test_bad_exclusions_and_outputs_are_named(recommender, users, tmp_path):
+    path = tmp_path / "banned.csv"
+    path.write_text("id\n1\n")
+    with pytest.raises(InputError, match="header, column service"):
+        read_exclusions(path, ("a", "b"))
+    for out, told in ((tmp_path / "lists.txt", "ends neither in"), (tmp_path / "no" / "lists.csv", "is not there")):
+        with pytest.raises(InputError, match=told):
+            recommend_all(recommender, users, out, OPTIONS)
