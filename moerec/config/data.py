@@ -243,8 +243,11 @@ class DataConfig:
     first_event: bool = True  # sequences begin with a control slot, from which each user's first event is predicted
     reader: str = "memory"  # training events from memory, or from the shards as they are needed
     n_shards: int = 4  # ArrayRecord files of a prepared folder
-    max_tokens: int = 24  # text and attribute tokens of an item
-    vocab_size: int = 20000  # most text tokens kept
+    item_tokens: str = "subwords"  # of items' texts: subwords (BPE), words, or plain_words, those of format 1
+    item_tokenizer: str = ""  # subwords: a tokenizer.json, or its folder; empty: one is trained on the items' texts
+    max_tokens: int = 24  # tokens of an item's text; of plain_words, attributes among them
+    max_attributes: int = 16  # attributes of an item
+    vocab_size: int = 20000  # most tokens of texts, and most attributes, that the items' vocabulary has
     item_states: str = ""  # the run of a language model whose states of the items' texts are stored with the data
     text_neighbors: int = 0  # items of the same service whose texts are nearest, kept of each item; 0 makes no table
     transition_neighbors: int = 0  # those that stand near it in training histories; 0 makes no table
@@ -267,8 +270,16 @@ class DataConfig:
         require(1 <= self.history_len <= self.seq_len, "data.history_len", "must lie in [1, data.seq_len]")
         for name in ("n_shards", "max_tokens", "vocab_size"):
             require(getattr(self, name) >= 1, f"data.{name}", "must be at least 1")
-        for name in ("text_neighbors", "transition_neighbors", "crossing_neighbors"):
+        one_of(self.item_tokens, "data.item_tokens", ("subwords", "words", "plain_words"))
+        has_subwords = self.item_tokens == "subwords" or not self.item_tokenizer
+        require(has_subwords, "data.item_tokenizer", "belongs to data.item_tokens subwords")
+        for name in ("max_attributes", "text_neighbors", "transition_neighbors", "crossing_neighbors"):
             require(getattr(self, name) >= 0, f"data.{name}", "must not be negative")
+
+    @property
+    def item_width(self) -> int:
+        """Most tokens of an item."""
+        return self.max_tokens + (0 if self.item_tokens == "plain_words" else self.max_attributes)
 
     @property
     def neighbor_widths(self) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """A configuration in the JSON that a run keeps of it, and what differs between two.
 
 The file carries the number of its format. A field that it lacks takes its default, so that a new field leaves old runs
-readable; one that nothing is known of is named. Where a field changes its meaning, the number goes up.
+readable; one that nothing is known of is named. Where a field changes its meaning, the number goes up, and runs of
+earlier formats are read with the values by which they mean the same.
 """
 
 import dataclasses
@@ -15,7 +16,10 @@ from moerec.config.value_types import require_type
 from moerec.errors import InputError
 from moerec.files import read_json, to_plain, write_json
 
-FORMAT = 1
+FORMAT = 2
+# Of each earlier format, what its runs had where they say nothing: in format 1 the attributes of items stood behind the
+# words of their texts, in the same slots and the same vocabulary.
+_EARLIER: dict[int, dict[str, dict[str, Any]]] = {1: {"data": {"item_tokens": "plain_words"}}}
 
 
 def store_config(path: Path, config: Config) -> None:
@@ -41,9 +45,14 @@ def read_config(path: Path) -> Config:
     values = read_json(path, "no such file; is this the directory of a run?")
     found = values.pop("format", None)
     if found is None:
-        raise InputError(f"{path}: has no format number; runs from before format {FORMAT} cannot be read")
-    if found != FORMAT:
-        raise InputError(f"{path}: is of format {found!r}, and this version reads {FORMAT}")
+        raise InputError(f"{path}: has no format number; runs from before format 1 cannot be read")
+    if type(found) is not int or found not in (*_EARLIER, FORMAT):
+        known = " and ".join(map(str, (*_EARLIER, FORMAT)))
+        raise InputError(f"{path}: is of format {found!r}, and this version reads {known}")
+    for name, fields in _EARLIER.get(found, {}).items():
+        group = values.setdefault(name, {})
+        if isinstance(group, dict):  # `_build` tells of what is none
+            values[name] = {**fields, **group}
     try:
         return _build(Config, values, "config")
     except InputError as error:

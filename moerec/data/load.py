@@ -34,13 +34,15 @@ from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_da
 from moerec.data.prepare.tables_to_shards import is_current, prepare
 from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties
 from moerec.data.text.item_states import open_store, standardise
-from moerec.data.text.words import TokenTable, tokenize
+from moerec.data.text.item_tokens import ITEM_TOKENS, PLAIN_WORDS, ItemVocabulary, TokenTable, make_vocabulary
 from moerec.data.timezones import Zones, settle_zones
 from moerec.errors import InputError
 from moerec.files import read_json
 from moerec.types import Catalog, NearItems
 
 DIGEST = "data.json"  # in the directory of a run: {"sha256": the digest of its data, "items_sha256": that of the items}
+Opened = tuple[Dataset, city.World | None, Path | None]  # the source's items and events, what made or what holds them
+_VOCABULARY = "item_tokens_sha256"  # an entry of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,11 @@ class RunData:
     item_states: np.ndarray | None = None
     trained_I: np.ndarray | None = None
 
+    @property
+    def item_tokens(self) -> ItemVocabulary:
+        """What encodes items, of the catalogue and new ones."""
+        return self.tokens.vocabulary
+
     @functools.cached_property
     def items_digest(self) -> str:
         """SHA-256 of the items in their numbering and of their tokens: equal where tables of items mean the same."""
@@ -84,10 +91,17 @@ class RunData:
             found.update("\0".join(names).encode())
         return found.hexdigest()
 
+    def keep_item_tokens(self, workdir: Path) -> None:
+        """Writes the vocabulary beside the run, for items to come; plain words are always read off the catalogue."""
+        if self.item_tokens.kind != PLAIN_WORDS:
+            self.item_tokens.save(workdir / ITEM_TOKENS)
+
     @functools.cached_property
     def digests(self) -> dict[str, str]:
         """What `DIGEST` holds of a run."""
         found = {"sha256": self.digest, "items_sha256": self.items_digest}
+        if self.item_tokens.kind != PLAIN_WORDS:  # those are the catalogue's, and older runs have no such digest
+            found[_VOCABULARY] = self.item_tokens.digest
         if self.item_states is not None:
             found["item_states_sha256"] = hashlib.sha256(self.item_states.tobytes()).hexdigest()
         return found
@@ -135,11 +149,11 @@ def load_data(config: DataConfig, workdir: Path) -> RunData:
     cache = workdir / "data"
 
     def accept(folder: Path) -> None:
-        _require_same(_assemble(config, load_dataset(folder), None, folder), workdir)
+        _require_same(_assemble(config, (load_dataset(folder), None, folder), workdir), workdir)
 
     if config.source == "tables" and not is_current(config, cache):
         prepare(config, cache, accept if (workdir / DIGEST).exists() else None)
-    data = _assemble(config, *_open(config, cache))
+    data = _assemble(config, _open(config, cache), workdir)
     _require_same(data, workdir)
     return _with_neighbors(config, data, workdir, is_kept=True)
 
@@ -151,7 +165,7 @@ def reload_data(config: DataConfig, workdir: Path) -> RunData:
       InputError: they are not there, or are others.
     """
     from_memory = dataclasses.replace(config, reader="memory")  # a city's shards would be written anew
-    data = _assemble(from_memory, *_open(from_memory, workdir / "data"))
+    data = _assemble(from_memory, _open(from_memory, workdir / "data"), workdir)
     _require_same(data, workdir)
     if config.item_states:
         store = open_store(data.folder or workdir, data.dataset.catalogue, data.item_number, model=None)
@@ -238,9 +252,13 @@ def _require_same(data: RunData, workdir: Path) -> None:
         raise InputError(
             f"{workdir}: this directory holds a run on other data; the tables or their preparation have changed"
         )
+    if _VOCABULARY in known and known[_VOCABULARY] != data.item_tokens.digest:
+        raise InputError(f"{workdir / ITEM_TOKENS}: is not the vocabulary that this run has encoded its items by")
 
 
-def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, folder: Path | None) -> RunData:
+def _assemble(config: DataConfig, opened: Opened, workdir: Path) -> RunData:
+    """The data of what was opened; a run that keeps a vocabulary has its items encoded by that one."""
+    dataset, world, folder = opened
     dataset, item_number = permute_items(dataset, config.seed)
     if config.split.shuffle_ties:
         dataset = shuffle_ties(dataset, config.seed)
@@ -251,7 +269,10 @@ def _assemble(config: DataConfig, dataset: Dataset, world: city.World | None, fo
         dataset = dataclasses.replace(dataset, log=dataclasses.replace(log, utc_offset=utc_offset))
     if world is None:  # all of the city's values are known, and its oracle asks for them
         dataset = mark_unseen(dataset, _find_requests(dataset, split_ids == TRAIN, config.first_event))
-    tokens = tokenize(dataset.catalogue, config.max_tokens, config.vocab_size)
+    catalogue = dataset.catalogue
+    is_kept = _VOCABULARY in read_digests(workdir)
+    vocabulary = ItemVocabulary.load(workdir / ITEM_TOKENS, config) if is_kept else make_vocabulary(catalogue, config)
+    tokens = vocabulary.encode_items(catalogue.text, catalogue.attributes).trim()
     found = {} if folder is None else Meta.load(folder).extra
     notes = (*found.get("notes", ()), *([unzoned] if unzoned else []))
     return RunData(dataset, split_ids, tokens, world, folder, item_number, found.get("quarantined", {}), notes, zones)
@@ -267,7 +288,7 @@ def _find_requests(dataset: Dataset, keep: np.ndarray, first_event: bool) -> np.
     return is_request
 
 
-def _open(config: DataConfig, cache: Path) -> tuple[Dataset, city.World | None, Path | None]:
+def _open(config: DataConfig, cache: Path) -> Opened:
     if config.source == "text":
         raise InputError("config.data.source: documents of text have no events, users or items")
     if config.source == "city":

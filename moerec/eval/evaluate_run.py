@@ -85,10 +85,11 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     if config.data.source == "text":
         return run_language(config, workdir)
     data = add_item_states(config, load_data(config.data, workdir), workdir)
-    for line in (*data.notes, *describe_quarantine(data.quarantined)):
+    for line in (*data.notes, data.tokens.describe(), *describe_quarantine(data.quarantined)):
         print(line, file=sys.stderr)
     # Only now that the data could be read: a first call that failed must not bind the directory to its mistakes.
     store_config(workdir / CONFIG, config)
+    data.keep_item_tokens(workdir)
     write_json(workdir / DIGEST, data.digests)
     finished = workdir / METRICS
     if finished.exists():
@@ -120,6 +121,7 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
             "quarantined": data.quarantined,
             "notes": list(data.notes),
             "repeated_targets": examples.repeated,
+            "item_tokens": data.tokens.measure(),
         },
         "valid": {"step": trained.step, **trained.valid},
         "test": build_table(ranks, service, services),

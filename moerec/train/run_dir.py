@@ -47,7 +47,7 @@ def refuse_strange_folder(workdir: Path) -> None:
       InputError: there is something else.
     """
     if not (workdir / CONFIG).exists():
-        tables = r"(neighbors|transitions|crossings)\.npz|item_states|tokenizer\.json"
+        tables = r"(neighbors|transitions|crossings)\.npz|item_states|(item_tokens|tokenizer)\.json"
         # `data.partial-…`: an interruption left it
         own = re.compile(rf"data(\..*)?|{tables}|audit\.json|\..*|.*\.log|lost\+found")
         strange = sorted(path.name for path in workdir.iterdir() if not own.fullmatch(path.name))

@@ -214,7 +214,7 @@ def lower_train_step(config: Config, sizes: ModelSizes, mesh: Mesh | None = None
     tasks = make_tasks(config)
     state = jax.eval_shape(lambda: init_state(config, sizes))
     n = sizes.n_items
-    catalog = Catalog(np.zeros(n, np.int32), np.zeros((n, config.data.max_tokens), np.int32), np.ones(n, np.float32))
+    catalog = Catalog(np.zeros(n, np.int32), np.zeros((n, config.data.item_width), np.int32), np.ones(n, np.float32))
     near = {
         name: NearItems(np.zeros((n, width), np.int32), np.zeros((n, width), np.float32))
         for name, width in config.data.neighbor_widths.items()

@@ -19,6 +19,8 @@ from moerec.train.checkpoint import Checkpoints
 from moerec.train.run_dir import load_run
 from tests.tiny import make_config
 
+NEW = {"item_tokens", "item_tokenizer", "max_attributes"}  # fields of data that format 1 did not have
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -52,7 +54,7 @@ def test_a_configuration_is_read_back(path):
 def test_a_file_without_a_format_is_of_earlier_runs_which_cannot_be_read(path):
     store_config(path, make_config())
     change(path, format=None)
-    assert refusal(path) == f"has no format number; runs from before format {FORMAT} cannot be read"
+    assert refusal(path) == "has no format number; runs from before format 1 cannot be read"
     path.write_text("{}")
     assert "has no format number" in refusal(path)
     for text in ("[]", "3", '"x"'):
@@ -60,11 +62,28 @@ def test_a_file_without_a_format_is_of_earlier_runs_which_cannot_be_read(path):
         assert refusal(path) == "holds no JSON object"
 
 
-@pytest.mark.parametrize("number", [0, FORMAT + 1, "1", 1.5])
+def test_a_run_of_format_1_has_its_items_as_it_was_trained_on_them(path):
+    """Its attributes stood behind the words, in the same slots; a file that says more than its format is believed."""
+    config = make_config()
+    store_config(path, config)
+    stored = json.loads(path.read_text())
+    data = {name: value for name, value in stored["data"].items() if name not in NEW}
+    change(path, format=1, data=data)
+    expected = dataclasses.replace(config, data=dataclasses.replace(config.data, item_tokens="plain_words"))
+    assert read_config(path) == expected
+    path.write_text(json.dumps({"format": 1}))
+    assert read_config(path).data.item_tokens == "plain_words"
+    change(path, data={"item_tokens": "words"})
+    assert read_config(path).data.item_tokens == "words"
+    change(path, data=3)
+    assert "config.data: 3 is no group of fields" in refusal(path)
+
+
+@pytest.mark.parametrize("number", [0, FORMAT + 1, "1", 1.5, True])
 def test_another_format_is_refused_with_both_numbers(path, number):
     store_config(path, make_config())
     change(path, format=number)
-    assert refusal(path) == f"is of format {number!r}, and this version reads {FORMAT}"
+    assert refusal(path) == f"is of format {number!r}, and this version reads 1 and {FORMAT}"
 
 
 def test_a_missing_field_takes_its_default(path):

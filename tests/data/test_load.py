@@ -13,10 +13,11 @@ import pytest
 from moerec.config import CityConfig, DataConfig, SchemaConfig, SplitConfig, TablesConfig
 from moerec.data import city
 from moerec.data.dataset import Dataset
-from moerec.data.load import RunData, load_data, make_reader
+from moerec.data.load import RunData, load_data, make_reader, reload_data
 from moerec.data.pipeline import MemoryReader, PackedStream, ShardReader, StreamOptions
 from moerec.data.prepare.shards import load_dataset
 from moerec.data.splits import TEST, TRAIN, VALID
+from moerec.data.text.item_tokens import ITEM_TOKENS
 from moerec.errors import InputError
 from moerec.tasks.base import render_targets
 from moerec.tasks.next_event import NextEvent
@@ -85,7 +86,7 @@ def assert_same_data(a: RunData, b: RunData):
     assert named_events(a.dataset) == named_events(b.dataset)
     np.testing.assert_array_equal(a.split_ids, b.split_ids)
     np.testing.assert_array_equal(a.tokens.ids, b.tokens.ids)
-    assert a.tokens.words == b.tokens.words
+    assert a.item_tokens.digest == b.item_tokens.digest
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def test_the_catalogue_counts_training_events(tmp_path):
 
 def test_tables(tmp_path):
     write_tables(tmp_path / "tables")
-    data = load_data(table_config(tmp_path / "tables"), tmp_path / "run")
+    data = load_data(table_config(tmp_path / "tables", item_tokens="words"), tmp_path / "run")
     assert data.world is None
     assert data.folder == tmp_path / "run" / "data"
     events = {p: [(*e[:2], e[3] // 10**6) for e in x] for p, x in named_events(data.dataset).items()}
@@ -183,10 +184,41 @@ def test_tables(tmp_path):
     assert {x[:3] for x in described_items(data.dataset)} == {
         (service, item, title) for item, service, title, _ in (row.split("\t") for row in ITEMS.splitlines()[1:])
     }
-    words = {w: k + 2 for k, w in enumerate(data.tokens.words)}
+    words = {w: k + 2 for k, w in enumerate(data.item_tokens.words)}
     assert set(words) == {"green", "tea", "black", "book"}
     for text, ids in zip(data.dataset.catalogue.text, data.tokens.ids, strict=True):
         assert ids.tolist()[:2] == [words.get(w, 1) for w in text.lower().split()]
+
+
+@pytest.mark.parametrize("kind", ["subwords", "words"])
+def test_a_run_encodes_its_items_by_the_vocabulary_that_it_keeps(tmp_path, kind):
+    """And refuses another one, or none; other vocabularies are other data."""
+    config = DataConfig(city=CITY, seed=3, item_tokens=kind)
+    data, path = load_data(config, tmp_path), tmp_path / ITEM_TOKENS
+    data.keep_item_tokens(tmp_path)
+    (tmp_path / "data.json").write_text(json.dumps(data.digests))
+    assert_same_data(reload_data(config, tmp_path), data)
+    assert_same_data(load_data(config, tmp_path), data)
+    kept = json.loads(path.read_text())
+    for change in ({"attributes": kept["attributes"][::-1]}, {"attributes": [*kept["attributes"], "new=1"]}):
+        path.write_text(json.dumps({**kept, **change}))
+        for load in (load_data, reload_data):
+            with pytest.raises(InputError, match=r"other data|is not the vocabulary"):
+                load(config, tmp_path)
+    path.unlink()
+    for load in (load_data, reload_data):
+        with pytest.raises(InputError, match=rf"{ITEM_TOKENS}: no such file; without it the items of this run"):
+            load(config, tmp_path)
+    others = {"item_tokens": "plain_words"}, {"max_tokens": 2}, {"max_attributes": 1}
+    digests = {load_data(dataclasses.replace(config, **other), tmp_path / "other").digest for other in ({}, *others)}
+    assert len(digests) == 4
+
+
+def test_plain_words_are_kept_nowhere_and_their_digests_are_those_of_earlier_runs(tmp_path):
+    data = load_data(DataConfig(city=CITY, seed=3, item_tokens="plain_words"), tmp_path)
+    data.keep_item_tokens(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert set(data.digests) == {"sha256", "items_sha256"}
 
 
 def test_neighbors_by_text_are_refused_where_no_texts_are(tmp_path):

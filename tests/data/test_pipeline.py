@@ -18,7 +18,7 @@ from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import MemoryReader, PackedStream, ShardReader, StreamOptions, plan_epoch
 from moerec.data.prepare.shards import open_source, write_dataset
 from moerec.data.splits import TRAIN
-from moerec.data.text.words import TokenTable
+from moerec.data.text.item_tokens import ItemVocabulary
 from moerec.errors import InputError
 from moerec.tasks.base import render_targets
 from moerec.tasks.next_event import NextEvent
@@ -433,7 +433,7 @@ def test_shards_give_the_batches_of_memory(tmp_path, n_shards, first_event):
     write_dataset(stored, tmp_path / "prepared", n_shards)
     used, number = permute_items(stored, 11)
     split_ids = rng.choice([TRAIN, TRAIN, TRAIN, 1, 2, 3], used.log.n_events).astype(np.int8)
-    tokens = TokenTable(np.zeros((16, 1), np.int32), ())
+    tokens = ItemVocabulary("words", 1).encode_items([""] * 16)
     data = RunData(used, split_ids, tokens, None, tmp_path / "prepared", number)
     memory, shards = (make_reader(DataConfig(reader=reader), data) for reader in ("memory", "shards"))
     assert isinstance(memory, MemoryReader)

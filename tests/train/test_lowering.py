@@ -48,8 +48,8 @@ def test_a_step_lowered_from_shapes_is_the_trainers(data, mesh):
     arguments = trainer.state, batch, trainer.catalog, trainer.constants
     # The shapes are of the longest texts that the tokenizer lets through; the data's own table is narrower.
     width = trainer.catalog.token_IW.shape[1]
-    assert width < config.data.max_tokens
-    own = dataclasses.replace(config, data=dataclasses.replace(config.data, max_tokens=width))
+    assert width < config.data.item_width
+    own = dataclasses.replace(config, data=dataclasses.replace(config.data, max_tokens=width, max_attributes=0))
     lowered = lower_train_step(own, make_sizes(config, data), None if mesh is None else make_mesh(*mesh))
     step = trainer.train_step
     if mesh is None:  # from shapes without a place

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moerec.errors import InputError
 from moerec.files import parse_json, read_json, replacing
@@ -94,14 +94,23 @@ class TextTokenizer:
         return cls(content, path)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, special: Sequence[str] = SPECIAL) -> Self:
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        special: Sequence[str] = SPECIAL,
+        normalizer: normalizers.Normalizer | None = None,
+        words: pre_tokenizers.PreTokenizer | None = None,
+    ) -> Self:
         """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) of the texts; the same texts give the same bytes.
 
-        Every text round-trips, since all bytes are tokens and nothing is normalised.
+        Every text round-trips, since all bytes are tokens, where nothing is normalised and no word left out.
 
         Args:
           vocab_size: how many ids there are at most; a small corpus has fewer pairs of tokens that occur twice.
           special: gets the ids from 0 on.
+          normalizer: what is done to texts first; None: nothing.
+          words: splits a text into the words within which tokens are learned; None: as Qwen2's tokenizer does.
 
         Raises:
           InputError: `vocab_size` has no room for the bytes and `special`; one of these is twice there or is not of
@@ -114,7 +123,9 @@ class TextTokenizer:
             told = f"{N_BYTES} bytes and {len(special)} special tokens"
             raise InputError(f"vocab_size {vocab_size} is too small: {told} need {N_BYTES + len(special)}")
         tokenizer = Tokenizer(models.BPE())
-        words = pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated")
+        if normalizer is not None:
+            tokenizer.normalizer = normalizer
+        words = pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated") if words is None else words
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
         tokenizer.decoder = decoders.ByteLevel()

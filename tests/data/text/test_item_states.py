@@ -23,7 +23,7 @@ from moerec.data.text.item_states import (
     order_as_source,
     standardise,
 )
-from moerec.data.text.words import TokenTable
+from moerec.data.text.item_tokens import ItemVocabulary
 from moerec.errors import InputError
 from moerec.files import write_json
 from tests.random_dataset import make_dataset
@@ -47,7 +47,7 @@ def make_data(seed: int | None, change: dict[int, str] | None = None) -> RunData
     dataset, item_number = source, np.arange(13, dtype=np.int32)
     if seed is not None:
         dataset, item_number = permute_items(source, seed)
-    tokens = TokenTable(np.zeros((13, 1), np.int32), ())
+    tokens = ItemVocabulary("words", 1).encode_items([""] * 13)
     return RunData(dataset, np.zeros(dataset.log.n_events, np.int8), tokens, None, None, item_number)
 
 

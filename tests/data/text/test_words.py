@@ -1,14 +1,11 @@
-"""The vocabulary and the token ids, against a slow reading of the same texts."""
-
-from collections import Counter
+"""The words of texts, against a slow reading of the same texts."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerec.data.dataset import ItemTable
-from moerec.data.text.words import N_SPECIAL, PAD, UNKNOWN, split_words, tokenize
+from moerec.data.text.words import split_attributes, split_plain_words, split_texts, split_words
 
 LETTERS = "abzABZéÉßабвёяАБВЁЯ0479"
 WORDS = st.text(st.sampled_from(LETTERS), min_size=1, max_size=3)
@@ -16,13 +13,6 @@ TEXT = st.text(st.sampled_from(LETTERS + " -–,.!&'\"/()№_\t\n  "), max_size=
 ATTRIBUTES = st.lists(
     st.builds(lambda a, b: f"{a}={b}", st.sampled_from(["brand", "Категория"]), WORDS) | WORDS, max_size=3
 ).map(" ".join)
-
-
-def make_catalogue(text, attributes=None) -> ItemTable:
-    n = len(text)
-    attributes = [""] * n if attributes is None else attributes
-    ids = np.array([str(k) for k in range(n)], np.str_)
-    return ItemTable(("shop",), np.array([0, n]), ids, np.array(text, np.str_), np.array(attributes, np.str_))
 
 
 def words_by_hand(text: str, attributes: str) -> list[str]:
@@ -36,42 +26,19 @@ def words_by_hand(text: str, attributes: str) -> list[str]:
     return words + attributes.split()
 
 
-def table_by_hand(text, attributes, max_tokens, vocab_size):
-    items = [words_by_hand(*pair) for pair in zip(text, attributes, strict=True)]
-    count = Counter(word for words in items for word in words)
-    ranked = sorted(count, key=lambda word: (-count[word], word))
-    vocabulary = [word for word in ranked[:vocab_size] if count[word] > 1]
-    ids = [
-        [vocabulary.index(word) + N_SPECIAL if word in vocabulary else UNKNOWN for word in words][:max_tokens]
-        for words in items
-    ]
-    width = max([len(x) for x in ids] + [1])
-    return [x + [PAD] * (width - len(x)) for x in ids], tuple(vocabulary)
-
-
 @settings(max_examples=60)
-@given(st.lists(st.tuples(TEXT, ATTRIBUTES), min_size=1, max_size=8), st.integers(1, 6), st.integers(1, 6))
-def test_equals_a_slow_tokenizer(items, max_tokens, vocab_size):
-    text, attributes = zip(*items, strict=True)
-    table = tokenize(make_catalogue(text, attributes), max_tokens, vocab_size)
-    ids, words = table_by_hand(text, attributes, max_tokens, vocab_size)
-    assert table.words == words
-    assert table.ids.tolist() == ids
-    assert table.ids.dtype == np.int32
-    assert table.n_tokens == len(words) + N_SPECIAL > table.ids.max()
-
-
-@settings(max_examples=30)
-@given(st.lists(st.tuples(TEXT, ATTRIBUTES), min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_vocabulary_does_not_depend_on_the_order_of_the_items(items, random):
-    order = list(range(len(items)))
-    random.shuffle(order)
-    table, other = (
-        tokenize(make_catalogue(*zip(*(items[k] for k in rows), strict=True)), 5, 4)
-        for rows in (range(len(items)), order)
-    )
-    assert table.words == other.words
-    np.testing.assert_array_equal(table.ids[order], other.ids)
+@given(items=st.lists(st.tuples(TEXT, ATTRIBUTES), max_size=8))
+@pytest.mark.parametrize("split", [split_words, split_plain_words])
+def test_equals_a_slow_splitter(items, split):
+    """Where letters have no marks of their own, and spaces between words, both kinds of words are the same."""
+    text, attributes = (np.array([item[k] for item in items], object) for k in (0, 1))
+    offsets, words = split(text, attributes)
+    expected = [words_by_hand(*item) for item in items]
+    assert words.to_pylist() == [word for words in expected for word in words]
+    assert offsets.tolist() == [sum(map(len, expected[:k])) for k in range(len(items) + 1)]
+    n_words = [len(words) - len(item[1].split()) for words, item in zip(expected, items, strict=True)]
+    assert np.diff(split_texts(text)[0]).tolist() == n_words
+    assert split_attributes(attributes)[1].to_pylist() == [token for item in items for token in item[1].split()]
 
 
 def words_of(text: str, attributes: str = "") -> list[str]:
@@ -91,10 +58,26 @@ def words_of(text: str, attributes: str = "") -> list[str]:
         ("  --  ", []),
         ("", []),
         ("お茶 2", ["お茶", "2"]),
+        ("绿茶100克 乌龙茶", ["绿茶", "100", "克", "乌龙", "龙茶"]),
+        ("コーヒー豆", ["コー", "ーヒ", "ヒー", "ー豆"]),
+        ("ชาเขียว", ["ชา", "าเ", "เขี", "ขีย", "ยว"]),
+        ("मसाला चाय", ["मसाला", "चाय"]),
+        ("เก่า", ["เก่", "ก่า"]),
+        ("iPad充电器v2", ["ipad", "充电", "电器", "v2"]),
+        ("й e\u0301clair", ["й", "éclair"]),
+        ("ＡＢＣ１２ ﬁsh 5㎏", ["abc12", "fish", "5kg"]),
+        ("Lego™ №5 soft\u00adware", ["lego", "5", "software"]),
+        ("❤\ufe0f 🍵", []),
     ],
 )
 def test_words_of_a_text(text, words):
     assert words_of(text) == words
+
+
+def test_plain_words_are_as_they_were():
+    """Runs of format 1 were trained on them: marks end a word, and a text without spaces is one."""
+    _, words = split_plain_words(np.array(["मसाला Lego™ №5 乌龙茶 ＡＢ"]), np.array(["a=1"]))
+    assert words.to_pylist() == ["मस", "ल", "lego", "5", "乌龙茶", "ａｂ", "a=1"]
 
 
 def test_attributes_stay_whole_and_come_last():
@@ -104,24 +87,3 @@ def test_attributes_stay_whole_and_come_last():
         "brand=Earl-Grey",
         "цвет=Зелёный",
     ]
-
-
-def test_words_used_once_are_unknown_and_the_most_frequent_come_first():
-    table = tokenize(make_catalogue(["b a rare", "a b", "c c a", ""]), 10, 100)
-    assert table.words == ("a", "b", "c")
-    a, b, c = range(N_SPECIAL, N_SPECIAL + 3)
-    assert table.ids.tolist() == [[b, a, UNKNOWN], [a, b, PAD], [c, c, a], [PAD] * 3]
-
-
-def test_vocab_size_and_max_tokens_cut():
-    table = tokenize(make_catalogue(["b a a", "a b", "c c a"]), 2, 1)
-    assert table.words == ("a",)
-    assert table.ids.tolist() == [[UNKNOWN, N_SPECIAL], [N_SPECIAL, UNKNOWN], [UNKNOWN, UNKNOWN]]
-
-
-@pytest.mark.parametrize("n", [0, 3])
-def test_catalogue_without_any_text(n):
-    table = tokenize(make_catalogue([""] * n), 4, 10)
-    assert table.words == ()
-    assert table.n_tokens == N_SPECIAL
-    assert table.ids.tolist() == [[PAD]] * n
