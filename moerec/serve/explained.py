@@ -268,8 +268,8 @@ def _name_relevance(run: Run, relevance_M: np.ndarray) -> dict[str, float]:
 
 
 def describe_history(run: Run, user: str | None, request: RecommendRequest, n: int = 5) -> dict[str, Any]:
-    """The history of a request: how many events it has, and the last `n` of those that the model is given, oldest first;
-    and as `lines` of text.
+    """The history of a request: how many events it has, and the last `n` of those that the model is given, oldest
+    first; and as `lines` of text.
     """
     dataset, rows = run.data.dataset, find_history(run, user, request)
     log, catalogue = dataset.log, dataset.catalogue

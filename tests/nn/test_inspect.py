@@ -18,7 +18,7 @@ PERSONAL = PersonalConfig(layers=(2,), n_aspects=2, n_scales=2, d_memory=4)
 @pytest.fixture(scope="module")
 def traced():
     model = make_model(make_config(n_layers=3, moe=MOE, personal=PERSONAL, window=4))
-    batch, table = make_batch(), make_table()
+    batch, table = make_batch(1, [[5, 6], [9], [4, 3]], 12), make_table()
     catalog = model.bind(jax.tree.map(jnp.asarray, table))
     bias_LE = jnp.asarray(np.random.default_rng(3).normal(0, 0.3, (2, 8)), jnp.float32)
     predictor = Predictor(model, bias_LE)

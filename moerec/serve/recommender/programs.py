@@ -85,7 +85,7 @@ def read_states(predictor: Predictor, catalog: Catalog, batch: Batch, slot_Q: ja
 def trace_requests(
     predictor: Predictor, catalog: Catalog, batch: Batch, slot_Q: jax.Array, service: jax.Array
 ) -> SlotTrace:
-    """What happens at each slot, if requests' slots ask a service, -1 for none; where none is ever asked it is unread."""
+    """What happens at each slot; where services are asked, the requests' slots ask this one, or none (-1)."""
     hypothesis_BT = None
     if predictor.config.is_asked:
         hypothesis_BT = followed_services(batch, predictor.params.n_services)
