@@ -1,4 +1,4 @@
-"""The fields of a configuration as lines for a reader, each an override to be pasted; and the nearest of a wrong one."""
+"""The fields of a configuration as lines, each an override that can be pasted; and the nearest to a wrong name."""
 
 import dataclasses
 import difflib
@@ -26,20 +26,15 @@ def format_fields(config: Any, paths: Sequence[str] | None = None) -> list[str]:
         if paths is not None and path not in paths:
             continue
         is_default = path in defaults and defaults[path] == value
-        notes = [] if is_default or path not in defaults else [f"default {_write_value(defaults[path])}"]
+        notes = [] if is_default or path not in defaults else [f"default {write_value(defaults[path])}"]
         notes += [comments[path]] if path in comments else []
         told = f"  # {'; '.join(notes)}" if notes else ""
-        lines.append(f"{format_override(path, value)}{told}")
+        lines.append(f"--{path}={shlex.quote(write_value(value))}{told}")
     return lines
 
 
-def format_override(path: str, value: Any) -> str:
-    """The flag that sets a field to a value, quoted for a shell: `--config.model.n_layers=2`."""
-    return f"--{path}={shlex.quote(_write_value(value))}"
-
-
-def _write_value(value: Any) -> str:
-    """As the parser of flags reads it: text as it is, a tuple as Python writes one."""
+def write_value(value: Any) -> str:
+    """A field's value as the parser of flags reads it: text as it is, a tuple as Python writes one."""
     if isinstance(value, bool):
         return str(value).lower()
     return _write_literal(value) if isinstance(value, tuple) else str(value)

@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from moerec.config import checked
-from moerec.config.cli.fields import suggest_field
+from moerec.config.cli.fields import suggest_field, write_value
 from moerec.config.python_file import did_you_mean, list_leaves, load_config
 from moerec.config.value_types import list_groups, require_types
 from moerec.errors import InputError
@@ -47,7 +47,9 @@ def define_flags(config_type: type | None, default_config: str | None, extra: Ex
     return values
 
 
-def parse_flags(values: flags.FlagValues, argv: Sequence[str], default_config: str | None, config_type: type | None) -> Any:
+def parse_flags(
+    values: flags.FlagValues, argv: Sequence[str], default_config: str | None, config_type: type | None
+) -> Any:
     """Parses the flags into `values` and returns the checked configuration, all overrides applied."""
     from ml_collections import config_flags  # machines that only train from Python may lack it
 
@@ -86,6 +88,15 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str], default_config: s
         return None
     require_types(values.config)
     return checked(values.config)
+
+
+def repeat_arguments(values: flags.FlagValues) -> dict[str, str]:
+    """The arguments with which another process gets the configuration that was parsed, whatever its file holds by then:
+    field -> flag, and those of the file and the plugins under the names of their flags.
+    """
+    arguments = {"config": f"--config={values['config'].config_filename}"}
+    arguments |= {path: f"--{path}={write_value(value)}" for path, value in list_leaves(values.config)}
+    return arguments | {f"plugin.{name}": f"--plugin={name}" for name in values.plugin}
 
 
 def _expand_home(arg: str) -> str:
