@@ -33,20 +33,20 @@ def compile_cache(choice: str) -> Iterator[None]:
 
     Args: choice: a folder; "off"; or "" for JAX_COMPILATION_CACHE_DIR, and without it the user's cache folder.
     """
-    if choice == "off":
+    is_off = choice == "off" or (not choice and os.environ.get(_ENABLED, "").lower() in ("0", "false", "off", "no"))
+    if is_off:
         _set_option(_ENABLED, False)
         yield
         return
-    folder = None if choice else os.environ.get(_FOLDER)
+    named = os.environ.get(_FOLDER) if not choice else None
+    folder = Path(named) if named else _open_folder(choice)
     if folder is None:
-        folder = _open_folder(choice)
-    if not folder:
         yield
         return
     _set_option(_FOLDER, str(folder))
     if _SECONDS not in os.environ:
         _set_option(_SECONDS, LEAST_COMPILE_S)
-    with _heeding_failures(Path(folder)):
+    with _heeding_failures(folder):
         yield
 
 

@@ -94,7 +94,8 @@ def repeat_arguments(values: flags.FlagValues) -> dict[str, str]:
     """The arguments with which another process gets the configuration that was parsed, whatever its file holds by then:
     field -> flag, and those of the file and the plugins under the names of their flags.
     """
-    arguments = {"config": f"--config={values['config'].config_filename}"}
+    flag: Any = values["config"]
+    arguments = {"config": f"--config={flag.config_filename}"}
     arguments |= {path: f"--{path}={write_value(value)}" for path, value in list_leaves(values.config)}
     return arguments | {f"plugin.{name}": f"--plugin={name}" for name in values.plugin}
 

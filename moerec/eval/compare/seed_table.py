@@ -28,7 +28,7 @@ class SeedColumn(NamedTuple):
 
 
 class SeedRow(NamedTuple):
-    """One row. Attributes: place: of it in the result (`("baselines", "markov")`). cells: the runs' values by column."""
+    """One row. Attributes: place: of it in a result (`("baselines", "markov")`). cells: values by column."""
 
     place: tuple[str, ...]
     label: str

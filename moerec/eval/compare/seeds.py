@@ -48,7 +48,7 @@ def plan_seeds(config: Config, workdir: Path, seeds: Sequence[str]) -> list[Seed
 def train_seeds(
     config: Config, workdir: Path, seeds: Sequence[str], n_at_once: int, arguments: Mapping[str, str]
 ) -> dict[Path, int]:
-    """Trains the runs of `plan_seeds` that are not finished, each run as a process of its own, and tells how each has ended.
+    """Trains the runs of `plan_seeds` that are not finished, each as a process, and tells how it has ended.
 
     Processes side by side share the cores out, and each adds its output to `LOG` in the folder of its run.
 
