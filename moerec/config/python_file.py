@@ -32,7 +32,7 @@ def load_config(path: str, config_type: type = Config) -> Any:
     except SyntaxError as error:
         raise InputError(f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}") from None
     except Exception as error:
-        raise InputError(_config_error(path, file, error)) from None
+        raise InputError(_config_error(path, file, error, config_type)) from None
     if not isinstance(config, config_type):
         raise InputError(f"{path}: get_config() returned {type(config).__name__}, not {config_type.__name__}")
     for group, place in list_groups(config):
@@ -43,7 +43,7 @@ def load_config(path: str, config_type: type = Config) -> Any:
     return config
 
 
-def _config_error(path: str, file: Path, error: Exception) -> str:
+def _config_error(path: str, file: Path, error: Exception, config_type: type) -> str:
     here = str(file.resolve())
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if str(Path(frame.filename).resolve()) == here]
@@ -57,8 +57,11 @@ def _config_error(path: str, file: Path, error: Exception) -> str:
         return f"{path}{line}: {wrong}"
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if isinstance(error, TypeError) and unknown:
-        fields = [path.rsplit(".", 1)[-1] for path, _ in list_leaves(Config())]
-        return f"{path}{line}: {unknown[1]} has no field {unknown[2]!r}{did_you_mean(unknown[2], fields)}"
+        groups = {type(group).__name__: group for group, _ in list_groups(config_type())}
+        own = [field.name for field in dataclasses.fields(groups[unknown[1]])] if unknown[1] in groups else []
+        all_fields = [path.rsplit(".", 1)[-1] for path, _ in list_leaves(config_type())]
+        meant = did_you_mean(unknown[2], own) or did_you_mean(unknown[2], all_fields)
+        return f"{path}{line}: {unknown[1]} has no field {unknown[2]!r}{meant}"
     return f"{path}{line}: {type(error).__name__}: {error}"
 
 

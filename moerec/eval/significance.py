@@ -1,9 +1,11 @@
-"""How sure a mean or a difference of means is, with whole users as the unit."""
+"""How sure a mean or a difference of means is, with whole users as the unit, or runs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from moerec.eval.metrics import PARTS, RankCounts, Ranks, per_target_metrics
 
@@ -43,6 +45,16 @@ def bootstrap_intervals(
         means.append(times @ total / (times @ count)[:, None])
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0)
     return [Interval(*map(float, interval)) for interval in zip(columns.mean(axis=0), low, high, strict=True)]
+
+
+def student_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """The mean of independent runs `[n]` with Student's interval; without end where there is one run alone."""
+    n, mean = len(values), float(np.mean(values))
+    if np.all(np.asarray(values) == values[0]):  # their computed mean may be another number
+        mean = float(values[0])
+        return Interval(mean, mean, mean) if n > 1 else Interval(mean, -math.inf, math.inf)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
 
 
 def paired_test(

@@ -128,7 +128,7 @@ def write_corpus(path: Path) -> None:
 def train_run(folder: Path, corpus: Path, **fields) -> None:
     flags = [f"--config.{name}={value}" for name, value in {**TINY, "data.corpus.path": corpus, **fields}.items()]
     command = ["train", f"--config={ROOT / 'configs/qwen2_0p5b.py'}", f"--workdir={folder}", *flags]
-    assert cli.execute(train.main, command) == 0
+    assert cli.execute(train.main, command, None, train.FLAGS) == 0
 
 
 def check_export(run: Path, out: Path) -> None:

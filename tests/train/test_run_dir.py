@@ -166,7 +166,7 @@ def test_the_report_that_a_killed_run_lacks_is_made(run, capsys):
     (run / "report.html").unlink()
     config = run.parent / "tiny.py"
     config.write_text(CONFIG)
-    code = cli.execute(train.main, ["train", f"--config={config}", f"--workdir={run}"])
+    code = cli.execute(train.main, ["train", f"--config={config}", f"--workdir={run}"], None, train.FLAGS)
     assert code == 0
     assert f"report: {run / 'report.html'}" in capsys.readouterr().out
     assert (run / "report.html").read_bytes() == page
@@ -178,7 +178,8 @@ def test_a_second_process_is_told_who_is_at_work(run, capsys):
     with locked(run):
         before = digests(run)
         for command in (train, audit):
-            code = cli.execute(command.main, ["command", f"--config={config}", f"--workdir={run}"])
+            arguments = ["command", f"--config={config}", f"--workdir={run}"]
+            code = cli.execute(command.main, arguments, None, getattr(command, "FLAGS", None))
             told = capsys.readouterr().err
             assert code == 2
             assert told.startswith(f"error: {run}: another process is at work here (process {os.getpid()} on ")

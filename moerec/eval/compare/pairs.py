@@ -13,7 +13,7 @@ from moerec.config.terminal import printable
 from moerec.errors import InputError
 from moerec.eval.report.result import blamed_on, read_result
 from moerec.eval.report.table import config_name
-from moerec.eval.significance import LEVEL, correct_holm
+from moerec.eval.significance import LEVEL, correct_holm, student_interval
 
 METRIC = "ndcg@10"
 
@@ -122,14 +122,15 @@ def _by_seed(folders: Sequence[Path]) -> dict[tuple[int, int], tuple[Path, dict[
         if seeds in found:
             raise InputError(f"{folder}: the same seeds as {found[seeds][0]}")
         found[seeds] = folder, metrics
-    first, *others = [(folder, _without_seeds(metrics["config"])) for folder, metrics in found.values()]
+    first, *others = [(folder, without_seeds(metrics["config"])) for folder, metrics in found.values()]
     for folder, config in others:
         for difference in list_differences(first[1], config, "config"):
             raise InputError(f"{folder}: differs from {first[0]} in more than its seeds: {difference}")
     return found
 
 
-def _without_seeds(config: dict[str, Any]) -> dict[str, Any]:
+def without_seeds(config: dict[str, Any]) -> dict[str, Any]:
+    """A plain configuration, its seeds set to nothing."""
     return {**config, "seed": None, "data": {**config["data"], "seed": None}}
 
 
@@ -140,12 +141,12 @@ def _compare_part(title: str, pairs: list[tuple[dict, dict]], part: str, key: st
 def _test(title: str, values: np.ndarray) -> Difference:
     """Args: `[pairs, 2]`."""
     gap = values[:, 0] - values[:, 1]
-    n, mean, error = len(gap), float(gap.mean()), float(gap.std(ddof=1)) / math.sqrt(len(gap))
-    half = float(stats.t.ppf(0.975, n - 1)) * error
+    n, error = len(gap), float(gap.std(ddof=1)) / math.sqrt(len(gap))
+    mean, low, high = student_interval(gap)
     # Where all differences are the same, the statistic is 0 / 0 or infinite.
     p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
     first, second = map(float, values.mean(axis=0))
-    return Difference(title, first, second, mean, mean - half, mean + half, p_value, int(np.sum(gap > 0)))
+    return Difference(title, first, second, mean, low, high, p_value, int(np.sum(gap > 0)))
 
 
 class InterventionTable(NamedTuple):
