@@ -12,6 +12,7 @@ from moerec.config import cli
 from moerec.data.load import load_data
 from moerec.data.prepare.tables_to_shards import describe_quarantine
 from moerec.eval.audit import run_audit
+from moerec.eval.ranking.repeats import suggest_masking
 from moerec.files import locked, write_json
 
 
@@ -21,7 +22,7 @@ def main(config, flags):
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):
         data = load_data(config.data, workdir)
-        for line in (*data.notes, *describe_quarantine(data.quarantined)):
+        for line in (*data.notes, *describe_quarantine(data.quarantined), *suggest_masking(config, data)):
             print(line)
         report = run_audit(data.dataset, config.data.split, config.audit, config.data.seed)
         print(report.to_text())

@@ -35,6 +35,7 @@ from moerec.nn.model import ModelSizes, SequenceModel, count_active_params
 from moerec.nn.profile import count_profile_slots
 from moerec.tasks import check_loss, make_tasks
 from moerec.train.loop import fit
+from tests.own_tables import write_own_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
@@ -51,6 +52,14 @@ def shrink(config: Config) -> Config:
     city = dataclasses.replace(config.data.city, n_users=40, events_per_user=8, items_per_service=20)
     data = dataclasses.replace(config.data, city=city)
     return dataclasses.replace(config, model=model, train=train, loss=loss, eval=evaluation, data=data)
+
+
+@pytest.fixture(autouse=True)
+def own_tables(tmp_path, monkeypatch):
+    """The tables that configs/own_data.py counts lie in the directory that it is read from."""
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    write_own_tables(tmp_path / "own" / "data")
+    monkeypatch.chdir(tmp_path / "own")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,7 +100,7 @@ def test_an_experiment_takes_a_step(name, tmp_path, request):
         sizes = {f"{kind}_neighbors": 0 for kind in ("text", "transition", "crossing")}
         model, data = dataclasses.replace(config.model, **pointers), dataclasses.replace(config.data, **sizes)
         config = dataclasses.replace(config, model=model, data=data)
-    if config.data.source == "tables":
+    if config.data.source == "tables" and name != "own_data":
         folder = request.getfixturevalue("data_dir") / Path(config.data.tables.folder).name
         config.data.tables.folder = str(folder)
     if config.data.source == "text":

@@ -13,7 +13,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 STEMS = sorted(path.stem for path in RESULTS.glob("*.md") if path.stem != "README")
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+TEMPLATE = "own_data"  # to be copied; it is of no data that a page could tell of
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", TEMPLATE))
 ABOUT = ("commit", "machine", "commands", "seeds")
 MAX_README = 140
 P_ROW = "p, best to next"  # of the demo's table: a best row has a star where its p-value is below .05

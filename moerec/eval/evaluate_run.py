@@ -40,6 +40,7 @@ from moerec.eval.ranking import EvalDataset, make_evaluator, make_test_set, make
 from moerec.eval.ranking.calibrate import scale_posterior
 from moerec.eval.ranking.per_target import FILE as RANKS
 from moerec.eval.ranking.per_target import write_ranks
+from moerec.eval.ranking.repeats import measure_repeats, suggest_masking
 from moerec.eval.report import write_report
 from moerec.eval.report.result import read_result
 from moerec.eval.report.table import gap_closed, list_columns
@@ -85,7 +86,8 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     if config.data.source == "text":
         return run_language(config, workdir)
     data = add_item_states(config, load_data(config.data, workdir), workdir)
-    for line in (*data.notes, data.tokens.describe(), *describe_quarantine(data.quarantined)):
+    notes = (*data.notes, data.tokens.describe(), *suggest_masking(config, data))
+    for line in (*notes, *describe_quarantine(data.quarantined)):
         print(line, file=sys.stderr)
     # Only now that the data could be read: a first call that failed must not bind the directory to its mistakes.
     store_config(workdir / CONFIG, config)
@@ -120,6 +122,7 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
             "services": list(services),
             "quarantined": data.quarantined,
             "notes": list(data.notes),
+            "train_repeats": measure_repeats(data),
             "repeated_targets": examples.repeated,
             "item_tokens": data.tokens.measure(),
         },
