@@ -119,7 +119,7 @@ def count_ranks(
 
 
 def _count_true(x: np.ndarray) -> np.ndarray:
-    """`[n]` how many of each row `[n, I]` are true. (With an axis NumPy adds up whole numbers, several times slower.)"""
+    """`[n]` how many of each row `[n, I]` are true; row by row, since with an axis NumPy adds up whole numbers."""
     return np.fromiter(map(np.count_nonzero, x), np.int64, len(x))
 
 

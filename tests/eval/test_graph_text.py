@@ -208,6 +208,15 @@ def test_it_is_left_out_where_there_is_nothing_to_go_by(tmp_path, capsys, name):
     assert said.count("\n") == 1
 
 
+def test_the_own_variant_is_left_out_where_it_is_the_other(tmp_path, capsys):
+    inputs = make_inputs(tmp_path, 5, sizes=(12,))
+    assert BASELINES["graph_text_own"](inputs) is not None  # it alone
+    both = dataclasses.replace(inputs.config, baselines=("graph_text", "graph_text_own"))
+    assert BASELINES["graph_text_own"](inputs._replace(config=both)) is None
+    assert "graph_text_own: left out, since it is graph_text" in capsys.readouterr().err
+    assert BASELINES["graph_text"](inputs._replace(config=both)) is not None
+
+
 def test_far_pairs_are_left_out_where_there_are_too_many(monkeypatch):
     dataset = make_texts(make_world(7, 40, sizes=(8, 6)), 7)
     split_ids, targets, histories = hold_out(dataset)

@@ -46,8 +46,8 @@ DEFAULT = Settings()
 class Parts:
     """The matrices behind the scores, each made once, when it is asked for; by the service whose items are scored.
 
-    Their memory is that of the texts' words and of at most `2 MOST_PAIRS` entries for each graph; scores are made for as
-    many targets as are asked for.
+    Their memory is that of the texts' words and of at most `2 MOST_PAIRS` entries for each graph; scores are made for
+    as many targets as are asked for.
     """
 
     def __init__(self, dataset: Dataset, split_ids: np.ndarray):

@@ -165,12 +165,22 @@ def _make_measure(examples: EvalDataset, which: np.ndarray, services: range) -> 
     return lambda scores: ndcg_at(count_ranks(scores, target, seen), 10)
 
 
+def _find_reason(inputs: BaselineInputs, parts: Parts, grid: Grid) -> str:
+    """Why a baseline would have nothing to say; empty where it has."""
+    if not (parts.has_words or parts.has_transitions):
+        return "the items have neither texts nor attributes, and nobody has two of them in training"
+    is_single = inputs.data.dataset.catalogue.n_services == 1
+    if is_single and grid == GRIDS["graph_text_own"] and "graph_text" in inputs.config.baselines:
+        return "it is graph_text where there is one service"
+    return ""
+
+
 def _register(name: str, grid: Grid) -> None:
     def rank(inputs: BaselineInputs) -> TunedRanks | None:
         data, examples = inputs.data, inputs.examples
         parts = Parts(data.dataset, data.split_ids)
-        if not (parts.has_words or parts.has_transitions):
-            reason = "the items have neither texts nor attributes, and nobody has two of them in training"
+        reason = _find_reason(inputs, parts, grid)
+        if reason:
             print(f"baseline {name}: left out, since {reason}", file=sys.stderr)
             return None
         chosen = choose_settings(inputs, parts, grid)
