@@ -67,5 +67,13 @@ def get_config() -> Config:
         ),
         train=TrainConfig(steps=3000, batch_size=24, log_every=100, eval_every=500, save_every=500, n_valid=15000),
         eval=EvalConfig(mask_seen=True, selection="in_service"),
-        baselines=("popularity", "popularity_by_service", "popularity_recent", "markov", "item_knn"),
+        baselines=(
+            "popularity",
+            "popularity_by_service",
+            "popularity_recent",
+            "markov",
+            "item_knn",
+            "graph_text",
+            "graph_text_own",
+        ),
     )

@@ -43,5 +43,4 @@ def get_config() -> Config:
         loss=dataclasses.replace(base.loss, scope="union"),
         optim=dataclasses.replace(base.optim, learning_rate=2e-3, warmup_steps=100, ema_decay=0.99),
         train=dataclasses.replace(base.train, steps=200, eval_every=100, save_every=100, n_valid=8000),
-        baselines=(*base.baselines, "graph_text"),
     )

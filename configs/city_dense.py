@@ -22,5 +22,5 @@ def get_config() -> Config:
         train=TrainConfig(steps=500, batch_size=16, log_every=25, eval_every=250, save_every=250, n_valid=2000),
         # Nearly half of the city's orders repeat an earlier one, so seen items stay candidates.
         eval=EvalConfig(mask_seen=False),
-        baselines=(),  # configs/demo.py has them
+        baselines=("graph_text", "graph_text_own"),  # configs/demo.py has all
     )

@@ -44,5 +44,5 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1, ema_decay=0.98),
         train=TrainConfig(steps=1000, batch_size=2, log_every=50, eval_every=0, save_every=500, n_valid=64),
         eval=EvalConfig(mask_seen=False, batch_size=32),
-        baselines=("popularity_by_service",),
+        baselines=("popularity_by_service", "graph_text", "graph_text_own"),
     )

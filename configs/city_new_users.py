@@ -18,4 +18,5 @@ def get_config() -> Config:
     """The configuration of this file."""
     base = demo.get_config()
     data = dataclasses.replace(base.data, split=SplitConfig(kind="user", user_fraction=0.2))
-    return dataclasses.replace(base, name="city_new_users", data=data, baselines=("popularity_by_service",))
+    baselines = ("popularity_by_service", "graph_text", "graph_text_own")
+    return dataclasses.replace(base, name="city_new_users", data=data, baselines=baselines)

@@ -62,5 +62,5 @@ def get_config() -> Config:
         train=TrainConfig(steps=2400, batch_size=24, log_every=100, eval_every=400, save_every=400, n_valid=10000),
         # 6.7 % of the last items repeat an earlier one; seen items are masked, so these count as misses.
         eval=EvalConfig(mask_seen=True),
-        baselines=("popularity", "popularity_recent", "markov", "item_knn"),
+        baselines=("popularity", "popularity_recent", "markov", "item_knn", "graph_text"),  # of one service
     )

@@ -28,7 +28,7 @@ from moerec.data.load import load_data
 from moerec.data.text.corpus import load_corpus
 from moerec.errors import InputError
 from moerec.eval.baselines import BASELINES
-from moerec.eval.baselines.sasrec import sasrec_config
+from moerec.eval.baselines.sasrec import sasrec_config, sasrec_full_config
 from moerec.eval.language import make_language_evaluator
 from moerec.eval.ranking import make_evaluator
 from moerec.nn.model import ModelSizes, SequenceModel, count_active_params
@@ -71,6 +71,28 @@ def test_sasrec_has_items_and_blocks_whatever_the_run_has(name):
     model = jax.eval_shape(lambda: SequenceModel(jax.random.key(0), config.model, sizes))
     found = {path for path in flatten(model) if not path.startswith("groups/0/")}
     assert found == {"item_encoder/row_ID", "input_norm/scale", "final_norm/scale"}, found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_full_sasrec_has_texts_and_pointers_and_nothing_of_the_request(name):
+    run = cli.load_config(str(ROOT / "configs" / f"{name}.py"))
+    if run.data.source == "text":
+        return
+    plain, full = sasrec_config(run, "full", "full_softmax"), checked(sasrec_full_config(run, "full"))
+    has_near, own = run.data.text_neighbors > 0, run.model
+    switched = {"item_text": True, "item_bias": True, "pointer": "all", "text_pointer": has_near}
+    switched |= {"untrained_rows": own.untrained_rows, "row_dropout": own.row_dropout}
+    assert full.model == dataclasses.replace(plain.model, **switched)
+    shape = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "d_text", "d_pointer", "dropout")
+    assert all(getattr(full.model, name) == getattr(own, name) for name in shape)
+    assert (full.loss.kind, full.loss.scope) == ("full_softmax", "union")
+    assert (full.optim, full.train.steps) == (dataclasses.replace(run.optim, groups=()), run.train.steps)
+    sizes = ModelSizes(40, 12, 3, 2, (3, 4), (5,), service_offsets=(0, 10, 20, 40))
+    model = jax.eval_shape(lambda: SequenceModel(jax.random.key(0), full.model, sizes))
+    found = {"/".join(path.split("/")[:2]) for path in flatten(model) if not path.startswith("groups/0/")}
+    norms = {"input_norm/scale", "final_norm/scale"}
+    expected = {"item_encoder/row_ID", "item_encoder/text", "head/bias_I", "head/aggregator", *norms}
+    assert found - {"item_encoder/no_row_D", "head/no_row_bias_Z"} == expected
 
 
 def take_a_step_of_text(config: Config, data_dir: Path, workdir: Path) -> None:

@@ -40,8 +40,11 @@ DEFAULT_BASELINES = (
     "markov",
     "item_knn",
     "item_knn_cross",
+    "graph_text",
+    "graph_text_own",
     "sasrec_one_negative",
     "sasrec_sampled",
+    "sasrec_full",
 )
 
 

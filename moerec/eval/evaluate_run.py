@@ -137,10 +137,11 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
     if config.data.split.by_user and config.data.first_event:
         first = evaluate_first_events(config, data, examples, trained.predictor, trained.catalog)
         metrics["probes"]["first_events"] = first
-    baselines = {
+    ranked = {
         name: BASELINES[name](BaselineInputs(config, data, examples, workdir / "baselines" / name))
         for name in config.baselines
     }
+    baselines = {name: found for name, found in ranked.items() if found is not None}
     metrics["baselines"] = {name: build_table(found, service, services) for name, found in baselines.items()}
     tuned = {name: found.settings for name, found in baselines.items() if isinstance(found, TunedRanks)}
     if tuned:

@@ -105,8 +105,8 @@ def count_ranks(
     for lo, hi in np.unique(np.stack([low, high], axis=1), axis=0).tolist():
         rows = np.flatnonzero((low == lo) & (high == hi))
         part = scores[:, lo:hi] if len(rows) == n else scores[rows, lo:hi]
-        greater[rows] = np.count_nonzero(part > level[rows, None], axis=1)
-        equal[rows] = np.count_nonzero(part == level[rows, None], axis=1)
+        greater[rows] = _count_true(part > level[rows, None])
+        equal[rows] = _count_true(part == level[rows, None])
     row_of, item = _seen_pairs(seen, n, n_items)
     missed = np.zeros(n, bool)
     missed[row_of[item == target[row_of]]] = True
@@ -116,6 +116,11 @@ def count_ranks(
     greater -= np.bincount(row_of[score > level[row_of]], minlength=n)
     equal -= np.bincount(row_of[score == level[row_of]], minlength=n)
     return RankCounts(np.where(missed, MISS, greater), np.where(missed, 1, equal))
+
+
+def _count_true(x: np.ndarray) -> np.ndarray:
+    """`[n]` how many of each row `[n, I]` are true; row by row, since with an axis NumPy adds up whole numbers."""
+    return np.fromiter(map(np.count_nonzero, x), np.int64, len(x))
 
 
 def _refuse_non_finite(scores: np.ndarray, first_row: int):
@@ -145,6 +150,13 @@ def _seen_pairs(seen: Seen, n: int, n_items: int) -> tuple[np.ndarray, np.ndarra
     return pair // n_items, pair % n_items
 
 
+def ndcg_at(counts: RankCounts, k: int) -> np.ndarray:
+    """`[n]` float64, the NDCG@k of each target: the gain of its rank, the best being 1."""
+    first, last = counts.greater, counts.greater + counts.equal  # zero-based ranks first <= r < last
+    gain = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])
+    return (gain[np.minimum(last, k)] - gain[np.minimum(first, k)]) / counts.equal
+
+
 def per_target_metrics(counts: RankCounts) -> dict[str, np.ndarray]:
     """`{"recall@5": [n] float64, ..., "ndcg@5": ..., "mrr@10": ..., "mrr": ...}`, expectations over the order of ties.
 
@@ -152,9 +164,7 @@ def per_target_metrics(counts: RankCounts) -> dict[str, np.ndarray]:
     """
     first, last = counts.greater, counts.greater + counts.equal  # zero-based ranks first <= r < last
     metrics = {f"recall@{k}": (np.minimum(last, k) - np.minimum(first, k)) / counts.equal for k in CUTOFFS}
-    for k in CUTOFFS:
-        gain = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])
-        metrics[f"ndcg@{k}"] = (gain[np.minimum(last, k)] - gain[np.minimum(first, k)]) / counts.equal
+    metrics |= {f"ndcg@{k}": ndcg_at(counts, k) for k in CUTOFFS}
     first, last = (np.where(counts.greater < MISS, place, 0) for place in (first, last))
     reciprocal = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, last.max(initial=0) + 1))])
     within = [np.minimum(place, MRR_CUTOFF) for place in (first, last)]

@@ -19,6 +19,7 @@ from moerec.eval.baselines import (
     Grid,
     Settings,
     choose_settings,
+    graph_text,
     graph_text_choice,
     rank_by_scores,
 )
@@ -39,8 +40,18 @@ def make_texts(dataset, seed):
     return dataclasses.replace(dataset, catalogue=dataclasses.replace(dataset.catalogue, text=text, attributes=brand))
 
 
-def make_inputs(folder, seed=0, selection="in_service", mask_seen=True, n_users=60, **world):
+def chain_items(dataset, seed):
+    """The same with most events followed by their item's successor."""
+    rng, item = np.random.default_rng(seed), dataset.log.item.copy()
+    for k in range(1, len(item)):
+        if dataset.log.user[k] == dataset.log.user[k - 1] and rng.random() < 0.7:
+            item[k] = (item[k - 1] + 1) % dataset.catalogue.n_items
+    return dataclasses.replace(dataset, log=dataclasses.replace(dataset.log, item=item))
+
+
+def make_inputs(folder, seed=0, selection="in_service", mask_seen=True, n_users=60, chained=False, **world):
     dataset, config = make_texts(make_world(seed, n_users, **world), seed), make_config()
+    dataset = chain_items(dataset, seed) if chained else dataset
     own = SplitConfig(per_service=True, past_only=True)
     config = dataclasses.replace(
         config,
@@ -140,6 +151,88 @@ def test_the_best_of_all_settings_is_chosen(tmp_path, monkeypatch, selection, ma
     assert chosen.score == pytest.approx(max(score.values()))
     assert chosen.score == pytest.approx(score[chosen.settings])
     assert chosen.n == (inputs.data.split_ids == splits.VALID).sum()
+
+
+@pytest.mark.parametrize("selection", ["in_service", "union"])
+def test_halving_chooses_what_trying_all_on_all_does(tmp_path, monkeypatch, selection):
+    """With a third of the work; what is chosen is as good but for the noise of the first rounds."""
+    inputs = make_inputs(tmp_path, 2, selection, n_users=400, chained=True, sizes=(40, 30))
+    grid, parts, tried = (
+        SMALL._replace(decay=(0.2, 0.5, 0.8, 1.0)),
+        Parts(inputs.data.dataset, inputs.data.split_ids),
+        [],
+    )
+    rank_block = graph_text_choice._rank_block
+
+    def count(examples, which, services, parts, left):
+        tried.append(len(which) * len(left))
+        yield from rank_block(examples, which, services, parts, left)
+
+    monkeypatch.setattr(graph_text_choice, "_rank_block", count)
+    full = choose_settings(inputs, parts, grid, rounds=())
+    n_full = sum(tried)
+    tried.clear()
+    fast = choose_settings(inputs, parts, grid, rounds=(60, 150))
+    assert sum(tried) < n_full / 3
+    assert fast.n == full.n > 300
+    assert fast.score == pytest.approx(measure_apart(inputs, fast.settings))
+    assert fast.score > 0.98 * full.score
+    assert choose_settings(inputs, parts, grid, rounds=(full.n,)) == full
+
+
+def test_the_first_targets_are_of_all_services_alike():
+    service = np.random.default_rng(0).choice(3, 400, p=[0.8, 0.15, 0.05])
+    order = graph_text_choice._order_targets(service, True, 0)
+    assert sorted(order.tolist()) == list(range(400))
+    fewest = np.bincount(service).min()
+    assert np.bincount(service[order[: 3 * fewest]]).tolist() == [fewest] * 3
+    plain = graph_text_choice._order_targets(service, False, 0)
+    assert np.bincount(service[plain[:100]])[0] == pytest.approx(80, abs=12)
+
+
+@pytest.mark.parametrize("name", ["graph_text", "graph_text_own"])
+def test_it_is_left_out_where_there_is_nothing_to_go_by(tmp_path, capsys, name):
+    inputs = make_inputs(tmp_path, 5)
+    data, n_items = inputs.data, inputs.data.dataset.catalogue.n_items
+    blank = np.full(n_items, "", object)
+    catalogue = dataclasses.replace(data.dataset.catalogue, text=blank, attributes=blank)
+    bare = dataclasses.replace(data, dataset=dataclasses.replace(data.dataset, catalogue=catalogue))
+    assert BASELINES[name](inputs._replace(data=bare)) is not None  # there are transitions
+    untrained = np.where(data.split_ids == splits.TRAIN, splits.UNUSED, data.split_ids)
+    texts = dataclasses.replace(data, split_ids=untrained)
+    assert BASELINES[name](inputs._replace(data=texts)) is not None  # there are texts
+    assert capsys.readouterr().err == ""
+    assert BASELINES[name](inputs._replace(data=dataclasses.replace(bare, split_ids=untrained))) is None
+    said = capsys.readouterr().err
+    assert said.startswith(f"baseline {name}: left out, since ")
+    assert said.count("\n") == 1
+
+
+def test_the_own_variant_is_left_out_where_it_is_the_other(tmp_path, capsys):
+    inputs = make_inputs(tmp_path, 5, sizes=(12,))
+    assert BASELINES["graph_text_own"](inputs) is not None  # it alone
+    both = dataclasses.replace(inputs.config, baselines=("graph_text", "graph_text_own"))
+    assert BASELINES["graph_text_own"](inputs._replace(config=both)) is None
+    assert "graph_text_own: left out, since it is graph_text" in capsys.readouterr().err
+    assert BASELINES["graph_text"](inputs._replace(config=both)) is not None
+
+
+def test_far_pairs_are_left_out_where_there_are_too_many(monkeypatch):
+    dataset = make_texts(make_world(7, 40, sizes=(8, 6)), 7)
+    split_ids, targets, histories = hold_out(dataset)
+    n_trained = int((split_ids == splits.TRAIN).sum())
+    full = baselines.fit_graph_text(dataset, split_ids, Settings(text_weight=0.0)).score(dataset, targets, histories)
+    monkeypatch.setattr(graph_text, "MOST_PAIRS", n_trained)
+    parts = Parts(dataset, split_ids)
+    assert parts.max_gap == 1
+    near, first = (
+        GraphText(Parts(dataset, split_ids), Settings(gap_decay=decay, text_weight=0.0)).score(
+            dataset, targets, histories
+        )
+        for decay in (0.8, 0.0)
+    )
+    np.testing.assert_array_equal(near, first)
+    assert (near != full).any()
 
 
 @pytest.mark.parametrize("name", GRIDS)

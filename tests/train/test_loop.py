@@ -365,7 +365,7 @@ def finished(tmp_path_factory):
     """A run with baselines of every kind: its config, its directory and its metrics."""
     folder = tmp_path_factory.mktemp("run")
     config = make_config()
-    config.baselines = ("popularity", "item_knn", "graph_text_own", "sasrec_one_negative", "sasrec_sampled")
+    config.baselines = ("popularity", "item_knn", "graph_text_own", "sasrec_one_negative", "sasrec_full")
     config.loss.n_negatives = 16
     return config, folder, run_experiment(config, folder)
 

@@ -16,7 +16,7 @@ from moerec.eval.baselines.markov import Markov, fit_markov
 from moerec.eval.baselines.popularity import fit_popularity, fit_service_popularity
 from moerec.eval.baselines.popularity_by_hour import fit_hour_popularity
 from moerec.eval.baselines.popularity_recent import fit_recent_popularity
-from moerec.eval.baselines.sasrec import sasrec_config
+from moerec.eval.baselines.sasrec import sasrec_config, sasrec_full_config
 
 __all__ = [
     "BASELINES",
@@ -43,4 +43,5 @@ __all__ = [
     "register_baseline",
     "register_scorer",
     "sasrec_config",
+    "sasrec_full_config",
 ]

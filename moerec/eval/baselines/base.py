@@ -48,7 +48,7 @@ class TunedRanks(Ranks):
         return made
 
 
-Baseline = Callable[[BaselineInputs], Ranks]
+Baseline = Callable[[BaselineInputs], Ranks | None]  # None where the data have nothing that it could rank by
 BASELINES: Registry[Baseline] = Registry("baseline", "baselines")
 register_baseline = BASELINES.register  # a function of `BaselineInputs`, under the name that configs give
 

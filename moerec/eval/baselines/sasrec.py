@@ -1,4 +1,6 @@
-"""SASRec (Kang & McAuley 2018) as a configuration of the same trainer: item rows alone, and its objective."""
+"""SASRec (Kang & McAuley 2018) as a configuration of the same trainer: item rows alone, by its own objective and by a
+sampled softmax; and the strongest form of it that knows of items and their order alone.
+"""
 
 import dataclasses
 
@@ -55,8 +57,38 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
     )
 
 
-def _rank(inputs: BaselineInputs, name: str, loss_kind: str) -> Ranks:
-    config = sasrec_config(inputs.config, name, loss_kind)
+def sasrec_full_config(config: Config, name: str) -> Config:
+    """SASRec (full softmax, texts, pointers): `sasrec_config` with what a strong sequential model has.
+
+    - The loss is the softmax over all items of all services, with an item bias.
+    - An item is its row and its text, or states of its text by a language model where the run has them; how rows of
+      items without training events are treated (`untrained_rows`, `row_dropout`) is the run's own.
+    - Pointers reach into the history (copy), and to the neighbors of its items' texts where the run has a table of
+      these (`data.text_neighbors`).
+
+    It has no service or action of an event, no time, no request's time or context, no profile, no experts; no service
+    is asked, and there are no pointers to transitions.
+    """
+    items_alone = sasrec_config(config, name, "full_softmax")
+    model = dataclasses.replace(
+        items_alone.model,
+        item_text=True,
+        item_states=config.model.item_states,
+        item_bias=True,
+        pointer="all",
+        text_pointer=config.data.text_neighbors > 0,
+        untrained_rows=config.model.untrained_rows,
+        row_dropout=config.model.row_dropout,
+    )
+    return dataclasses.replace(
+        items_alone,
+        data=dataclasses.replace(items_alone.data, item_states=config.data.item_states),
+        model=model,
+        loss=dataclasses.replace(items_alone.loss, scope="union"),
+    )
+
+
+def _rank(inputs: BaselineInputs, config: Config) -> Ranks:
     trained = fit(config, inputs.data, inputs.workdir, make_evaluator(config, inputs.data))
     return rank_targets(trained.predictor, inputs.examples, trained.catalog)
 
@@ -64,10 +96,16 @@ def _rank(inputs: BaselineInputs, name: str, loss_kind: str) -> Ranks:
 @register_baseline("sasrec_one_negative")
 def rank_one_negative(inputs: BaselineInputs) -> Ranks:
     """SASRec with its own objective, one drawn negative a slot."""
-    return _rank(inputs, "sasrec_one_negative", "one_negative")
+    return _rank(inputs, sasrec_config(inputs.config, "sasrec_one_negative", "one_negative"))
 
 
 @register_baseline("sasrec_sampled")
 def rank_sampled(inputs: BaselineInputs) -> Ranks:
     """SASRec with the sampled softmax."""
-    return _rank(inputs, "sasrec_sampled", "sampled_softmax")
+    return _rank(inputs, sasrec_config(inputs.config, "sasrec_sampled", "sampled_softmax"))
+
+
+@register_baseline("sasrec_full")
+def rank_full(inputs: BaselineInputs) -> Ranks:
+    """SASRec with the full softmax, item texts and pointers (`sasrec_full_config`)."""
+    return _rank(inputs, sasrec_full_config(inputs.config, "sasrec_full"))
