@@ -59,8 +59,8 @@ def _config_error(path: str, file: Path, error: Exception, config_type: type) ->
     if isinstance(error, TypeError) and unknown:
         groups = {type(group).__name__: group for group, _ in list_groups(config_type())}
         own = [field.name for field in dataclasses.fields(groups[unknown[1]])] if unknown[1] in groups else []
-        all_fields = [path.rsplit(".", 1)[-1] for path, _ in list_leaves(config_type())]
-        meant = did_you_mean(unknown[2], own) or did_you_mean(unknown[2], all_fields)
+        elsewhere = [field for field, _ in list_leaves(config_type())]
+        meant = did_you_mean(unknown[2], own) or did_you_mean(f"config.{unknown[2]}", elsewhere)
         return f"{path}{line}: {unknown[1]} has no field {unknown[2]!r}{meant}"
     return f"{path}{line}: {type(error).__name__}: {error}"
 
