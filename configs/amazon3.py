@@ -46,7 +46,8 @@ def get_config() -> Config:
             split=SplitConfig(kind="leave_one_out", per_service=True),
             seq_len=128,
             history_len=50,
-            max_tokens=16,
+            max_tokens=12,
+            max_attributes=8,
             first_event=False,  # the published protocols predict from a history alone
         ),
         model=ModelConfig(

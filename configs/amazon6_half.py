@@ -23,7 +23,7 @@ def get_config() -> Config:
     return dataclasses.replace(
         base,
         name="amazon6_half",
-        data=dataclasses.replace(base.data, tables=tables, schema=schema),
+        data=dataclasses.replace(base.data, tables=tables, schema=schema, max_tokens=16),
         model=dataclasses.replace(base.model, row_dropout=0.3, n_heads=2, n_kv_heads=2),
         train=dataclasses.replace(base.train, steps=300),
     )

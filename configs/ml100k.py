@@ -48,7 +48,8 @@ def get_config() -> Config:
             split=SplitConfig(kind="leave_one_out"),
             seq_len=256,
             history_len=200,
-            max_tokens=16,
+            max_tokens=12,
+            max_attributes=8,
             first_event=False,  # the published protocols predict from a history alone
         ),
         model=ModelConfig(

@@ -44,7 +44,8 @@ def get_config() -> Config:
             split=SplitConfig(kind="leave_one_out"),
             seq_len=128,
             history_len=50,
-            max_tokens=16,
+            max_tokens=12,
+            max_attributes=12,
             first_event=False,  # the published protocols predict from a history alone
         ),
         model=ModelConfig(

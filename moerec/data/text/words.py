@@ -63,7 +63,7 @@ def _join(*parts: tuple[np.ndarray, pa.Array]) -> tuple[np.ndarray, pa.Array]:
     """Lists behind lists, of each owner."""
     owner = np.concatenate([np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) for offsets, _ in parts])
     flat = pa.concat_arrays([flat for _, flat in parts])
-    return sum(offsets for offsets, _ in parts), flat.take(pa.array(np.argsort(owner, kind="stable")))
+    return np.sum([offsets for offsets, _ in parts], axis=0), flat.take(pa.array(np.argsort(owner, kind="stable")))
 
 
 def _pair_characters(words: pa.Array, owner: np.ndarray) -> tuple[pa.Array, np.ndarray]:
