@@ -29,7 +29,7 @@ BASELINES = ("popularity", "popularity_by_service", "popularity_recent", "markov
 def get_config() -> c.Config:
     """The model of these tables."""
     tables = c.TablesConfig(folder=FOLDER, interactions=INTERACTIONS, items=ITEMS, users=USERS)
-    columns = {**EVENTS, **ITEM_COLUMNS, **USER_COLUMNS}
+    columns = {**EVENTS, **(ITEM_COLUMNS if ITEMS else {}), **(USER_COLUMNS if USERS else {})}
     schema = c.SchemaConfig(**columns, time_unit=TIME_UNIT, zone=ZONE, context=CONTEXT)
     data = c.DataConfig(source="tables", tables=tables, schema=schema)
     base = size_config(data, count_tables(data), mask_seen=MASK_SEEN)
