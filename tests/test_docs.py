@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "results").rglob("*.md"))]
 OURS = ("experiments", "moerec", "pallas_kernels")
-COMMON_FLAGS = {"config", "workdir", "json", "help", "helpfull", "plugin"}
-FILE = re.compile(r"\.(json|jsonl|npz|html|py|parquet)$")
+COMMON_FLAGS = {"config", "workdir", "json", "help", "helpfull", "plugin", "print_config", "compile_cache"}
+FILE = re.compile(r"\.(json|jsonl|log|npz|html|py|parquet)$")
 
 
 def name_page(page: pathlib.Path) -> str:
