@@ -229,10 +229,11 @@ def test_the_request_of_the_report_has_the_longest_history_before_a_candidate(as
 
 
 def test_requests_are_timed(asked):
-    found = bench_recommend(asked, 2, 0.5)
+    found = bench_recommend(asked, 2, 0.5, 8)
     assert found["services"] == 3
     assert 1 <= found["services_asked"] <= 3
-    assert found["all"]["p50_ms"] > 0
+    assert found["explained"]["p50_ms"] > 0
+    assert found["lists"]["users_per_s"] > 0
     with pytest.raises(InputError, match="--requests"):
         bench_recommend(asked, 0, 0.5)
 
