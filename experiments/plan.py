@@ -41,4 +41,4 @@ def main(config, flags):
 
 
 if __name__ == "__main__":
-    cli.run(main, "configs/city_moe.py", FLAGS, workdir=False)
+    cli.run(main, "configs/city_moe.py", FLAGS, workdir=False, keep_programs=False)

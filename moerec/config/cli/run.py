@@ -53,6 +53,7 @@ def run(
     *,
     config_type: type | None = Config,
     workdir: bool = True,
+    keep_programs: bool = True,
 ) -> typing.NoReturn:
     """Runs `main(config, flags)` on the command line and exits with the code above.
 
@@ -61,10 +62,20 @@ def run(
     separated by commas, tuple of str given one by one), read as `flags.top_k`; global flags of absl work too.
     config_type: the class that `get_config()` must return; None for a command without one (`config` is then None).
     workdir: whether `--workdir` must be given.
+    keep_programs: whether compiled programs are kept; JAX writes those for devices that are not there, but cannot read
+      them.
     `main` may return a dict, which `--json` prints (not finite numbers as null); its `exit_code` is then used.
     """
     sys.unraisablehook = _interrupt_again
-    code = execute(main, sys.argv, default_config, extra_flags, config_type=config_type, workdir=workdir)
+    code = execute(
+        main,
+        sys.argv,
+        default_config,
+        extra_flags,
+        config_type=config_type,
+        workdir=workdir,
+        keep_programs=keep_programs,
+    )
     if code in (1, INTERRUPTED, TERMINATED):
         # Loader and checkpoint threads may be in the middle of something: what they hold is not needed, and a
         # half-written checkpoint is never read, but taking them down in order can take long, complain, or crash.
@@ -95,10 +106,11 @@ def execute(
     *,
     config_type: type | None = Config,
     workdir: bool = True,
+    keep_programs: bool = True,
 ) -> int:
     """`run` in process, on `argv` (the program's name first): returns the exit code."""
     with safe_output():
-        return _execute(main, argv, default_config, extra_flags or {}, config_type, workdir)
+        return _execute(main, argv, default_config, extra_flags or {}, config_type, workdir, keep_programs)
 
 
 def _execute(
@@ -108,6 +120,7 @@ def _execute(
     extra_flags: ExtraFlags,
     config_type: type | None,
     workdir: bool,
+    keep_programs: bool,
 ) -> int:
     try:
         values = define_flags(config_type, default_config, extra_flags)
@@ -124,7 +137,7 @@ def _execute(
             import_plugin(name)
         if workdir and not values.workdir:
             raise InputError("--workdir is missing: the directory of the run")
-        with compile_cache(values.compile_cache):
+        with compile_cache(values.compile_cache if keep_programs else "off"):
             result = main(config, values)
         if values.json:
             _print_json(result or {})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moerec.config import cli
 from moerec.config.cli import compile_cache as module
 from moerec.config.cli.compile_cache import compile_cache, limit_size, name_machine, remove_damaged
 
@@ -108,6 +109,14 @@ def test_where_the_programs_are_kept(options, monkeypatch, tmp_path):
     assert options == {"JAX_ENABLE_COMPILATION_CACHE": False}
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
     assert folder_of("") is None
+
+
+def test_a_command_that_compiles_for_other_devices_keeps_nothing(options, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
+    keeping = {"config_type": None, "workdir": False}
+    assert cli.execute(lambda *_: None, ["x"], **keeping, keep_programs=False) == 0
+    assert options == {"JAX_ENABLE_COMPILATION_CACHE": False}
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_told_in_a_line(options, capsys, tmp_path):
