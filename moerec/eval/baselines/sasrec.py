@@ -3,9 +3,10 @@
 import dataclasses
 
 from moerec.config import AskConfig, Config, MoEConfig, PersonalConfig, TextConfig
-from moerec.eval.baselines.base import BaselineInputs, register_baseline
+from moerec.eval.baselines.base import BaselineInputs, TunedRanks, register_baseline
 from moerec.eval.metrics import Ranks
 from moerec.eval.ranking.rank import make_evaluator, rank_targets
+from moerec.nn.model import count_params
 from moerec.train.loop import fit
 
 
@@ -58,7 +59,8 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
 def _rank(inputs: BaselineInputs, name: str, loss_kind: str) -> Ranks:
     config = sasrec_config(inputs.config, name, loss_kind)
     trained = fit(config, inputs.data, inputs.workdir, make_evaluator(config, inputs.data))
-    return rank_targets(trained.predictor, inputs.examples, trained.catalog)
+    size = {"n_params": count_params(trained.predictor.params), "steps": trained.steps, "seconds": trained.wall_s}
+    return TunedRanks(rank_targets(trained.predictor, inputs.examples, trained.catalog), {}, size)
 
 
 @register_baseline("sasrec_one_negative")
