@@ -18,7 +18,7 @@ from moerec.nn.heads.service_answers import component_names
 WIDTH = 380
 _LEFT, _RIGHT, _MIDDLE = 4, 364, 184  # the column of blocks; the posterior goes down to its right
 _LINE, _SMALL, _HEAD = 15, 11, 13  # units: a line of text, and sizes of letters
-_LETTER, _WIDE_LETTER = 0.57, 0.68  # of a letter's size, its width, in lines of text and in headings and names
+_LETTER, _WIDE_LETTER = 0.57, 0.65  # of a letter's size, its width, in lines of text and in headings and names
 _MOST_SQUARES = 8  # experts of a group that are drawn
 
 
