@@ -31,11 +31,11 @@ def main(config, flags):
         raise InputError("--parallel: belongs to --seeds")
     metrics = run_experiment(config, Path(flags.workdir))
     if config.data.source == "text":
-        print(format_language(metrics), flush=True)
-        return metrics
-    print(format_table(metrics))
-    if matrix := format_forced(metrics):
-        print(matrix)
+        print(format_language(metrics))
+    else:
+        print(format_table(metrics))
+        if matrix := format_forced(metrics):
+            print(matrix)
     print(f"report: {Path(flags.workdir) / 'report.html'}", flush=True)
     return metrics
 

@@ -54,9 +54,18 @@ def read_config(path: Path) -> Config:
         if isinstance(group, dict):  # `_build` tells of what is none
             values[name] = {**fields, **group}
     try:
-        return _build(Config, values, "config")
+        return build_config(values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def build_config(values: dict[str, Any]) -> Config:
+    """The configuration of a plain one without its format number.
+
+    Raises:
+      InputError: an unknown field, or one of a wrong type or value.
+    """
+    return _build(Config, values, "config")
 
 
 def _build(kind: Any, value: Any, place: str) -> Any:

@@ -5,6 +5,7 @@ ceiling, over the same targets.
 import dataclasses
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     refuse_strange_folder(workdir)
     refuse_other_config(to_plain(dataclasses.asdict(config)), workdir / CONFIG)
     if config.data.source == "text":
-        return run_language(config, workdir)
+        metrics = run_language(config, workdir)
+        if not (workdir / REPORT).exists():
+            write_report(workdir)
+        return metrics
     data = add_item_states(config, load_data(config.data, workdir), workdir)
     notes = (*data.notes, data.tokens.describe(), *suggest_masking(config, data))
     for line in (*notes, *describe_quarantine(data.quarantined)):
@@ -137,25 +141,34 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
     if config.data.split.by_user and config.data.first_event:
         first = evaluate_first_events(config, data, examples, trained.predictor, trained.catalog)
         metrics["probes"]["first_events"] = first
-    ranked = {
-        name: BASELINES[name](BaselineInputs(config, data, examples, workdir / "baselines" / name))
-        for name in config.baselines
-    }
-    baselines = {name: found for name, found in ranked.items() if found is not None}
+    baselines: dict[str, Ranks] = {}
+    metrics["baseline_sizes"] = {}
+    for name in config.baselines:
+        began = time.monotonic()
+        found = BASELINES[name](BaselineInputs(config, data, examples, workdir / "baselines" / name))
+        if found is None:  # it has nothing to go by in these data, and has said so
+            continue
+        baselines[name] = found
+        took = {"seconds": time.monotonic() - began}
+        metrics["baseline_sizes"][name] = took | (found.size if isinstance(found, TunedRanks) else {})
     metrics["baselines"] = {name: build_table(found, service, services) for name, found in baselines.items()}
     tuned = {name: found.settings for name, found in baselines.items() if isinstance(found, TunedRanks)}
-    if tuned:
+    if tuned := {name: settings for name, settings in tuned.items() if settings}:
         metrics["baseline_settings"] = tuned
     intervals = table_intervals({"": ranks, **baselines}, service, services, examples.user, config.eval.n_boot)
     metrics["intervals"] = intervals.pop("")
     metrics["baseline_intervals"] = intervals
-    metrics["paired"] = table_tests(ranks, baselines, service, services, examples.user, config.seed)
+    tested = ranks, baselines, service, services, examples.user
+    metrics["paired"] = table_tests(*tested, config.seed, config.eval.n_boot)
     columns = [(column.part, column.key, column.metric) for column in list_columns(metrics["test"])]
     metrics["best"] = compare_best_rows(ranks, baselines, columns, service, services, examples.user, config.seed)
     if data.world is not None:
         _add_ceiling(metrics, config, data, examples, ranks)
     if config.eval.n_probed:
         _probe_parts(metrics, config, data, trained, examples)
+    row = pick_row(config, examples)
+    if row is not None:
+        metrics["example"] = describe_example(config, data.dataset, row, trained.predictor, trained.catalog)
     metrics["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return metrics
 
@@ -213,7 +226,6 @@ def _probe_parts(
         exact = rank_ceiling(sample, data, config.eval.mask_seen).log_service if data.world is not None else None
         prober = Prober(predictor, sample, catalog)
         metrics["probes"]["asking"] = evaluate_asking(config, prober, log_posterior, exact)
-        metrics["example"] = describe_example(config, data.dataset, pick_row(config, sample), predictor, catalog)
 
 
 def _intervene(

@@ -28,9 +28,11 @@ from moerec.nn.sharding import make_mesh
 from moerec.tasks import LanguageModel, sum_token_nll
 from moerec.train.base_model.hf_run import find_tokenizer, keep_origin
 from moerec.train.base_model.warm_start import find_checkpoint
-from moerec.train.loop import Evaluator, fit
+from moerec.train.loop import Evaluator, TrainResult, fit
 from moerec.train.run_dir import CONFIG, METRICS
 from moerec.types import Batch, Catalog
+
+MOST_SOURCES = 32  # files of documents, of which each is measured by itself
 
 
 def list_batches(reader: TokenReader, shape: tuple[int, int], most_tokens: int) -> Iterator[Batch]:
@@ -108,12 +110,14 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
         print("no document is held out (data.corpus.valid_fraction): nothing is validated", file=sys.stderr)
     evaluate = make_language_evaluator(config, corpus)
     trained = fit(dataclasses.replace(config, train=options), corpus, workdir, evaluate)
-    batches = list_batches(reader, shape, most_tokens=int(reader.lengths.sum()))
-    nats, n_tokens = measure_nats(config, trained.predictor, batches, trained.catalog)
     metrics = {
         **trained.describe(config),
+        "dataset": {
+            "n_train_documents": int(np.sum(~corpus.is_valid)),
+            "n_train_tokens": int(corpus.length[~corpus.is_valid].sum()),
+        },
         "valid": {"step": trained.step, **trained.valid},
-        "tasks": {"lm": _describe(corpus, nats, n_tokens)},
+        "tasks": {"lm": _evaluate(config, corpus, trained, shape)},
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
     write_json(workdir / METRICS, metrics)
@@ -135,19 +139,38 @@ def _find_perplexity(nats: float) -> float:
     return math.exp(min(nats, 700.0))  # beyond lies no float64
 
 
-def _describe(corpus: Corpus, nats: float, n_tokens: int) -> dict[str, Any]:
+def _evaluate(config: Config, corpus: Corpus, trained: TrainResult, shape: tuple[int, int]) -> dict[str, Any]:
+    """The held-out documents of all sources, and of each one where there are several (`sources`)."""
+    sources = range(len(corpus.sources)) if 1 < len(corpus.sources) <= MOST_SOURCES else [None]
+    measured = []
+    for source in sources:
+        reader = TokenReader(corpus, valid=True, source=source)
+        batches = list_batches(reader, shape, most_tokens=int(reader.lengths.sum()))
+        measured.append(measure_nats(config, trained.predictor, batches, trained.catalog))
+    is_valid, n_tokens = corpus.is_valid, sum(n for _, n in measured)
+    nats = measured[0][0] if len(measured) == 1 else sum(nats * n for nats, n in measured) / max(n_tokens, 1)
+    found = _describe(corpus, is_valid, nats, n_tokens)
+    if len(measured) > 1:
+        own = [is_valid & (corpus.source == source) for source in sources]
+        rows = [_describe(corpus, chosen, *part) for chosen, part in zip(own, measured, strict=True)]
+        found["sources"] = dict(zip(corpus.sources, rows, strict=True))
+    return found
+
+
+def _describe(corpus: Corpus, chosen: np.ndarray, nats: float, n_tokens: int) -> dict[str, Any]:
     """Bits per byte are over all bytes of the documents, although a document's first token is given and not told; its
     end is told, and is no byte.
     """
     if not n_tokens:
         return {"n_tokens": 0, "n_documents": 0}
-    n_bytes = int(corpus.n_bytes[corpus.is_valid].sum())
+    n_bytes = int(corpus.n_bytes[chosen].sum())
     return {
         "nats_per_token": nats,
         "perplexity": _find_perplexity(nats),
         "bits_per_byte": nats * n_tokens / math.log(2) / max(n_bytes, 1),
         "n_tokens": n_tokens,
-        "n_documents": int(corpus.is_valid.sum()),
+        "n_documents": int(chosen.sum()),
+        "n_bytes": n_bytes,
     }
 
 

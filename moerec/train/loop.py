@@ -19,7 +19,15 @@ from moerec.data.pipeline import PackedStream, StreamOptions
 from moerec.data.text.corpus import Corpus
 from moerec.data.text.stream import TextStream, TokenReader
 from moerec.errors import InputError, Terminated, WorkError
-from moerec.nn.model import TEXT_SIZES, Predictor, count_active_params, pick_calibration, read_calibration
+from moerec.nn.model import (
+    TEXT_SIZES,
+    Predictor,
+    count_active_params,
+    count_params,
+    count_params_by_part,
+    pick_calibration,
+    read_calibration,
+)
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
 from moerec.tasks import make_tasks
 from moerec.tasks.base import Task, render_targets
@@ -62,8 +70,9 @@ class TrainResult(NamedTuple):
             "best_step": self.step,
             "wall_s": self.wall_s,
             "tokens_per_s": self.slots_per_s,
-            "n_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "n_params": count_params(params),
             "n_active_params": count_active_params(params),
+            "n_params_by_part": count_params_by_part(params),
         }
 
 

@@ -9,6 +9,7 @@ import operator
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 from moerec.data import splits
 from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog
@@ -19,6 +20,7 @@ from moerec.eval import baselines, metrics
 from moerec.eval.baselines import (
     BASELINES,
     BaselineInputs,
+    count_stored,
     rank_by_scores,
     register_baseline,
     register_scorer,
@@ -341,6 +343,20 @@ def test_an_own_scorer_is_ranked_as_rank_by_scores_does(own_names, tmp_path, mas
         np.testing.assert_array_equal(one.greater, other.greater)
         np.testing.assert_array_equal(one.equal, other.equal)
     assert not (tmp_path / "mine").exists()
+
+
+def test_what_a_baseline_stores_is_counted_once_and_what_it_was_given_not_at_all():
+    shared, given = np.ones((3, 4)), np.ones(1000)
+
+    @dataclasses.dataclass
+    class Model:
+        data: object
+        parts: list
+
+    sparse = scipy.sparse.csr_matrix(np.eye(5))
+    model = Model(given, [shared, (sparse, {"a": shared, "b": np.ones(7)}), "text", 3, None])
+    assert count_stored(model, given) == 12 + 5 + 7
+    assert count_stored(model) == 1000 + 12 + 5 + 7
 
 
 PUBLISHED = {  # HR@5, HR@10, NDCG@10 of the decayed item-kNN and HR@10 of popularity

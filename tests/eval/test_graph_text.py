@@ -248,6 +248,9 @@ def test_a_variant_is_ranked_by_what_was_chosen_for_it(tmp_path, name):
         np.testing.assert_array_equal(one.greater, other.greater)
         np.testing.assert_array_equal(one.equal, other.equal)
     settings = chosen.settings
+    # What was tried beside it is not counted.
+    scorer.score(data.dataset, examples.targets[:1], examples.histories.slice(0, 1))
+    assert found.size["n_stored"] == scorer.n_stored > 0
     assert name != "graph_text_no_text" or settings.text_weight == 0
     assert name != "graph_text_no_graph" or (settings.gap_decay is None and settings.text_weight == 1)
     assert name != "graph_text_own" or settings.history == OWN

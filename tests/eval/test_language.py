@@ -343,3 +343,29 @@ def test_nats_beyond_all_bounds_are_a_number(finished, documents):
     assert score == 0
     assert valid["valid/lm/nats"] > 1000
     assert 1e300 < valid["valid/lm/perplexity"] < math.inf
+
+
+def test_files_of_documents_are_measured_apart_and_together(tmp_path):
+    """Each file's documents by hand; and what they add up to is the whole."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    animals = {"one.jsonl": ANIMALS, "two.jsonl": ("ant", "bee", "yak", "emu", "ape")}
+    for name, own in animals.items():
+        write_documents(folder / name, own)
+    metrics = run_experiment(make_config(folder, steps=2), tmp_path / "run")
+    found, n_trained = metrics["tasks"]["lm"], 0
+    assert list(found["sources"]) == list(animals)
+    for name, row in found["sources"].items():
+        trained, held, texts = read_sides(folder / name, tmp_path / "run")
+        nats, n_trained = measure_by_hand(tmp_path / "run", held), n_trained + len(trained)
+        assert row["n_documents"] == len(held) > 1
+        assert row["n_tokens"] == len(nats)
+        assert row["nats_per_token"] == pytest.approx(np.mean(nats), rel=1e-5)
+        assert row["n_bytes"] == sum(len(text.encode()) for text in texts)
+    for key in ("n_documents", "n_tokens", "n_bytes"):
+        assert found[key] == sum(row[key] for row in found["sources"].values())
+    bits = sum(row["bits_per_byte"] * row["n_bytes"] for row in found["sources"].values())
+    assert found["bits_per_byte"] == pytest.approx(bits / found["n_bytes"])
+    assert metrics["dataset"]["n_train_documents"] == n_trained
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(f'<th scope="row">{name}</th>' in page for name in animals)

@@ -160,3 +160,27 @@ def test_equal_rows_and_one_row_have_no_best():
     assert compare_rows({None: ranks}, 60) == {}
     rows = {"twin": ranks, None: ranks, "worst": draw_ranks(rng, 60, (50,))}
     assert all(test["p_holm"] == 1 for test in list_tests(compare_rows(rows, 60)))
+
+
+def test_differences_have_intervals_of_their_own():
+    """Against a loop that resamples users, and is as wide; of a row against itself there is none."""
+    rng = np.random.default_rng(0)
+    user, service = np.arange(300) // 2, np.arange(300) % 2
+
+    def ranks(seed):
+        greater = np.random.default_rng(seed).integers(0, 30, 300)
+        return Ranks(*[RankCounts(greater, np.ones(300, np.int64))] * 2)
+
+    model, other = ranks(1), ranks(2)
+    rows = {"other": other, "same": model}
+    found = significance.table_tests(model, rows, service, ("a", "b"), user, 0, n_boot=2000)
+    gain = per_target_metrics(model.union)["ndcg@10"] - per_target_metrics(other.union)["ndcg@10"]
+    means = []
+    for _ in range(2000):
+        drawn = rng.integers(0, 150, 150)
+        means.append(np.concatenate([gain[2 * drawn], gain[2 * drawn + 1]]).mean())
+    assert found["other"]["difference"] == pytest.approx(gain.mean())
+    assert found["other"]["interval"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.006)
+    assert found["other"]["in_service"]["b"]["difference"] == pytest.approx(gain[1::2].mean())
+    assert found["same"]["interval"] == [0, 0]
+    assert significance.table_tests(model, {}, service, ("a", "b"), user, 0) == {}

@@ -15,7 +15,7 @@ from moerec.data.splits import TEST
 from moerec.errors import InputError
 from moerec.eval.evaluate_run import run_experiment
 from moerec.eval.probes.answers import choose_services
-from moerec.eval.probes.example import pick_row
+from moerec.eval.probes.example import describe_example, pick_row
 from moerec.eval.ranking import EvalDataset, make_test_set, rank_targets
 from moerec.eval.ranking.per_target import read_ranks
 from moerec.eval.report import format_forced
@@ -200,7 +200,7 @@ def test_a_run_reports_one_request_and_prints_the_matrix_of_experts(asked, metri
         for item in answer["items"]:
             assert sum(item["components"].values()) == pytest.approx(item["p"], abs=1e-6)
     page = (folder / "report.html").read_text()
-    assert f"of {example['user']} at {example['time']}" in page
+    assert f"<dt>user</dt><dd>{example['user']}</dd>" in page
     assert all(f"{name}: weight {answer['weight']:.2f}" in page for name, answer in example["services"].items())
     lines = format_forced(metrics).splitlines()
     assert len(lines) == 5
@@ -214,18 +214,27 @@ def test_a_run_reports_one_request_and_prints_the_matrix_of_experts(asked, metri
 
 
 @pytest.mark.parametrize("mask_seen", [False, True])
-def test_the_request_of_the_report_has_the_longest_history_before_a_candidate(asked, mask_seen):
-    log = asked.data.dataset.log
+def test_the_list_of_the_request_is_that_of_the_answers(asked, mask_seen):
+    """The best of p(service) p(item | service), and a target that the user had is no candidate."""
     config = dataclasses.replace(asked.config, eval=dataclasses.replace(asked.config.eval, mask_seen=mask_seen))
-    examples = make_test_set(config, asked.data)
-    lengths = {}
-    for row in examples.targets.tolist():
-        before = log.item[log.offsets[log.users_of(np.array([row]))[0]] : row]
-        if not mask_seen or log.item[row] not in before:
-            lengths[row] = min(len(before), config.data.history_len)
-    row = pick_row(config, examples)
-    assert len(lengths) < len(examples.targets) or not mask_seen
-    assert lengths[row] == max(lengths.values())
+    examples, log = make_test_set(config, asked.data), asked.data.dataset.log
+    repeats = examples.targets[examples.is_repeated]
+    row = int(repeats[0]) if mask_seen else pick_row(config, examples)
+    example = describe_example(config, asked.data.dataset, row, asked.predictor, asked.catalog)
+    weighed = {
+        (name, item["id"]): answer["weight"] * item["p"]
+        for name, answer in example["services"].items()
+        for item in answer["items"]
+    }
+    best = sorted(weighed, key=lambda key: -weighed[key])[:3]
+    assert [(item["service"], item["id"]) for item in example["items"]][:3] == best
+    for item in example["items"]:
+        assert sum(item["components"].values()) == pytest.approx(item["p"], rel=1e-4)
+    before = log.item[log.offsets[log.users_of(np.array([row]))[0]] : row]
+    ids = {str(asked.data.dataset.catalogue.ids[i]) for i in before}
+    assert not mask_seen or not ids & {item["id"] for item in example["items"]}
+    assert (example["target"]["rank"] is None) == mask_seen
+    assert example["n_history"] == len(before)
 
 
 def test_requests_are_timed(asked):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moerec.config import CorpusConfig
-from moerec.data.text.documents import read_documents, read_folder
+from moerec.data.text.documents import list_files, read_documents
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
 from moerec.types import NO_ITEMS
@@ -29,6 +29,7 @@ class Corpus:
     ids: int32 tokens.
     n_bytes: `[N]` int64, UTF-8 bytes of each document's text.
     is_valid: `[N]` bool, the documents that are held out.
+    sources: names of the files that the documents are of. source: `[N]` int32, which of them.
     """
 
     tokenizer: TextTokenizer
@@ -36,6 +37,8 @@ class Corpus:
     ids: np.ndarray
     n_bytes: np.ndarray
     is_valid: np.ndarray
+    sources: tuple[str, ...] = ()
+    source: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     catalog = NO_ITEMS
 
@@ -83,7 +86,9 @@ def load_corpus(
     if not config.path:
         raise InputError("config.data.corpus.path is missing: a file of documents, or a folder of such files")
     path, kept = Path(config.path), workdir / TOKENIZER
-    texts = list(read_folder(path) if path.is_dir() else read_documents(path))
+    files = list_files(path) if path.is_dir() else [path]
+    by_file = [list(read_documents(file)) for file in files]
+    texts = list(itertools.chain.from_iterable(by_file))
     is_valid = np.array([_hold_out(text, config.valid_fraction) for text in texts], bool)
     if is_valid.all():
         raise InputError(f"{path}: no document is left to train on")
@@ -102,7 +107,8 @@ def load_corpus(
     if source != kept:  # only now: what was refused must not bind the directory
         tokenizer.save(kept)
     n_bytes = np.array([len(text.encode()) for text in texts], np.int64)
-    return Corpus(tokenizer, offsets, ids, n_bytes, is_valid)
+    of_file = np.repeat(np.arange(len(files), dtype=np.int32), [len(part) for part in by_file])
+    return Corpus(tokenizer, offsets, ids, n_bytes, is_valid, tuple(file.name for file in files), of_file)
 
 
 def _hold_out(text: str, fraction: float) -> bool:

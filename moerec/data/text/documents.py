@@ -44,14 +44,19 @@ def read_folder(folder: Path) -> Iterator[str]:
     Raises:
       InputError: also where it is no folder or has no such file.
     """
+    for path in list_files(folder):
+        yield from read_documents(path)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The files of documents in a folder, in the order of their names. Raises: as `read_folder`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: {'is no folder' if folder.exists() else 'no such folder'}")
     paths = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path.is_file())
     if not paths:
         raise InputError(f"{folder}: has no file of text ({', '.join(SUFFIXES)})")
-    for path in paths:
-        yield from read_documents(path)
+    return paths
 
 
 @contextlib.contextmanager

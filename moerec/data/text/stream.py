@@ -14,8 +14,10 @@ from moerec.errors import InputError
 class TokenReader:
     """The documents that are trained on, or those that are held out, with what `PackedIterator` asks of a reader."""
 
-    def __init__(self, corpus: Corpus, valid: bool = False):
-        chosen = np.flatnonzero(corpus.is_valid == valid)
+    def __init__(self, corpus: Corpus, valid: bool = False, source: int | None = None):
+        """Args: the source of the documents, where it is one alone."""
+        is_chosen = corpus.is_valid == valid
+        chosen = np.flatnonzero(is_chosen if source is None else is_chosen & (corpus.source == source))
         self.start, self.lengths, self.ids = corpus.offsets[:-1][chosen], corpus.length[chosen], corpus.ids
         self.fields = np.zeros((len(chosen), 0), np.int32)
 

@@ -1,10 +1,11 @@
 """What a baseline is, and the ranking of those that score all items on the host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
+import scipy.sparse
 
 from moerec.config import Config
 from moerec.config.registry import Registry
@@ -38,13 +39,18 @@ class BaselineInputs(NamedTuple):
 
 
 class TunedRanks(Ranks):
-    """Ranks that come with what they were set to, mostly on the validation targets, for `metrics.json`."""
+    """Ranks that come with what they were set to, mostly on the validation targets, and how large what gave them is;
+    for `metrics.json`.
+
+    `size` has `n_params` of what is trained, with its `steps` and `seconds`; else `n_stored` (`count_stored`).
+    """
 
     settings: dict[str, Any]
+    size: dict[str, Any]
 
-    def __new__(cls, ranks: Ranks, settings: dict[str, Any]) -> "TunedRanks":
+    def __new__(cls, ranks: Ranks, settings: dict[str, Any], size: dict[str, Any] | None = None) -> "TunedRanks":
         made = super().__new__(cls, *ranks)
-        made.settings = settings
+        made.settings, made.size = settings, size or {}
         return made
 
 
@@ -65,13 +71,42 @@ def register_scorer(name: str) -> Callable[[Callable[P, S]], Callable[P, S]]:
             data, examples = inputs.data, inputs.examples
             scorer = cast(Callable[..., Scorer], fit)(data.dataset, data.split_ids)
             seen = inputs.config.eval.mask_seen
-            return rank_by_scores(scorer, data.dataset, examples.targets, examples.histories, seen)
+            ranks = rank_by_scores(scorer, data.dataset, examples.targets, examples.histories, seen)
+            return TunedRanks(ranks, {}, {"n_stored": count_stored(scorer, data.dataset, data.split_ids)})
 
         rank.__wrapped__ = fit  # type: ignore[attr-defined]
         BASELINES.register(name)(rank)
         return fit
 
     return add
+
+
+def count_stored(model: object, *given: object) -> int:
+    """How many numbers a fitted model holds: entries of its arrays, nonzero ones of sparse matrices, each array once.
+
+    A model that holds more than its answers need, such as what was tried, says so itself (`n_stored`).
+
+    Args: given: what it has of others, such as the data set, which is not counted.
+    """
+    if isinstance(own := getattr(model, "n_stored", None), int):
+        return own
+    met, total, waiting = {id(x) for x in given}, 0, [model]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in met or isinstance(part, (type, str)):
+            continue
+        met.add(id(part))
+        if isinstance(part, np.ndarray):
+            total += part.size
+        elif scipy.sparse.issparse(part):
+            total += int(cast(Any, part).nnz)
+        elif isinstance(part, Mapping):
+            waiting += part.values()
+        elif isinstance(part, (list, tuple)):
+            waiting += part
+        else:
+            waiting += vars(part).values() if hasattr(part, "__dict__") else ()
+    return total
 
 
 def rank_by_scores(

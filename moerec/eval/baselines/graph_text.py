@@ -103,6 +103,12 @@ class Parts:
         found[asks] = (by_service[z] @ asked_nV[asks].T.toarray(order="C")).T
         return found
 
+    def count(self, settings: Settings) -> int:
+        """Numbers of the matrices that the scores of one choice come from."""
+        graph = [] if settings.gap_decay is None else self._find_graphs(settings.history == OWN, settings.gap_decay)
+        text = self._texts[0].nnz if settings.text_weight and self._texts else 0
+        return int(text) + sum(int(part.nnz) for part in graph)
+
     def _find_graphs(self, within_service: bool, gap_decay: float) -> list[scipy.sparse.csr_matrix]:
         key = within_service, gap_decay
         if key not in self._graphs:
@@ -133,6 +139,11 @@ class GraphText:
 
     parts: Parts
     settings: Settings
+
+    @property
+    def n_stored(self) -> int:
+        """Numbers that the scores come from (texts once they have been read)."""
+        return self.parts.count(self.settings)
 
     def score(self, dataset: Dataset, targets: np.ndarray, histories: Histories) -> np.ndarray:
         history, decay, gap_decay, text_weight = self.settings

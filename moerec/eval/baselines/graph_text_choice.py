@@ -188,7 +188,7 @@ def _register(name: str, grid: Grid) -> None:
         chunk = _count_rows(MOST_RANKED, data.dataset.catalogue.n_items)
         ranks = rank_by_scores(scorer, data.dataset, examples.targets, examples.histories, seen, chunk)
         settings = {**chosen.settings._asdict(), "valid_ndcg@10": chosen.score, "n_valid": chosen.n}
-        return TunedRanks(ranks, settings)
+        return TunedRanks(ranks, settings, {"n_stored": scorer.n_stored})
 
     def fit(dataset: Dataset, split_ids: np.ndarray) -> GraphText:
         return fit_graph_text(dataset, split_ids, grid.first)

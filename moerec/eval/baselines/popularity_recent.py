@@ -10,7 +10,7 @@ from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset
 from moerec.data.histories import Histories
 from moerec.data.splits import TRAIN, VALID
 from moerec.errors import WorkError
-from moerec.eval.baselines.base import BaselineInputs, TunedRanks, rank_by_scores, register_baseline
+from moerec.eval.baselines.base import BaselineInputs, TunedRanks, count_stored, rank_by_scores, register_baseline
 from moerec.eval.metrics import RankCounts, Ranks, per_target_metrics
 from moerec.eval.ranking.dataset import EvalDataset, make_valid_set
 
@@ -167,10 +167,11 @@ def rank_recent_popularity(inputs: BaselineInputs) -> Ranks:
     days = config.eval.popularity_days or choose_window(inputs)
     scorer = fit_recent_popularity(data.dataset, data.split_ids, days)
     ranks = _rank_by_time(scorer, data.dataset, examples, config.eval.mask_seen)
+    size = {"n_stored": count_stored(scorer)}
     if isinstance(scorer, LatePopularity):
-        return ranks
+        return TunedRanks(ranks, {}, size)
     is_chosen = not config.eval.popularity_days and bool(np.any(data.split_ids == VALID))
-    return TunedRanks(ranks, {"days": days if np.isfinite(days) else None, "chosen": is_chosen})
+    return TunedRanks(ranks, {"days": days if np.isfinite(days) else None, "chosen": is_chosen}, size)
 
 
 def _rank_by_time(

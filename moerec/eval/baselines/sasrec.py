@@ -5,9 +5,10 @@ sampled softmax; and the strongest form of it that knows of items and their orde
 import dataclasses
 
 from moerec.config import AskConfig, Config, MoEConfig, PersonalConfig, TextConfig
-from moerec.eval.baselines.base import BaselineInputs, register_baseline
+from moerec.eval.baselines.base import BaselineInputs, TunedRanks, register_baseline
 from moerec.eval.metrics import Ranks
 from moerec.eval.ranking.rank import make_evaluator, rank_targets
+from moerec.nn.model import count_params
 from moerec.train.loop import fit
 
 
@@ -90,7 +91,8 @@ def sasrec_full_config(config: Config, name: str) -> Config:
 
 def _rank(inputs: BaselineInputs, config: Config) -> Ranks:
     trained = fit(config, inputs.data, inputs.workdir, make_evaluator(config, inputs.data))
-    return rank_targets(trained.predictor, inputs.examples, trained.catalog)
+    size = {"n_params": count_params(trained.predictor.params), "steps": trained.steps, "seconds": trained.wall_s}
+    return TunedRanks(rank_targets(trained.predictor, inputs.examples, trained.catalog), {}, size)
 
 
 @register_baseline("sasrec_one_negative")

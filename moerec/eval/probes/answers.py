@@ -135,14 +135,15 @@ def ask_services(
     answers = []
     for place, (z, weight) in enumerate(zip(service_X.tolist(), np.exp(log_weight_X).tolist(), strict=True)):
         kept = best_XJ[place] >= 0
-        expert = None if routed_LZE is None else _share_groups(predictor.config, routed_LZE[:, z])
+        expert = None if routed_LZE is None else share_groups(predictor.config, routed_LZE[:, z])
         of_items = item_XJ[place][kept].astype(np.int64), best_XJ[place][kept], part_XJC[place][kept]
         answers.append(ServiceAnswer(z, weight, *of_items, gate_XC[place], expert))
     relevance = None if relevance_M is None else np.asarray(relevance_M)
     return log_p_I, AskedAnswer(np.exp(np.asarray(log_weight_Z)), tuple(answers), relevance)
 
 
-def _share_groups(config: ModelConfig, routed_LE: np.ndarray) -> np.ndarray:
+def share_groups(config: ModelConfig, routed_LE: np.ndarray) -> np.ndarray:
+    """`[G]`, the groups' shares of what the routers give to experts `[L, E]`, mean over the layers."""
     share_E = (routed_LE / np.maximum(routed_LE.sum(axis=1, keepdims=True), 1e-30)).mean(axis=0)
     return share_E.reshape(-1, config.moe.n_per_group).sum(axis=1)
 

@@ -55,24 +55,33 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, m
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _new_figure(4.6, 2.7)
+        (figure, axes), ends = _new_figure(4.6, 2.7), list[tuple[str, tuple[int, float], str]]()
         for colour, (name, points) in zip((_ACCENT, _SECOND, _MUTED), curves.items(), strict=False):
             kept = points[:: math.ceil(len(points) / _MOST_POINTS)]
             kept = kept if kept[-1] == points[-1] else [*kept, points[-1]]
             marker = "o" if len(kept) <= 12 else None
             axes.plot([x for x, _ in kept], [y for _, y in kept], color=colour, marker=marker, markersize=3)
-            if len(curves) > 1:
-                axes.annotate(
-                    name, kept[-1], (-2, 7), textcoords="offset points", color=colour, ha="right", annotation_clip=False
-                )
+            ends.append((name, kept[-1], colour))
+        if len(curves) > 1:
+            _label_ends(axes, ends)
         if mark is not None:
             axes.axvline(mark, color=_MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-        axes.margins(x=0.02, y=0.15)
+        axes.margins(x=0.02, y=0.2)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
         axes.locator_params(axis="y", nbins=5)
         axes.locator_params(axis="x", nbins=6, integer=True)
         axes.set_xlabel("step")
         return _to_svg(figure, title)
+
+
+def _label_ends(axes: "Axes", ends: Sequence[tuple[str, tuple[int, float], str]]) -> None:
+    """Names at the ends of curves: the highest one's above it, the lowest one's below, so that none meets another."""
+    by_height = sorted(ends, key=lambda end: -end[1][1])
+    for place, (name, at, colour) in enumerate(by_height):
+        is_below = 0 < place == len(by_height) - 1
+        offset, side = ((-2, -7), "top") if is_below else ((-2, 7), "bottom")
+        style: dict[str, Any] = {"color": colour, "ha": "right", "va": side, "annotation_clip": False}
+        axes.annotate(name, at, offset, textcoords="offset points", **style)
 
 
 def draw_bars(bars: Mapping[str, tuple[float, int | None]], title: str) -> str:
@@ -95,29 +104,6 @@ def draw_bars(bars: Mapping[str, tuple[float, int | None]], title: str) -> str:
         axes.set_xticks([])
         axes.set_yticks(range(len(bars)), [_shorten(label) for label in bars])
         axes.tick_params(axis="y", labelcolor=_INK)
-        return _to_svg(figure, title)
-
-
-def draw_shares(rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str) -> str:
-    """A grid of shares, the darker the larger; equal neighboring column labels are written once, in their middle."""
-    import matplotlib
-    from matplotlib.patches import Rectangle
-
-    with matplotlib.rc_context({**_STYLE, "axes.grid": False, "axes.spines.bottom": False}):
-        figure, axes = _new_figure(4.6, 0.7 + 0.32 * len(rows))
-        most = max((share for shares in rows.values() for share in shares), default=0) or 1
-        for y, shares in enumerate(rows.values()):
-            for x, share in enumerate(shares):
-                axes.add_patch(Rectangle((x, y), 0.96, 0.92, color=_ACCENT, alpha=share / most, linewidth=0))
-                if len(columns) <= 16:
-                    axes.text(x + 0.48, y + 0.48, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
-        axes.set_xlim(0, len(columns))
-        axes.set_ylim(len(rows), 0)
-        names = list(dict.fromkeys(columns))
-        places = [[x for x, column in enumerate(columns) if column == name] for name in names]
-        axes.set_xticks([(xs[0] + xs[-1] + 0.96) / 2 for xs in places], [_shorten(name) for name in names])
-        axes.set_yticks([y + 0.46 for y in range(len(rows))], [_shorten(label) for label in rows])
-        axes.tick_params(axis="both", labelcolor=_INK, length=0)
         return _to_svg(figure, title)
 
 

@@ -3,6 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moerec.eval.report.heat_map import draw_heat_map
+from moerec.eval.report.table import config_name, format_p, format_value, row_label
+from moerec.eval.significance import correct_holm
+
 
 class ProbeTable(NamedTuple):
     """Attributes: a caption, the columns' titles, and (title, cells) of each row."""
@@ -32,13 +36,13 @@ def describe_asking(metrics: Mapping[str, Any]) -> list[ProbeTable]:
         cells = [f"{excess[name]:.3f}" for name in names]
         tables.append(ProbeTable("Log-loss above the exact posterior's (nats)", names, [("targets of", cells)]))
     for what, rows in found["forced"].items():
-        named = [(name, _cells(row)) for name, row in zip(services, rows, strict=True)]
+        named = [(name, format_cells(row)) for name, row in zip(services, rows, strict=True)]
         tables.append(ProbeTable(_FORCED[what], services, named))
         if intervals := (found.get("forced_interval") or {}).get(what):  # which runs of earlier versions have not
             above = _above_own(rows, intervals)
             tables.append(ProbeTable(f"{_FORCED[what]}, less that by its own", services, _named(services, above)))
     if removed := found["removed"]:
-        named = [(name, _cells(row, "+.3f")) for name, row in removed.items()]
+        named = [(name, format_cells(row, "+.3f")) for name, row in removed.items()]
         tables.append(ProbeTable("What the loss grows by without a group of experts (nats)", services, named))
     named = [(name, [f"{row['log_loss']:.3f}", f"{row['ndcg@10']:.4f}"]) for name, row in found["posteriors"].items()]
     tables.append(ProbeTable("By whose p(service) weighs the answers", ["log-loss", "union NDCG@10"], named))
@@ -58,31 +62,110 @@ def describe_components(metrics: Mapping[str, Any]) -> list[ProbeTable]:
     return tables
 
 
-def describe_example(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The request of `metrics["example"]` in words, and a table of each service's answer; None without one."""
-    found = metrics.get("example")
+def describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The load as a picture, and the analyser's figures; None in a dense run."""
+    routing = metrics.get("routing")
+    if not routing or "load" not in routing:
+        return None
+    services = metrics["dataset"]["services"]
+    n_experts, has_cross = len(routing["load"][0]), _has_cross(metrics)
+    groups = [*services, *(["cross-domain"] if has_cross else [])]
+    n_per_group = n_experts // len(groups)
+    columns = [group for group in groups for _ in range(n_per_group)]
+    labels = (
+        ("macro-F1", "macro_f1"),
+        ("macro-F1 of the exact posterior", "exact_macro_f1"),
+        ("calibration error", "ece"),
+        ("temperature", "temperature"),
+    )
+    found = [(label, routing["analyser"].get(name)) for label, name in labels]
+    title = "Load by service and expert"
+    return {
+        "load": draw_heat_map(dict(zip(services, routing["load"], strict=True)), columns, title),
+        "analyser": [(label, format_value(value)) for label, value in found if value is not None],
+        "dropped": routing["dropped"],
+        "max_over_mean": format_value(routing["max_over_mean"]),
+    }
+
+
+def _has_cross(metrics: Mapping[str, Any]) -> bool:
+    """Whether there is a group across services; runs before `model.moe.cross` have one."""
+    model = (metrics.get("config") or {}).get("model") or {}
+    return bool((model.get("moe") or {}).get("cross", True))
+
+
+def get_probe(metrics: Mapping[str, Any], name: str) -> Any:
+    """One entry of `probes`; empty where it was not evaluated."""
+    return (metrics.get("probes") or {}).get(name) or {}
+
+
+def list_interventions(metrics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """What was taken away, and the union NDCG@10 then, what is lost, its p-value, and that after Holm's correction for
+    all rows; of each intervention (`eval.interventions`).
+    """
+    found = [
+        (f"{part}: {intervention}", entry)
+        for part, interventions in get_probe(metrics, "interventions").items()
+        for intervention, entry in interventions.items()
+    ]
+    corrected = correct_holm([entry["p_value"] for _, entry in found])
+    return [
+        (title, [format_value(e["ndcg@10"]), f"{e['difference']:+.4f}", format_p(e["p_value"]), format_p(p_holm)])
+        for (title, e), p_holm in zip(found, corrected, strict=True)
+    ]
+
+
+def describe_first_events(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Recall@10 of the model and of popularity by service and hour; None where the split is not by user."""
+    found = get_probe(metrics, "first_events")
     if not found:
         return None
-    tables = []
-    for service, answer in found["services"].items():
-        caption = f"{service}: weight {answer['weight']:.2f}; {_shares(answer['components'])}"
-        if "experts" in answer:
-            caption += f"; experts {_shares(answer['experts'])}"
-        rows = [
-            (item["text"] or item["id"], [f"{item['p']:.4f}", *_cells(list(item["components"].values()), ".4f")])
-            for item in answer["items"]
-        ]
-        tables.append(ProbeTable(caption, ["p", *answer["components"]], rows))
-    history = ", ".join(f"{x['text'] or x['id']} ({x['service']})" for x in found["history"])
-    target = found["target"]
-    asked = " at ".join(found[key] for key in ("user", "time") if found.get(key))  # earlier versions name none
+    titles = {"model": config_name(metrics), "popularity_by_hour": row_label("popularity_by_hour")}
+    services = list(found["model"]["in_service"])
+    rows = []
+    for name, title in titles.items():
+        cells = [found[name]["union"]["all"], *(found[name]["in_service"][service] for service in services)]
+        rows.append((title, [format_value(cell["recall@10"]) for cell in cells]))
     return {
-        "request": f" (of {asked})" if asked else "",
-        "history": history or "none",
-        "target": f"{target['text'] or target['id']} ({target['service']})",
-        "domain": _shares(found["domain"]),
-        "tables": tables,
+        "columns": ["union", *services],
+        "rows": rows,
+        "difference": f"{found['difference']:+.4f}",
+        "p": f"{found['p_value']:.4f}",
     }
+
+
+def list_transfer(metrics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Of each service: targets, NDCG@10 by whose history is known, popularity's, and the gain with its p-value, and
+    that after Holm's correction for all services.
+    """
+    parts, found = ("all", "own", "others", "popularity"), get_probe(metrics, "transfer")
+    corrected = correct_holm([row["gain"]["p_value"] for row in found.values()])
+    return [
+        (
+            service,
+            [
+                f"{row['n']:,}",
+                *(format_value(row[part]["ndcg@10"]) for part in parts),
+                f"{row['gain']['difference']:+.4f}",
+                format_p(row["gain"]["p_value"]),
+                format_p(p_holm),
+            ],
+        )
+        for (service, row), p_holm in zip(found.items(), corrected, strict=True)
+    ]
+
+
+def draw_mixture(metrics: Mapping[str, Any]) -> str | None:
+    """The mean mixture weights; None where the softmax is the only component."""
+    rows = get_probe(metrics, "mixture_weights")
+    if not rows:
+        return None
+    known = {service: row for service, row in zip(metrics["dataset"]["services"], rows, strict=True) if row is not None}
+    # A run of an earlier version does not say what was mixed.
+    names = get_probe(metrics, "mixture_components") or [
+        f"component {n}" for n in range(len(next(iter(known.values()))))
+    ]
+    return draw_heat_map(known, names, "Mixture weights")
 
 
 def format_forced(metrics: Mapping[str, Any]) -> str:
@@ -118,11 +201,13 @@ def _above_own(loss: Sequence[Sequence[float | None]], half: Sequence[Sequence[f
     ]
 
 
-def _shares(values: Mapping[str, float]) -> str:
+def format_shares(values: Mapping[str, float]) -> str:
+    """`name .12` of each value, in a line."""
     return ", ".join(f"{name} {x:.2f}" for name, x in values.items())
 
 
-def _cells(row: Sequence[float | None], form: str = ".3f") -> list[str]:
+def format_cells(row: Sequence[float | None], form: str = ".3f") -> list[str]:
+    """Values as text; nothing where there is none."""
     return ["" if value is None else format(value, form) for value in row]
 
 

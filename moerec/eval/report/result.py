@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moerec.errors import InputError
+from moerec.eval.report.language import is_language
 from moerec.eval.report.table import build_report_table, gap_closed, seen_rule
 from moerec.files import read_json
 
@@ -23,6 +24,26 @@ def read_result(path: Path) -> dict[str, Any]:
     with blamed_on(path):
         _check(metrics)
         _ = build_report_table(metrics), gap_closed(metrics), seen_rule(metrics)
+    return metrics
+
+
+def read_any_result(path: Path) -> dict[str, Any]:
+    """As `read_result`, or the result of a run on text alone.
+
+    Raises:
+      InputError: as `read_result`.
+    """
+    metrics = read_json(path, "no such file; is the run finished?")
+    if not is_language(metrics):
+        return read_result(path)
+    with blamed_on(path):
+        for name in _NUMBERS:
+            _require_number(metrics.get(name), name)
+        for name in ("valid", "n_params_by_part", "tasks"):
+            _require_group(metrics.get(name), name)
+        for name, value in _require_group(metrics["tasks"]["lm"], "tasks.lm").items():
+            if name != "sources":
+                _require_number(value, f"tasks.lm.{name}")
     return metrics
 
 

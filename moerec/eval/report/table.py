@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from moerec.config.terminal import printable
 from moerec.errors import InputError
-from moerec.eval.significance import LEVEL
+from moerec.eval.significance import LEVEL, correct_holm
 
 UNION_METRICS = ("ndcg@10", "recall@10", "mrr@10")
 SERVICE_METRICS = ("ndcg@10", "recall@10")
@@ -179,6 +179,51 @@ def format_value(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.4f}".removeprefix("0") if value < 0.99995 else f"{value:.3f}"
+
+
+def format_p(p_value: float) -> str:
+    """`.0321`, or `< .0001`."""
+    return format_value(p_value) if p_value >= 0.00005 else "< .0001"
+
+
+class PairedCell(NamedTuple):
+    """The model less a baseline in NDCG@10, as text: the difference, its interval, and its p-value by Holm's method;
+    empty where a run does not tell.
+    """
+
+    difference: str
+    interval: str
+    p: str
+
+
+def list_paired(metrics: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[PairedCell]]]]:
+    """The parts (the union, then each service), and (baseline, a cell for each part); p-values corrected for all."""
+    services = list((metrics.get("test") or {}).get("in_service") or {})
+    rows = []
+    for name, found in (metrics.get("paired") or {}).items():
+        by_service = found.get("in_service") or {}
+        rows.append((row_label(name), [found, *(by_service.get(service) or {} for service in services)]))
+    entries = [entry for _, cells in rows for entry in cells]
+    tested = [entry["p_value"] for entry in entries if "p_value" in entry]
+    corrected = iter(correct_holm(tested))
+    table = []
+    for label, cells in rows:
+        table.append((label, [_tell_paired(cell, next(corrected) if "p_value" in cell else None) for cell in cells]))
+    return ["union", *services], table
+
+
+def _tell_paired(found: Mapping[str, Any], p_holm: float | None) -> PairedCell:
+    difference, interval = found.get("difference"), found.get("interval")
+    return PairedCell(
+        "–" if difference is None else _sign(difference),
+        f"{_sign(interval[0])} to {_sign(interval[1])}" if interval else "",
+        "" if p_holm is None else format_p(p_holm),
+    )
+
+
+def _sign(value: float) -> str:
+    """`+.0123`, with a proper minus."""
+    return f"{value:+.4f}".replace("0.", ".", 1).replace("-", "−")
 
 
 def format_table(metrics: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from moerec.nn.model.calibration import Calibration, pick_calibration, read_calibration
 from moerec.nn.model.parts import TEXT_SIZES, Below, ModelSizes
-from moerec.nn.model.predictor import Predictor, count_active_params
+from moerec.nn.model.predictor import Predictor, count_active_params, count_params, count_params_by_part
 from moerec.nn.model.sequence import SequenceModel
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "Predictor",
     "SequenceModel",
     "count_active_params",
+    "count_params",
+    "count_params_by_part",
     "pick_calibration",
     "read_calibration",
 ]

@@ -83,9 +83,23 @@ class Predictor(NamedTuple):
         return self.params.config
 
 
+def count_params(model: SequenceModel) -> int:
+    """All parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+def count_params_by_part(model: SequenceModel) -> dict[str, int]:
+    """Parameters of each part of the model, by the names of its attributes; of parts that have some."""
+    found: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = str(getattr(path[0], "key", getattr(path[0], "name", path[0])))
+        found[name] = found.get(name, 0) + leaf.size
+    return found
+
+
 def count_active_params(model: SequenceModel) -> int:
     """Parameters that a slot's prediction depends on: all but those of the experts that it does not go to."""
-    total = sum(leaf.size for leaf in jax.tree.leaves(model))
+    total = count_params(model)
     moe = model.config.moe
     for blocks in model.groups:
         if isinstance(blocks.ffn, DomainExperts):

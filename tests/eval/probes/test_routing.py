@@ -87,6 +87,20 @@ def test_a_run_of_a_mixture_reports_its_routing(mixture):
     page = (folder / "report.html").read_text()
     assert "Load by service and expert" in page
     assert "Mixture weights" not in page
+    assert f"<dt>user</dt><dd>{metrics['example']['user']}</dd>" in page
+
+
+def test_a_run_reports_sizes_and_the_differences_intervals(mixture):
+    metrics = json.loads((mixture[0] / "metrics.json").read_text())
+    sizes = metrics["baseline_sizes"]
+    assert sizes["popularity"] == {"n_stored": metrics["dataset"]["n_items"], "seconds": sizes["popularity"]["seconds"]}
+    trained = sizes["sasrec_sampled"]
+    assert 0 < trained["n_params"] < metrics["n_params"] == sum(metrics["n_params_by_part"].values())
+    assert trained["steps"] == metrics["steps"]
+    assert trained["seconds"] > 0
+    for found in metrics["paired"].values():
+        for part in (found, *found["in_service"].values()):
+            assert part["interval"][0] <= part["difference"] <= part["interval"][1]
 
 
 @pytest.mark.parametrize("rows", [[[0.5, 0.1, 0.1, 0.1, 0.2], None, [0.2] * 5], [[0.7, 0.3]] * 3])
