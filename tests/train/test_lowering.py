@@ -99,7 +99,7 @@ from moerec.types import Catalog
 sizes = ModelSizes(n_items=6, n_tokens=5, n_services=2, n_actions=1, context_sizes=(3,), has_control=True)
 moe = MoEConfig(layers=(0,), n_per_group=1, d_expert=8, tile=8)
 config = Config(
-    data=DataConfig(seq_len=8, history_len=8, max_tokens=3),
+    data=DataConfig(seq_len=8, history_len=8, max_tokens=3, max_attributes=0),
     model=ModelConfig(n_layers=1, d_model=8, n_heads=1, n_kv_heads=1, d_head=8, d_ff=8, d_text=4, moe=moe),
     train=TrainConfig(steps=1, batch_size=2),
 )

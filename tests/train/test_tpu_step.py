@@ -37,7 +37,7 @@ def make_config(strategy: str) -> Config:
     moe = MoEConfig(layers=(1,), n_per_group=4, d_expert=256, n_active=2, tile=128, strategy=strategy, backend="auto")
     shape = {"n_layers": 2, "d_model": 256, "n_heads": 2, "n_kv_heads": 1, "d_head": 128, "d_ff": 512}
     return Config(
-        data=DataConfig(seq_len=T, history_len=T, max_tokens=8),
+        data=DataConfig(seq_len=T, history_len=T, max_tokens=8, max_attributes=0),
         model=ModelConfig(**shape, moe=moe, pointer="services", compute_dtype="bfloat16", remat=True),
         loss=LossConfig(kind="sampled_softmax", n_negatives=256),
         optim=OptimConfig(warmup_steps=10),
