@@ -117,7 +117,7 @@ def _size_data(data: DataConfig, counts: TableCounts) -> DataConfig:
 
 
 def _size_model(data: DataConfig, counts: TableCounts, mask_seen: bool) -> ModelConfig:
-    """Tuned models with pointers are 64 wide with two layers: a trunk of one, and one that is asked, personal and mixed."""
+    """Tuned models with pointers are 64 wide with two layers: a trunk of one, and one that is asked and personal."""
     schema, is_asked = data.schema, 1 < counts.n_services <= MOST_ASKED
     width = 32 if counts.n_events < FEW_EVENTS else 64 if counts.n_events < MANY_EVENTS else 128
     n_layers = 2 if counts.n_events < MANY_EVENTS else 3
