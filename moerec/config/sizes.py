@@ -1,9 +1,9 @@
 """The full model in sizes that follow from the counts of tables, as `configs/own_data.py` has it.
 
-Each rule is drawn through what was tuned on five data sets, and holds between them and beyond, where nothing was
-measured; the numbers are those of `configs/` and `results/`:
+Each rule is drawn through what was tuned on five data sets, apart from one another, and goes on between and beyond
+them, where nothing was measured; the numbers are those of `configs/` and `results/`:
 
-| data | events | users | items | events an item | slots trained on |
+| data | events | users | items | events an item | most slots trained on |
 |---|---|---|---|---|---|
 | built-in world (`configs/city_asked.py`) | 160,000 | 2,000 | 1,800 | 89 | 1,000,000 |
 | `configs/ml100k.py` | 100,000 | 943 | 1,682 | 59 | 3,700,000 |
@@ -37,7 +37,9 @@ MOST_ASKED = 64  # services that are asked one by one; 12 were measured
 FEW_OF_A_SERVICE = 20_000  # events of a service, the mean: with 13,000 in each of 12, experts of their own did harm
 FEW_ITEMS = 100  # too few for tables of 64 neighbors to choose any
 N_NEIGHBORS = 64
-SLOTS_TO_SEE = 1_000_000  # of training, where that is 2 to 6 passes over the events: those of the table, in the middle
+SLOTS_TO_SEE = (
+    1_000_000  # of training, where that is 2 to 6 passes over the events; the first and the last two of the table
+)
 PASSES = (2, 6)
 FEWEST_STEPS = 200  # half of them go to the warm-up and the average of the parameters
 SCORES_AT_ONCE = 1 << 25  # 128 MiB of them
@@ -115,7 +117,7 @@ def _size_data(data: DataConfig, counts: TableCounts) -> DataConfig:
 
 
 def _size_model(data: DataConfig, counts: TableCounts, mask_seen: bool) -> ModelConfig:
-    """All tuned models are 64 wide and have two layers: a trunk of one, and one that is asked, personal and mixed."""
+    """Tuned models with pointers are 64 wide with two layers: a trunk of one, and one that is asked and personal."""
     schema, is_asked = data.schema, 1 < counts.n_services <= MOST_ASKED
     width = 32 if counts.n_events < FEW_EVENTS else 64 if counts.n_events < MANY_EVENTS else 128
     n_layers = 2 if counts.n_events < MANY_EVENTS else 3

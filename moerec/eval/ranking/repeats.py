@@ -6,8 +6,8 @@ from moerec.config import Config
 from moerec.data.load import RunData
 from moerec.data.splits import TRAIN
 
-# Masking makes a miss of each repeated target, so that no recall exceeds one less their share. Models that we compare
-# lie about a twentieth apart: from there on masking costs as much as a better model gains.
+# Masking makes a miss of each repeated target, so that no recall exceeds one less their share. A rule of thumb: better
+# models often gain no more than a twentieth, and from there on masking may cost as much.
 MOST_MASKED = 0.05
 
 
