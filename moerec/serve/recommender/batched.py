@@ -43,6 +43,7 @@ from moerec.types import Catalog
 
 ItemKey: TypeAlias = tuple[str, str]  # service and id
 Contexts: TypeAlias = Mapping[str, str] | Sequence[Mapping[str, str]] | None
+SHORTEST_LIST = 16  # items that a program lists at least
 Moments: TypeAlias = Moment | Sequence[Moment] | np.ndarray
 
 
@@ -140,13 +141,14 @@ class Recommender:
         allowed = self._allow(services)
         excluded = self._exclude(requests, exclude)
         catalogue, k = self._catalogue, min(k, self._catalogue.n_items)
+        n_listed = min(max(1 << (k - 1).bit_length(), SHORTEST_LIST), catalogue.n_items)  # few programs
 
         def ask(packed: PackedRequests) -> tuple[jax.Array, ...]:
             own = [excluded[i] for i in packed.which.tolist()]
-            return list_best(*self._model, packed.batch, packed.slot, allowed, _pad(own, len(packed.slot)), k)
+            return list_best(*self._model, packed.batch, packed.slot, allowed, _pad(own, len(packed.slot)), n_listed)
 
         found = self._collect(requests, ask)
-        item, log_p, part, group = found[:4]
+        item, log_p, part, group = (array[:, :k] for array in found[:4])
         domain = found[4] if len(found) > 4 else None
         names = component_names(self.run.config.model, catalogue.services)
         return Recommendations(requests.names, item.astype(np.int64), log_p, part, group, domain, catalogue, names)

@@ -86,7 +86,7 @@ def test_what_components_gave_of_an_item_is_as_in_the_answer_of_its_service(aske
     (user,) = name_users(asked, 5)
     evaluation = dataclasses.replace(asked.config.eval, mask_seen=False)  # copies are of items that were seen
     asked = replace_parts(asked, config=dataclasses.replace(asked.config, eval=evaluation))
-    found = Recommender(asked).recommend([user], time=TIME, k=40)
+    found = Recommender(asked).recommend([user], time=TIME, k=90)
     alone = recommend(asked, user, RecommendRequest(TIME), 90).asked
     n_compared = 0
     for answer in alone.answers:
@@ -97,7 +97,7 @@ def test_what_components_gave_of_an_item_is_as_in_the_answer_of_its_service(aske
                 n_compared += 1
         own = asked.data.dataset.catalogue.service[found.item[0]] == answer.service
         assert (found.group[0][own] == np.argmax(answer.expert)).all()
-    assert n_compared == 40
+    assert n_compared == 90
     assert (found.part[0] > 1e-6).any(axis=0).sum() >= 4  # of components that gave something
 
 
