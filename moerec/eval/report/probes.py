@@ -52,13 +52,13 @@ def describe_asking(metrics: Mapping[str, Any]) -> list[ProbeTable]:
 def describe_components(metrics: Mapping[str, Any]) -> list[ProbeTable]:
     """The tables of `probes["components"]`."""
     found = (metrics.get("probes") or {}).get("components") or {}
-    titles = ["log-likelihood lost", "union NDCG@10 lost", "in-service NDCG@10 lost"]
+    titles = ["log-likelihood", "union NDCG", "in-service NDCG"]
     named = [(name, _lost(row["all"])) for name, row in found.items()]
-    tables = [ProbeTable("Without a component of the answers", titles, named)] if named else []
+    tables = [ProbeTable("Lost without a component of the answers", titles, named)] if named else []
     for key, label in (("target", "target"), ("last_event", "last event")):
         for name, row in found.items():
             buckets = [(f"{bucket} (n {cell['n']})", _lost(cell)) for bucket, cell in row[key].items()]
-            tables.append(ProbeTable(f"Without {name}, by training events of the {label}", titles, buckets))
+            tables.append(ProbeTable(f"Lost without {name}, by training events of the {label}", titles, buckets))
     return tables
 
 
