@@ -68,6 +68,17 @@ def test_a_run_reports_what_its_answers_lose_without_the_own_profile_and_context
     assert set(metrics["probes"]["attainable"]) == {"all", "no context"}
 
 
+def test_a_run_tells_of_its_items_tokens_and_encodes_items_by_the_vocabulary_that_it_keeps(folder, trained):
+    data, metrics = trained.data, json.loads((folder / "metrics.json").read_text())
+    assert metrics["dataset"]["item_tokens"] == data.tokens.measure()
+    assert json.loads((folder / "item_tokens.json").read_text())["attributes"] == list(data.item_tokens.attributes)
+    catalogue, known = data.dataset.catalogue, data.tokens.ids
+    ids = data.item_tokens.encode([catalogue.text[3], "🍵 new"], [catalogue.attributes[3], "brand=new"])
+    assert ids[0, : known.shape[1]].tolist() == known[3].tolist()
+    assert ids[1].any()
+    assert ids.max() < data.tokens.n_tokens
+
+
 def ask_like(trained, event: int) -> RecommendRequest:
     """The request of an event of the log."""
     dataset = trained.data.dataset

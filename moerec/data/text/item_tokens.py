@@ -241,9 +241,12 @@ def train_subwords(catalogue: ItemTable, config: DataConfig) -> TextTokenizer:
 
 
 def read_given(name: str) -> TextTokenizer:
-    """The tokenizer of a file, or of a folder with a tokenizer.json. Raises InputError where there is none."""
+    """The tokenizer of a file, or of a folder with a tokenizer.json (or .json.gz). Raises InputError where none is."""
     path = Path(name)
-    return TextTokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
+    if path.is_dir():
+        packed = path / "tokenizer.json.gz"
+        path = packed if packed.is_file() else path / "tokenizer.json"
+    return TextTokenizer.load(path)
 
 
 def _rank(uses: pa.Array, most: int) -> tuple[str, ...]:

@@ -212,8 +212,10 @@ def test_spellings_that_are_compatible_are_one_and_punctuation_takes_no_slot():
 def test_a_given_tokenizer_is_used_as_it_is(tmp_path):
     """From its file or its folder; what a title says stands for no control token."""
     given_one = TextTokenizer.train(["Tea tea TEA, green tea"] * 3, 270)
-    given_one.save(tmp_path / "tokenizer.json")
-    for path in (tmp_path, tmp_path / "tokenizer.json"):
+    (tmp_path / "packed").mkdir()
+    for name in ("tokenizer.json", "packed/tokenizer.json.gz"):
+        given_one.save(tmp_path / name)
+    for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "packed"):
         vocabulary = make(item_tokenizer=str(path), vocab_size=5)
         text = "Tea, GREEN tea <|endoftext|>"
         assert rows(vocabulary.encode([text])) == [(given_one.encode(text) + N_SPECIAL).tolist()]
