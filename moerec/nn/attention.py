@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moerec.config import ModelConfig
-from moerec.nn.layers import MASK_VALUE, declare, fan_in, fan_in_heads
+from moerec.nn.layers import MASK_VALUE, declare, fan_in, fan_in_heads, multiply
 from moerec.nn.profile import ProfileMemory, count_profile_slots
 from moerec.nn.sharding import ROW_AXES
 from moerec.nn.temporal import N_GAPS
@@ -96,7 +96,7 @@ class ProfileAttention(nnx.Module):
         """The queries, scaled by the profile."""
         if self.query_scale_DNH is None:
             return q_BTNH
-        scale = jnp.einsum("BTD,DNH->BTNH", context.summary_BTD, self.query_scale_DNH[...])
+        scale = multiply(context.summary_BTD, self.query_scale_DNH[...])
         if context.known_BT is not None:
             scale = jnp.where(context.known_BT[..., None, None], scale, 0)
         return (q_BTNH * (1 + scale)).astype(q_BTNH.dtype)
@@ -112,7 +112,7 @@ class ProfileAttention(nnx.Module):
             bias = jnp.pad(MASK_VALUE * (1 - own)[:, :, None], ((0, 0), (0, 0), (0, 0), (0, 1)))
         if self.pair_NZZ is not None:
             assert self.pair_gate_DN is not None
-            gate_BTN = 1 + jnp.einsum("BTD,DN->BTN", context.summary_BTD, self.pair_gate_DN[...])
+            gate_BTN = 1 + multiply(context.summary_BTD, self.pair_gate_DN[...])
             pair_NZZ = jnp.pad(self.pair_NZZ[...], ((0, 0), (0, 1), (0, 1)))  # nothing for what is no event
             bias = bias + gate_BTN[..., None] * jnp.moveaxis(pair_NZZ, 0, 1)[context.service_BT]
         return bias
@@ -158,7 +158,7 @@ class ProfileAttention(nnx.Module):
 def attend_plain(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array, window: int = 0, backend="auto"
 ) -> jax.Array:
-    """`[B, T, N, H]`, attention without biases: by JAX's own function where rows are short, else in blocks.
+    """`[B, T, N, H]`, attention without biases: all weights at once where rows are short, else in blocks.
 
     Args: queries and keys after rotation; segments and window as in `causal_segment_mask`; backend: `model.attention`.
     """
@@ -166,8 +166,61 @@ def attend_plain(
     if is_long or backend not in ("auto", "reference"):
         return _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window, backend)[0]
     # Padding attends to padding (segment 0), so that no row of the softmax is empty.
-    mask_B1TS = causal_segment_mask(segment_BT, window)[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TS, implementation="xla")
+    return attend_masked(q_BTNH, k_BTKH, v_BTKH, causal_segment_mask(segment_BT, window))
+
+
+@jax.custom_vjp
+def attend_masked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """`[B, T, N, H]`, softmax attention with all weights at once; `jax.nn.dot_product_attention` in half of its time.
+
+    The exponentials are kept and never divided: what they are summed by divides the outputs, and backward the
+    cotangents, which are a head wide and not a row long. Sums over keys of gradients are sums over the head, too, as in
+    Dao et al. (2022). Weights are computed in float32.
+
+    Args: the mask has a true value in each row.
+    """
+    return _attend_forward(q_BTNH, k_BTKH, v_BTKH, mask_BTS)[0]
+
+
+def _to_key_heads(x_BTNH: jax.Array, n_keys: int) -> jax.Array:
+    """`[B, K, X T, H]`: the X query heads of a key head one after another."""
+    b, t, n, h = x_BTNH.shape
+    return jnp.moveaxis(x_BTNH.reshape(b, t, n_keys, n // n_keys, h), 1, 3).reshape(b, n_keys, -1, h)
+
+
+def _from_key_heads(x_BKRH: jax.Array, t: int) -> jax.Array:
+    b, k, r, h = x_BKRH.shape
+    return jnp.moveaxis(x_BKRH.reshape(b, k, r // t, t, h), 3, 1).reshape(b, t, -1, h)
+
+
+def _attend_forward(q_BTNH, k_BTKH, v_BTKH, mask_BTS):
+    t, n_keys = k_BTKH.shape[1:3]
+    q = _to_key_heads(q_BTNH, n_keys) * jnp.asarray(q_BTNH.shape[-1] ** -0.5, q_BTNH.dtype)
+    k, v = jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2)
+    logit_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32)
+    mask_B1RS = jnp.tile(mask_BTS, (1, q.shape[2] // t, 1))[:, None]
+    logit_BKRS = jnp.where(mask_B1RS, logit_BKRS, -jnp.inf)
+    exp_BKRS = jnp.exp(logit_BKRS - jnp.max(logit_BKRS, axis=-1, keepdims=True))
+    total_BKR1 = jnp.sum(exp_BKRS, axis=-1, keepdims=True)
+    exp_BKRS = exp_BKRS.astype(v.dtype)
+    out = jnp.einsum("BKRS,BKSH->BKRH", exp_BKRS, v, preferred_element_type=jnp.float32) / total_BKR1
+    return _from_key_heads(out.astype(v.dtype), t), (q, k, v, exp_BKRS, total_BKR1, out)
+
+
+def _attend_backward(kept, g_BTNH):
+    q, k, v, exp_BKRS, total_BKR1, out = kept
+    t, n_keys, dtype = k.shape[2], k.shape[1], v.dtype
+    g = _to_key_heads(g_BTNH, n_keys).astype(jnp.float32) / total_BKR1
+    own_BKR1, g = jnp.sum(g * out, axis=-1, keepdims=True), g.astype(dtype)
+    d_v = jnp.einsum("BKRS,BKRH->BKSH", exp_BKRS, g)
+    d_weight = jnp.einsum("BKRH,BKSH->BKRS", g, v, preferred_element_type=jnp.float32)
+    d_logit = (exp_BKRS * (d_weight - own_BKR1)).astype(dtype)
+    d_q = jnp.einsum("BKRS,BKSH->BKRH", d_logit, k) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    d_k = jnp.einsum("BKRS,BKRH->BKSH", d_logit, q)
+    return _from_key_heads(d_q, t), jnp.moveaxis(d_k, 2, 1), jnp.moveaxis(d_v, 2, 1), None
+
+
+attend_masked.defvjp(_attend_forward, _attend_backward)
 
 
 def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=(None, None), group=(None, None)):
@@ -209,7 +262,7 @@ def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=
 
 
 def _project(x_BTD: jax.Array, w_DNH: nnx.Param, bias_NH: nnx.Param | None) -> jax.Array:
-    y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH[...].astype(x_BTD.dtype))
+    y_BTNH = multiply(x_BTD, w_DNH[...].astype(x_BTD.dtype))
     return y_BTNH if bias_NH is None else y_BTNH + bias_NH[...].astype(x_BTD.dtype)
 
 
@@ -246,7 +299,7 @@ class Attention(nnx.Module):
 
     def project_out(self, out_BTNH: jax.Array) -> jax.Array:
         """`[B, T, D]`, what the heads attended to, brought together."""
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o_NHD[...].astype(out_BTNH.dtype))
+        return multiply(out_BTNH, self.o_NHD[...].astype(out_BTNH.dtype), n_summed=2)
 
     def __call__(
         self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, context: ProfileContext | None = None

@@ -15,6 +15,10 @@ from moerec.nn.moe.experts import DomainExperts
 from moerec.nn.moe.router import RouterInputs, count_groups
 from moerec.types import Routing
 
+# Layers of a group that are unrolled: in a loop XLA fuses less, and copies weights. More of them stay a loop, so that
+# compile time does not grow with depth.
+UNROLLED_TO = 4
+
 
 class LayerGroup(NamedTuple):
     """Equal layers, `first` to one before `last`: with experts or dense, conditioned on the profile or not."""
@@ -134,7 +138,7 @@ def run_blocks(
     keys: jax.Array | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array, Routing | None]:
-    """Scans the stacked blocks, so that compile time does not grow with depth; `remat` recomputes each backward.
+    """Runs the stacked blocks, many of them in a scan; `remat` recomputes each backward.
 
     Args:
       bias_LE: the routers' biases of the group's layers, where they have experts.
@@ -146,7 +150,8 @@ def run_blocks(
         return block(x, context, layer_bias_E, layer_key)
 
     body = jax.checkpoint(step, prevent_cse=False) if remat else step
-    return jax.lax.scan(body, x_BTD, (blocks, bias_LE, keys))
+    n_layers = len(jax.tree.leaves(blocks)[0])
+    return jax.lax.scan(body, x_BTD, (blocks, bias_LE, keys), unroll=n_layers <= UNROLLED_TO)
 
 
 def run_asked_blocks(

@@ -1,5 +1,6 @@
 """Declarations of weights, and the small layers of the Qwen2 family."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -49,6 +50,17 @@ def normal(stddev: float) -> Initializer:
     return jax.nn.initializers.normal(stddev)
 
 
+def multiply(x: jax.Array, w: jax.Array, n_summed: int = 1) -> jax.Array:
+    """`x [..., in] @ w [in, out...]`, as one product of two matrices; `in` is `n_summed` axes.
+
+    Left with two leading axes, the gradient of the weights sums over both at once, which XLA's CPU backend computes
+    with loops and strided copies: the gated feed-forward layer, forward and backward, takes 2.6 times as long.
+    """
+    lead, summed, out = x.shape[: x.ndim - n_summed], w.shape[:n_summed], w.shape[n_summed:]
+    n_in = math.prod(summed)
+    return (x.reshape(-1, n_in) @ w.reshape(n_in, -1)).reshape(*lead, *out)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32."""
 
@@ -73,9 +85,9 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dtype = x_BTD.dtype
-        gate = x_BTD @ self.gate_DF[...].astype(dtype)
-        up = x_BTD @ self.up_DF[...].astype(dtype)
-        return (jax.nn.silu(gate) * up) @ self.down_FD[...].astype(dtype)
+        gate = multiply(x_BTD, self.gate_DF[...].astype(dtype))
+        up = multiply(x_BTD, self.up_DF[...].astype(dtype))
+        return multiply(jax.nn.silu(gate) * up, self.down_FD[...].astype(dtype))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

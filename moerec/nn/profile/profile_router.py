@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moerec.config import ModelConfig
-from moerec.nn.layers import RMSNorm, declare, fan_in
+from moerec.nn.layers import RMSNorm, declare, fan_in, multiply
 from moerec.nn.profile.api import Event, Personalizer, ProfileMemory, ProfileRequest, ProfileState, UserState
 from moerec.nn.profile.memory import MEMORIES, MemorySizes
 from moerec.types import EVENT, TOKEN, Batch
@@ -53,12 +53,12 @@ class ProfileRouter(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, memory: ProfileMemory) -> Reading:
         d = x_BTD.shape[-1]
-        query_BTD = self.norm(x_BTD.astype(jnp.float32)) @ self.query_DD[...]
+        query_BTD = multiply(self.norm(x_BTD.astype(jnp.float32)), self.query_DD[...])
         log_BTM = jax.nn.log_softmax(memory.score(query_BTD[:, :, None])[:, :, 0] * d**-0.5)
         relevance_BTM = jnp.exp(log_BTM)
         read_BTD = jnp.zeros_like(query_BTD)
         if self.out_DD is not None:
-            read_BTD = memory.read(relevance_BTM[:, :, None])[:, :, 0] @ self.out_DD[...]
+            read_BTD = multiply(memory.read(relevance_BTM[:, :, None])[:, :, 0], self.out_DD[...])
         return Reading(relevance_BTM, log_BTM, read_BTD)
 
 
