@@ -176,16 +176,24 @@ class PointerMixture(NamedTuple):
       part_BXTS: float32, what each pointer gives to each event of the history, its weight included; those to neighbors
         are the last, in the order of their names.
       near: how the latter share it out, by the names of their tables.
+      owner_BS: int32, where services have pointers of their own and none is asked, the service of each event: the first
+        of the parts is then those of all services, each of which points at events of its own.
     """
 
     log_weight_BTX: Array
     part_BXTS: Array
     near: dict[str, NearPointer] = {}  # noqa: RUF012, nobody writes to it
+    owner_BS: Array | None = None
 
     @property
     def n_copies(self) -> int:
-        """How many pointers give what they point at itself."""
+        """How many parts are of pointers that give what they point at itself."""
         return self.part_BXTS.shape[1] - len(self.near)
+
+    @property
+    def n_owners(self) -> int:
+        """How many pointers the first part is of, if of several."""
+        return 0 if self.owner_BS is None else self.log_weight_BTX.shape[-1] - self.part_BXTS.shape[1]
 
     @property
     def copy_BTS(self) -> Array:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moerec.config import ModelConfig
-from moerec.nn.layers import MASK_VALUE, declare, fan_in, fan_in_heads, multiply
+from moerec.nn.layers import MASK_VALUE, declare, fan_in, fan_in_heads, project
 from moerec.nn.profile import ProfileMemory, count_profile_slots
 from moerec.nn.sharding import ROW_AXES
 from moerec.nn.temporal import N_GAPS
@@ -96,7 +96,7 @@ class ProfileAttention(nnx.Module):
         """The queries, scaled by the profile."""
         if self.query_scale_DNH is None:
             return q_BTNH
-        scale = multiply(context.summary_BTD, self.query_scale_DNH[...])
+        scale = project(context.summary_BTD, self.query_scale_DNH[...])
         if context.known_BT is not None:
             scale = jnp.where(context.known_BT[..., None, None], scale, 0)
         return (q_BTNH * (1 + scale)).astype(q_BTNH.dtype)
@@ -112,7 +112,7 @@ class ProfileAttention(nnx.Module):
             bias = jnp.pad(MASK_VALUE * (1 - own)[:, :, None], ((0, 0), (0, 0), (0, 0), (0, 1)))
         if self.pair_NZZ is not None:
             assert self.pair_gate_DN is not None
-            gate_BTN = 1 + multiply(context.summary_BTD, self.pair_gate_DN[...])
+            gate_BTN = 1 + project(context.summary_BTD, self.pair_gate_DN[...])
             pair_NZZ = jnp.pad(self.pair_NZZ[...], ((0, 0), (0, 1), (0, 1)))  # nothing for what is no event
             bias = bias + gate_BTN[..., None] * jnp.moveaxis(pair_NZZ, 0, 1)[context.service_BT]
         return bias
@@ -262,7 +262,7 @@ def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=
 
 
 def _project(x_BTD: jax.Array, w_DNH: nnx.Param, bias_NH: nnx.Param | None) -> jax.Array:
-    y_BTNH = multiply(x_BTD, w_DNH[...].astype(x_BTD.dtype))
+    y_BTNH = project(x_BTD, w_DNH[...])
     return y_BTNH if bias_NH is None else y_BTNH + bias_NH[...].astype(x_BTD.dtype)
 
 
@@ -299,7 +299,7 @@ class Attention(nnx.Module):
 
     def project_out(self, out_BTNH: jax.Array) -> jax.Array:
         """`[B, T, D]`, what the heads attended to, brought together."""
-        return multiply(out_BTNH, self.o_NHD[...].astype(out_BTNH.dtype), n_summed=2)
+        return project(out_BTNH, self.o_NHD[...], n_summed=2)
 
     def __call__(
         self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, context: ProfileContext | None = None

@@ -149,9 +149,13 @@ def run_blocks(
         block, layer_bias_E, layer_key = layer
         return block(x, context, layer_bias_E, layer_key)
 
+    layers, n_layers = (blocks, bias_LE, keys), jax.tree.leaves(blocks)[0].shape[0]
+    if n_layers == 1:  # a loop of one turn takes twice as long to trace, and keeps copies of what it goes over
+        body = jax.checkpoint(step) if remat else step
+        x_BTD, routing = body(x_BTD, jax.tree.map(lambda x: x[0], layers))
+        return x_BTD, jax.tree.map(lambda x: x[None], routing)
     body = jax.checkpoint(step, prevent_cse=False) if remat else step
-    n_layers = len(jax.tree.leaves(blocks)[0])
-    return jax.lax.scan(body, x_BTD, (blocks, bias_LE, keys), unroll=n_layers <= UNROLLED_TO)
+    return jax.lax.scan(body, x_BTD, layers, unroll=n_layers <= UNROLLED_TO)
 
 
 def run_asked_blocks(

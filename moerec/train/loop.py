@@ -37,7 +37,7 @@ from moerec.train.metric_writer import MetricWriter
 from moerec.train.process.malloc import disable_malloc_trim
 from moerec.train.process.termination import StopRequest
 from moerec.train.run_dir import bind_catalog, make_sizes
-from moerec.train.state import TrainState, init_state, make_predictor
+from moerec.train.state import TrainState, init_state, make_predictor, pack_state, spread_state
 from moerec.train.step import Constants, TrainStep, make_train_step
 from moerec.types import Batch, Catalog
 
@@ -90,6 +90,12 @@ class Trainer(NamedTuple):
     constants: Constants
     stream: grain.IterDataset
 
+    def begin(self, state: TrainState, config: Config) -> TrainState:
+        """The state as the steps pass it on: on one CPU device moments and average are vectors."""
+        (device, *others) = state.step.devices()
+        is_cpu = device.platform == "cpu" and not others
+        return pack_state(state, config, state.step.sharding) if is_cpu else state
+
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """The compiled step, dispatched."""
         return self.train_step(state, batch, self.catalog, self.constants)
@@ -107,7 +113,7 @@ def make_trainer(config: Config, data: RunData | Corpus) -> Trainer:
     def init() -> TrainState:
         return init_state(config, sizes)
 
-    placed = param_shardings(jax.eval_shape(init), mesh)
+    placed = param_shardings(jax.eval_shape(init), mesh) if mesh.size > 1 else replicated(mesh)
     # A program that runs once: without this, compiling it takes twice as long on a CPU.
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     quick = {"xla_backend_optimization_level": 0} if is_cpu else {}
@@ -226,6 +232,7 @@ def fit(config: Config, data: RunData | Corpus, workdir: Path, evaluate: Evaluat
         contextlib.closing(iter(trainer.stream)) as stream,
     ):
         state, progress = _resume(config, data, checkpoints, trainer.state, stream)
+        state = trainer.begin(state, config)
         with MetricWriter(workdir, config.train.steps, int(state.step), config.name) as writer, mesh_of(state):
             state = _run_steps(config, trainer, evaluate, state, progress, stream, checkpoints, writer, stop)
         checkpoints.wait()
@@ -233,7 +240,7 @@ def fit(config: Config, data: RunData | Corpus, workdir: Path, evaluate: Evaluat
             is_saved = checkpoints.last_step() is not None
             told = f"saved at step {int(state.step)}" if is_saved else "before the first step, with nothing to save"
             raise Terminated(f"{workdir}: terminated, {told}; the same command goes on from there")
-        best, at_best = checkpoints.restore_best(state)
+        best, at_best = checkpoints.restore_best(spread_state(state))
     if at_best.best_step != progress.best_step:
         raise WorkError(f"{workdir}: the best step is {progress.best_step}, but {at_best.best_step} was kept")
     predictor = make_predictor(best)
@@ -288,14 +295,14 @@ def _run_steps(
             if score > progress.best:
                 progress.best, progress.best_step, progress.evals_since_best = score, step, 0
                 progress.calibration = pick_calibration(valid)
-                checkpoints.save_best(step, state, progress)
+                checkpoints.save_best(step, spread_state(state), progress)
             else:
                 progress.evals_since_best += 1
                 stopped = bool(options.patience) and progress.evals_since_best >= options.patience
         last = step == options.steps or stopped
         # One that was saved before its validation is not replaced: whoever goes on from there validates it again.
         if step != saved_step and (last or step % options.save_every == 0 or stop.is_made):
-            checkpoints.save_last(step, state, progress)
+            checkpoints.save_last(step, spread_state(state), progress)
             saved_step = step
         logger.show(step, last)
         logger.pause()

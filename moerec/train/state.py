@@ -1,15 +1,16 @@
 """The training state: everything that a step reads and writes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from moerec.config import Config
 from moerec.nn.block import zero_router_bias
 from moerec.nn.model import ModelSizes, Predictor, SequenceModel
-from moerec.train.optim import make_optimizer
+from moerec.train.optim import find_layout, is_packed, lay_out, make_optimizer, pack, unpack
 
 
 class TrainState(NamedTuple):
@@ -42,6 +43,42 @@ def init_state(config: Config, sizes: ModelSizes) -> TrainState:
     return start_state(config, SequenceModel(jax.random.key(config.seed), config.model, sizes))
 
 
+def pack_state(state: TrainState, config: Config, sharding: jax.sharding.Sharding) -> TrainState:
+    """The state with moments and average as vectors (`moerec.train.optim.Packed`), as the step is fastest on one CPU.
+
+    Groups of parameters (`optim.groups`) are updated apart: their state stays as it is.
+    """
+    if config.optim.groups:
+        return state
+    layout = lay_out(state.params, config.optim)
+
+    def is_like_params(x: Any) -> bool:
+        return jax.tree.structure(x) == layout.treedef
+
+    def join(x):
+        # On the host: the shapes are many, and each would be compiled.
+        return jax.device_put(pack(jax.tree.map(np.asarray, x), layout), sharding) if is_like_params(x) else x
+
+    opt_state, average = jax.tree.map(join, (state.opt_state, state.average), is_leaf=is_like_params)
+    return state._replace(opt_state=opt_state, average=average)
+
+
+def spread_state(state: TrainState) -> TrainState:
+    """The state that `pack_state` packed, leaf by leaf, as it is stored and evaluated; any other one as it is."""
+    if find_layout(state.opt_state) is None:
+        return state
+
+    def split(x):
+        if not is_packed(x):
+            return x
+        (sharding,) = {vector.sharding for vector in x.vectors.values()}
+        # Copies: the next step is given the memory of the vectors.
+        return jax.device_put(unpack(jax.tree.map(np.array, x)), sharding)
+
+    return jax.tree.map(split, state, is_leaf=is_packed)
+
+
 def make_predictor(state: TrainState) -> Predictor:
     """What is evaluated: the averaged parameters where there are some, else the last ones."""
-    return Predictor(state.params if state.average is None else state.average, state.router_bias_LE)
+    average = spread_state(state).average
+    return Predictor(state.params if average is None else average, state.router_bias_LE)

@@ -18,7 +18,7 @@ from moerec.nn.moe.balance import balance_losses, update_bias, weigh_losses
 from moerec.nn.sharding import ROW_AXES, param_shardings
 from moerec.tasks import NextEvent
 from moerec.tasks.base import Draws, Task, TaskSums, find_domains, make_tasks
-from moerec.train.optim import find_rates, make_optimizer, make_schedule
+from moerec.train.optim import find_layout, find_rates, make_optimizer, make_schedule, pack, unpack
 from moerec.train.state import TrainState, init_state
 from moerec.types import Batch, Catalog, NearItems, Request, Routing, Target
 
@@ -158,9 +158,14 @@ def make_train_step(config: Config, tasks: list[Task]) -> TrainStep:
             for task, k in zip(tasks, keys, strict=True)
         }
         catalog = _drop_rows(catalog, jax.random.fold_in(k_draws, len(tasks)), config)
+        grads: Any
         grads, metrics, sums = _differentiate(config, tasks, state, batch, catalog, draws, k_dropout)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        layout = find_layout(state.opt_state)
+        params: Any = state.params
+        if layout is not None:
+            grads, params = pack(grads, layout), pack(params, layout)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
         bias_LE = state.router_bias_LE
         if bias_LE is not None and config.model.moe.bias_rate:
             assert sums.routing is not None
@@ -170,6 +175,8 @@ def make_train_step(config: Config, tasks: list[Task]) -> TrainStep:
             # The warm-up of the average forgets the initial parameters as fast as the plain mean would.
             rate = jnp.maximum(1 - config.optim.ema_decay, 1 / (state.step + 1.0))
             average = jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
+        if layout is not None:
+            params = unpack(params)
         metrics |= {"grad_norm": _trained_norm(grads, config), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, params, opt_state, bias_LE, average), metrics
 

@@ -9,6 +9,7 @@ import pytest
 
 from moerec.config import TimeConfig
 from moerec.nn.embeddings import ItemEncoder, SlotEncoder, TextEncoder
+from moerec.nn.layers import sum_rows
 from moerec.nn.temporal import N_WAVES, TimeEmbedding
 from moerec.types import EVENT, NO_TIME, PADDING, RECOMMEND
 from tests.nn import numpy_model as oracle
@@ -278,3 +279,24 @@ def test_a_time_that_is_not_known_adds_nothing_at_first(kind):
     np.testing.assert_array_equal(added, np.zeros((1, 2, 8)))
     known = embedding(nothing * 0 + 5, np.zeros_like(nothing), nothing, np.full((1, 2, 2), NO_TIME, np.int32))
     assert np.abs(known).min() > 0
+
+
+@pytest.mark.parametrize("n_rows", [7, 40], ids=["counted", "read one by one"])
+def test_sums_of_rows_and_their_gradient_are_those_of_loops(n_rows):
+    rng, d, width = np.random.default_rng(6), 5, 6  # a table of up to 30 rows is counted
+    table, pull = rng.normal(size=(n_rows, d)), rng.normal(size=(2, 3, d))
+    rows, weights = rng.integers(0, n_rows, (2, 3, width)), rng.random((2, 3, width))
+    rows[0, 0] = n_rows - 1  # one row, again and again
+    expected, slopes = np.zeros((2, 3, d)), np.zeros((n_rows, d))
+    for place in np.ndindex(2, 3, width):
+        expected[place[:2]] += weights[place] * table[rows[place]]
+        slopes[rows[place]] += weights[place] * pull[place[:2]]
+
+    @jax.jit
+    def total(table):
+        found = sum_rows(table, rows, weights.astype(np.float32))
+        return jnp.sum(found * pull), found
+
+    gradient, found = jax.grad(total, has_aux=True)(table.astype(np.float32))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(gradient, slopes, atol=1e-5)

@@ -12,8 +12,9 @@ import pytest
 from moerec.config import Config, LossConfig, ModelConfig
 from moerec.errors import InputError
 from moerec.nn.attention import causal_segment_mask
+from moerec.nn.heads.answers import drop_component
 from moerec.nn.heads.item import Candidates, score_items
-from moerec.nn.heads.pointer import AnswerAggregator
+from moerec.nn.heads.pointer import AnswerAggregator, weigh_events
 from moerec.tasks import Draws, NextEvent, check_loss
 from moerec.types import EVENT, RECOMMEND, Catalog, Outputs
 from tests.nn import numpy_model as oracle
@@ -242,3 +243,61 @@ def test_a_loss_that_is_no_softmax_over_the_union_is_refused(loss):
     with pytest.raises(InputError, match=r"model\.pointer: needs a softmax over the union"):
         check_loss(Config(model=ModelConfig(pointer="all"), loss=loss))
     check_loss(Config(loss=loss))  # without pointers it is a loss like any other
+
+
+def share_by_hand(logit_S, seen_S, group_S, given_G, pull_S):
+    """What events of one slot are given, in float64; and the slopes of its product with `pull` by logits and gifts."""
+    part_S, d_logit_S, d_given_G = np.zeros(len(logit_S)), np.zeros(len(logit_S)), np.zeros(len(given_G))
+    for g, given in enumerate(given_G):
+        own = [s for s in range(len(logit_S)) if seen_S[s] and group_S[s] == g]
+        if not own:
+            continue
+        p = oracle.softmax(logit_S[own])
+        part_S[own], d_given_G[g] = given * p, p @ pull_S[own]
+        d_logit_S[own] = given * p * (pull_S[own] - p @ pull_S[own])
+    return part_S, d_logit_S, d_given_G
+
+
+def test_groups_far_below_others_keep_their_shares_and_gradients():
+    """Logits of one group stand 400 above those of another; slots see some groups, or none."""
+    rng, n_groups = np.random.default_rng(5), 3
+    group_BS = rng.integers(0, n_groups + 1, (2, 11))  # the last is of no group
+    level_BTG = rng.choice([-200.0, 0.0, 200.0], (2, 5, n_groups + 1))
+    logit_BTS = rng.normal(size=(2, 5, 11)) + np.take_along_axis(level_BTG, group_BS[:, None], axis=2)
+    seen_BTS = (rng.random((2, 5, 11)) < 0.7) & (group_BS < n_groups)[:, None]
+    seen_BTS[0, 1] = False
+    given_BTG, pull_BTS = rng.random((2, 5, n_groups)), rng.normal(size=(2, 5, 11))
+    of_BSG = jax.nn.one_hot(group_BS, n_groups)
+    logit_BTS = logit_BTS.astype(np.float32)  # the differences within a group are those that are seen
+
+    @jax.jit
+    def pull(logit_BTS, given_BTG):
+        def total(logit_BTS, given_BTG):
+            part_BTS = weigh_events(logit_BTS, seen_BTS, of_BSG).share(given_BTG)
+            return jnp.sum(part_BTS * pull_BTS), part_BTS
+
+        return jax.grad(total, argnums=(0, 1), has_aux=True)(logit_BTS, given_BTG)
+
+    (d_logit_BTS, d_given_BTG), part_BTS = pull(logit_BTS, given_BTG.astype(np.float32))
+    for b, t in np.ndindex(2, 5):
+        rows = np.float64(logit_BTS[b, t]), seen_BTS[b, t], group_BS[b], given_BTG[b, t], pull_BTS[b, t]
+        for found, expected in zip((part_BTS, d_logit_BTS, d_given_BTG), share_by_hand(*rows), strict=True):
+            np.testing.assert_allclose(found[b, t], expected, rtol=1e-5, atol=1e-6)
+    can_BTG = np.asarray(weigh_events(logit_BTS, seen_BTS, of_BSG).log_can_BTG) == 0
+    np.testing.assert_array_equal(can_BTG, np.einsum("BTS,BSG->BTG", seen_BTS, of_BSG) > 0)
+
+
+def test_a_component_that_is_dropped_gives_nothing_and_the_others_take_its_weight():
+    stub = make_stub("services")
+    whole, (b, t) = point(stub, BATCH), (0, 4)  # which sees events of all services but one
+    weight, shares = answer_by_hand(read(stub), BATCH, b, t, SIZES.n_services)
+    assert np.sum(weight > 0) == len(weight) - 1
+    for place in range(len(weight)):
+        left = np.where(np.arange(len(weight)) == place, 0, weight)
+        left /= left.sum()
+        expected = np.zeros(9)
+        for share, pointer in zip(left[1:], shares, strict=True):
+            expected[list(pointer)] += share * np.array(list(pointer.values()))
+        found = drop_component(whole, place)
+        np.testing.assert_allclose(np.exp(found.log_weight_BTX[b, t]), left, atol=1e-6)
+        np.testing.assert_allclose(found.copy_BTS[b, t], expected, atol=1e-6)

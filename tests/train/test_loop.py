@@ -26,7 +26,7 @@ from moerec.train.checkpoint import Checkpoints, TrainProgress
 from moerec.train.loop import TrainResult, fit, make_trainer
 from moerec.train.metric_writer import MetricWriter
 from moerec.train.run_dir import bind_catalog
-from moerec.train.state import make_predictor
+from moerec.train.state import make_predictor, spread_state
 from tests.tiny import make_config, share_trainers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,7 +166,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, tiny_data):
 def test_nothing_is_compiled_after_the_first_step(tmp_path, tiny_data, mesh):
     config = make_config(mesh_data=mesh[0], mesh_model=mesh[1])
     trainer, evaluate = make_trainer(config, tiny_data), make_evaluator(config, tiny_data)
-    state = trainer.state
+    state = trainer.begin(trainer.state, config)
     checkpoints = Checkpoints(tmp_path)
     with contextlib.closing(iter(trainer.stream)) as stream, contextlib.closing(checkpoints):
         for step in range(1, 6):
@@ -176,9 +176,9 @@ def test_nothing_is_compiled_after_the_first_step(tmp_path, tiny_data, mesh):
             predictor = make_predictor(state)
             evaluate(predictor, bind_catalog(predictor, trainer.catalog))
             if step == 3:  # a resumed run goes on with the program of the first step, too
-                checkpoints.save_last(step, state, TrainProgress())
+                checkpoints.save_last(step, spread_state(state), TrainProgress())
                 checkpoints.wait()
-                state, _ = checkpoints.restore_last(state)
+                state = trainer.begin(checkpoints.restore_last(trainer.state)[0], config)
 
 
 def test_no_best_step_is_named_before_it_is_on_disk(tmp_path, tiny_data, monkeypatch):

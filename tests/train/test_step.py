@@ -13,7 +13,7 @@ from moerec.nn.moe.balance import target_load
 from moerec.nn.sharding import batch_sharding, make_mesh, param_shardings
 from moerec.tasks import make_tasks
 from moerec.train.optim import make_schedule
-from moerec.train.state import TrainState, init_state, make_predictor, start_state
+from moerec.train.state import TrainState, init_state, make_predictor, pack_state, spread_state, start_state
 from moerec.train.step import make_train_step
 from tests.nn import numpy_model as oracle
 from tests.small_model import SIZES, make_batch, make_config, make_model, make_table, target_of, with_target, worst_gap
@@ -243,6 +243,31 @@ def test_without_average_the_model_itself_is_evaluated():
     ((state, _),) = run(1, "full_softmax")
     assert state.average is None
     assert make_predictor(state).params is state.params
+
+
+def test_moments_and_average_as_vectors_change_no_number():
+    """But for the order of sums; and leaf by leaf they are to the bit what was packed."""
+    options = "full_softmax", 1, 0.0, 0.6
+    config = config_for(*options)
+    (first, _), (second, _) = run(2, *options)
+    packed = pack_state(first, config, first.step.sharding)
+    assert len(jax.tree.leaves(packed.opt_state)) < 10
+    for a, b in zip(jax.tree.leaves(spread_state(packed)), jax.tree.leaves(first), strict=True):
+        np.testing.assert_array_equal(a, b)
+    after, _ = make_step(*options)(packed, BATCH, TABLE)
+    held = [np.array(x) for x in jax.tree.leaves(spread_state(after))]
+    assert jax.tree.structure(spread_state(after)) == jax.tree.structure(second)
+    for a, b in zip(held, jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert worst_gap(second.params, first.params) > 1e-3
+    assert worst_gap(make_predictor(after).params, second.average) < 1e-6
+
+
+def test_groups_of_parameters_are_not_packed():
+    config = config_for(groups=("head=0",))
+    state = start(config)
+    assert pack_state(state, config, state.step.sharding) is state
+    assert spread_state(state) is state
 
 
 @pytest.mark.parametrize(

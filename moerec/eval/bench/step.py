@@ -25,6 +25,7 @@ from moerec.nn.sharding import mesh_of
 from moerec.tasks import make_tasks
 from moerec.train.base_model.item_states import add_item_states
 from moerec.train.loop import Trainer, make_stream, make_trainer
+from moerec.train.plan.jaxpr_flops import count_flops
 from moerec.train.run_dir import bind_catalog
 from moerec.train.state import make_predictor
 from moerec.types import Batch
@@ -42,6 +43,13 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     return float(np.median(times))
 
 
+def measure_matmul(repeats: int, n: int = 1024) -> float:
+    """Floating-point operations a second of the product of two float32 matrices `[n, n]`."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((n, n)), jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    return 2.0 * n**3 / median_seconds(lambda: multiply(x, x), repeats)
+
+
 def count_compilations(jitted: Any) -> float:
     """How many programs a jitted function has been compiled to."""
     return float(jitted._cache_size())
@@ -50,13 +58,21 @@ def count_compilations(jitted: Any) -> float:
 class _Steps:
     """Training steps over one batch; a call makes the next, from the state that the one before it left."""
 
-    def __init__(self, trainer: Trainer, batch: Batch):
-        self.trainer, self.batch, self.state = trainer, batch, trainer.state
+    def __init__(self, config: Config, trainer: Trainer, batch: Batch):
+        self.trainer, self.batch, self.state = trainer, batch, trainer.begin(trainer.state, config)
 
     def __call__(self) -> jax.Array:
         with mesh_of(self.state):
             self.state, metrics = self.trainer.step(self.state, self.batch)
         return metrics["loss"]
+
+    def count_flops(self) -> float:
+        """Floating-point operations of the matmuls of a step."""
+        train_step: Any = self.trainer.train_step
+        with mesh_of(self.state):
+            traced = train_step.trace(self.state, self.batch, self.trainer.catalog, self.trainer.constants)
+        (device, *_) = self.state.step.devices()
+        return count_flops(traced.jaxpr, device.platform).total
 
     def temporary_bytes(self) -> int:
         """What the compiled step holds beside its arguments and results."""
@@ -92,7 +108,7 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
         trainer = make_trainer(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), data)
         rows.append({"n_experts": size, "n_active_params": count_active_params(trainer.state.params)})
         with contextlib.closing(iter(trainer.stream)) as stream:
-            steps[str(size)] = _Steps(trainer, next(stream))
+            steps[str(size)] = _Steps(config, trainer, next(stream))
     return _with_times(rows, time_in_turns(steps, repeats))
 
 
@@ -110,7 +126,7 @@ def measure_asking(config: Config, workdir: Path, repeats: int = 9) -> list[dict
         trainer = make_trainer(dataclasses.replace(config, model=model), data)
         rows.append({"asked_from": layer, "n_active_params": count_active_params(trainer.state.params)})
         with contextlib.closing(iter(trainer.stream)) as stream:
-            steps[str(layer)] = _Steps(trainer, next(stream))
+            steps[str(layer)] = _Steps(config, trainer, next(stream))
     return _with_times(rows, time_in_turns(steps, repeats))
 
 
@@ -154,7 +170,7 @@ def measure_histories(config: Config, workdir: Path, lengths: Sequence[int], rep
             train = dataclasses.replace(config.train, batch_size=n_rows)
             trainer = make_trainer(dataclasses.replace(config, model=model, data=data_config, train=train), data)
             with contextlib.closing(iter(trainer.stream)) as stream:
-                steps[name] = _Steps(trainer, next(stream))
+                steps[name] = _Steps(config, trainer, next(stream))
             held[name] = steps[name].temporary_bytes()
         rows += _list_arms(length, time_in_turns(steps, repeats), held)
     return rows
@@ -236,7 +252,8 @@ def measure_profiles(model: SequenceModel, n_users: int = 4096, repeats: int = 9
 
 
 def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4000) -> dict[str, float]:
-    """Slots per second of the step and of the loader, their ratio, targets per second of evaluation, peak memory.
+    """Slots per second of the step and of the loader, their ratio, targets per second of evaluation, peak memory; the
+    operations of the step's matmuls, and which share of the rate of one large matmul it comes to.
 
     With a profile also the users per second whose state takes in an event, and its bytes.
     """
@@ -247,8 +264,8 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
     stream = iter(trainer.stream)
     batch = next(stream)
     slots = float(batch.targets[config.tasks[0]].weight_BT.sum())
-    steps = _Steps(trainer, batch)
-    step_s = median_seconds(steps, repeats)
+    steps = _Steps(config, trainer, batch)
+    step_s, n_flops, matmul_rate = median_seconds(steps, repeats), steps.count_flops(), measure_matmul(repeats)
     loader = iter(make_stream(config, data, make_tasks(config)))
     loader_s = median_seconds(lambda: next(loader).item_BT, 5 * repeats)
     some = dataclasses.replace(config, eval=dataclasses.replace(config.eval, n_test=n_targets))
@@ -261,6 +278,9 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
         "load_s": load_s,
         "step_ms": 1e3 * step_s,
         "step_slots_per_s": slots / step_s,
+        "step_matmul_gflop": n_flops / 1e9,
+        "matmul_gflop_per_s": matmul_rate / 1e9,
+        "step_share_of_matmul_rate": n_flops / step_s / matmul_rate,
         "packing": slots / n_rows,
         "loader_slots_per_s": slots / loader_s,
         "loader_over_step": step_s / loader_s,

@@ -143,6 +143,11 @@ def drop_component(pointers: PointerMixture, component: int | jax.Array) -> Poin
     is_alone = log_left < -30.0
     kept = jnp.where(is_alone[..., None], log_weight, kept - log_left[..., None])
     scale_BT1 = jnp.where(is_alone, 1.0, jnp.exp(-jnp.where(is_alone, 0, log_left)))[..., None]
-    dropped = (jnp.arange(part_BXTS.shape[1]) == component - 1)[:, None, None]
+    place, dropped = jnp.arange(part_BXTS.shape[1])[:, None, None], component - 1
+    if pointers.owner_BS is None:
+        dropped = place == dropped
+    else:  # the first part is of several components
+        is_own_B1TS = pointers.owner_BS[:, None, None] == dropped
+        dropped = jnp.where(place == 0, is_own_B1TS, place == dropped + 1 - pointers.n_owners)
     part_BXTS = jnp.where(dropped & ~is_alone[:, None, :, None], 0, part_BXTS) * scale_BT1[:, None]
     return pointers._replace(log_weight_BTX=kept, part_BXTS=part_BXTS)

@@ -115,7 +115,8 @@ def pick_slots(pointers: PointerMixture, flat_Q: jax.Array, n_slots: int) -> Poi
     log_weight_QX = pointers.log_weight_BTX.reshape(-1, pointers.log_weight_BTX.shape[-1])[flat_Q]
     assert all(pointer.part_BTS is None for pointer in pointers.near.values())  # no service was asked
     near = {name: NearPointer(pointer.share_BSX[row_Q]) for name, pointer in pointers.near.items()}
-    return PointerMixture(log_weight_QX, pointers.part_BXTS[row_Q, :, flat_Q % n_slots], near)
+    owner_QS = None if pointers.owner_BS is None else pointers.owner_BS[row_Q]
+    return PointerMixture(log_weight_QX, pointers.part_BXTS[row_Q, :, flat_Q % n_slots], near, owner_QS)
 
 
 def spread_pointers(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog) -> jax.Array:
@@ -134,7 +135,11 @@ def spread_pointers(pointers: PointerMixture, item_QS: jax.Array, catalog: Catal
 def spread_each(pointers: PointerMixture, item_QS: jax.Array, catalog: Catalog) -> list[jax.Array]:
     """`[Q, I]` of each pointer of one mixture a query, in the order of their weights: `spread_pointers` in parts."""
     none_QI = jnp.zeros((item_QS.shape[0], catalog.service_I.shape[0]))
-    copies = [_put_copies(none_QI, pointers.part_BXTS[:, x], item_QS) for x in range(pointers.n_copies)]
+    parts = [pointers.part_BXTS[:, x] for x in range(pointers.n_copies)]
+    if pointers.owner_BS is not None:
+        owners = range(pointers.n_owners)
+        parts = [*(jnp.where(pointers.owner_BS == z, parts[0], 0) for z in owners), *parts[1:]]
+    copies = [_put_copies(none_QI, part_QS, item_QS) for part_QS in parts]
     return copies + [_put_near(none_QI, name, pointers, item_QS, catalog) for name in sorted(pointers.near)]
 
 

@@ -28,8 +28,8 @@ from moerec.nn.heads.near_pointers import (
     read_table,
 )
 from moerec.nn.heads.places import Places
-from moerec.nn.heads.pointer import favour_softmax
-from moerec.nn.layers import MASK_VALUE, declare, fan_in
+from moerec.nn.heads.pointer import favour_softmax, weigh_events
+from moerec.nn.layers import MASK_VALUE, declare, fan_in, project
 from moerec.nn.temporal import N_GAPS
 from moerec.types import Array, Batch, Catalog, PointerMixture
 from pallas_kernels.attention import find_bucket
@@ -121,7 +121,7 @@ class ServiceAnswers(nnx.Module):
 
     def _project(self, x_BTD: jax.Array, w_DGH: nnx.Param, service_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
         """`[B, T, X, H]`, rotated queries or keys of each pointer; the own one's by the slot's service."""
-        all_BTGH = jnp.einsum("BTD,DGH->BTGH", x_BTD, w_DGH[...])
+        all_BTGH = project(x_BTD, w_DGH[...])
         if self.has_own:
             own_BTZ = jax.nn.one_hot(service_BT, self.n_services)
             own_BT1H = jnp.einsum("BTZH,BTZ->BTH", all_BTGH[:, :, : self.n_services], own_BTZ)[:, :, None]
@@ -144,21 +144,21 @@ class ServiceAnswers(nnx.Module):
             table_BTXX = jnp.einsum("BTZ,ZXJ->BXTJ", of_BTZ, self.time_gate_biasX[...])
             logit_BXTS += jnp.take_along_axis(table_BTXX, bucket_BTS[:, None], axis=-1)
         open_BTS = asking.mask_BTS & (events.service_BS[:, None] == service_BT[..., None])
-        n_copies = logit_BXTS.shape[1] - len(self.near)
-        open_BXTS = jnp.broadcast_to(open_BTS[:, None], logit_BXTS[:, :n_copies].shape)
-        pointer_BXTS = jax.nn.softmax(jnp.where(open_BXTS, logit_BXTS[:, :n_copies], MASK_VALUE))
+        n_copies, all_BS1 = logit_BXTS.shape[1] - len(self.near), jnp.ones((*events.service_BS.shape, 1))
+        copies = [weigh_events(logit_BXTS[:, x], open_BTS, all_BS1) for x in range(n_copies)]
         tables = self._read_tables(events, catalog)
         pointed = self._point_near(tables, logit_BXTS[:, n_copies:], asking, events, of_BTZ)
-        logit_BTX = jnp.einsum("BTD,ZDX,BTZ->BTX", asking.state_BTD, self.weight_ZDX[...], of_BTZ, optimize="optimal")
+        of_all_BTZX = project(asking.state_BTD, jnp.swapaxes(self.weight_ZDX[...], 0, 1))
+        logit_BTX = jnp.sum(of_all_BTZX * of_BTZ[..., None], axis=-2)
         logit_BTX += of_BTZ @ self.gate_bias[...]
-        # A pointer with nothing to point at would be spread over what it must not see.
-        log_can_BT = jnp.where(jnp.any(open_BTS, axis=-1), 0, MASK_VALUE)
-        evidence = [jnp.zeros_like(log_can_BT), *[log_can_BT] * n_copies, *(x.log_evidence_BT for x in pointed)]
-        log_weight_BTX = jax.nn.log_softmax(jnp.maximum(logit_BTX + jnp.stack(evidence, axis=-1), MASK_VALUE))
-        weight_BXT1 = jnp.moveaxis(jnp.exp(log_weight_BTX[..., 1:]), 2, 1)[..., None]
-        all_BXTS = jnp.concatenate([pointer_BXTS, *(x.share_BTS[:, None] for x in pointed)], axis=1)
+        evidence = [x.log_evidence_BT[..., None] for x in pointed]
+        can = [jnp.zeros((*service_BT.shape, 1)), *(x.log_can_BTG for x in copies), *evidence]
+        log_weight_BTX = jax.nn.log_softmax(jnp.maximum(logit_BTX + jnp.concatenate(can, axis=-1), MASK_VALUE))
+        weight_BTX = jnp.exp(log_weight_BTX[..., 1:])
+        parts = [x.share(weight_BTX[..., n, None]) for n, x in enumerate(copies)]
+        parts += [weight_BTX[..., n_copies + n, None] * x.share_BTS for n, x in enumerate(pointed)]
         near = {name: x.near for name, x in zip(self.near, pointed, strict=True)}
-        return PointerMixture(log_weight_BTX, weight_BXT1 * all_BXTS, near)
+        return PointerMixture(log_weight_BTX, jnp.stack(parts, axis=1), near)
 
     def _read_tables(self, events: Pointees, catalog: Catalog) -> list[NearTable]:
         sharpness_BS = None

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moerec.config import ModelConfig
 from moerec.nn.block import LayerContext, run_blocks, stack_blocks
-from moerec.nn.layers import RMSNorm, declare, fan_in, multiply
+from moerec.nn.layers import RMSNorm, declare, fan_in, project
 
 
 class Analyser(nnx.Module):
@@ -34,4 +34,4 @@ class Analyser(nnx.Module):
             keys = None if key is None else jax.random.split(key, n_layers)
             x_BTD, _ = run_blocks(self.blocks, x_BTD, context, None, keys, self.remat)
         x_BTD = self.norm(x_BTD.astype(jnp.float32))
-        return jax.nn.log_softmax(multiply(x_BTD, self.out_DZ[...]) + self.bias_Z[...])
+        return jax.nn.log_softmax(project(x_BTD, self.out_DZ[...]) + self.bias_Z[...])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moerec.config.registry import Registry
-from moerec.nn.layers import RMSNorm, declare, fan_in, fan_in_second, normal
+from moerec.nn.layers import RMSNorm, declare, fan_in, fan_in_second, normal, sum_rows
 from moerec.nn.profile.api import Basis, Event, Personalizer, ProfileRequest, ProfileState, UserState
 from moerec.nn.profile.recurrence import (
     HOUR,
@@ -178,8 +178,8 @@ def low_rank_memory(sizes: MemorySizes, chunk: int = 64) -> Personalizer:
         value_P = jnp.append(x_D @ params.value_DP[...], 1.0)
         return MemoryWrite(jnp.zeros(rank * n_scales), jnp.repeat(key_X, n_scales), value_P)
 
-    def read(params: LowRankParams, memory_XP: jax.Array) -> tuple[jax.Array, jax.Array]:
-        memory_XXP = memory_XP.reshape(rank, n_scales, -1)
+    def read(params: LowRankParams, memory_XP: jax.Array, left_X: jax.Array) -> tuple[jax.Array, jax.Array]:
+        memory_XXP = (left_X[:, None] * memory_XP).reshape(rank, n_scales, -1)
         mass_X = memory_XXP[0, :, -1]
         mean_XXP = jnp.einsum("AR,RSP->ASP", params.mix_XX[...], memory_XXP[..., :-1]) / (mass_X[:, None] + 1)
         return mean_XXP.reshape(sizes.n_written, -1), jnp.tile(mass_X, sizes.n_aspects)
@@ -207,15 +207,15 @@ def _unless_no_event(write: MemoryWrite, is_event: jax.Array) -> MemoryWrite:
 class _Kind(NamedTuple):
     """In what memories differ: parameters, rows, decay an hour of each row, writing, and reading.
 
-    `read` gives the mean `[M, P]` of what each slot holds, pulled to zero by one event's worth since little evidence
-    counts for little, and its mass `[M]`.
+    `read`, of a memory and of what is left of its rows, gives the mean `[M, P]` of what each slot holds, pulled to zero
+    by one event's worth since little evidence counts for little, and its mass `[M]`.
     """
 
     init: Callable[[jax.Array], Any]
     n_rows: int
     rates: Callable[[Any], jax.Array]
     write: Callable[[Any, jax.Array], MemoryWrite]
-    read: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+    read: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def share_aspects(params: MemoryParams, x_D: jax.Array) -> jax.Array:
@@ -235,9 +235,9 @@ def _read_event(params: MemoryParams, x_D: jax.Array, sizes: MemorySizes) -> tup
 def _of_aspects(sizes: MemorySizes, write: Callable) -> _Kind:
     """A memory whose rows are its slots."""
 
-    def read(params: MemoryParams, memory_MP: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mass_M = memory_MP[:, -1]
-        return memory_MP[:, :-1] / (mass_M[:, None] + 1), mass_M
+    def read(params: MemoryParams, memory_MP: jax.Array, left_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mass_M = left_M * memory_MP[:, -1]
+        return memory_MP[:, :-1] * (left_M / (mass_M + 1))[:, None], mass_M  # one product for each number that is held
 
     return _Kind(lambda key: MemoryParams(key, sizes), sizes.n_written, decay_rates, write, read)
 
@@ -274,11 +274,11 @@ def _make(sizes: MemorySizes, kind: _Kind, chunk: int) -> Personalizer:
 
     def read_state(params: Any, state: UserState, request: ProfileRequest) -> ProfileState:
         left_X = _forget(kind.rates(params), state.time, request.time)
-        mean_OP, mass_O = kind.read(params, left_X[:, None] * state.memory_MP)
+        mean_OP, mass_O = kind.read(params, state.memory_MP, left_X)
         field_D = None
         if offsets:
             rows_Y = request.field_Y + jnp.asarray(offsets, jnp.int32)
-            field_D = jnp.sum(jnp.where(request.field_Y[:, None] > 0, params.field_XD[...][rows_Y], 0), axis=0)
+            field_D = sum_rows(params.field_XD[...], rows_Y, (request.field_Y > 0).astype(jnp.float32))
         known_M = jnp.append(jnp.full(n_written, state.n_events > 0), jnp.any(request.field_Y > 0))
         held = ProfileState(mean_OP, jnp.log1p(mass_O), field_D, jnp.zeros(sizes.d_model))
         summary_D = held.slots(basis(params)).read(known_M[None] / (n_written + 1))[0]

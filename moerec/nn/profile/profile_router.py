@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moerec.config import ModelConfig
-from moerec.nn.layers import RMSNorm, declare, fan_in, multiply
+from moerec.nn.layers import RMSNorm, declare, fan_in, project
 from moerec.nn.profile.api import Event, Personalizer, ProfileMemory, ProfileRequest, ProfileState, UserState
 from moerec.nn.profile.memory import MEMORIES, MemorySizes
 from moerec.types import EVENT, TOKEN, Batch
@@ -53,12 +53,12 @@ class ProfileRouter(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, memory: ProfileMemory) -> Reading:
         d = x_BTD.shape[-1]
-        query_BTD = multiply(self.norm(x_BTD.astype(jnp.float32)), self.query_DD[...])
+        query_BTD = project(self.norm(x_BTD.astype(jnp.float32)), self.query_DD[...])
         log_BTM = jax.nn.log_softmax(memory.score(query_BTD[:, :, None])[:, :, 0] * d**-0.5)
         relevance_BTM = jnp.exp(log_BTM)
         read_BTD = jnp.zeros_like(query_BTD)
         if self.out_DD is not None:
-            read_BTD = multiply(memory.read(relevance_BTM[:, :, None])[:, :, 0], self.out_DD[...])
+            read_BTD = project(memory.read(relevance_BTM[:, :, None])[:, :, 0], self.out_DD[...])
         return Reading(relevance_BTM, log_BTM, read_BTD)
 
 
@@ -80,12 +80,16 @@ def read_slot_profiles(
     field_BTY = request.field_BTY if fields else request.field_BTY[..., :0]
     first_BT = batch.position_BT == 0
 
-    def of_row(event, first_T, request_T, field_TY, start):
-        states = personalizer.prefix_states(params, event, first_T, start)
-        return jax.vmap(lambda s, t, f: personalizer.read(params, s, ProfileRequest(t, f)))(states, request_T, field_TY)
+    def of_row(event, first_T, start):
+        return personalizer.prefix_states(params, event, first_T, start)
 
     events = Event(event_BTD, batch.time_BT, batch.kind_BT == EVENT)
-    return jax.vmap(of_row)(events, first_BT, request.time_BT, field_BTY, start_B)
+    read_BT = jax.vmap(of_row)(events, first_BT, start_B), ProfileRequest(request.time_BT, field_BTY)
+    # All slots along one axis, so that products with weights are of two matrices.
+    shape = first_BT.shape
+    read_S = jax.tree.map(lambda x: x.reshape(first_BT.size, *x.shape[2:]), read_BT)
+    profile_S = jax.vmap(lambda state, request: personalizer.read(params, state, request))(*read_S)
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), profile_S)
 
 
 def has_profile(batch: Batch) -> jax.Array:

@@ -118,9 +118,11 @@ def chunked_exclusive_scan(writes: Writes, chunk: int = 64) -> jax.Array:
         sum_CM = jnp.cumsum(log_keep_CM, axis=0)
         until_CM = sum_CM - log_keep_CM
         visible_CC = earlier_CC & (begun_C[:, None] == begun_C)
-        span_CC = jnp.where(visible_CC, before_C[:, None] - elapsed_C, 0)
-        factor_CCM = decay(span_CC, jnp.where(visible_CC[:, :, None], until_CM[:, None] - sum_CM, -jnp.inf))
-        own_CMP = jnp.einsum("tum,um,up->tmp", factor_CCM, gain_CM, value_CP)
+        hours_CC = jnp.where(visible_CC, before_C[:, None] - elapsed_C, 0).astype(jnp.float32) / HOUR
+        # Slots that wrote come last, as the product wants them, so that nothing is copied for it.
+        log_CMC = jnp.where(visible_CC[:, None], until_CM[:, :, None] - sum_CM.T, -jnp.inf)
+        factor_CMC = jnp.exp(log_CMC - rate_M[:, None] * hours_CC[:, None]) * gain_CM.T
+        own_CMP = (factor_CMC.reshape(size * m, size) @ value_CP).reshape(size, m, -1)
         is_carried_C = begun_C == 0
         span_C = jnp.where(is_carried_C, before_C - since, 0)
         carried_CM = jnp.where(is_carried_C[:, None], decay(span_C, until_CM), 0)
