@@ -52,9 +52,7 @@ def measure_ranking(config: Config, sizes: Sequence[int], repeats: int = 3) -> I
 def _measure(config: Config, n_items: int, model: str, repeats: int) -> dict[str, Any]:
     config = _shape(config, model)
     dataset, catalog = _draw_dataset(config, n_items), _draw_catalog(config, n_items)
-    sizes = ModelSizes(
-        n_items, N_TOKENS, N_SERVICES, 1, (), service_offsets=tuple(dataset.catalogue.offsets.tolist())
-    )
+    sizes = ModelSizes(n_items, N_TOKENS, N_SERVICES, 1, (), service_offsets=tuple(dataset.catalogue.offsets.tolist()))
     params = jax.jit(lambda: SequenceModel(jax.random.key(0), config.model, sizes))()
     predictor = Predictor(params, zero_router_bias(config.model, N_SERVICES))
     catalog = jax.tree.map(jnp.asarray, catalog)
@@ -82,7 +80,7 @@ def _temporary_bytes(jitted: Any, *arguments: Any) -> int:
 def _shape(config: Config, model: str) -> Config:
     shape = config.model
     if model == "dense":
-        pointers = {"pointer": "none", "text_pointer": False, "transition_pointer": False, "crossing_pointer": False}
+        pointers: dict[str, Any] = {"pointer": "none", "text_pointer": False, "transition_pointer": False, "crossing_pointer": False}
         shape = dataclasses.replace(shape, **pointers, moe=MoEConfig(), ask=AskConfig(), pointer_time_bias=False)
     elif model == "mixture":
         shape = dataclasses.replace(shape, moe=MoEConfig(), ask=AskConfig(), pointer_time_bias=False)

@@ -74,8 +74,8 @@ class ItemHead(nnx.Module):
 def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
     """Scores `[Q, I]` of all items of a bound catalogue at flat slots; the softmax of a row is p(item).
 
-    Where pointers are mixed in, they are log-probabilities already. At slot -1, where there is no history and no control slot,
-    the biases speak alone.
+    Where pointers are mixed in, they are log-probabilities already. At slot -1, where there is no history and no
+    control slot, the biases speak alone.
     """
     known_Q1, at_Q = slot_Q[:, None] >= 0, jnp.maximum(slot_Q, 0)
     score_QI = _score_softmax(outputs, batch, slot_Q, catalog)

@@ -69,7 +69,7 @@ class Predictor(NamedTuple):
         profile: ProfileState | None = None,
         most: int = 0,
     ) -> T:
-        """`use(score_QI, *operands)` of the scores of all items, which stand in memory for a block of queries at a time.
+        """`use(score_QI, *operands)` of the scores of all items, of which those of a block of queries are in memory.
 
         Args:
           use: what is made of the scores `[Q, I]` of a block; its results have a leading axis Q.
