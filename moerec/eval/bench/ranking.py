@@ -80,8 +80,10 @@ def _temporary_bytes(jitted: Any, *arguments: Any) -> int:
 def _shape(config: Config, model: str) -> Config:
     shape = config.model
     if model == "dense":
-        pointers: dict[str, Any] = {"pointer": "none", "text_pointer": False, "transition_pointer": False, "crossing_pointer": False}
-        shape = dataclasses.replace(shape, **pointers, moe=MoEConfig(), ask=AskConfig(), pointer_time_bias=False)
+        near: dict[str, Any] = {f"{name}_pointer": False for name in ("text", "transition", "crossing")}
+        shape = dataclasses.replace(
+            shape, **near, pointer="none", moe=MoEConfig(), ask=AskConfig(), pointer_time_bias=False
+        )
     elif model == "mixture":
         shape = dataclasses.replace(shape, moe=MoEConfig(), ask=AskConfig(), pointer_time_bias=False)
     elif not shape.is_asked:

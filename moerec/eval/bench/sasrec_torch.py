@@ -57,6 +57,8 @@ def _turn(x: torch.Tensor) -> torch.Tensor:
 class TorchSasrec(torch.nn.Module):
     """Item rows, decoder layers and a head that shares the rows, as `moerec.eval.baselines.sasrec_config` has them."""
 
+    frequency: torch.Tensor
+
     def __init__(self, config: ModelConfig, n_items: int):
         super().__init__()
         self.rows = torch.nn.Embedding(n_items, config.d_model)
@@ -130,6 +132,7 @@ class _ChunkedXent(torch.autograd.Function):
                 top = torch.maximum(logits.amax(dim=1), positive)
                 pull = logits.sub_(top[:, None]).exp_()
                 mass = pull.sum(dim=1) + (positive - top).exp()
+                assert d_positive is not None
                 d_positive[part] = weight * ((positive - top).exp() / mass - 1)
             total += (weight * (mass.log() + top - positive)).sum()
             pull.mul_((weight / mass)[:, None])
@@ -172,7 +175,7 @@ def make_step(
     others = [p for p in model.parameters() if all(p is not q for q in decayed)]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others}]
     adam = torch.optim.AdamW(groups, optim.learning_rate, (optim.b1, optim.b2), weight_decay=0.0, fused=True)
-    params = [*decayed, *others]
+    params: list[torch.Tensor] = [*decayed, *others]
     average = [p.detach().clone() for p in params] if optim.ema_decay else []
     loss_of = torch.compile(sum_loss) if is_compiled else sum_loss
 
