@@ -94,8 +94,8 @@ def _log_probs(slots: XentSlots, candidates: XentCandidates, had_SJ: jax.Array |
 def _chunk_terms(slots: XentSlots, weight_S: jax.Array, candidates: XentCandidates):
     """Sum of the weighted losses of a chunk of slots, and its gradients, without keeping the logits.
 
-    What scales the exponentials of a slot scales its state instead. The gradient of the vectors is `[D, J]`: for `[J, D]`
-    XLA's CPU backend reads the exponentials by columns, which takes four times as long where J is a power of two.
+    What scales the exponentials of a slot scales its state instead. The gradient of the vectors is `[D, J]`: for
+    `[J, D]` XLA's CPU backend reads the exponentials by columns, four times as long where J is a power of two.
     """
     had_SJ, d_repeat_J = _find_repeats(slots, candidates), None
     log_p, softmax_part, exps, positive_exp, total = _log_probs(slots, candidates, had_SJ)
