@@ -25,7 +25,7 @@ from moerec.nn.model import Predictor
 from moerec.nn.moe.hypotheses import Hypotheses, ask_all, ask_one
 from moerec.nn.moe.router import count_groups
 from moerec.nn.sharding import mesh_of
-from moerec.types import Batch, Catalog
+from moerec.types import Array, Batch, Catalog
 
 MASS = 0.99
 FORCED = {"both": (True, True), "experts": (True, False), "vector": (False, True)}
@@ -47,7 +47,7 @@ def _answer_targets(
     queries: RankQueries,
     catalog: Catalog,
     hypotheses: Hypotheses,
-    closed_G: jax.Array | None,
+    closed_G: Array,
 ) -> jax.Array:
     """`[Q, X]`, log p(target | the service that answers) under each hypothesis."""
     flat_Q = jnp.maximum(queries.slot, 0)
@@ -77,7 +77,8 @@ class Prober:
     def answers(self, vector: int | None, group: int | None, closed: int | None = None) -> np.ndarray:
         """`[n]`, log p(target | its service), under another service's vector and experts, or without a group."""
         parts, n_groups = [], count_groups(self.predictor.config.moe, self.n_services)
-        closed_G = None if closed is None else jnp.where(jnp.arange(n_groups) == closed, MASK_VALUE, 0.0)
+        # An array even where nothing is closed, so that one program does for all.
+        closed_G = np.where(np.arange(n_groups) == (-1 if closed is None else closed), np.float32(MASK_VALUE), 0)
         with mesh_of(self.predictor):
             for which, batch, queries in self.examples.batches():
                 own_Q1 = np.zeros((len(queries.slot), 1), np.int32)
