@@ -5,6 +5,7 @@ targets and their place in the union. A forced matrix whose diagonal is best pro
 experts are of use; `experiments.compare` of a run without them does.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from moerec.eval.probes.answers import choose_services
 from moerec.eval.ranking import EvalDataset, RankQueries
 from moerec.eval.ranking.rank import BatchRanks, count_ranks_of_scores
 from moerec.nn.heads.answers import log_prob_target
+from moerec.nn.heads.query_blocks import map_blocks
 from moerec.nn.layers import MASK_VALUE
 from moerec.nn.model import Predictor
 from moerec.nn.moe.hypotheses import Hypotheses, ask_all, ask_one
@@ -50,7 +52,8 @@ def _answer_targets(
     """`[Q, X]`, log p(target | the service that answers) under each hypothesis."""
     flat_Q = jnp.maximum(queries.slot, 0)
     answers = predictor.ask(batch, catalog, flat_Q, hypotheses, closed_G=closed_G)
-    return log_prob_target(answers, catalog, jnp.maximum(queries.target, 0))
+    operands = answers._replace(routing=None), jnp.maximum(queries.target, 0)
+    return map_blocks(lambda own, target_Q: log_prob_target(own, catalog, target_Q), operands, len(catalog.service_I))
 
 
 @jax.jit
@@ -60,7 +63,8 @@ def _rank_weighed(
     """Ranks where the answers have these weights."""
     flat_Q = jnp.maximum(queries.slot, 0)
     answers = predictor.ask(batch, catalog, flat_Q, ask_all(log_weight_QZ))
-    return count_ranks_of_scores(predictor.weigh_answers(answers, queries.slot, catalog), queries)
+    count = functools.partial(count_ranks_of_scores, has_log_probs=True)
+    return predictor.map_answers(count, answers, queries.slot, catalog, (queries,))
 
 
 class Prober:

@@ -1,5 +1,6 @@
 """Full ranking of every target over its service's catalogue and over the union, on the device."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,52 +34,65 @@ class BatchRanks(NamedTuple):
     log_p: jax.Array
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="most")
 def rank_batch(
     predictor: Predictor,
     batch: Batch,
     queries: RankQueries,
     catalog: Catalog,
     profile_source_BT: jax.Array | None = None,
+    most: int = 0,
 ) -> BatchRanks:
     """Where a batch's targets stand.
 
     Args:
       catalog: bound. profile_source_BT: whose profile each slot gets, where not its own (`swap_profiles`).
+      most: scores that are in memory at once, see `map_blocks`.
     """
     profile = None
     if profile_source_BT is not None:
         own = predictor.params.read_profiles(batch, catalog)
         profile = predictor.params.replace_profiles(own, profile_source_BT, batch)
-    score_QI = predictor.score(batch, queries.slot, catalog, profile)
-    return count_ranks_of_scores(score_QI, queries)
+    count = functools.partial(count_ranks_of_scores, has_log_probs=predictor.has_log_probs)
+    return predictor.map_scores(count, batch, queries.slot, catalog, (queries,), profile, most)
 
 
-def count_ranks_of_scores(score_QI: jax.Array, queries: RankQueries) -> BatchRanks:
-    """Counts by comparison, without a sort. A target that is itself among the seen items is a miss."""
+def count_ranks_of_scores(score_QI: jax.Array, queries: RankQueries, has_log_probs: bool) -> BatchRanks:
+    """Counts by comparison, without a sort. A target that is itself among the seen items is a miss.
+
+    Args: whether the scores of a query are log-probabilities, whose sum is one.
+    """
+    score_QI = jax.lax.optimization_barrier(score_QI)  # what is compared is computed once, or its bits might differ
     target = jnp.maximum(queries.target, 0)[:, None]
     level = jnp.take_along_axis(score_QI, target, axis=1)
     item_I = jnp.arange(score_QI.shape[1])
     own_QI = (item_I >= queries.low[:, None]) & (item_I < queries.high[:, None])
+    above_QI, level_QI = score_QI > level, score_QI == level
+    # In one pass over the scores: of single sums XLA's CPU backend writes the terms to memory first.
+    of_items = above_QI & own_QI, level_QI & own_QI, above_QI, level_QI, ~jnp.isfinite(score_QI)
+    above_own, level_own, above_all, level_all, n_broken = jax.lax.reduce(
+        tuple(x.astype(jnp.int32) for x in of_items),
+        (np.int32(0),) * len(of_items),
+        lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
+        (1,),
+    )
     seen = queries.seen
     seen_score = jnp.take_along_axis(score_QI, jnp.maximum(seen, 0), axis=1)
     masked = (seen >= 0) & (seen != target)
     masked_own = masked & (seen >= queries.low[:, None]) & (seen < queries.high[:, None])
 
-    def count(relation, candidates, masked_candidates):
-        kept = jnp.sum(relation(score_QI, level) & candidates, axis=1)
-        return kept - jnp.sum(relation(seen_score, level) & masked_candidates, axis=1)
+    def leave_out(n, of_seen):
+        return n - jnp.sum(of_seen, axis=1)
 
     missed = jnp.any(seen == target, axis=1) & (queries.target >= 0)
-    greater_own = jnp.where(missed, MISS, count(jnp.greater, own_QI, masked_own))
-    greater_all = jnp.where(missed, MISS, count(jnp.greater, True, masked))
+    above, equal = seen_score > level, seen_score == level
     return BatchRanks(
-        greater_own,
-        jnp.where(missed, 1, count(jnp.equal, own_QI, masked_own)),
-        greater_all,
-        jnp.where(missed, 1, count(jnp.equal, True, masked)),
-        jnp.all(jnp.isfinite(score_QI), axis=1),
-        level[:, 0] - jax.nn.logsumexp(score_QI, axis=1),
+        jnp.where(missed, MISS, leave_out(above_own, above & masked_own)),
+        jnp.where(missed, 1, leave_out(level_own, equal & masked_own)),
+        jnp.where(missed, MISS, leave_out(above_all, above & masked)),
+        jnp.where(missed, 1, leave_out(level_all, equal & masked)),
+        n_broken == 0,
+        level[:, 0] - (0 if has_log_probs else jax.nn.logsumexp(score_QI, axis=1)),
     )
 
 

@@ -8,7 +8,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from moerec.nn.heads.item import spread_each, spread_pointers
+from moerec.nn.heads.item import add_probability, spread_each, spread_pointers
 from moerec.nn.heads.xent import mark_items
 from moerec.nn.layers import MASK_VALUE
 from moerec.types import Answers, Catalog, NearPointer, PointerMixture
@@ -28,7 +28,7 @@ def _of_service(x: PointerMixture | None, place: int | jax.Array) -> PointerMixt
 def _mix(log_softmax_QI: jax.Array, pointers: PointerMixture | None, pointed_QI: jax.Array | None) -> jax.Array:
     if pointers is None or pointed_QI is None:
         return log_softmax_QI
-    return jnp.logaddexp(log_softmax_QI + pointers.log_weight_BTX[:, :1], jnp.log(pointed_QI))
+    return add_probability(log_softmax_QI + pointers.log_weight_BTX[:, :1], pointed_QI)
 
 
 def _repeat_bias(answers: Answers, catalog: Catalog) -> jax.Array | float:

@@ -74,7 +74,7 @@ class ItemHead(nnx.Module):
 def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
     """Scores `[Q, I]` of all items of a bound catalogue at flat slots; the softmax of a row is p(item).
 
-    Where pointers are mixed in, they are log-probabilities. At slot -1, where there is no history and no control slot,
+    Where pointers are mixed in, they are log-probabilities already. At slot -1, where there is no history and no control slot,
     the biases speak alone.
     """
     known_Q1, at_Q = slot_Q[:, None] >= 0, jnp.maximum(slot_Q, 0)
@@ -86,7 +86,13 @@ def score_items(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Cata
     item_QS = batch.item_BT[at_Q // n_slots]
     log_share_Q1 = jnp.where(known_Q1, pointers.log_weight_BTX[..., :1], 0)
     pointed_QI = jnp.where(known_Q1, spread_pointers(pointers, item_QS, catalog), 0)
-    return jnp.logaddexp(jax.nn.log_softmax(score_QI) + log_share_Q1, jnp.log(pointed_QI))
+    return add_probability(jax.nn.log_softmax(score_QI) + log_share_Q1, pointed_QI)
+
+
+def add_probability(log_p: jax.Array, more: jax.Array) -> jax.Array:
+    """`log(exp(log_p) + more)`: of most items pointers give nothing, and these keep what they have."""
+    is_more = more >= jnp.finfo(jnp.float32).tiny  # a smaller number may count as zero
+    return jnp.where(is_more, jnp.log(jnp.exp(log_p) + jnp.where(is_more, more, 1)), log_p)
 
 
 def _score_softmax(outputs: Outputs, batch: Batch, slot_Q: jax.Array, catalog: Catalog) -> jax.Array:
