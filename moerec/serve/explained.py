@@ -15,6 +15,7 @@ from moerec.data.packing import Sequences, device_time, pack, place_sequences
 from moerec.errors import InputError
 from moerec.eval.probes.answers import AskedAnswer, ask_services, describe_asked
 from moerec.eval.probes.profile_aspects import relevance_of_aspects
+from moerec.eval.ranking.lists import best_items
 from moerec.nn.heads.item import log_prob_items
 from moerec.nn.heads.near_pointers import near_names
 from moerec.nn.heads.service_answers import component_names
@@ -87,12 +88,12 @@ def recommend(
     is_known = bool(is_continued or len(rows) or batch.request.field_BTY[0, slot].any())
     if config.model.is_asked:
         log_p_I, asked = ask_services(run.predictor, run.catalog, batch, slot, profile, allowed, n, mass, service)
-        best = _find_best(log_p_I, allowed & np.isfinite(log_p_I), n)
+        best = best_items(log_p_I, allowed & np.isfinite(log_p_I), n)
         relevance = asked.relevance if is_known else None
         return Recommendation(best, log_p_I[best].astype(np.float64), asked.domain, relevance, None, asked)
     log_p_I, found = _predict(run.predictor, batch, slot, run.catalog, profile)
     log_p_I = np.asarray(log_p_I, np.float64)
-    best = _find_best(log_p_I, allowed, n)
+    best = best_items(log_p_I, allowed, n)
     domain, relevance, weight = found
     if not is_known:
         relevance = None
@@ -134,10 +135,6 @@ def answer_users(
         lines = [*history.pop("lines"), "", *described.pop("lines")]
         found.append({"user": user, "history": history, **described, "lines": lines})
     return found
-
-
-def _find_best(log_p_I: np.ndarray, allowed: np.ndarray, n: int) -> np.ndarray:
-    return np.argsort(np.where(allowed, -log_p_I, np.inf), kind="stable")[: min(n, int(allowed.sum()))]
 
 
 def recall_profile(

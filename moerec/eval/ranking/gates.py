@@ -17,10 +17,11 @@ import scipy.optimize
 
 from moerec.eval.ranking.dataset import RankQueries
 from moerec.nn.heads.answers import softmax_alone
-from moerec.nn.heads.item import log_softmax_items, pick_slots, spread_each
+from moerec.nn.heads.item import add_probability, log_softmax_items, pick_slots, spread_each
+from moerec.nn.heads.query_blocks import map_blocks
 from moerec.nn.model import Predictor
 from moerec.nn.moe.hypotheses import ask_one
-from moerec.types import Array, Batch, Catalog
+from moerec.types import Answers, Array, Batch, Catalog, PointerMixture
 
 N_RIVALS, N_OF_EACH = 100, 20  # those that lead by the mixture, and those by each component that may come to lead
 CUTOFF = 10
@@ -59,22 +60,45 @@ def read_gates(
     """Of the queries' targets, among those that lead in their services. Where services are asked: of the answers of the
     targets' own, and with the log-posterior `[Q, Z]`.
     """
-    log_domain_QZ = None
-    flat_Q, target_Q = jnp.maximum(queries.slot, 0), jnp.maximum(queries.target, 0)
     if predictor.config.is_asked:
+        target_Q, flat_Q = jnp.maximum(queries.target, 0), jnp.maximum(queries.slot, 0)
         answers = predictor.ask(batch, catalog, flat_Q, ask_one(catalog.service_I[target_Q]))
-        log_softmax_QI, pointers = softmax_alone(answers, catalog)
-        item_QS, log_domain_QZ = answers.item_QS, answers.log_domain_QZ
-    else:
-        outputs = predictor.encode(batch, catalog)
+        assert answers.pointers is not None
+
+        def of_answers(answers: Answers, queries: RankQueries) -> GateTargets:
+            log_softmax_QI, pointers = softmax_alone(answers, catalog)
+            assert pointers is not None
+            return _read_block(log_softmax_QI, pointers, answers.item_QS, queries, catalog, n_rivals, n_of_each)
+
+        n_each = answers.pointers.log_weight_BTX.shape[-1] * len(catalog.service_I)  # each component scores all items
+        found = map_blocks(of_answers, (answers._replace(routing=None), queries), n_each)
+        return found, answers.log_domain_QZ
+    outputs = predictor.encode(batch, catalog)
+    mixtures = outputs.pointers
+    assert mixtures is not None
+
+    def of_slots(queries: RankQueries) -> GateTargets:
         log_softmax_QI = log_softmax_items(outputs, batch, queries.slot, catalog)
-        n_slots = batch.item_BT.shape[1]
-        assert outputs.pointers is not None
-        pointers, item_QS = pick_slots(outputs.pointers, flat_Q, n_slots), batch.item_BT[flat_Q // n_slots]
-    assert pointers is not None
-    log_weight_QX = pointers.log_weight_BTX
+        flat_Q, n_slots = jnp.maximum(queries.slot, 0), batch.item_BT.shape[1]
+        pointers, item_QS = pick_slots(mixtures, flat_Q, n_slots), batch.item_BT[flat_Q // n_slots]
+        return _read_block(log_softmax_QI, pointers, item_QS, queries, catalog, n_rivals, n_of_each)
+
+    n_each = mixtures.log_weight_BTX.shape[-1] * len(catalog.service_I)
+    return map_blocks(of_slots, (queries,), n_each), None
+
+
+def _read_block(
+    log_softmax_QI: jax.Array,
+    pointers: PointerMixture,
+    item_QS: jax.Array,
+    queries: RankQueries,
+    catalog: Catalog,
+    n_rivals: int,
+    n_of_each: int,
+) -> GateTargets:
+    log_weight_QX, target_Q = pointers.log_weight_BTX, jnp.maximum(queries.target, 0)
     given = spread_each(pointers, item_QS, catalog)
-    log_p_QI = jnp.logaddexp(log_softmax_QI + log_weight_QX[:, :1], jnp.log(sum(given)))
+    log_p_QI = add_probability(log_softmax_QI + log_weight_QX[:, :1], functools.reduce(jnp.add, given))
     leading = [(log_p_QI, n_rivals), *((part_QI, n_of_each) for part_QI in (log_softmax_QI, *given))]
     rival_QC, is_rival_QC = _pick_rivals(leading, queries)
     candidate_QC = jnp.concatenate([target_Q[:, None], rival_QC], axis=1)
@@ -85,7 +109,7 @@ def read_gates(
     log_part_QCX = jnp.maximum(jnp.stack(log_part_XQC, axis=-1), _NOTHING)
     is_rival_QC = jnp.concatenate([jnp.zeros_like(is_rival_QC[:, :1]), is_rival_QC], axis=1)
     is_ranked_Q = ~jnp.any(queries.seen == target_Q[:, None], axis=1)
-    return GateTargets(log_weight_QX, log_part_QCX, is_rival_QC, is_ranked_Q), log_domain_QZ
+    return GateTargets(log_weight_QX, log_part_QCX, is_rival_QC, is_ranked_Q)
 
 
 def _pick_rivals(leading: Sequence[tuple[jax.Array, int]], queries: RankQueries) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from moerec.config import ModelConfig
 from moerec.nn.embeddings import ItemEncoder, has_row
 from moerec.nn.heads.near_pointers import share_targets, spread_near
 from moerec.nn.heads.pointer import AnswerAggregator
+from moerec.nn.heads.query_blocks import map_blocks
 from moerec.nn.heads.service_answers import ServiceAnswers
 from moerec.nn.heads.xent import (
     Mixture,
@@ -23,6 +24,8 @@ from moerec.nn.heads.xent import (
 )
 from moerec.nn.layers import declare
 from moerec.types import Batch, Catalog, NearPointer, Outputs, PointerMixture
+
+MOST_BOUND = 1 << 26  # numbers that are in memory while the vectors of all items are computed
 
 
 class Candidates(NamedTuple):
@@ -49,7 +52,7 @@ class ItemHead(nnx.Module):
         self.aggregator = mixture(k_pointer, config, n_services) if config.has_pointers else None
         zeros = jax.nn.initializers.zeros
         self.bias_I = declare(key, (n_items,), ("items",), zeros, decay="none") if config.item_bias else None
-        self.untrained_rows = config.untrained_rows
+        self.untrained_rows, self.d_text = config.untrained_rows, config.d_text
         self.repeat_Z = declare(key, (n_services,), (None,), zeros, decay="none") if config.repeat_bias else None
         has_other = config.item_bias and not config.untrained_rows
         self.no_row_bias_Z = declare(key, (n_services,), (None,), zeros, decay="none") if has_other else None
@@ -65,6 +68,18 @@ class ItemHead(nnx.Module):
             other = self.no_row_bias_Z[...][catalog.service_I[item_X]]
             bias = jnp.where(has_row(item_X, catalog), bias, other)
         return encoder(item_X, catalog), bias
+
+    def bind(self, catalog: Catalog, tied: ItemEncoder, most: int = MOST_BOUND) -> Catalog:
+        """The catalogue with the vectors and biases of all its items.
+
+        Those of a large one are computed block by block: all tokens' vectors would be as many times as large as the
+        items' texts are long. Args: numbers in memory at once.
+        """
+        free = catalog._replace(vector_ID=None, bias_I=None)
+        n_each = max(catalog.token_IW.shape[1] * self.d_text, 0 if free.state_IX is None else free.state_IX.shape[1])
+        item_I = jnp.arange(catalog.service_I.shape[0])
+        vector_ID, bias_I = map_blocks(lambda item_X: self.vectors(item_X, free, tied), (item_I,), n_each, most)
+        return catalog._replace(vector_ID=vector_ID, bias_I=bias_I, repeat_I=self.repeats(catalog))
 
     def repeats(self, catalog: Catalog) -> jax.Array | None:
         """`[I]`, what is added to an item's score where the history has it; None where that is no matter."""

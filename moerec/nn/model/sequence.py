@@ -81,9 +81,7 @@ class SequenceModel(nnx.Module):
         if self.head is None:
             return catalog
         assert self.item_encoder is not None
-        item_I = jnp.arange(catalog.service_I.shape[0])
-        vector_ID, bias_I = self.head.vectors(item_I, catalog._replace(vector_ID=None, bias_I=None), self.item_encoder)
-        return catalog._replace(vector_ID=vector_ID, bias_I=bias_I, repeat_I=self.head.repeats(catalog))
+        return self.head.bind(catalog, self.item_encoder)
 
     def event_vectors(self, item: jax.Array, action: jax.Array, catalog: Catalog) -> jax.Array:
         """What a profile is fed of events: vectors `[..., D]` of item, service and action."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moerec.nn.heads.item import log_prob_items, pick_slots
 from moerec.nn.heads.origin import split_listed
+from moerec.nn.heads.query_blocks import map_blocks
 from moerec.nn.model import Predictor
 from moerec.nn.model.inspect import SlotTrace, trace_slots
 from moerec.nn.moe.hypotheses import ask_all, followed_services
@@ -26,28 +27,35 @@ def list_best(
     """The best items `[Q, K]`, their log-probabilities, parts and groups, and the posterior, as `Recommendations`."""
     at_Q, n_slots = jnp.maximum(slot_Q, 0), batch.item_BT.shape[1]
     pointers: PointerMixture | None
-    group_QXG = None
+    group_QXG = log_domain_QZ = None
+
+    def pick(log_p_QI: jax.Array, exclude_QX: jax.Array) -> tuple[jax.Array, jax.Array]:
+        n_items = log_p_QI.shape[1]
+        place_QX = jnp.where(exclude_QX >= 0, exclude_QX, n_items)  # padding falls off the end
+        open_QI = jnp.where(allowed_Z[catalog.service_I], log_p_QI, -jnp.inf)
+        open_QI = open_QI.at[jnp.arange(len(place_QX))[:, None], place_QX].set(-jnp.inf, mode="drop")
+        return jax.lax.top_k(open_QI, k)
+
     if predictor.config.is_asked:
         below = predictor.params.read(batch, catalog)
         log_domain_QZ = predictor.weigh_services(below, at_Q)
         has_groups = bool(predictor.config.moe.layers)
         answers = predictor.ask(batch, catalog, at_Q, ask_all(log_domain_QZ), below=below, weigh_groups=has_groups)
-        log_p_QI = predictor.weigh_answers(answers, slot_Q, catalog)
+        best_QK, item_QK = predictor.map_answers(pick, answers, slot_Q, catalog, (exclude_QX,))
         pointers, item_QS, group_QXG = answers.pointers, answers.item_QS, answers.group_QXG
     else:
         outputs = predictor.encode(batch, catalog)
-        log_p_QI = log_prob_items(outputs, batch, slot_Q, catalog)
-        log_domain_QZ = None
+
+        def pick_block(slot_Q: jax.Array, exclude_QX: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return pick(log_prob_items(outputs, batch, slot_Q, catalog), exclude_QX)
+
+        best_QK, item_QK = map_blocks(pick_block, (slot_Q, exclude_QX), catalog.service_I.shape[0])
         if outputs.log_domain_BTZ is not None:
             log_domain_QZ = outputs.log_domain_BTZ.reshape(-1, outputs.log_domain_BTZ.shape[-1])[at_Q]
         item_QS, pointers = batch.item_BT[at_Q // n_slots], None
         if outputs.pointers is not None:
             pointers = pick_slots(outputs.pointers, at_Q, n_slots)
             pointers = pointers._replace(part_BXTS=pointers.part_BXTS[:, :, None])  # one answer
-    allowed_QI = jnp.broadcast_to(allowed_Z[catalog.service_I], log_p_QI.shape)
-    row_Q1, n_items = jnp.arange(len(slot_Q))[:, None], log_p_QI.shape[1]
-    allowed_QI = allowed_QI.at[row_Q1, jnp.where(exclude_QX >= 0, exclude_QX, n_items)].set(False, mode="drop")
-    best_QK, item_QK = jax.lax.top_k(jnp.where(allowed_QI, log_p_QI, -jnp.inf), k)
     item_QK = jnp.where(best_QK > -jnp.inf, item_QK, -1)
     service_QK = catalog.service_I[jnp.maximum(item_QK, 0)]
     p_QK, place_QK = jnp.exp(best_QK), jnp.zeros_like(service_QK)
