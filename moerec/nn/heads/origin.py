@@ -32,7 +32,11 @@ def split_listed(
     is_hit_QKS = item_QS[:, None] == item_QK[..., None]
     # `[Q, P, X, S]` at each item's own answer: `[Q, K, P, S]`.
     given_QKPS = jnp.moveaxis(pointers.part_BXTS, 1, 2)[row_Q1, place_QK]
-    parts = [jnp.sum(jnp.where(is_hit_QKS, given_QKPS[:, :, x], 0), axis=-1) for x in range(pointers.n_copies)]
+    copies = [given_QKPS[:, :, x] for x in range(pointers.n_copies)]
+    if pointers.owner_BS is not None:
+        owner_Q1S = pointers.owner_BS[:, None]
+        copies = [*(jnp.where(owner_Q1S == z, copies[0], 0) for z in range(pointers.n_owners)), *copies[1:]]
+    parts = [jnp.sum(jnp.where(is_hit_QKS, copy_QKS, 0), axis=-1) for copy_QKS in copies]
     for x, name in enumerate(sorted(pointers.near), pointers.n_copies):
         pointer = pointers.near[name]
         part_QKS = None if pointer.part_BTS is None else pointer.part_BTS[row_Q1, place_QK]
