@@ -131,6 +131,14 @@ def test_bench_experts_refuses_what_it_cannot_measure(call, arguments, line):
     assert line in done.stderr
 
 
+def test_bench_sasrec_refuses_a_loss_that_is_none(call):
+    """Or says that PyTorch is missing, where it is."""
+    done = call("bench_sasrec", "--losses=hinge")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "'hinge' is none of one_negative" in line or "PyTorch is not installed" in line
+
+
 def test_bench_asking_measures_the_same_model_with_and_without(call):
     done = call("bench_asking", "--json", "--config.model.n_layers=2", "--config.model.ask.d_analyser=8")
     assert done.returncode == 0, done.stderr

@@ -65,7 +65,9 @@ def measure_sasrec(
     return rows
 
 
-def _describe(config: Config, n_items: int, n_targets: float, seconds: dict[str, tuple[float, float]]) -> dict:
+def _describe(
+    config: Config, n_items: int, n_targets: float, seconds: dict[str, tuple[float, float]]
+) -> dict[str, Any]:
     matmuls = _take_turns(make_matmuls(list_matmuls(config, n_items)), 5)
     (our_wall, our_cpu), (their_wall, their_cpu) = seconds["ours"], seconds["theirs"]
     return {
