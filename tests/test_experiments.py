@@ -148,6 +148,34 @@ def test_bench_asking_measures_the_same_model_with_and_without(call):
     assert asked["ratio"] == pytest.approx(asked["step_ms"] / plain["step_ms"])
 
 
+def test_bench_ranking_measures_a_catalogue(call):
+    done = call(
+        "bench_ranking",
+        "--items=400",
+        "--models=asked",
+        "--json",
+        "--config.model.n_layers=2",
+        "--config.model.text_pointer=True",
+        "--config.model.ask.d_analyser=8",
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert (row["model"], row["n_items"]) == ("asked", 400)
+    assert all(row[name] > 0 for name in ("users_per_s", "temporary_gib", "bind_gib", "peak_gib"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [(("--items=many",), "--items"), (("--items=50",), "at least 100"), (("--models=dense,sparse",), "'dense,sparse'")],
+    ids=("word", "few", "no model"),
+)
+def test_bench_ranking_refuses_what_it_cannot_measure(call, arguments, line):
+    done = call("bench_ranking", *arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert line in done.stderr
+
+
 def test_bench_history_measures_every_arm_at_each_length(call):
     personal = ("--config.model.personal.layers=(0,)", "--config.model.window=8")
     done = call("bench_history", "--slots=32", "--json", *personal)

@@ -68,7 +68,9 @@ def test_sharded_answers_are_unsharded_answers():
 
     @jax.jit
     def score_placed(model, batch, catalog):
-        return Predictor(model, None, 1.2).score(batch, slot_Q, model.bind(catalog))
+        predictor, bound = Predictor(model, None, 1.2), model.head.bind(catalog, model.item_encoder, most=40)
+        in_blocks = predictor.map_scores(lambda score_QI: score_QI, batch, slot_Q, bound, most=2 * ASKED_SIZES.n_items)
+        return predictor.score(batch, slot_Q, bound), in_blocks
 
     def score(model, batch, catalog):
         with mesh_of(model):
@@ -77,4 +79,6 @@ def test_sharded_answers_are_unsharded_answers():
     mesh = make_mesh(2, 2, 2)
     placed = jax.device_put(model, param_shardings(model, mesh))
     sharded = score(placed, BATCHES[0], jax.device_put(CATALOG, replicated(mesh)))
-    np.testing.assert_allclose(sharded, score(model, BATCHES[0], CATALOG), atol=3e-5)
+    alone, in_blocks = score(model, BATCHES[0], CATALOG)
+    for found in (*sharded, in_blocks):
+        np.testing.assert_allclose(found, alone, atol=3e-5)

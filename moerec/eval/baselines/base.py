@@ -16,6 +16,8 @@ from moerec.errors import WorkError
 from moerec.eval.metrics import Ranks, concatenate_counts, count_ranks
 from moerec.eval.ranking.dataset import EvalDataset
 
+MOST_SCORES = 1 << 25  # in memory at once, a quarter of a GiB
+
 
 class Scorer(Protocol):
     """Anything that scores the union catalogue for a chunk of targets without looking at the targets' items."""
@@ -125,7 +127,7 @@ def rank_by_scores(
       targets: `[n]` rows of the log.
       histories: what the model may see.
       mask_seen: whether items of the user's history are no candidates; a target among them is a miss.
-      chunk: targets scored at once, at most; fewer where their histories are very long.
+      chunk: targets scored at once, at most; fewer where their histories are very long, or the catalogue is large.
 
     Raises:
       WorkError: a score is not finite, or the scores have another shape than `[targets, items]`.
@@ -133,6 +135,7 @@ def rank_by_scores(
     catalogue, item = dataset.catalogue, dataset.log.item
     own, union = [], []
     seen = histories.distinct(item) if mask_seen else None
+    chunk = max(min(chunk, MOST_SCORES // max(catalogue.n_items, 1)), 1)
     for which, part in histories.blocks(chunk):
         start, stop = which.start, which.stop
         answer = item[targets[which]]

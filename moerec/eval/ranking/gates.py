@@ -48,7 +48,7 @@ class GateTargets(NamedTuple):
     is_ranked_Q: Array
 
 
-@functools.partial(jax.jit, static_argnames=("n_rivals", "n_of_each"))
+@functools.partial(jax.jit, static_argnames=("n_rivals", "n_of_each", "most"))
 def read_gates(
     predictor: Predictor,
     batch: Batch,
@@ -56,9 +56,12 @@ def read_gates(
     catalog: Catalog,
     n_rivals: int = N_RIVALS,
     n_of_each: int = N_OF_EACH,
+    most: int = 0,
 ) -> tuple[GateTargets, jax.Array | None]:
     """Of the queries' targets, among those that lead in their services. Where services are asked: of the answers of the
     targets' own, and with the log-posterior `[Q, Z]`.
+
+    Args: `most`, numbers that are in memory at once, see `map_blocks`.
     """
     if predictor.config.is_asked:
         target_Q, flat_Q = jnp.maximum(queries.target, 0), jnp.maximum(queries.slot, 0)
@@ -71,7 +74,7 @@ def read_gates(
             return _read_block(log_softmax_QI, pointers, answers.item_QS, queries, catalog, n_rivals, n_of_each)
 
         n_each = answers.pointers.log_weight_BTX.shape[-1] * len(catalog.service_I)  # each component scores all items
-        found = map_blocks(of_answers, (answers._replace(routing=None), queries), n_each)
+        found = map_blocks(of_answers, (answers._replace(routing=None), queries), n_each, most)
         return found, answers.log_domain_QZ
     outputs = predictor.encode(batch, catalog)
     mixtures = outputs.pointers
@@ -84,7 +87,7 @@ def read_gates(
         return _read_block(log_softmax_QI, pointers, item_QS, queries, catalog, n_rivals, n_of_each)
 
     n_each = mixtures.log_weight_BTX.shape[-1] * len(catalog.service_I)
-    return map_blocks(of_slots, (queries,), n_each), None
+    return map_blocks(of_slots, (queries,), n_each, most), None
 
 
 def _read_block(
