@@ -39,8 +39,7 @@ def main(_, flags):
         raise InputError(f"--recent: {flags.recent} is no number of events")
     before_us = parse_date(flags.before, "--before").time_us if flags.before else None
     run = open_extended(flags.workdir, flags.interactions, flags.items, flags.user_table, sys.stderr)
-    params = run.predictor.params
-    store = open_profiles(Path(flags.profiles), params, create=not flags.forget)
+    store = open_profiles(Path(flags.profiles), params := run.predictor.params, create=not flags.forget)
     if flags.forget:
         absent = forget(store, flags.forget)
         print(f"{len(flags.forget) - len(absent)} forgotten" + (f"; not there: {', '.join(absent)}" if absent else ""))

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import inspect
 import io
 import json
 import pathlib
@@ -16,6 +17,8 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import moerec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MAX_BYTES = 1_000_000
@@ -263,9 +266,15 @@ def test_every_package_that_is_asked_for_is_imported():
     assert not {name for name in names if canonicalize_name(modules.get(name, name)) not in imported}
 
 
-def test_the_config_of_the_readme_is_one():
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)  # noqa: S102 (our own text)
-    schema = names["get_config"]().data.schema
-    assert (schema.user, schema.time, schema.text) == ("customer", "when", ("title",))
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_python_of_the_pages_calls_what_there_is(page):
+    """Names that the blocks take from the library, methods of a recommender, and what these are called with."""
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "moerec":
+                assert hasattr(moerec, node.attr), node.attr
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = node.func.value
+                if isinstance(owner, ast.Name) and owner.id == "recommender":
+                    taken = inspect.signature(getattr(moerec.Recommender, node.func.attr)).parameters
+                    assert {word.arg for word in node.keywords} <= taken.keys()

@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class PackedTree:
     """A tree like that of the parameters as two vectors.
 
     An optimiser does the same to every number. Leaf by leaf that is hundreds of small operations, which a CPU takes
@@ -48,7 +48,7 @@ def lay_out(params, config: OptimConfig) -> Layout:
     return Layout(treedef, tuple(leaf.shape for leaf in leaves), tuple(decayed))
 
 
-def pack(tree, layout: Layout) -> Packed:
+def pack(tree, layout: Layout) -> PackedTree:
     """The vectors of a tree; of NumPy arrays they are NumPy's."""
     leaves = jax.tree.leaves(tree)
     join = np.concatenate if isinstance(leaves[0], np.ndarray) else jnp.concatenate
@@ -57,10 +57,10 @@ def pack(tree, layout: Layout) -> Packed:
         chosen = [x.reshape(-1) for x, own in zip(leaves, layout.is_decayed, strict=True) if own == is_decayed]
         if chosen:
             vectors[name] = join(chosen)
-    return Packed(vectors, layout)
+    return PackedTree(vectors, layout)
 
 
-def unpack(packed: Packed):
+def unpack(packed: PackedTree):
     """The tree of vectors: its leaves are parts of them."""
     sizes, leaves = [int(np.prod(shape)) for shape in packed.layout.shapes], []
     ends = {DECAYED: 0, PLAIN: 0}
@@ -72,8 +72,8 @@ def unpack(packed: Packed):
 
 
 def is_packed(x: Any) -> bool:
-    """Whether a part of a tree is `Packed`."""
-    return isinstance(x, Packed)
+    """Whether a part of a tree is `PackedTree`."""
+    return isinstance(x, PackedTree)
 
 
 def find_layout(tree) -> Layout | None:
@@ -102,7 +102,7 @@ def decay_mask(params, decay_embeddings: bool):
     """The tree of the parameters, true where weight decay applies: matrices, and embeddings if asked; never norms or
     biases.
     """
-    if isinstance(params, Packed):
+    if isinstance(params, PackedTree):
         return dataclasses.replace(params, vectors={name: name == DECAYED for name in params.vectors})
     classes = {"matrix"} | ({"embedding"} if decay_embeddings else set())
 

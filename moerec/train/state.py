@@ -44,7 +44,7 @@ def init_state(config: Config, sizes: ModelSizes) -> TrainState:
 
 
 def pack_state(state: TrainState, config: Config, sharding: jax.sharding.Sharding) -> TrainState:
-    """The state with moments and average as vectors (`moerec.train.optim.Packed`), as the step is fastest on one CPU.
+    """The state with moments and average as vectors (`optim.PackedTree`), as the step is fastest on one CPU.
 
     Groups of parameters (`optim.groups`) are updated apart: their state stays as it is.
     """

@@ -14,10 +14,11 @@ from moerec.eval.ranking.gates import read_gates
 from moerec.eval.ranking.lists import best_items
 from moerec.eval.ranking.rank import count_ranks_of_scores, rank_batch
 from moerec.nn.model import Predictor
-from tests.nn.test_asking import ASK, ASKED_SIZES, BATCH, CATALOG, LAST, OFFSETS
+from tests.nn.test_asking import ASK, ASKED_SIZES, CATALOG, LAST, OFFSETS
+from tests.nn.test_asking import BATCH as HOST_BATCH
 from tests.small_model import make_config, make_model
 
-N_ITEMS = ASKED_SIZES.n_items
+N_ITEMS, BATCH = ASKED_SIZES.n_items, jax.tree.map(jnp.asarray, HOST_BATCH)
 NEAR = {"text_pointer": True, "transition_pointer": True, "crossing_pointer": True}
 KINDS = {
     "dense": {"repeat_bias": True},

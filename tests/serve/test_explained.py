@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from math import ceil
 
@@ -271,8 +272,13 @@ def test_an_answer_in_words(trained):
     assert set(found["weight"]) == {"catalogue", "own history", *(f"own {z}" for z in found["domain"])}
     assert found["items"][0]["text"] in found["lines"][1]
     slots = answer.relevance.tolist()  # two aspects of two scales, and the fields
-    by_aspect = {"aspect 0": slots[0] + slots[1], "aspect 1": slots[2] + slots[3], "fields": slots[4]}
-    assert found["relevance"] == pytest.approx(by_aspect)
+    names = list(found["relevance"])
+    assert [name[:8] for name in names] == ["aspect 0", "aspect 1", "fields"]
+    tokens = {token for text in trained.data.dataset.catalogue.attributes for token in text.split()}
+    for name in names[:2]:  # by what it stands for
+        assert {*re.fullmatch(r"aspect \d \((.*)\)", name)[1].split(", ")} <= tokens
+    by_aspect = [slots[0] + slots[1], slots[2] + slots[3], slots[4]]
+    assert list(found["relevance"].values()) == pytest.approx(by_aspect)
     assert json.loads(json.dumps(to_plain(found)))["domain"].keys() == set(trained.data.dataset.catalogue.services)
 
 
@@ -352,7 +358,8 @@ def test_the_command(folder, capsys):
 
     assert execute("--top_k=3", "--json", "--time=2030-01-01") == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 14  # the history has seven of them
+    assert lines[0].startswith("p000000: ")
     assert len(json.loads(last)["items"]) == 3
     assert execute("--context=weather=hail") == 0
     assert capsys.readouterr().err == "weather=hail: never seen in training; there are clear, cloudy, rain, snow\n"

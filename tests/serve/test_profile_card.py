@@ -13,8 +13,9 @@ from moerec.config import PersonalConfig, cli
 from moerec.data.dataset import ItemTable
 from moerec.errors import InputError
 from moerec.nn.profile.memory import decay_rates
+from moerec.serve.aspects import name_aspects
 from moerec.serve.explained import recommend
-from moerec.serve.profile_card import describe_card, name_aspects, next_time, render_card, summarize_profile
+from moerec.serve.profile_card import describe_card, next_time, render_card, summarize_profile
 from moerec.serve.request import RecommendRequest
 from moerec.train.run_dir import Run
 from tests.tiny import make_config, make_untrained
@@ -125,7 +126,7 @@ def test_an_aspect_is_named_by_what_writes_more_into_it_than_into_others(trained
     catalogue = ItemTable(("z",), np.array([0, 4]), np.array(["1", "2", "3", "x4"]), np.array([""] * 4), attributes)
     share_IX = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
     monkeypatch.setattr("moerec.eval.probes.profile_aspects.share_items", lambda *_: share_IX)
-    monkeypatch.setattr("moerec.serve.profile_card.LEAST_EVENTS", 2)
+    monkeypatch.setattr("moerec.serve.aspects.LEAST_EVENTS", 2)
     table = trained.catalog._replace(count_I=jnp.array([4, 2, 4, 2]))
     first, second = name_aspects(catalogue, trained.predictor.params, table)
     # Aspect 0 gets 3.6 + 1.8 + .8 + 1 = 7.2 of 12, of which tea 5.4 of 6 events.

@@ -219,7 +219,7 @@ def test_without_a_window_a_row_of_events_stays_out():
 
 
 def test_the_commands(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("moerec.train.run_dir.load_run", lambda _: trained)
+    monkeypatch.setattr("moerec.serve.new_data.extend.load_run", lambda _: trained)
     user, store = str(trained.data.dataset.users[2]), f"--profiles={tmp_path / 'store'}"
 
     def call(module, *flags):
@@ -271,7 +271,7 @@ def test_the_commands(trained, tmp_path, monkeypatch, capsys):
 
 def test_the_commands_say_where_a_profile_answers_otherwise_than_the_whole_history(tmp_path, monkeypatch, capsys):
     run = make_trained(tmp_path, make_long_config(window=0))
-    monkeypatch.setattr("moerec.train.run_dir.load_run", lambda _: run)
+    monkeypatch.setattr("moerec.serve.new_data.extend.load_run", lambda _: run)
     user = str(run.data.dataset.users[2])
 
     def call(module, *flags):
@@ -290,7 +290,7 @@ def test_the_commands_say_where_a_profile_answers_otherwise_than_the_whole_histo
 
 
 def test_a_request_back_in_time_is_told_that_its_profile_has_seen_too_much(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("moerec.train.run_dir.load_run", lambda _: trained)
+    monkeypatch.setattr("moerec.serve.new_data.extend.load_run", lambda _: trained)
     dataset, store = trained.data.dataset, open_profiles(tmp_path / "store", trained.predictor.params, create=True)
     feed_all(trained, store, count_recent(trained.config))
     user, end = str(dataset.users[2]), dataset.log.offsets[3]

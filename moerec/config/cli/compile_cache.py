@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_BYTES = 2 << 30
-LEAST_COMPILE_S = 0.01  # below that an entry is hardly read faster than it is made
+LEAST_COMPILE_S = 0.0  # all: what is hardly read faster than it is made would be made at each start
 _FOLDER, _SECONDS = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _ENABLED = "JAX_ENABLE_COMPILATION_CACHE"
 _FAILED = r"Error (reading|writing) persistent compilation cache entry for '([^']*)': (.*)"

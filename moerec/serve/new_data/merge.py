@@ -95,7 +95,7 @@ def join_new(data: RunData, schema: SchemaConfig, new: NewTables) -> Joined:
         item=number[log.item].astype(np.int32),
     )
     joined = dataclasses.replace(dataset, catalogue=catalogue, log=log, users=names, profile=profile)
-    vars(joined)["profile_codes"] = _code_profile(dataset, profile)
+    vars(joined)["profile_codes"] = _code_profile(dataset, profile, len(names))
     split_ids, n_events, n_known_events = data.split_ids, 0, 0
     zones = None if data.zones is None else find_zones(joined, schema)
     if new.events is not None:
@@ -186,15 +186,14 @@ def _join_profile(
     return profile
 
 
-def _code_profile(dataset: Dataset, profile: dict[str, np.ndarray]) -> tuple[np.ndarray, tuple[int, ...]]:
+def _code_profile(dataset: Dataset, profile: dict[str, np.ndarray], n_users: int) -> tuple[np.ndarray, tuple[int, ...]]:
     """`Dataset.profile_codes` by the codes of the run, which its model was trained with."""
     codes, sizes = dataset.profile_codes
     columns = []
     for y, (name, values) in enumerate(dataset.profile.items()):
         code = dict(zip(values.tolist(), codes[:, y].tolist(), strict=True)) | {"": 0}
-        columns.append(np.fromiter(map(code.__getitem__, profile[name].tolist()), np.int32, len(profile[name])))
-    n = len(next(iter(profile.values()))) if profile else 0
-    return (np.stack(columns, axis=1), sizes) if columns else (np.zeros((n, 0), np.int32), sizes)
+        columns.append(np.fromiter(map(code.__getitem__, profile[name].tolist()), np.int32, n_users))
+    return (np.stack(columns, axis=1) if columns else np.zeros((n_users, 0), np.int32)), sizes
 
 
 class _Events(NamedTuple):

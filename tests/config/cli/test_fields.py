@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from moerec.config import Config, DataConfig, MoEConfig, OptimConfig, SchemaConfig, cli
+from tests.own_tables import write_own_tables
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 ODD = """import dataclasses
 from moerec.config import Config, DataConfig, OptimConfig, SchemaConfig
+from tests.own_tables import write_own_tables
 def get_config():
     schema = SchemaConfig(text=('say "a"', "it's", "back\\\\slash", "a, b"), context=("#1",))
     optim = OptimConfig(learning_rate=1e-05, groups=("groups/0=frozen", "$HOME=.5"))
@@ -40,7 +42,10 @@ def read_back(lines, other):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_lines_of_every_config_give_it_back(name, capsys):
+def test_the_lines_of_every_config_give_it_back(name, capsys, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()  # the tables that configs/own_data.py counts
+    write_own_tables(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
     lines = print_config(capsys, ROOT / "configs" / f"{name}.py", "--print_config")
     arguments = [argument for line in lines for argument in shlex.split(line, comments=True)]
     assert len(arguments) == len(lines)

@@ -242,4 +242,5 @@ def test_columns_have_mean_zero_and_deviation_one_over_the_items_with_a_text(sta
             expected = [(value - mean) / deviation for value in column]
             np.testing.assert_allclose(found[has_text, x], expected, rtol=1e-4, atol=1e-5)
         else:
-            assert not np.any(np.abs(found[:, x]) > 1 + 1e-3), "a column that says nothing"
+            # A column that says nothing, or little: no value is further off than any can be from a mean of so many.
+            assert not np.any(np.abs(found[:, x]) > len(has_text) ** 0.5 + 1e-3)
