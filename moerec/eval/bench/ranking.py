@@ -26,7 +26,9 @@ N_SERVICES, N_WORDS, N_TOKENS = 6, 16, 5000
 N_BATCHES = 2  # of users, whose ranking is timed
 
 
-def measure_ranking(config: Config, sizes: Sequence[int], repeats: int = 3) -> Iterator[dict[str, Any]]:
+def measure_ranking(
+    config: Config, sizes: Sequence[int], models: Sequence[str] = MODELS, repeats: int = 3
+) -> Iterator[dict[str, Any]]:
     """A row for each size and model: `{model, n_items, users_per_s, temporary_gib, bind_gib, peak_gib}`.
 
     The models have the shape of the config's and random weights: `dense`, a softmax alone; `mixture`, with the
@@ -35,15 +37,17 @@ def measure_ranking(config: Config, sizes: Sequence[int], repeats: int = 3) -> I
     process's own, catalogue and compiler included.
 
     Args:
-      sizes: items of the catalogues.
+      sizes: items of the catalogues. models: which of the three.
 
     Raises:
-      InputError: a catalogue has fewer than 100 items.
+      InputError: a catalogue has fewer than 100 items, or a model is none of the three.
     """
     if min(sizes, default=0) < 100:
         raise InputError("--items: a catalogue of at least 100 items is needed")
+    if not set(models) <= set(MODELS):
+        raise InputError(f"--models: {','.join(models)!r} are not all of {', '.join(MODELS)}")
     for n_items in sizes:
-        for model in MODELS:
+        for model in models:
             # Peak memory is a process's, and a fork would begin with ours.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 yield pool.apply(_measure, (config, n_items, model, repeats))
