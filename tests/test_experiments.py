@@ -156,6 +156,7 @@ def test_bench_ranking_measures_a_catalogue(call):
         "--json",
         "--config.model.n_layers=2",
         "--config.model.text_pointer=True",
+        "--config.data.text_neighbors=4",
         "--config.model.ask.d_analyser=8",
     )
     assert done.returncode == 0, done.stderr
