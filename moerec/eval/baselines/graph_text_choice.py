@@ -1,7 +1,7 @@
 """The settings of item graph and texts, chosen on the validation targets: as a whole, and with a part left out.
 
 All are tried on a few targets, and the better ones on more of them (successive halving: Jamieson & Talwalkar 2016),
-which is a twelfth of the work of trying all on all. Where there are few targets, all are tried on all.
+which is a sixth of the work of trying all on all. Where there are few targets, all are tried on all.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from moerec.eval.metrics import count_ranks, ndcg_at
 from moerec.eval.ranking.dataset import EvalDataset, make_valid_set
 
 MOST_VALID = 8000  # validation targets that choose
-ROUNDS = (300, 1000, 3000)  # targets after which the better ones of the settings go on
+ROUNDS = (500, 2000)  # targets after which the better ones of the settings go on
 KEPT = 0.25  # the share of the settings that do
 MOST_CELLS = 1 << 20  # scores of a block of targets that choose, so that it stays in a processor's cache
 MOST_RANKED = 1 << 22  # scores of a block of test targets, which is scored once
