@@ -60,7 +60,6 @@ class RunData:
       neighbors: the items' nearest, by the names of the tables that the config asks for (`Catalog.near`).
       item_states: `[I, X]` float32, of the items' texts by a language model, standardised; None where none is asked
         for, or they are not computed yet.
-      trained_I: `[I]` float32, training events of each item, where there are more items than were trained on.
     """
 
     dataset: Dataset
@@ -74,7 +73,6 @@ class RunData:
     zones: Zones | None = None
     neighbors: Mapping[str, Neighbors] = dataclasses.field(default_factory=dict)
     item_states: np.ndarray | None = None
-    trained_I: np.ndarray | None = None
 
     @property
     def item_tokens(self) -> ItemVocabulary:
@@ -125,10 +123,8 @@ class RunData:
     def catalog(self) -> Catalog:
         """What a model is given of the items."""
         catalogue = self.dataset.catalogue
-        count_I = self.trained_I
-        if count_I is None:
-            count_I = np.bincount(self.dataset.log.item[self.split_ids == TRAIN], minlength=catalogue.n_items)
-        found = Catalog(catalogue.service, self.tokens.ids, count_I.astype(np.float32))
+        count = np.bincount(self.dataset.log.item[self.split_ids == TRAIN], minlength=catalogue.n_items)
+        found = Catalog(catalogue.service, self.tokens.ids, count.astype(np.float32))
         near = {name: NearItems(*table) for name, table in self.neighbors.items()}
         return found._replace(near=near, state_IX=self.item_states)
 

@@ -29,9 +29,10 @@ class TextEncoder(nnx.Module):
 
     def __call__(self, token_XW: jax.Array) -> jax.Array:
         """Args: token ids `[..., W]`, 0 is padding. Returns `[..., D]`; items without any token get a constant."""
-        present_XW = (token_XW > 0).astype(jnp.float32)
-        total = sum_rows(self.table_VD[...], token_XW, present_XW)
-        mean = self.norm(total / jnp.maximum(jnp.sqrt(jnp.sum(present_XW, axis=-1, keepdims=True)), 1))
+        is_token_XW = token_XW > 0
+        total = sum_rows(self.table_VD[...], token_XW, is_token_XW)
+        n_X1 = jnp.sum(is_token_XW, axis=-1, keepdims=True).astype(jnp.float32)
+        mean = self.norm(total / jnp.maximum(jnp.sqrt(n_X1), 1))
         return (mean + jax.nn.silu(mean @ self.gate_DD[...])) @ self.out_DD[...]
 
 
@@ -185,7 +186,7 @@ class SlotEncoder(nnx.Module):
         if self.field is None:
             return self.control_D[...]
         rows_BTY = jnp.cumsum(jnp.asarray(self.field_sizes)) - jnp.asarray(self.field_sizes) + field_BTY
-        return self.control_D[...] + sum_rows(self.field[...], rows_BTY, (field_BTY > 0).astype(jnp.float32))
+        return self.control_D[...] + sum_rows(self.field[...], rows_BTY, field_BTY > 0)
 
     def _context_rows(self, code_BTC: jax.Array, key: jax.Array | None) -> jax.Array:
         """Rows of the context table; with a key some features are hidden, half of them as missing, half as unseen."""

@@ -102,21 +102,19 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x * jnp.asarray(65_536 / (65_536 - threshold), x.dtype), 0)
 
 
-def sum_rows(table_VD: jax.Array, row_XW: jax.Array, weight_XW: jax.Array) -> jax.Array:
-    """`[..., D]`, weighted sums of W rows of a table.
+def sum_rows(table_VD: jax.Array, row_XW: jax.Array, is_there_XW: jax.Array) -> jax.Array:
+    """`[..., D]`, sums of rows of a table.
 
-    Where the table has few rows, how often each is wanted `[..., V]` is smaller than the rows `[..., W, D]` are, and
-    one matmul sums them up: on a CPU several times as fast as reading them one by one, forward and backward.
+    Row by row, so that `[..., W, D]` never exists: of a catalogue's texts a sixteenth of the time on a CPU, forward and
+    backward, and a sixteenth of the memory. What is not there lies behind the table: nothing is read there, nor added
+    in the backward pass.
 
-    Args: int32 `[..., W]` rows, none of them behind the table's end; their weights.
+    Args: int32 `[..., W]` rows; bool, which of them count.
     """
-    (n_rows, d), width = table_VD.shape, row_XW.shape[-1]
-    if n_rows > width * d:
-        return jnp.sum(table_VD[row_XW] * weight_XW[..., None], axis=-2)
+    row_WX = jnp.moveaxis(jnp.where(is_there_XW, row_XW, table_VD.shape[0]), -1, 0)
 
-    def count(row_W, weight_W):
-        return jnp.zeros(n_rows, weight_W.dtype).at[row_W].add(weight_W)
+    def add(total_XD: jax.Array, row_X: jax.Array) -> tuple[jax.Array, None]:
+        return total_XD + table_VD.at[row_X].get(mode="fill", fill_value=0), None
 
-    shape = row_XW.shape[:-1]
-    count_SV = jax.vmap(count)(row_XW.reshape(-1, width), weight_XW.reshape(-1, width))
-    return (count_SV @ table_VD).reshape(*shape, d)
+    zeros_XD = jnp.zeros((*row_XW.shape[:-1], table_VD.shape[1]), table_VD.dtype)
+    return jax.lax.scan(add, zeros_XD, row_WX)[0]

@@ -11,7 +11,7 @@ import numpy as np
 from moerec.config.terminal import printable
 from moerec.data.dataset import SECOND_US, UNKNOWN_TIME
 from moerec.data.histories import Histories
-from moerec.data.packing import Sequences, device_time, pack, place_sequences
+from moerec.data.packing import device_time
 from moerec.errors import InputError
 from moerec.eval.probes.answers import AskedAnswer, ask_services, describe_asked
 from moerec.eval.probes.profile_aspects import relevance_of_aspects
@@ -23,6 +23,7 @@ from moerec.nn.model import Predictor
 from moerec.nn.profile import MemoryParams, UserState
 from moerec.serve.aspects import name_aspects
 from moerec.serve.profiles import explain_difference, observe_events, open_profiles, read_profile
+from moerec.serve.recommender.packed_requests import Requests, pack_requests
 from moerec.serve.request import RecommendRequest, encode_context, encode_fields, hide_unknown
 from moerec.train.run_dir import Run
 from moerec.types import NO_TIME, Batch, Catalog
@@ -225,18 +226,6 @@ def _make_batch(
         at = find_user(run, user)
         own_Y = dataset.profile_codes[0][at]
         fields = {name: str(values[at]) for name, values in dataset.profile.items()} | fields
-    # A sequence that leaves room for it, and goes on from nothing, begins with its control slot, as in training.
-    has_control = np.array([data.first_event and not is_continued and len(rows) < data.history_len])
-    events = rows[-data.history_len :]
-    sequences = Sequences(
-        Histories(np.array([0, len(events)]), events),
-        np.zeros(1, np.int64),  # the request is written over what this row says
-        has_control,
-        encode_fields(dataset, request.fields, own_Y)[None],
-    )
-    placed = place_sequences(sequences.n_slots, 1, data.seq_len)
-    batch = pack(dataset.log, dataset.catalogue, sequences, placed, (1, data.seq_len)).batch
-    last = int(sequences.n_slots[0]) - 1
     code_C = encode_context(dataset, data.schema.edges, request.context)
     utc_offset = np.array([request.utc_offset or 0], np.int32)
     if request.utc_offset is None:
@@ -245,10 +234,17 @@ def _make_batch(
             utc_offset = zones.find_utc_offsets(np.zeros(1, np.int64), request.time_us, code_C[None])
         elif len(rows):
             utc_offset = dataset.log.utc_offset[rows[-1:]]  # the clock of the last event, if events have their own
-    batch.request.time_BT[0, last] = device_time(request.time_us)[0]
-    batch.request.utc_offset_BT[0, last] = utc_offset[0]
-    batch.request.context_BTC[0, last] = hide_unknown(run, code_C)
-    return batch, last
+    asked = Requests(
+        dataset.log,
+        Histories(np.array([0, len(rows)]), rows),
+        encode_fields(dataset, request.fields, own_Y)[None],
+        request.time_us,
+        utc_offset,
+        hide_unknown(run, code_C)[None],
+        np.array([user or ""], object),
+    )
+    (packed,) = pack_requests(run, asked, is_continued)
+    return packed.batch, int(packed.slot[0])
 
 
 def _name_relevance(run: Run, relevance_M: np.ndarray) -> dict[str, float]:

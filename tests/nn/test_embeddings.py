@@ -281,20 +281,19 @@ def test_a_time_that_is_not_known_adds_nothing_at_first(kind):
     assert np.abs(known).min() > 0
 
 
-@pytest.mark.parametrize("n_rows", [7, 40], ids=["counted", "read one by one"])
-def test_sums_of_rows_and_their_gradient_are_those_of_loops(n_rows):
-    rng, d, width = np.random.default_rng(6), 5, 6  # a table of up to 30 rows is counted
+def test_sums_of_rows_and_their_gradient_are_those_of_loops():
+    rng, n_rows, d, width = np.random.default_rng(6), 7, 5, 6
     table, pull = rng.normal(size=(n_rows, d)), rng.normal(size=(2, 3, d))
-    rows, weights = rng.integers(0, n_rows, (2, 3, width)), rng.random((2, 3, width))
+    rows, is_there = rng.integers(0, n_rows, (2, 3, width)), rng.random((2, 3, width)) < 0.7
     rows[0, 0] = n_rows - 1  # one row, again and again
     expected, slopes = np.zeros((2, 3, d)), np.zeros((n_rows, d))
     for place in np.ndindex(2, 3, width):
-        expected[place[:2]] += weights[place] * table[rows[place]]
-        slopes[rows[place]] += weights[place] * pull[place[:2]]
+        expected[place[:2]] += is_there[place] * table[rows[place]]
+        slopes[rows[place]] += is_there[place] * pull[place[:2]]
 
     @jax.jit
     def total(table):
-        found = sum_rows(table, rows, weights.astype(np.float32))
+        found = sum_rows(table, rows, is_there)
         return jnp.sum(found * pull), found
 
     gradient, found = jax.grad(total, has_aux=True)(table.astype(np.float32))

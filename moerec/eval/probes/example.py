@@ -13,6 +13,7 @@ from moerec.data.splits import TEST
 from moerec.eval.probes.answers import ask_services, describe_asked, share_groups
 from moerec.eval.ranking import EvalDataset
 from moerec.eval.ranking.dataset import RankQueries
+from moerec.eval.ranking.lists import best_items
 from moerec.nn.heads.item import log_softmax_items, pick_slots, spread_each
 from moerec.nn.heads.service_answers import component_names
 from moerec.nn.model import Predictor
@@ -131,7 +132,7 @@ def _answer(
     part_CI, weight_C, domain_Z, routed_LE = (None if x is None else np.asarray(x) for x in parts)
     assert part_CI is not None
     p_I, services = part_CI.sum(axis=0), dataset.catalogue.services
-    best = np.argsort(np.where(allowed, -p_I, np.inf), kind="stable")[: min(N_SHOWN, int(allowed.sum()))]
+    best = best_items(p_I, allowed, N_SHOWN)
     found: dict[str, Any] = {}
     if domain_Z is not None:
         found["domain"] = _by_service(dataset, domain_Z)

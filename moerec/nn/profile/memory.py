@@ -278,7 +278,7 @@ def _make(sizes: MemorySizes, kind: _Kind, chunk: int) -> Personalizer:
         field_D = None
         if offsets:
             rows_Y = request.field_Y + jnp.asarray(offsets, jnp.int32)
-            field_D = sum_rows(params.field_XD[...], rows_Y, (request.field_Y > 0).astype(jnp.float32))
+            field_D = sum_rows(params.field_XD[...], rows_Y, request.field_Y > 0)
         known_M = jnp.append(jnp.full(n_written, state.n_events > 0), jnp.any(request.field_Y > 0))
         held = ProfileState(mean_OP, jnp.log1p(mass_O), field_D, jnp.zeros(sizes.d_model))
         summary_D = held.slots(basis(params)).read(known_M[None] / (n_written + 1))[0]

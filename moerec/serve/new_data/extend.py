@@ -12,6 +12,7 @@ from typing import TextIO
 import jax
 import numpy as np
 
+from moerec.data.dataset import ItemTable
 from moerec.data.load import RunData
 from moerec.data.neighbors import (
     NEIGHBOR_FILES,
@@ -69,50 +70,34 @@ def extend_run(
 
 
 def _describe_items(run: Run, joined: Joined) -> RunData:
-    """The joined data with what the model reads of all items: tokens, counts, neighbors and states."""
-    old, data, number = run.data, joined.data, joined.number
+    """The joined data with what the model reads of all items: tokens, neighbors and states."""
+    old, data = run.data, joined.data
     catalogue = data.dataset.catalogue
-    is_new = np.ones(catalogue.n_items, bool)
-    is_new[number] = False
-    new = np.flatnonzero(is_new)
-    trained_I = np.zeros(catalogue.n_items, np.float32)
-    trained_I[number] = old.catalog.count_I
-    ids = old.item_tokens.encode(catalogue.text[new], catalogue.attributes[new])
-    # The catalogue's are cut to what its own items need; no parameter hangs on the number of columns.
-    used = int(np.flatnonzero((ids > 0).any(axis=0)).max(initial=-1)) + 1
-    tokens = np.zeros((catalogue.n_items, max(old.tokens.ids.shape[1], used)), np.int32)
-    tokens[number, : old.tokens.ids.shape[1]] = old.tokens.ids
-    tokens[new, :used] = ids[:, :used]
     states = None
     if old.item_states is not None:
+        new = np.setdiff1d(np.arange(catalogue.n_items), joined.number)
         states = np.zeros((catalogue.n_items, old.item_states.shape[1]), np.float32)
-        states[number] = old.item_states
+        states[joined.number] = old.item_states
         if len(new):
             store = open_store(old.folder or run.folder, old.dataset.catalogue, old.item_number, model=None)
             states[new] = standardise_like(encode_items(run.config, catalogue.text[new].tolist()), store.read())
     return dataclasses.replace(
         data,
-        tokens=dataclasses.replace(old.tokens, ids=tokens),
-        trained_I=trained_I,
-        neighbors={name: _extend_neighbors(run, name, joined) for name in old.neighbors},
+        tokens=old.item_tokens.encode_items(catalogue.text, catalogue.attributes).trim(),
+        neighbors={name: _extend_neighbors(run, name, catalogue) for name in old.neighbors},
         item_states=states,
     )
 
 
-def _extend_neighbors(run: Run, name: str, joined: Joined) -> Neighbors:
+def _extend_neighbors(run: Run, name: str, new: ItemTable) -> Neighbors:
     """A table for all items: texts of new ones are compared, transitions of new ones have not been seen."""
-    old, new = run.data.dataset.catalogue, joined.data.dataset.catalogue
-    if name == "text" and new.n_items > old.n_items:
-        stored = load_neighbors(run.folder / NEIGHBOR_FILES[name])
-        # A table that was extended beside the run has more items than the run.
-        table = NeighborTable(ItemNames.of(old), run.data.neighbors[name], stored.counts, stored.source)
-        return extend_text_neighbors(table, old, new).neighbors
-    known, number = run.data.neighbors[name], joined.number
-    shape = (new.n_items, known.item_IX.shape[1])
-    item_IX, weight_IX = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-    item_IX[number] = np.where(known.item_IX >= 0, number[np.maximum(known.item_IX, 0)], -1)
-    weight_IX[number] = known.similarity_IX
-    return Neighbors(item_IX, weight_IX)
+    old = run.data.dataset.catalogue
+    # A table that was extended beside the run has more items than the run: what is of the run's is taken.
+    table = NeighborTable(ItemNames.of(old), run.data.neighbors[name])
+    if name != "text":
+        return table.align(new)
+    stored = load_neighbors(run.folder / NEIGHBOR_FILES[name])
+    return extend_text_neighbors(dataclasses.replace(table, counts=stored.counts), old, new).neighbors
 
 
 def _extend_predictor(run: Run, data: RunData, number: np.ndarray) -> Predictor:

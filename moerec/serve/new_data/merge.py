@@ -57,7 +57,7 @@ class Additions(NamedTuple):
 
 class Joined(NamedTuple):
     """Attributes:
-    data: with all users, events and items; the catalogue's counts are still those of training.
+    data: with all users, events and items, but with the run's tokens, neighbors and states.
     number: `[I]` int64, the new number of each item of the run. additions: what is new.
     """
 
@@ -75,17 +75,17 @@ def join_new(data: RunData, schema: SchemaConfig, new: NewTables) -> Joined:
     dataset = data.dataset
     left_out: dict[str, int] = {}
     unseen: dict[str, tuple[str, ...]] = {}
-    catalogue, number = dataset.catalogue, np.arange(dataset.catalogue.n_items)
+    catalogue = dataset.catalogue
     n_known_items = n_described = 0
     if new.items is not None:
         known = ItemNames.of(catalogue).find(new.items)
         strange = _count_strange(new.items, catalogue, left_out)
         n_known_items = int((known >= 0).sum())
-        catalogue, number = _join_items(catalogue, new.items)
+        catalogue = _join_items(catalogue, new.items)
         n_described = len(known) - n_known_items - strange
     if new.events is not None:
-        catalogue, moved = _join_items(catalogue, new.events.catalogue)
-        number = moved[number]
+        catalogue = _join_items(catalogue, new.events.catalogue)
+    number = ItemNames.of(catalogue).find(dataset.catalogue)
     names = np.array([*dataset.users, *_list_new_names(dataset, new)], object)
     profile = _join_profile(dataset, new, names, unseen)
     log = dataset.log
@@ -95,7 +95,6 @@ def join_new(data: RunData, schema: SchemaConfig, new: NewTables) -> Joined:
         item=number[log.item].astype(np.int32),
     )
     joined = dataclasses.replace(dataset, catalogue=catalogue, log=log, users=names, profile=profile)
-    vars(joined)["profile_codes"] = _code_profile(dataset, profile, len(names))
     split_ids, n_events, n_known_events = data.split_ids, 0, 0
     zones = None if data.zones is None else find_zones(joined, schema)
     if new.events is not None:
@@ -139,10 +138,8 @@ def _count_strange(items: ItemTable, catalogue: ItemTable, left_out: dict[str, i
     return n
 
 
-def _join_items(old: ItemTable, more: ItemTable) -> tuple[ItemTable, np.ndarray]:
-    """The catalogue with the items that it has not yet, of the services that it has, behind those of their service;
-    and the new number of each old item.
-    """
+def _join_items(old: ItemTable, more: ItemTable) -> ItemTable:
+    """The catalogue with the items that it has not yet, of the services that it has, behind those of their service."""
     place = {name: z for z, name in enumerate(old.services)}
     service = np.array([place.get(name, -1) for name in more.services], np.int64)[more.service]
     added = np.flatnonzero((ItemNames.of(old).find(more) < 0) & (service >= 0))
@@ -153,9 +150,7 @@ def _join_items(old: ItemTable, more: ItemTable) -> tuple[ItemTable, np.ndarray]
         for name in ("ids", "text", "attributes")
     ]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(of_all, minlength=old.n_services))]).astype(np.int64)
-    number = np.empty(len(order), np.int64)
-    number[order] = np.arange(len(order))
-    return ItemTable(old.services, offsets, *columns), number[: old.n_items]
+    return ItemTable(old.services, offsets, *columns)
 
 
 def _list_new_names(dataset: Dataset, new: NewTables) -> list[str]:
@@ -168,7 +163,11 @@ def _list_new_names(dataset: Dataset, new: NewTables) -> list[str]:
 def _join_profile(
     dataset: Dataset, new: NewTables, names: np.ndarray, unseen: dict[str, tuple[str, ...]]
 ) -> dict[str, np.ndarray]:
-    """The profile fields of all users; of the run's users theirs, of new ones those of the user table."""
+    """The profile fields of all users; of the run's users theirs, of new ones those of the user table.
+
+    No value comes in that the run does not have, and none goes: the codes of the fields, which the model was trained
+    with, stay what they are.
+    """
     n_old, row = dataset.log.n_users, {name: k for k, name in enumerate(new.users)}
     at = np.array([row.get(name, -1) for name in names[n_old:].tolist()], np.int64)
     profile = {}
@@ -184,16 +183,6 @@ def _join_profile(
                 unseen[name] = strange
         profile[name] = own
     return profile
-
-
-def _code_profile(dataset: Dataset, profile: dict[str, np.ndarray], n_users: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """`Dataset.profile_codes` by the codes of the run, which its model was trained with."""
-    codes, sizes = dataset.profile_codes
-    columns = []
-    for y, (name, values) in enumerate(dataset.profile.items()):
-        code = dict(zip(values.tolist(), codes[:, y].tolist(), strict=True)) | {"": 0}
-        columns.append(np.fromiter(map(code.__getitem__, profile[name].tolist()), np.int32, n_users))
-    return (np.stack(columns, axis=1) if columns else np.zeros((n_users, 0), np.int32)), sizes
 
 
 class _Events(NamedTuple):
@@ -278,6 +267,4 @@ def _merge_events(joined: Dataset, events: _Events) -> tuple[Dataset, np.ndarray
     order = kept[np.lexsort((np.where(unordered[user], 0, time_us)[kept], user[kept]))]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user[kept], minlength=log.n_users))]).astype(np.int64)
     merged = EventLog(offsets, *(column[order] for column in columns))
-    replaced = dataclasses.replace(joined, log=merged)
-    vars(replaced)["profile_codes"] = joined.profile_codes
-    return replaced, source[order], len(again)
+    return dataclasses.replace(joined, log=merged), source[order], len(again)

@@ -17,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from moerec.data.dataset import ItemTable
+from moerec.data.histories import Histories, make_histories
 from moerec.errors import InputError
+from moerec.eval.ranking.dataset import pad_seen
 from moerec.nn.heads.service_answers import component_names
 from moerec.nn.model import Predictor
 from moerec.nn.model.inspect import SlotTrace
@@ -44,7 +46,7 @@ from moerec.types import Catalog
 ItemKey: TypeAlias = tuple[str, str]  # service and id
 Contexts: TypeAlias = Mapping[str, str] | Sequence[Mapping[str, str]] | None
 SHORTEST_LIST = 16  # items that a program lists at least
-Moments: TypeAlias = Moment | Sequence[Moment] | np.ndarray
+Times: TypeAlias = Moment | Sequence[Moment] | np.ndarray
 
 
 class Recommendations(NamedTuple):
@@ -115,7 +117,7 @@ class Recommender:
         users: Sequence[str] | None = None,
         histories: Sequence[UserHistory | Sequence[UserEvent]] | None = None,
         *,
-        time: Moments = None,
+        time: Times = None,
         context: Contexts = None,
         services: Sequence[str] | None = None,
         exclude: Sequence[ItemKey] | Sequence[Sequence[ItemKey]] = (),
@@ -144,8 +146,8 @@ class Recommender:
         n_listed = min(max(1 << (k - 1).bit_length(), SHORTEST_LIST), catalogue.n_items)  # few programs
 
         def ask(packed: PackedRequests) -> tuple[jax.Array, ...]:
-            own = [excluded[i] for i in packed.which.tolist()]
-            return list_best(*self._model, packed.batch, packed.slot, allowed, _pad(own, len(packed.slot)), n_listed)
+            exclude_QX = _lay_excluded(excluded, packed.which, len(packed.slot))
+            return list_best(*self._model, packed.batch, packed.slot, allowed, exclude_QX, n_listed)
 
         found = self._collect(requests, ask)
         item, log_p, part, group = (array[:, :k] for array in found[:4])
@@ -158,7 +160,7 @@ class Recommender:
         users: Sequence[str] | None = None,
         histories: Sequence[UserHistory | Sequence[UserEvent]] | None = None,
         *,
-        time: Moments = None,
+        time: Times = None,
         context: Contexts = None,
     ) -> np.ndarray:
         """`[n, I]` float32, log-probabilities of all items, as `item_vectors` has them. Args, Raises: `recommend`."""
@@ -188,7 +190,7 @@ class Recommender:
         users: Sequence[str] | None = None,
         histories: Sequence[UserHistory | Sequence[UserEvent]] | None = None,
         *,
-        time: Moments = None,
+        time: Times = None,
         context: Contexts = None,
     ) -> np.ndarray:
         """The states that score the items: `[n, D]` float32; `[n, Z, D]`, one for each service, where these are asked.
@@ -204,7 +206,7 @@ class Recommender:
         users: Sequence[str] | None = None,
         histories: Sequence[UserHistory | Sequence[UserEvent]] | None = None,
         *,
-        time: Moments = None,
+        time: Times = None,
         context: Contexts = None,
         service: str | None = None,
     ) -> list[SlotTrace]:
@@ -225,7 +227,7 @@ class Recommender:
         users: Sequence[str] | None = None,
         histories: Sequence[UserHistory | Sequence[UserEvent]] | None = None,
         *,
-        time: Moments = None,
+        time: Times = None,
         context: Contexts = None,
         service: str | None = None,
     ) -> list[SlotTrace]:
@@ -271,7 +273,7 @@ class Recommender:
         self,
         users: Sequence[str] | None,
         histories: Sequence[UserHistory | Sequence[UserEvent]] | None,
-        time: Moments,
+        time: Times,
         context: Contexts,
     ) -> Requests:
         if (users is None) == (histories is None):
@@ -279,13 +281,13 @@ class Recommender:
         if isinstance(users, str):
             raise InputError(f"users: {users!r} is one name; a list of names is needed")
         n = len(users) if users is not None else len(histories or ())
-        time_us, said = read_moments(time, n)
+        when = read_moments(time, n)
         codes = read_contexts(self.run, context, n)
         if users is not None:
             at = find_users(self._place_of_user, users)
-            return ask_of_users(self.run, at, time_us, said, codes)
+            return ask_of_users(self.run, at, when, codes)
         people = [own if isinstance(own, UserHistory) else UserHistory(own) for own in histories or ()]
-        return ask_of_histories(self.run, people, self._place_of_item, time_us, said, codes)
+        return ask_of_histories(self.run, people, self._place_of_item, when, codes)
 
     def _find_service(self, name: str) -> int:
         if name not in self._catalogue.services:
@@ -304,24 +306,21 @@ class Recommender:
 
     def _exclude(
         self, requests: Requests, exclude: Sequence[ItemKey] | Sequence[Sequence[ItemKey]]
-    ) -> list[np.ndarray]:
-        """The items that may not be listed, of each request."""
+    ) -> list[tuple[Histories, np.ndarray]]:
+        """The items that may not be listed: histories of each request, and the items that their rows are of."""
         n = len(requests)
         is_common = all(len(key) == 2 and isinstance(key[0], str) for key in exclude)
         keys: list[Any] = [list(exclude)] if is_common else [list(own) for own in exclude]
         if not is_common and len(keys) != n:
             raise InputError(f"exclude: items of {len(keys)} requests, and there are {n}")
         dataset, place = self.run.data.dataset, self._place_of_item if len(exclude) else {}
-        numbers = [
-            np.array([find_item(dataset, place, item, service, "exclude") for service, item in own], np.int32)
-            for own in keys
-        ]
-        found = numbers * n if is_common else numbers
-        if not self.run.config.eval.mask_seen:
-            return found
-        had = requests.before.distinct(requests.log.item)
-        seen = np.split(requests.log.item[had.rows], had.offsets[1:-1])
-        return [np.concatenate(pair) for pair in zip(found, seen, strict=True)] if n else []
+        given = [find_item(dataset, place, item, service, "exclude") for own in keys for service, item in own]
+        ends = np.cumsum([0, *map(len, keys)])
+        start, stop = (np.broadcast_to(edge, n) for edge in (ends[:-1], ends[1:]))
+        found: list[tuple[Histories, np.ndarray]] = [(make_histories(start, stop), np.array(given, np.int32))]
+        if self.run.config.eval.mask_seen:
+            found.append((requests.before.distinct(requests.log.item), requests.log.item))
+        return found
 
     def _collect(
         self, requests: Requests, ask: Callable[[PackedRequests], tuple[jax.Array, ...]]
@@ -350,10 +349,12 @@ class Recommender:
         return tuple(out)
 
 
-def _pad(rows: list[np.ndarray], n: int) -> np.ndarray:
-    """`[n, X]` int32, the rows with -1 behind; X is a power of two, so that few programs are compiled."""
-    most = max(map(len, rows), default=0)
-    out = np.full((n, 1 << max(most - 1, 0).bit_length()), -1, np.int32)
-    for k, row in enumerate(rows):
-        out[k, : len(row)] = row
-    return out
+def _lay_excluded(excluded: list[tuple[Histories, np.ndarray]], which: np.ndarray, n: int) -> np.ndarray:
+    """`[n, X]` int32 items that a batch of requests may not list, -1 for none; X is of few sizes, each a program."""
+    columns = []
+    for histories, item in excluded:
+        own = histories.take(which)
+        width = 1 << max(int(own.length.max(initial=0)) - 1, 0).bit_length()
+        columns.append(pad_seen(own, item[own.rows], width))
+    laid = np.concatenate(columns, axis=1)
+    return np.concatenate([laid, np.full((n - len(laid), laid.shape[1]), -1, np.int32)])

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from moerec.data.dataset import SECOND_US, UNKNOWN_TIME, Dataset, EventLog
-from moerec.data.histories import Histories
+from moerec.data.histories import Histories, make_histories
 from moerec.data.packing import Placement, Sequences, device_time, pack
 from moerec.data.splits import parse_date
 from moerec.errors import InputError
@@ -108,15 +108,32 @@ def read_moment(moment: Moment, flag: str = "time") -> tuple[int, int | None]:
     return time_us, utc_offset
 
 
-def read_moments(time: Moment | Sequence[Moment] | np.ndarray, n: int) -> tuple[np.ndarray, list[int | None]]:
-    """`[n]` int64 microseconds, and the offsets that were said: one time for all requests, or one for each."""
+class Moments(NamedTuple):
+    """When `n` requests are made.
+
+    Attributes:
+      time_us: `[n]` int64, microseconds since 1970 UTC or `UNKNOWN_TIME`. utc_offset: `[n]` int32, seconds that the
+        clock is ahead, where that was said; is_said: `[n]` bool, where it was.
+    """
+
+    time_us: np.ndarray
+    utc_offset: np.ndarray
+    is_said: np.ndarray
+
+
+def read_moments(time: Moment | Sequence[Moment] | np.ndarray, n: int) -> Moments:
+    """One time for all requests, or one for each."""
     if isinstance(time, Sequence | np.ndarray) and not isinstance(time, str):
         if len(time) != n:
             raise InputError(f"time: {len(time)} times for {n} requests")
-        read = [read_moment(moment.item() if isinstance(moment, np.number) else moment) for moment in time]
+        read = [read_moment(moment) for moment in time]
     else:
-        read = [read_moment(time)] * n
-    return np.array([time_us for time_us, _ in read], np.int64).reshape(n), [offset for _, offset in read]
+        read = [read_moment(time)]
+    time_us = np.array([time_us for time_us, _ in read], np.int64)
+    offsets = [offset for _, offset in read]
+    utc_offset = np.array([offset or 0 for offset in offsets], np.int32)
+    is_said = np.array([offset is not None for offset in offsets], bool)
+    return Moments(*(np.broadcast_to(x, n) for x in (time_us, utc_offset, is_said)))
 
 
 def read_contexts(run: Run, context: Mapping[str, str] | Sequence[Mapping[str, str]] | None, n: int) -> np.ndarray:
@@ -140,34 +157,27 @@ def find_users(place: Mapping[str, int], users: Sequence[str]) -> np.ndarray:
     return np.fromiter((place[name] for name in users), np.int64, len(users))
 
 
-def ask_of_users(
-    run: Run, at: np.ndarray, time_us: np.ndarray, said: list[int | None], context: np.ndarray
-) -> Requests:
+def ask_of_users(run: Run, at: np.ndarray, when: Moments, context: np.ndarray) -> Requests:
     """The requests of users of the data.
 
-    Args: `[n]` their numbers; as `Requests`; offsets of clocks that were said.
+    Args: `[n]` their numbers; and `[n, C]` codes, as `Requests`.
     """
     data, dataset = run.data, run.data.dataset
     log = dataset.log
-    before = Histories(*_list_rows(log.offsets[at], log.offsets[at + 1]))
-    asked_us = time_us[before.owner]
-    event_us = log.time_us[before.rows]
-    before = before.keep((asked_us == UNKNOWN_TIME) | (event_us == UNKNOWN_TIME) | (event_us < asked_us))
+    before = _keep_before(log, make_histories(log.offsets[at], log.offsets[at + 1]), when.time_us)
     utc_offset = _last_offsets(log, before)
     if data.zones is not None:
-        utc_offset = data.zones.find_utc_offsets(at, time_us, context)
-    own = [offset is not None for offset in said]
-    utc_offset[own] = [offset for offset in said if offset is not None]
+        utc_offset = data.zones.find_utc_offsets(at, when.time_us, context)
+    utc_offset = np.where(when.is_said, when.utc_offset, utc_offset)
     fields = dataset.profile_codes[0][at]
-    return Requests(log, before, fields, time_us, utc_offset, context, dataset.users[at])
+    return Requests(log, before, fields, when.time_us, utc_offset, context, dataset.users[at])
 
 
 def ask_of_histories(
     run: Run,
     histories: Sequence[UserHistory],
     place: Mapping[tuple[str, str], int],
-    time_us: np.ndarray,
-    said: list[int | None],
+    when: Moments,
     context: np.ndarray,
 ) -> Requests:
     """The requests of people in no table.
@@ -180,18 +190,15 @@ def ask_of_histories(
     log = make_log(run, histories, place)
     none_Y = np.zeros(run.data.dataset.profile_codes[0].shape[1], np.int32)
     fields = np.array([encode_fields(run.data.dataset, own.fields, none_Y) for own in histories], np.int32)
-    before = Histories(log.offsets, np.arange(log.n_events))
-    asked_us, event_us = time_us[before.owner], log.time_us
-    before = before.keep((asked_us == UNKNOWN_TIME) | (event_us == UNKNOWN_TIME) | (event_us < asked_us))
+    before = _keep_before(log, Histories(log.offsets, np.arange(log.n_events)), when.time_us)
     utc_offset = _last_offsets(log, before)
     if run.data.zones is not None:
         for n, own in enumerate(histories):
-            zones = run.data.zones.of_somebody(run.config.data.schema, own.fields)
-            utc_offset[n] = zones.find_utc_offsets(np.zeros(1, np.int64), time_us[n : n + 1], context[n : n + 1])[0]
-    known = [offset is not None for offset in said]
-    utc_offset[known] = [offset for offset in said if offset is not None]
+            zones, one = run.data.zones.of_somebody(run.config.data.schema, own.fields), slice(n, n + 1)
+            utc_offset[one] = zones.find_utc_offsets(np.zeros(1, np.int64), when.time_us[one], context[one])
+    utc_offset = np.where(when.is_said, when.utc_offset, utc_offset)
     names = np.full(len(histories), "", object)
-    return Requests(log, before, fields.reshape(len(histories), -1), time_us, utc_offset, context, names)
+    return Requests(log, before, fields.reshape(len(histories), -1), when.time_us, utc_offset, context, names)
 
 
 def make_log(run: Run, histories: Sequence[UserHistory], place: Mapping[tuple[str, str], int]) -> EventLog:
@@ -237,10 +244,10 @@ def find_item(dataset: Dataset, place: Mapping[tuple[str, str], int], item: str,
     raise InputError(f"{where}: no item {item!r}" + (f" of {service}" if service else ""))
 
 
-def _list_rows(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    length = stop - start
-    offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
-    return offsets, np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], length)
+def _keep_before(log: EventLog, histories: Histories, time_us: np.ndarray) -> Histories:
+    """The events before each request; those without a time, and all of a request without one, count as before."""
+    asked_us, event_us = time_us[histories.owner], log.time_us[histories.rows]
+    return histories.keep((asked_us == UNKNOWN_TIME) | (event_us == UNKNOWN_TIME) | (event_us < asked_us))
 
 
 def _last_offsets(log: EventLog, before: Histories) -> np.ndarray:
@@ -250,14 +257,17 @@ def _last_offsets(log: EventLog, before: Histories) -> np.ndarray:
     return out
 
 
-def pack_requests(run: Run, requests: Requests) -> Iterator[PackedRequests]:
+def pack_requests(run: Run, requests: Requests, is_continued: bool = False) -> Iterator[PackedRequests]:
     """Batches of requests, each with those of about one length.
+
+    Args: is_continued: whether the sequences go on from profiles, so that none begins with its control slot.
 
     Raises:
       InputError: a user has no event before the request, and the model was not trained to do without.
     """
     data = run.config.data
-    has_control = data.first_event & (requests.before.length < data.history_len)
+    # A sequence that leaves room for it, and goes on from nothing, begins with its control slot, as in training.
+    has_control = (data.first_event and not is_continued) & (requests.before.length < data.history_len)
     n_slots = np.minimum(requests.before.length, data.history_len) + has_control
     if not n_slots.all():
         name = str(requests.names[np.argmin(n_slots)])

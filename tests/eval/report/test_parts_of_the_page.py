@@ -162,11 +162,11 @@ def test_differences_have_intervals_and_corrected_p_values(tmp_path):
     """Holm by hand: the smallest of five times five, the next times four, and never below the one before."""
     metrics = full_metrics()
 
-    def test_of(p, sign=1):
+    def make_test(p, sign=1):
         return {"difference": sign * 0.0123, "interval": [-0.001, 0.025], "p_value": p}
 
-    own = dict(zip(SERVICES, map(test_of, (0.02, 0.9, 0.5)), strict=True))
-    metrics["paired"] = {"popularity": {**test_of(0.001, -1), "in_service": own}, "item_knn": {"p_value": 0.01}}
+    own = dict(zip(SERVICES, map(make_test, (0.02, 0.9, 0.5)), strict=True))
+    metrics["paired"] = {"popularity": {**make_test(0.001, -1), "in_service": own}, "item_knn": {"p_value": 0.01}}
     text = show(tmp_path, metrics)
     rows = [row for row in Page(text).rows if row[0] in ("popularity", "item kNN") and len(row) == 5]
     cells = rows[0][1:]
