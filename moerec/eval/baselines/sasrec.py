@@ -17,7 +17,8 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
 
     Data, split, width, depth, dropout, scope of the loss, optimiser and number of steps are the run's own, so the
     budget is equal; none of them is tuned for it. The block is the decoder's, and a drawn negative may be an item of
-    the user's history.
+    the user's history. Where sequences begin with a control slot (`data.first_event`), it carries the user's static
+    fields, as it does in every model without a profile.
     """
     items_alone = dataclasses.replace(
         config.model,
