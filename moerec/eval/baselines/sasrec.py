@@ -60,7 +60,7 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
 
 
 def sasrec_full_config(config: Config, name: str) -> Config:
-    """SASRec (full softmax, texts, pointers): `sasrec_config` with what a strong sequential model has.
+    """SASRec (texts, pointers): `sasrec_config` with what a strong sequential model has.
 
     - The loss is the softmax over all items of all services, with an item bias.
     - An item is its row and its text, or states of its text by a language model where the run has them; how rows of

@@ -23,7 +23,7 @@ _LABELS = {
     "graph_text_own": "item graph + texts (own)",
     "sasrec_one_negative": "SASRec (one negative)",
     "sasrec_sampled": "SASRec (sampled softmax)",
-    "sasrec_full": "SASRec (full softmax, texts, pointers)",
+    "sasrec_full": "SASRec (texts, pointers)",
 }
 _TEXT_WIDTH = 100
 _CELL = 8
