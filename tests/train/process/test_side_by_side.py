@@ -55,6 +55,17 @@ def test_cores_are_divided(tmp_path, monkeypatch):
     assert os.sched_getaffinity(0) == own
 
 
+@pytest.fixture
+def plain_signals():
+    """As a command finds them: whoever started the tests, or a library, may have these signals ignored or handled."""
+    plain = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in plain.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@pytest.mark.usefixtures("plain_signals")
 @pytest.mark.parametrize(
     ("sent", "raised", "word"),
     [
