@@ -14,6 +14,7 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
 from moerec.config import Config
+from moerec.config.cli.malloc import disable_malloc_trim
 from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
 from moerec.data.text.corpus import Corpus
@@ -34,7 +35,6 @@ from moerec.tasks.base import Task, render_targets
 from moerec.train.base_model.warm_start import warm_start
 from moerec.train.checkpoint import Checkpoints, TrainProgress
 from moerec.train.metric_writer import MetricWriter
-from moerec.train.process.malloc import disable_malloc_trim
 from moerec.train.process.termination import StopRequest
 from moerec.train.run_dir import bind_catalog, make_sizes
 from moerec.train.state import TrainState, init_state, make_predictor, pack_state, spread_state
