@@ -43,7 +43,12 @@ def main(_, flags):
     dataset = recommender.run.data.dataset
     users = read_users(Path(flags.users)) if flags.users else dataset.users.tolist()
     exclude = read_exclusions(Path(flags.exclude), dataset.catalogue.services) if flags.exclude else ()
-    options = ListOptions(flags.k, flags.time or None, context, tuple(flags.services) or None, exclude)
+    known = recommender.list_known(exclude)
+    if len(known) < len(exclude):
+        print(f"--exclude: {len(exclude) - len(known):,} of its items are none of the run's", file=sys.stderr)
+    if flags["services"].present and not flags.services:
+        raise InputError("--services: names none; without the flag all may be listed")
+    options = ListOptions(flags.k, flags.time or None, context, tuple(flags.services) or None, tuple(known))
     done = recommend_all(recommender, users, Path(flags.out), options, tables)
     resumed = f", {done.n_resumed:,} of them done before" if done.n_resumed else ""
     left = f"; {done.n_left_out:,} without events left out" if done.n_left_out else ""

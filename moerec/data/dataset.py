@@ -100,6 +100,11 @@ class EventLog:
     def n_events(self) -> int:
         return len(self.item)
 
+    @functools.cached_property
+    def known_context(self) -> tuple[np.ndarray, ...]:
+        """Of each context feature the codes that some event has, in order."""
+        return tuple(np.unique(column) for column in self.context.T)
+
     def take(self, rows: np.ndarray, offsets: np.ndarray) -> "EventLog":
         """The log of some of the events, by their numbers or a mask. Args: the offsets of the users who have them."""
         columns = (self.item, self.action, self.time_us, self.context, self.utc_offset)
@@ -145,6 +150,11 @@ class Dataset:
             sizes.append(len(known) + (not has_missing))
         n = self.log.n_users
         return np.stack(columns, axis=1).astype(np.int32) if columns else np.zeros((n, 0), np.int32), tuple(sizes)
+
+    @functools.cached_property
+    def profile_values(self) -> dict[str, tuple[str, ...]]:
+        """The values of each profile field, "missing" aside, in the order of their codes: the first has code 1."""
+        return {name: tuple(sorted(set(values.tolist()) - {""})) for name, values in self.profile.items()}
 
     @functools.cached_property
     def event_service(self) -> np.ndarray:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moerec.config import Config
+from moerec.config.terminal import printable
 from moerec.data.dataset import UNKNOWN_TIME, Dataset, EventLog
 from moerec.data.packing import device_time
 from moerec.errors import InputError
@@ -24,16 +25,21 @@ from moerec.serve.profile_store import ProfileStore
 from moerec.types import NO_TIME, Catalog
 
 N_USERS, N_EVENTS = 1024, 64  # whose states, and how many of their events, one compiled call takes
+N_NAMED = 3
+MEND = "give all tables that it was fed from, or begin it anew with experiments.observe --forget=NAME"
 
 
 class FeedResult(NamedTuple):
-    """What `feed` did: users whose profile was taken further, the events that it took in, and the users of whom no
-    event is old enough for a profile.
+    """What `feed` did: users whose profile was taken further, the events that it took in, the users of whom no event is
+    old enough for a profile; and those whose profile has seen other events than the data have, which is left as it is:
+    how many, and the first few of them.
     """
 
     n_users: int
     n_events: int
     n_too_recent: int
+    n_refused: int = 0
+    refused: tuple[str, ...] = ()
 
 
 def count_recent(config: Config) -> int:
@@ -110,13 +116,13 @@ def read_profile(store: ProfileStore, model: SequenceModel, dataset: Dataset, us
     """
     states, _, found = store.read([user], start_profile(model))
     at = np.flatnonzero(dataset.users == user)
-    if len(at):  # else `recommend` says so
-        _check_seen(dataset, at, states)
+    if len(at) and _has_seen_others(dataset, at, states)[0]:  # without a user `recommend` says so
+        raise InputError(f"--profiles: the profile of {user!r} has seen other events than those in the data; {MEND}")
     return jax.tree.map(lambda leaf: leaf[0], states), bool(found[0])
 
 
-def _check_seen(dataset: Dataset, users: np.ndarray, states: UserState) -> None:
-    """Refuses states whose count of events and time are not those of a beginning of the users' histories."""
+def _has_seen_others(dataset: Dataset, users: np.ndarray, states: UserState) -> np.ndarray:
+    """`[U]` bool, whose count of events and time are not those of a beginning of the user's history."""
     log = dataset.log
     seen = np.asarray(states.n_events, np.int64)
     known = np.where(log.time_us == UNKNOWN_TIME, -1, np.arange(log.n_events))
@@ -124,10 +130,7 @@ def _check_seen(dataset: Dataset, users: np.ndarray, states: UserState) -> None:
     start = log.offsets[users]
     row = np.where(seen > 0, latest[np.clip(start + seen, 1, log.n_events) - 1], -1)
     time = np.where(row >= start, device_time(log.time_us[np.maximum(row, 0)]), NO_TIME)
-    wrong = (seen < 0) | (seen > log.offsets[users + 1] - start) | (time != states.time)
-    if wrong.any():
-        name = str(dataset.users[users[np.argmax(wrong)]])
-        raise InputError(f"--profiles: the profile of {name!r} has seen other events than those in the data")
+    return (seen < 0) | (seen > log.offsets[users + 1] - start) | (time != states.time)
 
 
 def feed(
@@ -140,14 +143,14 @@ def feed(
 ) -> FeedResult:
     """Takes everybody's profile in the store further, in batches that are on disk or not there at all.
 
-    A call after an interruption, or after new events, goes on where the profiles are.
+    A call after an interruption, or after new events, goes on where the profiles are. A profile that has seen other
+    events than those of its user in the data (one came late, or tables are not given again) is left as it is.
 
     Args:
       recent: the last events of each user that stay out. before_us: microseconds since 1970; events from then on stay
         out, too.
 
     Raises:
-      InputError: a profile has seen other events than those of its user in the data.
       VersionConflict: somebody else wrote to the store in the meantime; what is written stays.
     """
     log = dataset.log
@@ -166,9 +169,12 @@ def feed(
         chosen = users[lo : lo + N_USERS]
         names = [str(name) for name in dataset.users[chosen]]
         states, versions, _ = store.read(names, start_profile(model))
-        _check_seen(dataset, chosen, states)
+        is_wrong = _has_seen_others(dataset, chosen, states)
+        if is_wrong.any():
+            named = (*done.refused, *dataset.users[chosen[is_wrong]].tolist())[:N_NAMED]
+            done = done._replace(n_refused=done.n_refused + int(is_wrong.sum()), refused=named)
         first = log.offsets[chosen] + states.n_events
-        n_new = np.maximum(log.offsets[chosen] + wanted[chosen] - first, 0)
+        n_new = np.where(is_wrong, 0, np.maximum(log.offsets[chosen] + wanted[chosen] - first, 0))
         is_new = n_new > 0
         if not is_new.any():
             continue
@@ -184,6 +190,11 @@ def describe_feed(done: FeedResult, recent: int, n_stored: int) -> list[str]:
     lines = [f"{done.n_events:,} events of {done.n_users:,} users taken in; {n_stored:,} users in the store"]
     if done.n_too_recent:
         lines.append(f"{done.n_too_recent:,} users have no events but the last {recent:,}, which stay out (--recent)")
+    if done.n_refused:
+        named = ", ".join(map(printable, done.refused))
+        more = " and others" if done.n_refused > len(done.refused) else ""
+        lines.append(f"{done.n_refused:,} profiles have seen other events than those in the data, and stay as they are")
+        lines.append(f"  ({named}{more}): {MEND}")
     return lines
 
 

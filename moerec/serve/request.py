@@ -66,21 +66,29 @@ def _read_pairs(entries: list[str], flag: str) -> dict[str, str]:
     return found
 
 
-def encode_context(dataset: Dataset, edges: Mapping[str, tuple[float, ...]], context: Mapping[str, str]) -> np.ndarray:
+def encode_context(
+    dataset: Dataset, edges: Mapping[str, tuple[float, ...]], context: Mapping[str, str], where: str = "--context"
+) -> np.ndarray:
     """`[C]` int64 codes of the features, 0 for those that are not given, the last code for another value.
 
     A feature whose values are the ranges between its `edges` may be given as a number, too.
+
+    Raises:
+      InputError: there is no such feature, or a range of it is asked for by what is none; it begins with `where`.
     """
+    if not isinstance(context, Mapping):
+        raise InputError(f"{where}: {context!r} is no mapping of features to values")
     for name in context:
         if name not in dataset.context:
-            raise InputError(f"--context: {name!r} is none of {', '.join(dataset.context) or 'no features'}")
+            raise InputError(f"{where}: {name!r} is none of {', '.join(dataset.context) or 'no features'}")
     codes = [
-        _find_code(name, context.get(name, ""), values, edges.get(name, ())) for name, values in dataset.context.items()
+        _find_code(name, context.get(name, ""), values, edges.get(name, ()), where)
+        for name, values in dataset.context.items()
     ]
     return np.array(codes, np.int64)
 
 
-def _find_code(name: str, value: str, values: tuple[str, ...], edges: tuple[float, ...]) -> int:
+def _find_code(name: str, value: str, values: tuple[str, ...], edges: tuple[float, ...], where: str) -> int:
     if not value:
         return 0
     if value in values:
@@ -88,35 +96,41 @@ def _find_code(name: str, value: str, values: tuple[str, ...], edges: tuple[floa
     if not edges or values != tuple(name_ranges(edges)):
         return len(values) + 1
     if not re.fullmatch(NUMBER, value):
-        raise InputError(f"--context: {name}={value} is no number and none of its ranges")
+        raise InputError(f"{where}: {name}={value} is no number and none of its ranges")
     return int(find_ranges(np.array(float(value)), edges))
 
 
-def encode_fields(dataset: Dataset, fields: Mapping[str, str], own_Y: np.ndarray) -> np.ndarray:
+def encode_fields(
+    dataset: Dataset, fields: Mapping[str, str], own_Y: np.ndarray, where: str = "--fields"
+) -> np.ndarray:
     """`[Y]` codes of the static profile fields: `own_Y`, but for those that are given.
 
     Raises:
-      InputError: there is no such field, or no such value of it in the data.
+      InputError: there is no such field, or no such value of it in the data; it begins with `where`.
     """
+    if not isinstance(fields, Mapping):
+        raise InputError(f"{where}: {fields!r} is no mapping of fields to values")
     codes = own_Y.copy()
     for name, value in fields.items():
         if name not in dataset.profile:
-            raise InputError(f"--fields: {name!r} is none of {', '.join(dataset.profile) or 'no fields'}")
-        known = sorted({*dataset.profile[name].tolist()} - {""})
+            raise InputError(f"{where}: {name!r} is none of {', '.join(dataset.profile) or 'no fields'}")
+        known = dataset.profile_values[name]
         if value not in known:
-            raise InputError(f"--fields: {name}={value}: there are {', '.join(known)}")
+            raise InputError(f"{where}: {name}={value}: there are {', '.join(known)}")
         codes[list(dataset.profile).index(name)] = known.index(value) + 1
     return codes
 
 
-def hide_unknown(run: Run, code_C: np.ndarray) -> np.ndarray:
-    """The codes with "unseen" for those that no event has; the model knows all of the built-in world's."""
+def hide_unknown(run: Run, code_NC: np.ndarray) -> np.ndarray:
+    """`[..., C]` codes with "unseen" for those that no event has; the model knows all of the built-in world's."""
     if run.data.world is not None:
-        return code_C
-    context = run.data.dataset.log.context
-    unseen_C = np.array([len(values) + 1 for values in run.data.dataset.context.values()], np.int64)
-    is_known_C = np.array([np.any(column == code) for code, column in zip(code_C, context.T, strict=True)], bool)
-    return np.where(is_known_C | (code_C == 0), code_C, unseen_C)
+        return code_NC
+    dataset = run.data.dataset
+    unseen_C = np.array([len(values) + 1 for values in dataset.context.values()], np.int64)
+    is_known_NC = code_NC == 0
+    for c, known in enumerate(dataset.log.known_context):
+        is_known_NC[..., c] |= np.isin(code_NC[..., c], known)
+    return np.where(is_known_NC, code_NC, unseen_C)
 
 
 def list_unseen(run: Run, context: Mapping[str, str]) -> list[str]:

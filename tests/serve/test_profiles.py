@@ -17,6 +17,7 @@ from moerec.nn.profile import Event, make_personalizer
 from moerec.serve.explained import recommend
 from moerec.serve.profiles import (
     count_recent,
+    describe_feed,
     explain_difference,
     feed,
     forget,
@@ -76,7 +77,7 @@ def test_the_last_events_and_a_profile_answer_as_the_whole_history_does(tmp_path
     store = open_profiles(tmp_path / "store", trained.predictor.params, create=True)
     done = feed_all(trained, store, recent)
     lengths = np.diff(dataset.log.offsets)
-    assert done == (np.sum(lengths > recent), np.sum(np.maximum(lengths - recent, 0)), np.sum(lengths <= recent))
+    assert done[:3] == (np.sum(lengths > recent), np.sum(np.maximum(lengths - recent, 0)), np.sum(lengths <= recent))
     request = ask_later(trained)
     for user in dataset.users[:6]:
         profile, is_stored = read_profile(store, trained.predictor.params, dataset, str(user))
@@ -113,7 +114,7 @@ def test_profiles_go_on_where_they_are(trained, tmp_path):
     first = feed_all(trained, steps, 0, middle)
     assert first.n_events == np.sum(log.time_us < middle)
     assert first.n_events + feed_all(trained, steps, 0).n_events == log.n_events
-    assert feed_all(trained, steps, 0) == (0, 0, 0)
+    assert feed_all(trained, steps, 0)[:4] == (0, 0, 0, 0)
     assert feed_all(trained, once, 0).n_users == log.n_users
     personalizer = make_personalizer(trained.config.model, model.field_sizes)
     names = [str(name) for name in dataset.users]
@@ -154,8 +155,31 @@ def test_a_store_belongs_to_one_run_and_one_log(trained, tmp_path):
         with pytest.raises(InputError, match=f"{user!r} has seen other events"):
             read_profile(store, model, dataset, user)
     store.update([user], states)
-    with pytest.raises(InputError, match="has seen other events"):
-        feed(store, model, changed, trained.catalog, 0)
+    done = feed(store, model, changed, trained.catalog, 0)
+    assert (done.n_refused, done.refused) == (1, (str(dataset.users[3]),))
+    assert any("begin it anew" in line for line in describe_feed(done, 0, len(store)))
+
+
+def test_one_late_event_keeps_nobody_else_back(trained, tmp_path):
+    """Whose profile has seen other events is left out, and everybody else is taken further."""
+    dataset, model = trained.data.dataset, trained.predictor.params
+    store = open_profiles(tmp_path / "store", model, create=True)
+    feed_all(trained, store, 2)
+    before, versions, _ = store.read([str(dataset.users[3])])
+    log = dataset.log
+    time = log.time_us.copy()
+    time[log.offsets[3]] -= 10**6 * 3600
+    first = log.offsets[3] + int(before.n_events[0]) - 1
+    time[first] += 10**6
+    changed = dataclasses.replace(dataset, log=dataclasses.replace(log, time_us=time))
+    done = feed(store, model, changed, trained.catalog, 0)
+    assert done.n_refused == 1
+    after, same, _ = store.read([str(dataset.users[3])])
+    np.testing.assert_array_equal(same, versions)
+    np.testing.assert_array_equal(after.memory_MP, before.memory_MP)
+    others = [str(name) for k, name in enumerate(dataset.users) if k != 3]
+    states, _, _ = store.read(others)
+    np.testing.assert_array_equal(states.n_events, np.delete(np.diff(log.offsets), 3))
 
 
 def test_who_is_forgotten_is_nobody(trained, tmp_path):
@@ -231,7 +255,8 @@ def test_the_commands(trained, tmp_path, monkeypatch, capsys):
     assert call(recommend_command, store)[0] == 2
     n_events, n_users = trained.data.dataset.log.n_events, trained.data.dataset.log.n_users
     left_out = count_recent(trained.config) * n_users
-    done = {"n_users": n_users, "n_events": n_events - left_out, "n_too_recent": 0, "n_stored": n_users}
+    done = {"n_users": n_users, "n_events": n_events - left_out, "n_too_recent": 0}
+    done |= {"n_refused": 0, "refused": [], "n_stored": n_users}
     assert call(observe_command, store, f"--export={tmp_path / 'all.npz'}") == (0, done)
     with np.load(tmp_path / "all.npz") as found:
         ids, offsets = found["id_bytes"].tobytes(), found["id_offsets"]

@@ -19,19 +19,19 @@ def measure_repeats(data: RunData) -> float:
 
 
 def suggest_masking(config: Config, data: RunData) -> list[str]:
-    """A line with the share of repeats and the `eval.mask_seen` that fits it, where the config's is another or default.
+    """A line with the share of repeats, and which `eval.mask_seen` fits it.
 
     The built-in world has none: its repeats are known.
     """
     if config.data.source == "city":
         return []
-    share, is_default = measure_repeats(data), config.eval.mask_seen
+    share, is_masked = measure_repeats(data), config.eval.mask_seen
     many = share > MOST_MASKED
-    if not is_default and many:
-        return []
-    if many:
+    if many and not is_masked:
+        wanted = "eval.mask_seen=false, as set, recommends such again"
+    elif many:
         wanted = "set eval.mask_seen=false to recommend such again (masked, each is a miss)"
-    elif is_default:
+    elif is_masked:
         wanted = "eval.mask_seen=true, as set, recommends none again"
     else:
         wanted = "eval.mask_seen=true would leave their places to new items"

@@ -79,7 +79,8 @@ def _describe_items(run: Run, joined: Joined) -> RunData:
         states = np.zeros((catalogue.n_items, old.item_states.shape[1]), np.float32)
         states[joined.number] = old.item_states
         if len(new):
-            store = open_store(old.folder or run.folder, old.dataset.catalogue, old.item_number, model=None)
+            own = Run(run.folder).data  # the states that are stored are of the run's items, with none that were added
+            store = open_store(own.folder or run.folder, own.dataset.catalogue, own.item_number, model=None)
             states[new] = standardise_like(encode_items(run.config, catalogue.text[new].tolist()), store.read())
     return dataclasses.replace(
         data,

@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moerec.config import DataConfig, SchemaConfig, TablesConfig
+from moerec.config.terminal import printable
 from moerec.data.dataset import Dataset, ItemTable
 from moerec.data.prepare.row_validation import DefectLog
 from moerec.data.prepare.shards import META, Meta, load_dataset
 from moerec.data.prepare.side_tables import read_items, read_profile_columns
 from moerec.data.prepare.tables import SourceTable, open_table, read_batches
 from moerec.data.prepare.tables_to_shards import describe_quarantine, prepare
-from moerec.data.prepare.vocab import IdVocab, open_items, open_users, read_columns
+from moerec.data.prepare.vocab import IdVocab, open_items, open_tables, open_users, read_columns
 from moerec.errors import InputError
 from moerec.train.run_dir import Run
 
@@ -70,7 +71,7 @@ def read_new_tables(run: Run, interactions: Path | None, items: Path | None, use
     """Reads new tables by the schema of a run; bad rows are refused or put aside as in its own.
 
     Columns of the context and of the profile that a table does not have are missing values, since a request may leave
-    them out, too.
+    them out, too. A table with a header and no row below it adds nothing: there are days without news.
 
     Raises:
       InputError: a table cannot be read; one line with its file, row and column.
@@ -84,7 +85,8 @@ def read_new_tables(run: Run, interactions: Path | None, items: Path | None, use
         notes += told
     catalogue = None
     if items is not None:
-        catalogue = _read_items(run, _narrow(schema, files, items=items), quarantine)
+        config = _narrow(schema, files, items=items)
+        catalogue = _read_items(run, config, quarantine) if _has_rows(open_items(config), schema.item_id) else None
     ids: tuple[str, ...] = ()
     fields: Mapping[str, np.ndarray] = {}
     if users is not None:
@@ -113,16 +115,27 @@ def _narrow(schema: SchemaConfig, files: TablesConfig, **paths: Path) -> DataCon
     return DataConfig(source="tables", tables=tables, schema=schema)
 
 
-def _read_events(schema: SchemaConfig, files: TablesConfig, path: Path) -> tuple[Dataset, list[str]]:
+def _has_rows(table: SourceTable | None, column: str) -> bool:
+    """Whether a table whose columns are as they should be has a row, good or bad."""
+    return table is not None and any(len(x.rows) or x.ragged for x in read_batches(table, [column]))
+
+
+def _read_events(schema: SchemaConfig, files: TablesConfig, path: Path) -> tuple[Dataset | None, list[str]]:
     config = _narrow(schema, files, interactions=path)
     there = _list_columns(config)
     known = tuple(name for name in config.schema.context if name in there)
     edges = tuple(entry for entry in config.schema.context_edges if entry.rpartition("=")[0] in known)
     categorical = tuple(name for name in config.schema.categorical if name in known)
-    own = dataclasses.replace(config.schema, context=known, context_edges=edges, categorical=categorical)
+    config = dataclasses.replace(
+        config,
+        schema=dataclasses.replace(config.schema, context=known, context_edges=edges, categorical=categorical),
+    )
+    if not _has_rows(open_tables(config).interactions, config.schema.user):
+        return None, []
     with tempfile.TemporaryDirectory() as scratch:
-        report = prepare(dataclasses.replace(config, schema=own), Path(scratch) / "events")
-        return load_dataset(Path(scratch) / "events"), describe_quarantine(report.quarantined)
+        report = prepare(config, Path(scratch) / "events")
+        told = [*map(printable, report.notes), *describe_quarantine(report.quarantined)]
+        return load_dataset(Path(scratch) / "events"), told
 
 
 def _list_columns(config: DataConfig) -> tuple[str, ...]:
@@ -147,8 +160,10 @@ def _read_items(run: Run, config: DataConfig, log: DefectLog) -> ItemTable:
 
 
 def _read_users(config: DataConfig, log: DefectLog) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    table, schema = open_users(config), config.schema
-    assert table is not None
+    schema = config.schema
+    table = open_users(dataclasses.replace(config, schema=dataclasses.replace(schema, profile=())))
+    if table is None or not _has_rows(table, schema.profile_id):
+        return (), {}
     there = tuple(name for name in schema.profile if name in table.columns)
     schema = dataclasses.replace(schema, profile=there, categorical=())
     users = IdVocab()

@@ -50,19 +50,24 @@ def recommend_all(
     """Writes the lists of users, one row an item (`Recommendations.to_table`), in the order of the users.
 
     Parts are kept in `OUT.partial/` until all are there; the same call goes on from them, and one of another run, of
-    other users or options begins anew. The file is there only when it is whole.
+    other users or options begins anew. A call that is refused leaves them alone. The file is there only when it is
+    whole.
 
     Args:
       out: a .parquet or .csv file. label: what else tells calls apart (the tables that were added), as JSON has it.
 
     Raises:
-      InputError: another ending of `out`, or a folder there; as `Recommender.recommend`.
+      InputError: another ending of `out`, or a folder there; nobody is left to answer; a part is damaged; as
+        `Recommender.recommend`.
     """
     if out.suffix not in FORMATS:
         raise InputError(f"--out: {out} ends neither in {' nor in '.join(FORMATS)}")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise InputError(f"--out: {out} is a folder, or its folder is not there")
     known, n_left_out = _drop_unknown(recommender, users, options)
+    if not known:
+        raise InputError("users: nobody has an event before the request, and the run has data.first_event=false")
+    recommender.check(known, **options._asdict())
     folder = out.with_name(f"{out.name}.partial")
     _open_parts(folder, _describe_call(recommender, known, options, label))
     parts = [known[lo : lo + PART] for lo in range(0, len(known), PART)]
@@ -80,7 +85,7 @@ def recommend_all(
         _show(n_resumed + n_done, len(known), n_done / (time.monotonic() - started))
     wall_s = time.monotonic() - started
     n_rows = _join(paths, out)
-    shutil.rmtree(folder)
+    _remove_parts(folder)
     return AllLists(len(known), n_rows, n_resumed, wall_s, n_done / wall_s if n_done else 0.0, n_left_out)
 
 
@@ -105,11 +110,17 @@ def _open_parts(folder: Path, call: dict[str, Any]) -> None:
     if path.is_file() and read_json(path) == call:
         return
     if folder.exists():
-        if not path.is_file() and any(folder.iterdir()):
-            raise InputError(f"{folder}: is in the way, and holds no parts of lists")
-        shutil.rmtree(folder)
+        _remove_parts(folder)
     folder.mkdir()
     write_json(path, call)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Removes a folder of parts, and nothing else; one that was removed in part is still known by what it holds."""
+    strange = [path for path in folder.iterdir() if path.name != "call.json" and not path.name.startswith("part-")]
+    if strange or not folder.is_dir():
+        raise InputError(f"{folder}: is in the way, and holds no parts of lists")
+    shutil.rmtree(folder)
 
 
 def _write_part(path: Path, table: pa.Table) -> None:
@@ -119,7 +130,7 @@ def _write_part(path: Path, table: pa.Table) -> None:
 
 def _join(paths: list[Path], out: Path) -> int:
     """All parts in one file, a part at a time in memory; returns its rows."""
-    tables: Iterator[pa.Table] = map(pq.read_table, paths)
+    tables: Iterator[pa.Table] = map(_read_part, paths)
     first = next(tables)
     n_rows = len(first)
     with naming(out), replacing(out) as file:
@@ -135,6 +146,14 @@ def _join(paths: list[Path], out: Path) -> int:
                 writer.write_table(table)
                 n_rows += len(table)
     return n_rows
+
+
+def _read_part(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        told = str(error).splitlines()[0]
+        raise InputError(f"{path}: is damaged ({told}); without it the same call computes it again") from None
 
 
 def _show(n_done: int, n_users: int, users_per_s: float) -> None:

@@ -137,11 +137,7 @@ class Recommender:
           InputError: `k` is below 1; no such user, item, service, feature or time; or nothing is known of somebody, and
             the model was not trained to do without (`data.first_event`).
         """
-        if k < 1:
-            raise InputError("k: must be at least 1")
-        requests = self._read(users, histories, time, context)
-        allowed = self._allow(services)
-        excluded = self._exclude(requests, exclude)
+        requests, allowed, excluded = self._check(users, histories, time, context, services, exclude, k)
         catalogue, k = self._catalogue, min(k, self._catalogue.n_items)
         n_listed = min(max(1 << (k - 1).bit_length(), SHORTEST_LIST), catalogue.n_items)  # few programs
 
@@ -154,6 +150,27 @@ class Recommender:
         domain = found[4] if len(found) > 4 else None
         names = component_names(self.run.config.model, catalogue.services)
         return Recommendations(requests.names, item.astype(np.int64), log_p, part, group, domain, catalogue, names)
+
+    def check(self, users: Sequence[str], **options: Any) -> None:
+        """Raises what `recommend` would of the same request, and computes nothing. Args: as `recommend`."""
+        wanted = {"time": None, "context": None, "services": None, "exclude": (), "k": 10, **options}
+        self._check(users, None, *wanted.values())
+
+    def _check(
+        self,
+        users: Sequence[str] | None,
+        histories: Sequence[UserHistory | Sequence[UserEvent]] | None,
+        time: Times,
+        context: Contexts,
+        services: Sequence[str] | None,
+        exclude: Sequence[ItemKey] | Sequence[Sequence[ItemKey]],
+        k: int,
+    ) -> tuple[Requests, np.ndarray, list[tuple[Histories, np.ndarray]]]:
+        """The requests, whose items may be listed, and those that may not. Args, Raises: as `recommend`."""
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise InputError(f"k: must be a whole number of at least 1, not {k!r}")
+        requests = self._read(users, histories, time, context)
+        return requests, self._allow(services), self._exclude(requests, exclude)
 
     def score(
         self,
@@ -178,6 +195,10 @@ class Recommender:
             return list(users)
         requests = self._read(users, None, time, None)
         return [name for name, n in zip(users, requests.before.length.tolist(), strict=True) if n]
+
+    def list_known(self, items: Sequence[ItemKey]) -> list[ItemKey]:
+        """Those of the items that the run has."""
+        return [key for key in items if key in self._place_of_item]
 
     def item_vectors(self) -> tuple[list[ItemKey], np.ndarray]:
         """The items' names, and `[I, D]` float32 vectors: a state's dot product with one, and a bias, is its score."""
@@ -218,7 +239,7 @@ class Recommender:
         Args, Raises: as `recommend`; InputError: the model has no experts.
         """
         if not self.run.config.model.moe.layers:
-            raise InputError("--workdir: this run has no experts; train it with model.moe.layers")
+            raise InputError("routing: this run has no experts; train it with model.moe.layers")
         traces = self._trace(self._read(users, histories, time, context), service)
         return [trace._replace(attention_BLNTS=None, memory_BLNTM=None) for trace in traces]
 
@@ -286,7 +307,7 @@ class Recommender:
         if users is not None:
             at = find_users(self._place_of_user, users)
             return ask_of_users(self.run, at, when, codes)
-        people = [own if isinstance(own, UserHistory) else UserHistory(own) for own in histories or ()]
+        people = [_read_history(own, f"histories[{k}]") for k, own in enumerate(histories or ())]
         return ask_of_histories(self.run, people, self._place_of_item, when, codes)
 
     def _find_service(self, name: str) -> int:
@@ -347,6 +368,14 @@ class Recommender:
         if not out:
             raise InputError("users, histories: nobody is asked about")
         return tuple(out)
+
+
+def _read_history(own: UserHistory | Sequence[UserEvent], where: str) -> UserHistory:
+    events = own.events if isinstance(own, UserHistory) else own
+    # `UserEvent` is a sequence, too: of its fields, none of which is an event.
+    if not isinstance(events, Sequence) or not all(isinstance(event, UserEvent) for event in events):
+        raise InputError(f"{where}: must be a list of UserEvent, or a UserHistory")
+    return UserHistory(events, own.fields) if isinstance(own, UserHistory) else UserHistory(events)
 
 
 def _lay_excluded(excluded: list[tuple[Histories, np.ndarray]], which: np.ndarray, n: int) -> np.ndarray:

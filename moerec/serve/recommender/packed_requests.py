@@ -99,7 +99,7 @@ def read_moment(moment: Moment, flag: str = "time") -> tuple[int, int | None]:
         utc_offset = None if offset is None else int(offset.total_seconds())
         aware = moment if offset is not None else moment.replace(tzinfo=datetime.UTC)
         time_us = round(aware.timestamp() * SECOND_US)
-    elif isinstance(moment, int | float | np.number) and math.isfinite(moment):
+    elif isinstance(moment, int | float | np.number) and not isinstance(moment, bool) and math.isfinite(moment):
         time_us, utc_offset = round(float(moment) * SECOND_US), None
     else:
         raise InputError(f"{flag}: {moment!r} is no time")
@@ -140,12 +140,12 @@ def read_contexts(run: Run, context: Mapping[str, str] | Sequence[Mapping[str, s
     """`[n, C]` codes: one context for all requests, or one for each; what nothing was learnt of is "unseen"."""
     dataset, edges = run.data.dataset, run.config.data.schema.edges
     if context is None or isinstance(context, Mapping):
-        code_C = hide_unknown(run, encode_context(dataset, edges, context or NOTHING))
+        code_C = hide_unknown(run, encode_context(dataset, edges, context or NOTHING, "context"))
         return np.broadcast_to(code_C, (n, len(code_C)))
     if len(context) != n:
         raise InputError(f"context: {len(context)} contexts for {n} requests")
-    rows = [hide_unknown(run, encode_context(dataset, edges, own)) for own in context]
-    return np.array(rows, np.int64).reshape(n, len(dataset.context))
+    rows = [encode_context(dataset, edges, own, f"context[{k}]") for k, own in enumerate(context)]
+    return hide_unknown(run, np.array(rows, np.int64).reshape(n, len(dataset.context)))
 
 
 def find_users(place: Mapping[str, int], users: Sequence[str]) -> np.ndarray:
@@ -189,7 +189,10 @@ def ask_of_histories(
     """
     log = make_log(run, histories, place)
     none_Y = np.zeros(run.data.dataset.profile_codes[0].shape[1], np.int32)
-    fields = np.array([encode_fields(run.data.dataset, own.fields, none_Y) for own in histories], np.int32)
+    fields = np.array(
+        [encode_fields(run.data.dataset, own.fields, none_Y, f"histories[{n}]") for n, own in enumerate(histories)],
+        np.int32,
+    )
     before = _keep_before(log, Histories(log.offsets, np.arange(log.n_events)), when.time_us)
     utc_offset = _last_offsets(log, before)
     if run.data.zones is not None:
@@ -202,7 +205,11 @@ def ask_of_histories(
 
 
 def make_log(run: Run, histories: Sequence[UserHistory], place: Mapping[tuple[str, str], int]) -> EventLog:
-    """The events of people in no table. Args, Raises: as `ask_of_histories`."""
+    """The events of people in no table. Args: as `ask_of_histories`.
+
+    Raises:
+      InputError: as `ask_of_histories`; or a history goes back in time.
+    """
     dataset, edges = run.data.dataset, run.config.data.schema.edges
     events = [(n, event) for n, own in enumerate(histories) for event in own.events]
     item = [find_item(dataset, place, event.item, event.service, f"histories[{n}]") for n, event in events]
@@ -211,17 +218,27 @@ def make_log(run: Run, histories: Sequence[UserHistory], place: Mapping[tuple[st
         if event.action and event.action not in dataset.actions:
             raise InputError(f"histories[{n}]: action {event.action!r} is none of {', '.join(dataset.actions)}")
         action.append(dataset.actions.index(event.action) if event.action else 0)
-        context.append(hide_unknown(run, encode_context(dataset, edges, event.context)))
+        context.append(encode_context(dataset, edges, event.context, f"histories[{n}]"))
         times.append(read_moment(event.time, f"histories[{n}]"))
-    n_events = np.bincount([n for n, _ in events], minlength=len(histories)) if events else np.zeros(len(histories))
+    owner, time_us = np.array([n for n, _ in events], np.int64), np.array([time_us for time_us, _ in times], np.int64)
+    _refuse_disorder(owner, time_us)
+    code_NC = hide_unknown(run, np.array(context, np.int64).reshape(len(events), len(dataset.context)))
     return EventLog(
-        np.concatenate([[0], np.cumsum(n_events)]).astype(np.int64),
+        np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(histories)))]).astype(np.int64),
         np.array(item, np.int32),
         np.array(action, np.int16),
-        np.array([time_us for time_us, _ in times], np.int64),
-        np.array(context, np.int16).reshape(len(events), len(dataset.context)),
+        time_us,
+        code_NC.astype(np.int16),
         np.array([offset or 0 for _, offset in times], np.int32),
     )
+
+
+def _refuse_disorder(owner: np.ndarray, time_us: np.ndarray) -> None:
+    """Raises InputError, where an event with a known time stands behind a later one of the same history."""
+    known = np.flatnonzero(time_us != UNKNOWN_TIME)
+    falls = (np.diff(time_us[known]) < 0) & (np.diff(owner[known]) == 0)
+    if falls.any():
+        raise InputError(f"histories[{owner[known][1:][falls][0]}]: events must be oldest first, and one is not")
 
 
 def place_items(dataset: Dataset) -> dict[tuple[str, str], int]:

@@ -79,6 +79,8 @@ def run_side_by_side(jobs: Sequence[Job], n_at_once: int, ended: Callable[[Job, 
                         ended(jobs[index], codes[index])
         finally:
             _signal_all(running, signal.SIGTERM)
+            for _, process in running.values():  # they may be saving: who started us counts on nobody being at work
+                process.wait()
     if signal.SIGINT in asked:
         raise KeyboardInterrupt
     if asked:

@@ -180,6 +180,21 @@ def test_bad_tables_are_named_by_file_row_and_column(run, tmp_path, tables, told
         extend_run(run, **{kind: path})
 
 
+def test_a_table_without_rows_adds_nothing(run, tmp_path):
+    """There are days without news."""
+    for kind, text in (("interactions", HEADER), ("items", "service,item,text,attributes\n"), ("users", "user,x\n")):
+        extended, added = extend_run(run, **{kind: write(tmp_path / f"{kind}.csv", text)})
+        assert (added.events, added.items, added.users) == (0, 0, 0)
+        assert extended.data.dataset.log.n_events == run.data.dataset.log.n_events
+
+
+def test_times_that_are_far_off_are_told(run, known, tmp_path):
+    user, ((service, item), _) = known
+    path = write(tmp_path / "new.csv", HEADER + f"{user},{item},{service},5138-11-16T09:46:39,rain\n")
+    _, added = extend_run(run, interactions=path)
+    assert any("far-off times" in line for line in added.describe())
+
+
 def test_the_commands_take_new_tables(run, known, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("moerec.serve.new_data.extend.load_run", lambda _: run)
     flags = [f"--interactions={write_events(tmp_path, known)}", f"--items={write_items(tmp_path)}", "--workdir=x"]

@@ -1,5 +1,6 @@
 """Everybody's lists in a file: the same whether or not the work was interrupted."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -99,6 +100,58 @@ def test_bad_files_of_users_are_named(tmp_path, content, told):
         path.write_text(content)
     with pytest.raises(InputError, match=told):
         read_users(path)
+
+
+def test_a_call_that_is_refused_leaves_the_parts_alone(recommender, users, tmp_path, monkeypatch):
+    out, written = tmp_path / "lists.csv", []
+    original = all_lists._write_part
+
+    def fail_at_third(path, table):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        original(path, table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(all_lists, "_write_part", fail_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            recommend_all(recommender, users, out, OPTIONS)
+    for wrong in ({"k": 0}, {"services": ("kupr",)}, {"time": "soon"}, {"exclude": (("kuper", "none"),)}):
+        with pytest.raises(InputError):
+            recommend_all(recommender, users, out, OPTIONS._replace(**wrong))
+    assert all(path.is_file() for path in written)
+    with pytest.raises(InputError):
+        recommend_all(recommender, users, tmp_path / "other.csv", OPTIONS._replace(k=0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lists.csv.partial"]
+    written[0].write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"part-000000\.parquet: is damaged"):
+        recommend_all(recommender, users, out, OPTIONS)
+    written[0].unlink()
+    assert recommend_all(recommender, users, out, OPTIONS).n_resumed == 44
+
+
+def test_parts_without_their_description_are_removed_and_strange_files_are_not(recommender, users, tmp_path):
+    out, folder = tmp_path / "lists.csv", tmp_path / "lists.csv.partial"
+    folder.mkdir()
+    (folder / "part-000000.parquet").write_bytes(b"")
+    assert recommend_all(recommender, users[:3], out, OPTIONS).n_resumed == 0
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is in the way"):
+        recommend_all(recommender, users[:3], out, OPTIONS)
+    assert (folder / "notes.txt").is_file()
+
+
+def test_nobody_to_answer_is_said_in_one_line(tmp_path):
+    config = make_config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, first_event=False))
+    (tmp_path / "config.json").write_text("{}")
+    asked = Recommender(replace_parts(make_untrained(tmp_path, config), metrics={}))
+    users = asked.run.data.dataset.users.tolist()
+    with pytest.raises(InputError, match="nobody has an event before the request"):
+        recommend_all(asked, users, tmp_path / "lists.csv", OPTIONS._replace(time="1999-01-01"))
+    assert not list(tmp_path.glob("lists*"))
+    assert recommend_all(asked, users, tmp_path / "lists.csv", OPTIONS).n_left_out == 40
 
 
 def test_bad_exclusions_and_outputs_are_named(recommender, users, tmp_path):

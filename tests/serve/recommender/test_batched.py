@@ -247,7 +247,13 @@ def test_slots_show_whom_they_attend_to_and_which_experts_they_go_to(asked):
         ({"users": [], "time": "yesterday"}, "yesterday"),
         ({"histories": [[UserEvent("no such")]]}, "no item 'no such'"),
         ({"histories": [[UserEvent("x", "nowhere")]]}, "service 'nowhere' is none of"),
-        ({"histories": [[]], "k": 0}, "k: must be at least 1"),
+        ({"histories": [[]], "k": 0}, "k: must be a whole number of at least 1, not 0"),
+        ({"histories": [[]], "k": 2.5}, "k: must be a whole number"),
+        ({"histories": [UserEvent("x")]}, r"histories\[0\]: must be a list of UserEvent"),
+        ({"histories": [[], ["abc"]]}, r"histories\[1\]: must be a list of UserEvent"),
+        ({"histories": [[]], "time": True}, "True is no time"),
+        ({"histories": [[]], "context": [None]}, r"context\[0\]: None is no mapping"),
+        ({"histories": [UserHistory(fields={"no": "1"})]}, r"histories\[0\]: 'no' is none of"),
         ({"histories": [[]], "time": [1.0, 2.0]}, "2 times for 1 requests"),
         ({"histories": [[]], "services": ["nowhere"]}, "'nowhere' is none of"),
         ({"histories": [[]], "context": {"mood": "bad"}}, "'mood' is none of"),
@@ -258,6 +264,16 @@ def test_slots_show_whom_they_attend_to_and_which_experts_they_go_to(asked):
 def test_wrong_use_is_named(mixed, arguments, told):
     with pytest.raises(InputError, match=told):
         Recommender(mixed).recommend(**arguments)
+
+
+def test_a_history_that_goes_back_in_time_is_refused(mixed):
+    catalogue = mixed.data.dataset.catalogue
+    keys = [(str(catalogue.ids[i]), catalogue.services[catalogue.service[i]]) for i in (3, 4, 5)]
+    times = ["2024-01-02", None, "2024-01-01"]
+    events = [UserEvent(item, service, time) for (item, service), time in zip(keys, times, strict=True)]
+    with pytest.raises(InputError, match=r"histories\[1\]: events must be oldest first"):
+        Recommender(mixed).recommend(histories=[[], events])
+    Recommender(mixed).recommend(histories=[events[2:], events[:2]])
 
 
 def test_rows_are_of_few_lengths_and_never_longer_than_in_training(mixed):

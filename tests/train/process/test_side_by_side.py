@@ -55,6 +55,25 @@ def test_cores_are_divided(tmp_path, monkeypatch):
     assert os.sched_getaffinity(0) == own
 
 
+def test_processes_are_waited_for_where_something_of_ours_fails(tmp_path):
+    """They are ended, and are gone when the error comes out."""
+    code = f"""
+def save(number, frame):
+    time.sleep(.3); open({str(tmp_path / "saved")!r}, "w").close(); os._exit(0)
+signal.signal(signal.SIGTERM, save)
+open({str(tmp_path / "ready")!r}, "w").close()
+time.sleep(60)
+"""
+    wait = f"while not os.path.exists({str(tmp_path / 'ready')!r}): time.sleep(.01)"
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_side_by_side([job("slow", code, tmp_path), job("quick", wait, tmp_path)], 2, fail)
+    assert (tmp_path / "saved").exists()
+
+
 @pytest.fixture
 def plain_signals():
     """As a command finds them: whoever started the tests, or a library, may have these signals ignored or handled."""
