@@ -52,7 +52,7 @@ def describe_asking(metrics: Mapping[str, Any]) -> list[ProbeTable]:
 def describe_components(metrics: Mapping[str, Any]) -> list[ProbeTable]:
     """The tables of `probes["components"]`."""
     found = (metrics.get("probes") or {}).get("components") or {}
-    titles = ["log-likelihood", "union NDCG", "in-service NDCG"]
+    titles = ["log-likelihood", "union NDCG", "in-service NDCG", "fell to the floor"]
     named = [(name, _lost(row["all"])) for name, row in found.items()]
     tables = [ProbeTable("Lost without a component of the answers", titles, named)] if named else []
     for key, label in (("target", "target"), ("last_event", "last event")):
@@ -212,4 +212,6 @@ def format_cells(row: Sequence[float | None], form: str = ".3f") -> list[str]:
 
 
 def _lost(cell: Mapping[str, float]) -> list[str]:
-    return [f"{cell['log_p']:+.3f}", f"{cell['ndcg@10']:+.4f}", f"{cell['in_service_ndcg@10']:+.4f}"]
+    """Runs of earlier versions do not tell which targets fell to the floor."""
+    fell = f"{100 * cell['fell']:.0f} %" if "fell" in cell else ""
+    return [f"{cell['log_p']:+.3f}", f"{cell['ndcg@10']:+.4f}", f"{cell['in_service_ndcg@10']:+.4f}", fell]
