@@ -84,6 +84,7 @@ def describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         "load": draw_heat_map(dict(zip(services, routing["load"], strict=True)), columns, title),
         "analyser": [(label, format_value(value)) for label, value in found if value is not None],
         "dropped": routing["dropped"],
+        "n_per_group": n_per_group,
         "max_over_mean": format_value(routing["max_over_mean"]),
     }
 
