@@ -26,14 +26,15 @@ COLUMNS = c.SchemaConfig(
     service="shop",
     action="",  # view, buy, …
     time="when",
-    time_unit="s",  # since 1970: s, ms or day; or iso: 2026-01-31T09:00
-    zone="UTC",  # whose clock the people have: Europe/Moscow, …
+    time_unit="s",  # since 1970: s, ms or day; or iso: 2026-01-31T09:00 (UTC), 2026-01-31 09:00+01:00
+    zone="UTC",  # whose clock the people have: Europe/Moscow, …; times without an offset are UTC all the same
     context=(),  # what is known when a recommendation is asked for: ("weather",)
     # Of the items, if they have a table.
     item_id="product",
     item_service="shop",
     text=("title",),
-    attributes=(),  # of categories, in lists or one a row: ("brand", "category")
+    attributes=(),  # of categories: ("brand", "category")
+    attribute_separator=",",  # where a value of these is split; what no value holds, such as "|": none is split
     item_numbers=(),  # cut into ranges: ("price=quantiles:8",)
     # Of the users, if they have a table.
     profile_id="customer",

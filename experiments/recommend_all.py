@@ -25,36 +25,33 @@ FLAGS = {
     "context": ((), "features of the request, as name=value,name=value"),
     "users": ("", "a file of users, one a line; everybody by default"),
     "services": (EMPTY, "services whose items may be listed; all by default"),
-    "exclude": ("", "a CSV file of items that are not to be listed, with the columns service and item"),
+    "exclude": ("", "a CSV file of items that are not to be listed: service and item, or as the tables call them"),
 }
 
 
 def main(_, flags):
     """Prints what was written."""
-    from moerec.serve.new_data import open_extended
+    from moerec.serve.new_data import find_schema, open_extended
     from moerec.serve.recommender import ListOptions, Recommender, read_exclusions, read_users, recommend_all
     from moerec.serve.request import read_request
 
     if not flags.out:
         raise InputError(f"--out is missing: {FLAGS['out'][1]}")
+    if flags["services"].present and not flags.services:
+        raise InputError("--services: names none; without the flag all may be listed")
     context = read_request(flags.context, "", "").context
     tables = flags.interactions, flags.items, flags.user_table
     recommender = Recommender(open_extended(flags.workdir, *tables, sys.stderr))
-    dataset = recommender.run.data.dataset
-    users = read_users(Path(flags.users)) if flags.users else dataset.users.tolist()
-    exclude = read_exclusions(Path(flags.exclude), dataset.catalogue.services) if flags.exclude else ()
+    run, found = recommender.run, recommender.run.data.dataset
+    users = read_users(Path(flags.users)) if flags.users else found.users.tolist()
+    named = Path(flags.exclude), found.catalogue.services
+    exclude = read_exclusions(*named, find_schema(run)[0]) if flags.exclude else ()
     known = recommender.list_known(exclude)
     if len(known) < len(exclude):
         print(f"--exclude: {len(exclude) - len(known):,} of its items are none of the run's", file=sys.stderr)
-    if flags["services"].present and not flags.services:
-        raise InputError("--services: names none; without the flag all may be listed")
     options = ListOptions(flags.k, flags.time or None, context, tuple(flags.services) or None, tuple(known))
     done = recommend_all(recommender, users, Path(flags.out), options, tables)
-    resumed = f", {done.n_resumed:,} of them done before" if done.n_resumed else ""
-    left = f"; {done.n_left_out:,} without events left out" if done.n_left_out else ""
-    print(
-        f"{flags.out}: {done.n_rows:,} rows of {done.n_users:,} users{resumed}{left}; {done.users_per_s:,.0f} users/s"
-    )
+    print(f"{flags.out}: {done.describe()}")
     return done._asdict()
 
 

@@ -33,9 +33,8 @@ def main(config, flags):
     if config.data.source == "text":
         print(format_language(metrics))
     else:
-        print(format_table(metrics))
-        if matrix := format_forced(metrics):
-            print(matrix)
+        print(f"seed {config.seed}: {flags.workdir}")
+        print("\n".join(filter(None, (format_table(metrics), format_forced(metrics)))))
     print(f"report: {Path(flags.workdir) / 'report.html'}", flush=True)
     return metrics
 

@@ -33,6 +33,11 @@ def _write_out(text: str) -> str:
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
 
 
+def announce(name: str, work: str) -> None:
+    """What a run sets about next, as a line of its own on standard error, after the run's name."""
+    print(printable(f"{name}  {work}" if name else work), file=sys.stderr, flush=True)
+
+
 class SafeStream:
     """A text stream to which only printable text, line ends and tabs are written, whatever it is given.
 

@@ -93,9 +93,7 @@ class TrainConfig:
     mesh_data: int = 1  # devices over which the batch is split
     mesh_expert: int = 1  # devices over which the batch and the experts are split
     mesh_model: int = 1  # devices over which the feed-forward width and the heads are split
-    grace_s: float = (
-        25.0  # seconds after SIGTERM in which the state is saved; then, or at a second one, the process ends
-    )
+    grace_s: float = 25.0  # seconds after SIGTERM for saving the state; then, or at a second one, the process ends
 
     def __post_init__(self):
         for name in (

@@ -1,6 +1,7 @@
 """Whether the values of a configuration are of the types that its fields say, and the groups that it is made of."""
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -41,7 +42,8 @@ def require_type(place: str, value: Any, hint: Any) -> None:
 def describe_misfit(place: str, value: Any, hint: Any) -> str:
     """What is wrong with the value of a field, in words."""
     name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return f"{place}: {value!r} is not of type {name}"
+    is_one = typing.get_origin(hint) is tuple and isinstance(value, str)
+    return f"{place}: {value!r} is not of type {name}" + (f"; write ({json.dumps(value)},)" if is_one else "")
 
 
 def fits(value: Any, hint: Any) -> bool:

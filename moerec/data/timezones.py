@@ -101,7 +101,7 @@ def describe_unzoned(dataset: Dataset, schema: SchemaConfig) -> str:
 
 def settle_zones(dataset: Dataset, schema: SchemaConfig) -> tuple[Zones | None, str]:
     """The zones that the events' clocks are by, None where there are none or the times name the offsets of their own;
-    and a line about what has no effect, or has no zone, or nothing.
+    and a line about what has no effect, has no zone or is read as UTC, or nothing.
 
     Raises:
       InputError: as `find_zones`.
@@ -109,7 +109,14 @@ def settle_zones(dataset: Dataset, schema: SchemaConfig) -> tuple[Zones | None, 
     zones = find_zones(dataset, schema)
     if zones is not None and dataset.log.utc_offset.any():
         return None, "config.data.schema: no zones are used, as the times name the offsets of their own clocks"
-    return zones, "" if zones is None else describe_unzoned(dataset, schema)
+    return zones, "" if zones is None else describe_unzoned(dataset, schema) or _describe_clock(schema)
+
+
+def _describe_clock(schema: SchemaConfig) -> str:
+    """A line where local times could be meant and are not read."""
+    if schema.time_unit != "iso" or schema.zone == "UTC":
+        return ""
+    return f"column {schema.time}: its times, which name no offset, are read as UTC; clocks are those of {schema.zone}"
 
 
 def find_zones(dataset: Dataset, schema: SchemaConfig) -> Zones | None:

@@ -3,6 +3,7 @@ ceiling, over the same targets.
 """
 
 import dataclasses
+import functools
 import resource
 import sys
 import time
@@ -13,6 +14,7 @@ import numpy as np
 
 from moerec.config import Config
 from moerec.config.stored import store_config
+from moerec.config.terminal import announce
 from moerec.data.load import DIGEST, RunData, load_data
 from moerec.data.prepare.tables_to_shards import describe_quarantine
 from moerec.data.splits import TEST, TRAIN
@@ -44,7 +46,7 @@ from moerec.eval.ranking.per_target import write_ranks
 from moerec.eval.ranking.repeats import measure_repeats, suggest_masking
 from moerec.eval.report import write_report
 from moerec.eval.report.result import read_result
-from moerec.eval.report.table import gap_closed, list_columns
+from moerec.eval.report.table import gap_closed, list_columns, row_label
 from moerec.eval.significance import compare_best_rows, table_intervals, table_tests
 from moerec.files import locked, require_plain_path, to_plain, write_json
 from moerec.nn.heads.service_answers import component_names
@@ -115,6 +117,8 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
     """Everything that `metrics.json` holds; the rank of each target goes to `ranks.npz`."""
     examples, dataset = make_test_set(config, data), data.dataset
     service, services = examples.target_service, dataset.catalogue.services
+    tell = functools.partial(announce, config.name)
+    tell(f"ranks {len(examples.targets):,} test targets")
     ranks = rank_targets(trained.predictor, examples, trained.catalog)
     write_ranks(workdir / RANKS, dataset, examples.targets, ranks)
     metrics: dict[str, Any] = {
@@ -141,20 +145,8 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
     if config.data.split.by_user and config.data.first_event:
         first = evaluate_first_events(config, data, examples, trained.predictor, trained.catalog)
         metrics["probes"]["first_events"] = first
-    baselines: dict[str, Ranks] = {}
-    metrics["baseline_sizes"] = {}
-    for name in config.baselines:
-        began = time.monotonic()
-        found = BASELINES[name](BaselineInputs(config, data, examples, workdir / "baselines" / name))
-        if found is None:  # it has nothing to go by in these data, and has said so
-            continue
-        baselines[name] = found
-        took = {"seconds": time.monotonic() - began}
-        metrics["baseline_sizes"][name] = took | (found.size if isinstance(found, TunedRanks) else {})
-    metrics["baselines"] = {name: build_table(found, service, services) for name, found in baselines.items()}
-    tuned = {name: found.settings for name, found in baselines.items() if isinstance(found, TunedRanks)}
-    if tuned := {name: settings for name, settings in tuned.items() if settings}:
-        metrics["baseline_settings"] = tuned
+    baselines = _rank_baselines(metrics, config, data, examples, workdir)
+    tell("intervals and tests")
     intervals = table_intervals({"": ranks, **baselines}, service, services, examples.user, config.eval.n_boot)
     metrics["intervals"] = intervals.pop("")
     metrics["baseline_intervals"] = intervals
@@ -171,6 +163,29 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
         metrics["example"] = describe_example(config, data.dataset, row, trained.predictor, trained.catalog)
     metrics["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return metrics
+
+
+def _rank_baselines(
+    metrics: dict[str, Any], config: Config, data: RunData, examples: EvalDataset, workdir: Path
+) -> dict[str, Ranks]:
+    """The ranks of each baseline; their tables, sizes and settings are added to the metrics."""
+    baselines: dict[str, Ranks] = {}
+    metrics["baseline_sizes"] = {}
+    for name in config.baselines:
+        announce(config.name, f"baseline {row_label(name)}")
+        began = time.monotonic()
+        found = BASELINES[name](BaselineInputs(config, data, examples, workdir / "baselines" / name))
+        if found is None:  # it has nothing to go by in these data, and has said so
+            continue
+        baselines[name] = found
+        took = {"seconds": time.monotonic() - began}
+        metrics["baseline_sizes"][name] = took | (found.size if isinstance(found, TunedRanks) else {})
+    service, services = examples.target_service, data.dataset.catalogue.services
+    metrics["baselines"] = {name: build_table(found, service, services) for name, found in baselines.items()}
+    tuned = {name: found.settings for name, found in baselines.items() if isinstance(found, TunedRanks)}
+    if tuned := {name: settings for name, settings in tuned.items() if settings}:
+        metrics["baseline_settings"] = tuned
+    return baselines
 
 
 def _slices(config: Config, examples: EvalDataset, data: RunData, ranks: Ranks) -> dict[str, Any]:
@@ -191,6 +206,7 @@ def _probe(metrics: dict[str, Any], config: Config, data: RunData, trained: Trai
     has_analyser = bool(model.moe.layers) or model.is_asked
     if not (has_analyser or model.has_pointers or count_profile_slots(model)):
         return
+    announce(config.name, "probes what the model does at them")
     predictor, catalog = trained.predictor, trained.catalog
     seen = collect_routing(predictor, examples, catalog)
     if has_analyser:
@@ -212,8 +228,9 @@ def _probe_parts(
     """Adds what components and hypotheses are worth, on a fixed sample of the targets that have a slot."""
     rng = np.random.default_rng([config.data.seed, TEST])
     chosen = np.sort(rng.permutation(np.flatnonzero(examples.has_slot))[: config.eval.n_probed])
-    if not len(chosen):
+    if not (len(chosen) and (config.model.has_pointers or config.model.is_asked)):
         return
+    announce(config.name, f"probes what parts of the model are worth, at {len(chosen):,} targets")
     sample = EvalDataset(data.dataset, examples.targets[chosen], config)
     predictor, catalog = trained.predictor, trained.catalog
     if config.model.has_pointers:
@@ -232,6 +249,7 @@ def _intervene(
     config: Config, data: RunData, trained: TrainResult, examples: EvalDataset, ranks: Ranks
 ) -> dict[str, dict[str, Any]]:
     """What predictions owe to the profile, the context and other services; on the built-in world, what they could."""
+    announce(config.name, "interventions: takes own profile, own context and other services away")
     own, predictor, catalog = per_target_metrics(ranks.union)["ndcg@10"], trained.predictor, trained.catalog
     found: dict[str, dict[str, Any]] = {
         "interventions": evaluate_interventions(config, predictor, examples, catalog, own),

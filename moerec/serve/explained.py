@@ -282,7 +282,7 @@ def describe_history(run: Run, user: str | None, request: RecommendRequest, n: i
         )
     who = "a new user" if user is None else user
     used = f", of which the model reads the last {len(given):,}" if len(given) < len(rows) else ""
-    lines = [f"{who}: {len(rows):,} events before the request{used}" + ("; the last of them:" if events else "")]
+    lines = [f"{who}: {len(rows):,} events before the request{used}" + ("; the last of them (UTC):" if events else "")]
     for event in events:
         action = f" {event['action']}" if len(dataset.actions) > 1 else ""
         when = (event["time"] or "time not known")[:16].replace("T", " ")
@@ -307,7 +307,7 @@ def describe_answer(run: Run, answer: Recommendation) -> dict[str, Any]:
         for z, i, p in zip(service, answer.item, np.exp(answer.log_p), strict=True)
     ]
     found: dict[str, Any] = {"items": items}
-    shown = [[printable(x[key]) for key in ("service", "id", "text")] for x in items]
+    shown = [[printable(text) for text in (x["service"], x["id"], x["text"] or x["id"])] for x in items]
     wide = [max([least, *(len(row[k]) for row in shown)]) for k, least in enumerate((12, 10))]
     lines = [f"{'p':>7s}  {'service':<{wide[0]}s} {'id':<{wide[1]}s} text"]
     for x, (z, i, text) in zip(items, shown, strict=True):

@@ -33,7 +33,8 @@ class TrainProgress:
 
     Attributes:
       best: the best validation score so far, at `best_step`; `evals_since_best` evaluations have passed since.
-      wall_s: time so far, over all interrupted runs; train_s of it without validation, in which n_slots were trained.
+      wall_s: time so far, over all interrupted runs; train_s of it without validation and the first step of each, in
+        which n_slots were trained.
       stream: position of the data stream.
       is_eval_due: the state is one that is to be evaluated, and the process ended before that was done.
       calibration: at `best_step`, as metrics of its validation (`moerec.nn.model.Calibration`).

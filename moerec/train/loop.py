@@ -15,6 +15,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 
 from moerec.config import Config
 from moerec.config.cli.malloc import disable_malloc_trim
+from moerec.config.terminal import announce
 from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
 from moerec.data.text.corpus import Corpus
@@ -48,7 +49,8 @@ class TrainResult(NamedTuple):
     Attributes:
       predictor: what did best on validation. catalog: what it needs of the items, bound to it.
       step: the step it is from. steps: steps done. wall_s: time of training and validation, set-up aside.
-      slots_per_s: trained slots per second of training (the first step's compilation counts, validation does not).
+      slots_per_s: trained slots per second of training; neither a process's first step, which is compiled, nor
+        validation counts. 0 where there was no other step.
       valid: validation metrics at `step`.
     """
 
@@ -161,19 +163,26 @@ def _resume(
 
 
 class MetricLogger:
-    """Writes the metrics of log steps one step late, when the next step is already under way."""
+    """Writes the metrics of log steps one step late, when the next step is already under way.
+
+    The rate of slots begins after the first step: its time is mostly that of the compilation.
+    """
 
     def __init__(self, writer: MetricWriter, progress: TrainProgress, log_every: int):
         self._writer, self._progress, self._log_every = writer, progress, log_every
         self._slots: list[jax.Array] = []
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._clock = time.monotonic()
+        self._clock: float | None = None
         self.shown: dict[str, float] = {}
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that has been dispatched, without waiting for it."""
+        """Takes the metrics of a step that has been dispatched, without waiting for it (but for the first one)."""
         self._flush()
-        self._slots.append(metrics["slots"])
+        if self._clock is None:
+            jax.block_until_ready(metrics["slots"])
+            self.pause()
+        else:
+            self._slots.append(metrics["slots"])
         if step % self._log_every == 0:
             self._pending = (step, metrics)
 
@@ -184,22 +193,26 @@ class MetricLogger:
         loss = float(metrics["loss"])
         if not np.isfinite(loss):
             raise WorkError(f"step {step}: the loss is {loss}")
-        self.shown.update(loss=loss, slots_per_s=self._progress.slots_per_s)
+        self.shown.update(loss=loss, **self._rate())
 
     def show(self, step: int, is_last: bool) -> None:
         """The progress line of a step that was waited for, with the figures of the validation after it."""
         self._writer.progress(step, self.shown, is_last)
 
     def pause(self) -> None:
-        """Leaves out the time since `sync`, in which nothing was trained."""
+        """Leaves out the time so far, or since `sync`, in which nothing was trained."""
         self._clock = time.monotonic()
 
     def _count_slots(self) -> None:
         self._progress.n_slots += float(sum(float(x) for x in jax.device_get(self._slots)))
         self._slots = []
         now = time.monotonic()
-        self._progress.train_s += now - self._clock
+        self._progress.train_s += now - (now if self._clock is None else self._clock)
         self._clock = now
+
+    def _rate(self) -> dict[str, float]:
+        """Empty until there is one."""
+        return {"slots_per_s": self._progress.slots_per_s} if self._progress.n_slots else {}
 
     def _flush(self, is_shown: bool = True) -> None:
         if self._pending is None:
@@ -209,8 +222,8 @@ class MetricLogger:
         values = {name: float(x) for name, x in metrics.items() if name != "slots"}
         if not np.isfinite(values["loss"]):
             raise WorkError(f"step {step}: the loss is {values['loss']}")
-        self.shown.update(loss=values["loss"], slots_per_s=self._progress.slots_per_s)
-        self._writer.write(step, {**values, "slots_per_s": self._progress.slots_per_s})
+        self.shown.update(loss=values["loss"], **self._rate())
+        self._writer.write(step, {**values, **self._rate()})
         if is_shown:
             self._writer.progress(step, self.shown)
 
@@ -268,6 +281,8 @@ def _run_steps(
     started, earlier_s, saved_step = time.monotonic(), progress.wall_s, step
     logger = MetricLogger(writer, progress, options.log_every)
     stopped = bool(options.patience) and progress.evals_since_best >= options.patience
+    if step < options.steps and not stopped:
+        announce(config.name, "compiles the training step")
     while progress.is_eval_due or (step < options.steps and not stopped):
         if stop.is_made and step == saved_step:
             break

@@ -107,7 +107,7 @@ def test_a_missing_field_takes_its_default(path):
         ({"data": {"city": {"n_people": 3}}}, "config.data.city.n_people: no such field"),
         ({"model": 3}, "config.model: 3 is no group of fields"),
         ({"seed": "x"}, "config.seed: 'x' is not of type int"),
-        ({"baselines": "markov"}, "config.baselines: 'markov' is not of type"),
+        ({"baselines": "markov"}, "config.baselines: 'markov' is not of type tuple[str, ...]; write (\"markov\",)"),
         ({"train": {"steps": "many"}}, "config.train.steps: 'many' is not of type int"),
         ({"model": {"dropout": 2.0}}, "config.model.dropout: must lie in"),
     ],

@@ -83,6 +83,23 @@ def test_zones_go_by_the_city_of_the_event_or_of_the_user_or_are_everybodys(conf
     assert load(config, tmp_path).dataset.log.utc_offset.tolist() == [0] * 7
 
 
+def test_iso_times_that_are_read_as_utc_are_told_where_clocks_are_not(tmp_path):
+    """With a space or a T; those that name an offset are told of otherwise."""
+    told = "column time: its times, which name no offset, are read as UTC; clocks are those of Asia/Tokyo"
+    base = DataConfig(source="tables", tables=TablesConfig(str(tmp_path), "events.tsv"))
+    for offset, expected in (("", told), ("Z", told), ("+09:00", "no zones are used")):
+        rows = [f"u\t{i}\t2024-05-0{k}{between}09:00{offset}" for i, k, between in (("a", 1, " "), ("b", 2, "T"))]
+        (tmp_path / "events.tsv").write_text("\n".join(["user\titem\ttime", *rows]) + "\n")
+        config = dataclasses.replace(base, schema=SchemaConfig(time="time", time_unit="iso"))
+        data = load(config, tmp_path / f"run{offset}", zone="Asia/Tokyo")
+        assert expected in data.notes[-1]
+        assert not load(config, tmp_path / f"utc{offset}").notes
+    seconds = ["u\ta\t1711846799", "u\tb\t1711850400"]
+    (tmp_path / "events.tsv").write_text("\n".join(["user\titem\ttime", *seconds]) + "\n")
+    config = dataclasses.replace(base, schema=SchemaConfig(time="time"))
+    assert not load(config, tmp_path / "seconds", zone="Asia/Tokyo").notes
+
+
 def test_events_without_an_entry_are_counted_and_named(config, tmp_path):
     """By the city of the event or of the user; another common zone than UTC is meant for them."""
     line = "config.data.schema.zones: {} of 7 events have UTC, as there is no entry for {}"

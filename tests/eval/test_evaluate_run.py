@@ -1,6 +1,8 @@
 """A run from its config to `metrics.json`: every table is made of ranks, and what is dear is made once."""
 
+import contextlib
 import dataclasses
+import io
 import json
 
 import numpy as np
@@ -62,12 +64,28 @@ def finished(tmp_path_factory):
         patch.setattr(load, "hashlib", CountingHashlib)
         patch.setattr(load, "Catalog", count_catalog)
         patch.setattr(evaluate_run, "build_table", note_table)
-        metrics = evaluate_run.run_experiment(config, folder)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            metrics = evaluate_run.run_experiment(config, folder)
+        (folder.parent / "said").write_text(said.getvalue())
         yield folder, config, metrics, made, tables
 
 
 def test_digest_and_catalogue_are_made_once(finished):
     assert finished[3] == {"digest": 2, "catalog": 1}  # of the items, and of all data
+
+
+def test_what_takes_time_is_announced(finished):
+    said = (finished[0].parent / "said").read_text().splitlines()
+    announced = [
+        "compiles the training step",
+        "ranks 12 test targets",
+        "baseline popularity by service and hour",
+        "baseline by number",
+        "intervals and tests",
+    ]
+    places = [said.index(f"tiny  {line}") for line in announced]
+    assert places == sorted(places)
+    assert not any("probes" in line for line in said)  # this model has no part that is looked into
 
 
 def test_every_table_is_that_of_ranks(finished):

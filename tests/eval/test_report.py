@@ -235,7 +235,10 @@ def test_the_page_holds_the_same_numbers_and_marks_the_best(tmp_path):
     assert rows["ceiling"][2] == four_digits(0.14 * 1.3 * 0.7)
     note = next(part for part in text.split("<p") if "attainable" in part)
     assert "no candidates. The last row has the p-value" in note
-    assert "item kNN, reaches .1040 (paired over the targets of this one seed, p = .0321)." in text
+    assert (
+        "item kNN, reaches .1040 (paired over the targets of this one seed, p = .0321, of this comparison alone)."
+        in text
+    )
     assert [len(row) for row in rows.values()] == [9] * 4
     assert ".5000" in page.bold
     assert four_digits(metrics["test"]["in_service"]["kuper"]["ndcg@10"]) not in page.bold
@@ -359,3 +362,11 @@ def test_first_events_stand_beside_popularity(tmp_path):
         found = [first[name]["union"]["all"], *(first[name]["in_service"][service] for service in SERVICES)]
         assert cells[0] == title
         assert [float(cell) for cell in cells[1:]] == pytest.approx([x["recall@10"] for x in found], abs=1e-4)
+
+
+def test_services_that_vanish_from_the_union_are_named_under_the_table():
+    metrics = full_metrics()
+    first, second, *_ = metrics["test"]["in_service"]
+    assert "no target of" not in format_table(metrics)
+    metrics["test"]["union"] |= {first: {"n": 1234, "recall@10": 0.0}, second: {"n": 9, "recall@10": 0.001}}
+    assert f"among all services' items no target of {first} (1,234) is among the first ten" in format_table(metrics)

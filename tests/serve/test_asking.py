@@ -171,7 +171,7 @@ def test_a_run_reports_its_probes(asked, metrics):
     for row in components.values():
         parts = list(row["target"].values())
         assert sum(part["n"] for part in parts) == row["all"]["n"] == 12
-        for metric in ("log_p", "ndcg@10", "in_service_ndcg@10"):
+        for metric in ("log_p", "ndcg@10", "in_service_ndcg@10", "fell"):
             mean = sum(part["n"] * part[metric] for part in parts) / 12
             assert mean == pytest.approx(row["all"][metric], abs=1e-9)
     assert set(metrics["excess_log_loss"]) == {"all", *services}

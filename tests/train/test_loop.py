@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -210,12 +211,55 @@ def test_slots_are_counted_exactly(tmp_path, tiny_data):
     fitted = train(config, tiny_data, tmp_path)
     trainer = loop.make_trainer(config, tiny_data)
     with contextlib.closing(iter(trainer.stream)) as stream:
-        n_slots = sum(float(next(stream).targets["next_event"].weight_BT.sum()) for _ in range(12))
+        slots = [float(next(stream).targets["next_event"].weight_BT.sum()) for _ in range(12)]
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with contextlib.closing(checkpoints):
         _, progress = checkpoints.restore_last(trainer.state)
+    n_slots = sum(slots[1:])  # the first step's time is that of its compilation
     assert progress.n_slots == n_slots
     assert fitted.slots_per_s == pytest.approx(n_slots / progress.train_s)
+
+
+def test_the_compilation_is_announced_and_not_in_the_rate(tmp_path, tiny_data, monkeypatch, capsys):
+    """A second passes with every look at the clock, and an hour in a first step."""
+    now, make = 0.0, loop.make_trainer
+
+    def look() -> float:
+        nonlocal now
+        now += 1.0
+        return now
+
+    class SlowAtFirst(loop.Trainer):
+        n_steps = 0
+
+        def step(self, state, batch):
+            nonlocal now
+            now += 0.0 if SlowAtFirst.n_steps else 3600.0
+            SlowAtFirst.n_steps += 1
+            return super().step(state, batch)
+
+    monkeypatch.setattr(loop, "make_trainer", lambda *args: SlowAtFirst(*make(*args)))
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=look))
+    config = make_config(steps=6, log_every=1, eval_every=3, save_every=2)
+    for steps in (1, 6):  # a resumed run compiles anew
+        config.train.steps, SlowAtFirst.n_steps = steps, 0
+        fitted = train(config, tiny_data, tmp_path)
+        assert fitted.wall_s > 3600
+        assert (fitted.slots_per_s == 0) == (steps == 1)  # of one step nothing is known
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line.get("slots_per_s") for line in lines if "loss" in line}
+    assert [step for step, rate in rates.items() if rate is None] == [1, 2]
+    assert all(rate > 1 for rate in [rates[3], rates[6], fitted.slots_per_s])  # with the hour they were a tenth at most
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "compiles" in line] == ["tiny  compiles the training step"] * 2
+    assert not any("slots/s" in line for line in told if " step 1/" in line)
+
+
+def test_a_finished_training_compiles_no_step(tmp_path, tiny_data, capsys):
+    train(make_config(), tiny_data, tmp_path)
+    capsys.readouterr()
+    train(make_config(), tiny_data, tmp_path)
+    assert "compiles" not in capsys.readouterr().err
 
 
 def test_validation_never_sees_a_test_event(tiny_data):

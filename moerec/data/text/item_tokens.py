@@ -185,9 +185,10 @@ class TokenTable:
         """`measure` in a line."""
         found, own = self.measure(), self.vocabulary
         return (
-            f"items: {found['mean_tokens']:.1f} tokens of {found['vocabulary']:,} each; {found['text_cut']:.1%} have "
-            f"their text cut at {own.max_tokens} tokens (data.max_tokens), {found['attributes_cut']:.1%} their "
-            f"attributes at {own.width if own.kind == PLAIN_WORDS else own.max_attributes} (data.max_attributes); "
+            f"items: {found['mean_tokens']:.1f} tokens an item, of a vocabulary of {found['vocabulary']:,}; "
+            f"{found['text_cut']:.1%} have their text cut at {own.max_tokens} tokens (data.max_tokens), "
+            f"{found['attributes_cut']:.1%} their attributes at "
+            f"{own.width if own.kind == PLAIN_WORDS else own.max_attributes} (data.max_attributes); "
             f"{found['unknown']:.1%} have no token that is known"
         )
 

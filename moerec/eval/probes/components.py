@@ -18,7 +18,8 @@ def evaluate_components(
     """`probes["components"]`: what log-likelihood and NDCG@10 of the targets lose without each component.
 
     Of `all` targets and by how many training events the `target` has and the `last_event` before it. A target has no
-    less than a uniform guess: what is left may give it nothing at all.
+    less than a uniform guess over all items (the floor): what is left may give it nothing at all. `fell` is the share
+    of the targets that had more than that, and have not without the component: what they lose is more than is told.
 
     Args: a model with pointers; the targets; a catalogue bound to it; `[I]`, each item's number of training events.
     """
@@ -27,11 +28,13 @@ def evaluate_components(
     count_before = np.zeros(len(examples.targets))
     count_before[last.owner] = count_I[item[last.rows]]
     labels = {"target": bucket_coldness(count_I[examples.target_item]), "last_event": bucket_coldness(count_before)}
+    floor = -np.log(examples.dataset.catalogue.n_items)
     own = _measure(rank_targets(predictor, examples, catalog), examples)
     found = {}
     for place, name in enumerate(component_names(predictor.config, examples.dataset.catalogue.services)):
         without = _measure(rank_targets(predictor._replace(without=jnp.asarray(place)), examples, catalog), examples)
         lost = {metric: own[metric] - without[metric] for metric in own}
+        lost["fell"] = (own["log_p"] > floor) & (without["log_p"] <= floor)
         row: dict[str, Any] = {"all": _average(lost, np.full(len(count_before), True))}
         for which, label in labels.items():
             row[which] = {name: _average(lost, label == name) for name in COLDNESS if np.any(label == name)}

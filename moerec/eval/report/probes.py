@@ -52,7 +52,7 @@ def describe_asking(metrics: Mapping[str, Any]) -> list[ProbeTable]:
 def describe_components(metrics: Mapping[str, Any]) -> list[ProbeTable]:
     """The tables of `probes["components"]`."""
     found = (metrics.get("probes") or {}).get("components") or {}
-    titles = ["log-likelihood", "union NDCG", "in-service NDCG"]
+    titles = ["log-likelihood", "union NDCG", "in-service NDCG", "fell to the floor"]
     named = [(name, _lost(row["all"])) for name, row in found.items()]
     tables = [ProbeTable("Lost without a component of the answers", titles, named)] if named else []
     for key, label in (("target", "target"), ("last_event", "last event")):
@@ -84,6 +84,7 @@ def describe_routing(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         "load": draw_heat_map(dict(zip(services, routing["load"], strict=True)), columns, title),
         "analyser": [(label, format_value(value)) for label, value in found if value is not None],
         "dropped": routing["dropped"],
+        "n_per_group": n_per_group,
         "max_over_mean": format_value(routing["max_over_mean"]),
     }
 
@@ -212,4 +213,6 @@ def format_cells(row: Sequence[float | None], form: str = ".3f") -> list[str]:
 
 
 def _lost(cell: Mapping[str, float]) -> list[str]:
-    return [f"{cell['log_p']:+.3f}", f"{cell['ndcg@10']:+.4f}", f"{cell['in_service_ndcg@10']:+.4f}"]
+    """Runs of earlier versions do not tell which targets fell to the floor."""
+    fell = f"{100 * cell['fell']:.0f} %" if "fell" in cell else ""
+    return [f"{cell['log_p']:+.3f}", f"{cell['ndcg@10']:+.4f}", f"{cell['in_service_ndcg@10']:+.4f}", fell]

@@ -31,7 +31,7 @@ def list_facts(metrics: Mapping[str, Any], *facts: Fact) -> list[tuple[str, str]
     formats: tuple[Fact, ...] = (
         ("steps", metrics.get("steps"), "{:,.0f}".format),
         ("wall time", metrics.get("wall_s"), format_duration),
-        ("slots per second", metrics.get("tokens_per_s"), format_count),
+        ("slots per second", metrics.get("tokens_per_s") or None, format_count),
         ("parameters", metrics.get("n_params"), format_count),
         *facts,
         ("best step", valid.get("step"), "{:,.0f}".format),

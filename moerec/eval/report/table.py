@@ -98,6 +98,13 @@ def seen_rule(metrics: Mapping[str, Any]) -> str:
     return f"seen items are no candidates{missed}" if masked else "seen items stay candidates"
 
 
+def list_lost(metrics: Mapping[str, Any]) -> list[str]:
+    """The services of whose targets the model has none among the first ten items of the union, with their numbers."""
+    test = metrics.get("test") or {}
+    lost = [name for name in test.get("in_service") or {} if metric_at(test, "union", name, "recall@10") == 0]
+    return [f"{printable(name)} ({metric_at(test, 'union', name, 'n') or 0:,.0f})" for name in lost]
+
+
 def row_label(baseline: str) -> str:
     """How a baseline is called in a table."""
     return _LABELS.get(baseline, baseline.replace("_", " "))
@@ -277,6 +284,8 @@ def _caption(metrics: Mapping[str, Any], table: ReportTable) -> list[str]:
     parts += [seen_rule(metrics)] if seen_rule(metrics) else []
     parts += ["MRR is not cut off"] if table.columns[2].metric == "mrr" else []
     lines = ["; ".join(parts)] if parts else []
+    if lost := list_lost(metrics):
+        lines.append(f"among all services' items no target of {', '.join(lost)} is among the first ten")
     if table.n_tested:
         level = f"{LEVEL:g}".removeprefix("0")
         best = "best row except the oracle" if metrics.get("ceiling") else "best row"

@@ -22,7 +22,8 @@ class Additions(NamedTuple):
     Attributes:
       events, users, items: that are new. undescribed: of the items those that no item table describes.
       known_events, known_items, known_users: that the run has already; its own texts and fields are kept.
-      left_out: events and items by what the run does not know of them, such as their service.
+      left_out: events and items by what the run does not know of them, such as their service, the most frequent ones
+        named with their numbers.
       unseen: values of context and of profile fields that nothing was learnt of, by column; they count as unseen and
         as missing.
       notes: lines about rows that were put aside.
@@ -41,18 +42,33 @@ class Additions(NamedTuple):
 
     def describe(self) -> list[str]:
         """Lines of text."""
-        lines = [f"new: {self.users:,} users, {self.events:,} events, {self.items:,} items"]
+        new = {"users": self.users, "events": self.events, "items": self.items}
+        lines = [f"new: {', '.join(_count(n, name) for name, n in new.items())}"]
         if self.undescribed:
-            lines.append(f"{self.undescribed:,} of the new items are in events alone: nothing but their service speaks")
+            told = _count(self.undescribed, "items")
+            lines.append(f"in events alone, so that nothing but the service speaks: {told} of the new ones")
         known = {"events": self.known_events, "items": self.known_items, "users": self.known_users}
-        told = ", ".join(f"{n:,} {name}" for name, n in known.items() if n)
+        told = ", ".join(_count(n, name) for name, n in known.items() if n)
         if told:
             lines.append(f"known already, and left as they are: {told}")
-        lines += [f"left out: {n:,} {what}" for what, n in self.left_out.items()]
+        lines += [f"left out: {_count(n, what)}" for what, n in self.left_out.items()]
         for name, values in self.unseen.items():
             more = f" and {len(values) - 3} more" if len(values) > 3 else ""
             lines.append(f"{printable(name)}: never seen in training: {', '.join(map(printable, values[:3]))}{more}")
         return [*lines, *self.notes]
+
+
+def _count(n: int, things: str) -> str:
+    """`1 event of …`, `2 events of …`: of the first word the plural is given."""
+    first, space, rest = things.partition(" ")
+    return f"{n:,} {first.removesuffix('s') if n == 1 else first}{space}{rest}"
+
+
+def _name_most(counts: Mapping[str, int]) -> str:
+    """The three names with the largest counts."""
+    most = sorted(counts.items(), key=lambda x: -x[1])
+    more = f" and {len(most) - 3} more" if len(most) > 3 else ""
+    return ", ".join(f"{printable(name)} {n:,}" for name, n in most[:3]) + more
 
 
 class Joined(NamedTuple):
@@ -129,13 +145,11 @@ def join_new(data: RunData, schema: SchemaConfig, new: NewTables) -> Joined:
 
 def _count_strange(items: ItemTable, catalogue: ItemTable, left_out: dict[str, int]) -> int:
     """Items of services that the run does not have."""
-    n = sum(
-        int(n) for name, n in zip(items.services, np.diff(items.offsets), strict=True) if name not in catalogue.services
-    )
-    if n:
-        strange = [printable(name) for name in items.services if name not in catalogue.services]
-        left_out[f"items of services that the run does not have ({', '.join(strange[:3])})"] = n
-    return n
+    counts = zip(items.services, np.diff(items.offsets).tolist(), strict=True)
+    strange = {name: n for name, n in counts if name not in catalogue.services and n}
+    if strange:
+        left_out[f"items of services that the run does not have ({_name_most(strange)})"] = sum(strange.values())
+    return sum(strange.values())
 
 
 def _join_items(old: ItemTable, more: ItemTable) -> ItemTable:
@@ -204,12 +218,15 @@ def _translate(
     item = ItemNames.of(catalogue).find(new.catalogue)[log.item]
     actions = np.array([joined.actions.index(name) if name in joined.actions else -1 for name in new.actions])
     action = actions[log.action] if schema.action else np.zeros(log.n_events, np.int64)
-    for is_out, what in (
-        (item < 0, "events of services that the run does not have"),
-        ((item >= 0) & (action < 0), "events of actions that the run does not have"),
+    service = new.catalogue.service[log.item]
+    for is_out, code, names, what in (
+        (item < 0, service, new.catalogue.services, "services"),
+        ((item >= 0) & (action < 0), log.action, new.actions, "actions"),
     ):
         if is_out.any():
-            left_out[what] = int(is_out.sum())
+            counts = np.bincount(code[is_out], minlength=len(names)).tolist()
+            told = _name_most({name: n for name, n in zip(names, counts, strict=True) if n})
+            left_out[f"events of {what} that the run does not have ({told})"] = sum(counts)
     place = {name: k for k, name in enumerate(joined.users.tolist())}
     user = np.array([place[name] for name in new.users.tolist()], np.int64)[log.user]
     context = np.zeros((log.n_events, len(joined.context)), np.int16)

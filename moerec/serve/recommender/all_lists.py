@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from moerec.config import SchemaConfig
 from moerec.errors import InputError
 from moerec.files import naming, read_json, replacing, write_json
 from moerec.serve.recommender.batched import Contexts, ItemKey, Recommender
@@ -42,6 +43,12 @@ class AllLists(NamedTuple):
     wall_s: float
     users_per_s: float
     n_left_out: int
+
+    def describe(self) -> str:
+        """A line of text."""
+        resumed = f", {self.n_resumed:,} of them done before" if self.n_resumed else ""
+        left = f"; {self.n_left_out:,} without events left out" if self.n_left_out else ""
+        return f"{self.n_rows:,} rows of {self.n_users:,} users{resumed}{left}; {self.users_per_s:,.0f} users/s"
 
 
 def recommend_all(
@@ -190,23 +197,30 @@ def read_users(path: Path) -> list[str]:
     return names
 
 
-def read_exclusions(path: Path, services: Sequence[str]) -> tuple[ItemKey, ...]:
+def read_exclusions(path: Path, services: Sequence[str], schema: SchemaConfig) -> tuple[ItemKey, ...]:
     """Items that are not to be listed: a CSV file with the columns service and item, of one service with item alone.
+    They may be called as in the run's tables, too.
 
     Raises:
       InputError: the file is not there, or lacks a column.
     """
     if not path.is_file():
         raise InputError(f"--exclude: there is no file {path}")
-    strings = pyarrow.csv.ConvertOptions(column_types={"service": pa.string(), "item": pa.string()})
+    known = {"service": ("service", schema.item_service, schema.service), "item": ("item", schema.item_id, schema.item)}
+    names = dict.fromkeys([name for own in known.values() for name in own if name], pa.string())
+    strings = pyarrow.csv.ConvertOptions(column_types=names)
     try:
         table = pyarrow.csv.read_csv(path, convert_options=strings)
     except pa.ArrowInvalid as error:
         raise InputError(f"--exclude: {path}: {str(error).splitlines()[0]}") from None
-    needed = ("item",) if len(services) == 1 else ("service", "item")
-    for column in needed:
-        if column not in table.column_names:
-            raise InputError(f"--exclude: {path}, header, column {column}: no such column")
-    items = table["item"].to_pylist()
-    own = table["service"].to_pylist() if "service" in table.column_names else [services[0]] * len(items)
+    there = table.column_names
+    found = {what: next((name for name in own if name in there), None) for what, own in known.items()}
+    for what in ("item",) if len(services) == 1 else ("service", "item"):
+        if found[what] is None:
+            called = " or ".join(dict.fromkeys(name for name in known[what] if name))
+            raise InputError(
+                f"--exclude: {path}, header, column {called}: no such column; there are {', '.join(there)}"
+            )
+    items = table[found["item"]].to_pylist()
+    own = table[found["service"]].to_pylist() if found["service"] else [services[0]] * len(items)
     return tuple(zip(own, items, strict=True))

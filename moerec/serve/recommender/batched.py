@@ -73,13 +73,16 @@ class Recommendations(NamedTuple):
     components: tuple[str, ...]
 
     def to_table(self) -> pa.Table:
-        """One row an item: user, rank (from 1), service, item, text, p, group, and component, the largest part."""
+        """One row an item: user, rank (from 1), service, item, text, p, group, and component, the largest part. Of
+        histories the users are "history 0", "history 1" and so on.
+        """
         row, place = np.nonzero(self.item >= 0)
+        users = [str(name) or f"history {k}" for k, name in enumerate(self.users.tolist())]
         item = self.item[row, place]
         services, groups = (pa.array(names) for names in (self.catalogue.services, (*self.catalogue.services, "cross")))
         return pa.table(
             {
-                "user": pa.array(self.users[row].tolist(), pa.string()),
+                "user": pa.array([users[k] for k in row.tolist()], pa.string()),
                 "rank": pa.array(place + 1, pa.int32()),
                 "service": services.take(pa.array(self.catalogue.service[item])),
                 "item": pa.array(self.catalogue.ids[item].tolist(), pa.string()),

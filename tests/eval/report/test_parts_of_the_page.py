@@ -184,6 +184,16 @@ def test_interventions_are_corrected_for_their_number(tmp_path):
     assert ["profile: mean", ".1000", "+0.0200", ".0400", ".0400"] in rows
 
 
+def test_a_lost_component_is_shown_with_the_targets_that_fell_to_the_floor(tmp_path):
+    lost = {"n": 9, "log_p": -0.119, "ndcg@10": 0.0123, "in_service_ndcg@10": -0.001}
+    row = {"all": {**lost, "fell": 0.217}, "target": {"0": lost}, "last_event": {}}  # the latter of an earlier version
+    text = show(tmp_path, {**full_metrics(), "probes": {"components": {"softmax": row}}})
+    rows = Page(text).rows
+    assert ["softmax", "-0.119", "+0.0123", "-0.0010", "22 %"] in rows
+    assert ["0 (n 9)", "-0.119", "+0.0123", "-0.0010", ""] in rows
+    assert "the p of a uniform guess over all items, the floor" in text
+
+
 def make_language(**changes):
     found = {"nats_per_token": 2.0, "perplexity": 7.389, "bits_per_byte": 1.5, "n_tokens": 900, "n_documents": 9}
     config = Config(name="words", data=DataConfig(source="text"), tasks=("lm",), baselines=())

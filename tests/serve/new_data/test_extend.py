@@ -69,7 +69,8 @@ def test_events_since_training_are_history(run, known, tmp_path):
     user, ((service, item), _) = known
     extended, added = extend_run(run, interactions=write_events(tmp_path, known))
     assert (added.events, added.users, added.items, added.undescribed) == (3, 1, 1, 1)
-    assert added.left_out == {"events of services that the run does not have": 1}
+    assert added.left_out == {"events of services that the run does not have (elsewhere 1)": 1}
+    assert "left out: 1 event of services that the run does not have (elsewhere 1)" in added.describe()
     assert added.unseen == {"weather": ("hail",)}
     assert len(extended.data.dataset.log.item) == len(run.data.dataset.log.item) + 3
     # The same history, given by hand to the run as it was.
@@ -95,10 +96,19 @@ def test_events_since_training_are_history(run, known, tmp_path):
     np.testing.assert_allclose(of_other, 1, rtol=1e-4)
 
 
+def test_what_is_left_out_is_named_the_most_frequent_first(run, tmp_path):
+    rows = [f"u,x{k},{service},2031-04-01T10:00:00,\n" for k, service in enumerate(("a", *"bb", "c", *"ddd", "f"))]
+    _, added = extend_run(run, interactions=write(tmp_path / "new.csv", HEADER + "".join(rows)))
+    told = "left out: 8 events of services that the run does not have (d 3, b 2, a 1 and 2 more)"
+    assert told in added.describe()
+
+
 def test_a_new_item_has_what_its_text_and_service_say(run, tmp_path):
     extended, added = extend_run(run, items=write_items(tmp_path))
     assert (added.items, added.undescribed, added.events) == (1, 0, 0)
-    assert any("services that the run does not have (nowhere)" in line for line in added.describe())
+    assert any(
+        "left out: 1 item of services that the run does not have (nowhere 1)" in line for line in added.describe()
+    )
     catalogue, model = extended.data.dataset.catalogue, extended.predictor.params
     (new,) = np.flatnonzero(catalogue.ids == "tea-1")
     assert catalogue.services[catalogue.service[new]] == "kuper"
@@ -201,8 +211,8 @@ def test_the_commands_take_new_tables(run, known, tmp_path, monkeypatch, capsys)
     asked = [*flags, "--user=somebody", f"--user={known[0]}", f"--time={TIME}", "--json"]
     assert cli.execute(recommend.main, ["test", *asked], None, recommend.FLAGS, config_type=None) == 0
     printed = capsys.readouterr()
-    assert "new: 1 users, 3 events, 2 items" in printed.err
-    assert "somebody: 2 events before the request; the last of them:" in printed.out
+    assert "new: 1 user, 3 events, 2 items" in printed.err
+    assert "somebody: 2 events before the request; the last of them (UTC):" in printed.out
     first, second = json.loads(printed.out.splitlines()[-1])["users"]
     assert (first["user"], second["user"]) == ("somebody", known[0])
     assert [event["id"] for event in first["history"]["events"]] == [known[1][1][1], "brand-new"]

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import recommend_all as command
-from moerec.config import cli
+from moerec.config import SchemaConfig, cli
 from moerec.errors import InputError
 from moerec.serve.recommender import ListOptions, Recommender, all_lists, read_exclusions, read_users, recommend_all
 from moerec.serve.recommender.batched import Recommender as Batched
@@ -154,11 +154,21 @@ def test_nobody_to_answer_is_said_in_one_line(tmp_path):
     assert recommend_all(asked, users, tmp_path / "lists.csv", OPTIONS).n_left_out == 40
 
 
+def test_exclusions_may_have_the_columns_of_the_tables(tmp_path):
+    schema = SchemaConfig(service="shop", item="product", item_service="store", item_id="sku")
+    path = tmp_path / "banned.csv"
+    for header in ("service,item", "shop,product", "store,sku", "shop,sku"):
+        path.write_text(f"{header}\na,01\n")
+        assert read_exclusions(path, ("a", "b"), schema) == (("a", "01"),)
+    path.write_text("sku\n01\n")
+    assert read_exclusions(path, ("a",), schema) == (("a", "01"),)
+
+
 def test_bad_exclusions_and_outputs_are_named(recommender, users, tmp_path):
     path = tmp_path / "banned.csv"
     path.write_text("id\n1\n")
-    with pytest.raises(InputError, match="header, column service"):
-        read_exclusions(path, ("a", "b"))
+    with pytest.raises(InputError, match="header, column service or shop: no such column; there are id"):
+        read_exclusions(path, ("a", "b"), SchemaConfig(service="shop"))
     for out, told in ((tmp_path / "lists.txt", "ends neither in"), (tmp_path / "no" / "lists.csv", "is not there")):
         with pytest.raises(InputError, match=told):
             recommend_all(recommender, users, out, OPTIONS)

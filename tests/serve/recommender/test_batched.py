@@ -211,6 +211,12 @@ def test_rows_of_a_table_name_everything(asked):
     np.testing.assert_allclose([row["p"] for row in rows], np.exp(found.log_p).ravel(), rtol=1e-6)
 
 
+def test_rows_of_a_table_tell_histories_apart(mixed):
+    found = Recommender(mixed).recommend(histories=[as_history(mixed, 2), [], as_history(mixed, 3)], time=TIME, k=2)
+    names = ["history 0", "history 0", "history 1", "history 1", "history 2", "history 2"]
+    assert found.to_table()["user"].to_pylist() == names
+
+
 def test_states_and_vectors_make_the_scores(mixed):
     """In a dense model without pointers: a dot product and a bias."""
     config = make_config()
