@@ -1,6 +1,6 @@
 """Products with weights that nothing trains: read once for a token, in float32, bfloat16 or as whole numbers of a byte.
 
-A matrix stands with its outputs first, `[X, D]`: on CPUs `(w x^T)^T` of a few rows is the product that reads it fastest.
+A matrix stands with its outputs first, `[X, D]`: on CPUs `(w x^T)^T` of a few rows is what reads it fastest.
 """
 
 import math

@@ -20,8 +20,8 @@ NOTHING = -1  # where a sequence has ended
 
 
 class Limits(NamedTuple):
-    """Attributes: most_B: int32, tokens that a row gets at most; 0 of rows that are none. stop_X: int32, tokens at which
-    text ends, filled up with -1.
+    """Attributes: most_B: int32, tokens that a row gets at most; 0 of rows that are none. stop_X: int32, tokens at
+    which text ends, filled up with -1.
     """
 
     most_B: jax.Array

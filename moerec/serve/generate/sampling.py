@@ -92,9 +92,8 @@ def keep_probable(logit_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> ja
     at_least_B1 = _find_least(order_BV, jnp.ones_like(logit_BV), n_kept)
     logit_BV = jnp.where(order_BV >= at_least_B1, logit_BV, -jnp.inf)
     probability_BV = jax.nn.softmax(logit_BV, axis=-1)
-    # Rounding may leave the sum of all below one.
-    share = jnp.where(top_p < 1, top_p * jnp.sum(probability_BV, axis=-1, keepdims=True), 0)
-    at_least_B1 = _find_least(order_BV, probability_BV, share)
+    share_B1 = top_p * jnp.sum(probability_BV, axis=-1, keepdims=True)
+    at_least_B1 = jnp.where(top_p < 1, _find_least(order_BV, probability_BV, share_B1), 0)
     return jnp.where(order_BV >= at_least_B1, logit_BV, -jnp.inf)
 
 

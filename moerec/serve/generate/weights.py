@@ -1,6 +1,6 @@
-"""The weights of a text model as decoding reads them: matrices of one input side by side, layers apart, nothing trained.
+"""The weights of a text model as decoding reads them: matrices of one input side by side, layers apart.
 
-They are in arrays of their own; whoever loads a model for decoding alone drops it afterwards.
+Nothing of them is trained. They are in arrays of their own; whoever loads a model for decoding alone drops it then.
 """
 
 from typing import NamedTuple
@@ -174,5 +174,3 @@ class _Maker(NamedTuple):
             None if ffn.shared is None else self.dense(ffn.shared),
             None if gate is None else self.whole(gate[...]),
         )
-
-
