@@ -37,27 +37,41 @@ def run_prompt(
     return KVCache(tuple(keys), tuple(values)), x_BTD
 
 
+def start_recent(cache: KVCache, n_recent: int) -> KVCache:
+    """Room for X slots a sequence, beside the cache."""
+
+    def make(x_BKSH: jax.Array) -> jax.Array:
+        b, k, _, h = x_BKSH.shape
+        return place_rows(jnp.zeros((b, k, n_recent, h), x_BKSH.dtype))
+
+    return jax.tree.map(make, cache)
+
+
 def run_slot(
     weights: TextWeights,
     config: ModelConfig,
     cache: KVCache,
+    recent: KVCache,
     token_B: jax.Array,
+    start: jax.Array,
     place: jax.Array,
     n_padded_B: jax.Array,
 ) -> tuple[KVCache, jax.Array]:
-    """The cache with one more token a sequence, and its states `[B, 1, D]`.
+    """What is recent with one more token a sequence, and its states `[B, 1, D]`.
 
-    Args: int32 tokens; int32 scalar, the place of all of them; how many slots of each row are padding.
+    Args: int32 tokens; int32 scalars, the place of the first recent slot and that of the tokens; how many slots of each
+      row are padding.
     """
     position_B1 = jnp.maximum(place - n_padded_B, 0)[:, None]
     x_BTD = _embed(weights, config, token_B[:, None])
-    seen_BS = find_seen(cache.k[0].shape[2], place, n_padded_B, config.window)
+    sizes = cache.k[0].shape[2], recent.k[0].shape[2]
+    seen_BS = find_seen(*sizes, start, place, n_padded_B, config.window)
     keys, values = [], []
-    for layer, k_BKSH, v_BKSH in zip(weights.layers, *cache, strict=True):
+    for layer, k_BKSH, v_BKSH, k_BKXH, v_BKXH in zip(weights.layers, *cache, *recent, strict=True):
         q, k, v = _project(layer, config, x_BTD, position_B1)
-        keys.append(place_rows(write(k_BKSH, k, place)))
-        values.append(place_rows(write(v_BKSH, v, place)))
-        out = attend_cached(q, keys[-1], values[-1], seen_BS)
+        keys.append(place_rows(write(k_BKXH, k, place - start)))
+        values.append(place_rows(write(v_BKXH, v, place - start)))
+        out = attend_cached(q, (k_BKSH, keys[-1]), (v_BKSH, values[-1]), seen_BS)
         x_BTD = _finish(layer, config, x_BTD, out, jnp.ones(x_BTD.shape[:2], bool))
     return KVCache(tuple(keys), tuple(values)), x_BTD
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from moerec.config import ModelConfig
-from moerec.serve.generate.cache import KVCache
-from moerec.serve.generate.decoder import run_prompt, run_slot, score_tokens
+from moerec.serve.generate.cache import KVCache, merge_recent
+from moerec.serve.generate.decoder import place_rows, run_prompt, run_slot, score_tokens, start_recent
 from moerec.serve.generate.sampling import Draw, choose_tokens
 from moerec.serve.generate.weights import TextWeights
 
@@ -138,22 +138,26 @@ def _decode(
     *,
     kind: str,
 ) -> tuple[KVCache, Progress, jax.Array]:
+    start = progress.place
+
     def goes_on(carry: tuple) -> jax.Array:
         step, _, progress, _ = carry
         return (step < jnp.minimum(n_steps, CHUNK)) & ~jnp.all(progress.done_B)
 
     def add_token(carry: tuple) -> tuple:
-        step, cache, progress, made_BX = carry
-        slot = progress.token_B, progress.place, progress.n_padded_B
-        cache, x_BTD = run_slot(weights, config, cache, *slot)
+        step, recent, progress, made_BX = carry
+        slot = progress.token_B, start, progress.place, progress.n_padded_B
+        recent, x_BTD = run_slot(weights, config, cache, recent, *slot)
         logit_BV = score_tokens(weights, config, x_BTD)[:, 0]
         progress, made_B = _advance(progress, choose_tokens(logit_BV, draw, progress.n_B, kind), limits)
         made_BX = jax.lax.dynamic_update_slice_in_dim(made_BX, made_B[:, None], step, axis=1)
-        return step + 1, cache, progress, made_BX
+        return step + 1, recent, progress, made_BX
 
     made_BX = jnp.full((progress.token_B.shape[0], CHUNK), NOTHING, jnp.int32)
-    carry = jax.lax.while_loop(goes_on, add_token, (jnp.int32(0), cache, progress, made_BX))
-    return carry[1:]
+    carry = jnp.int32(0), start_recent(cache, CHUNK), progress, made_BX
+    _, recent, progress, made_BX = jax.lax.while_loop(goes_on, add_token, carry)
+    cache = jax.tree.map(place_rows, merge_recent(cache, recent, start, progress.place))
+    return cache, progress, _everywhere(made_BX)
 
 
 def _advance(progress: Progress, token_B: jax.Array, limits: Limits) -> tuple[Progress, jax.Array]:

@@ -11,13 +11,14 @@ import pytest
 from moerec.config import MoEConfig, TextConfig
 from moerec.convert.logits import compute_logits, make_text_batch
 from moerec.nn.model import TEXT_SIZES
-from moerec.serve.generate.cache import round_up, size_cache
-from moerec.serve.generate.decoder import run_prompt, run_slot, score_tokens
+from moerec.serve.generate.cache import merge_recent, round_up, size_cache
+from moerec.serve.generate.decoder import run_prompt, run_slot, score_tokens, start_recent
 from moerec.serve.generate.weights import make_weights
 from tests.small_model import make_config, make_model
 
 V = 19
 TIED, UNTIED = TextConfig(vocab_size=V), TextConfig(vocab_size=V, tie_head=False)
+RECENT = 7  # slots beside the cache
 MOE = MoEConfig(layers=(1,), services=False, reads_domain=False, n_per_group=5, n_active=2, d_expert=6, tile=4)
 SHARED = dataclasses.replace(MOE, d_shared=5, shared_gate=True, renormalise=False)
 KINDS = {
@@ -46,9 +47,12 @@ def _read(weights, token_BT, n_padded_B, *, config, n_slots):
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _step(weights, cache, token_B, place, n_padded_B, *, config):
-    cache, x_BTD = run_slot(weights, config.value, cache, token_B, place, n_padded_B)
-    return cache, score_tokens(weights, config.value, x_BTD)[:, 0]
+def _step(weights, caches, token_B, start, place, n_padded_B, *, config):
+    recent, x_BTD = run_slot(weights, config.value, *caches, token_B, start, place, n_padded_B)
+    return (caches[0], recent), score_tokens(weights, config.value, x_BTD)[:, 0]
+
+
+_merge = jax.jit(merge_recent)
 
 
 class Held:
@@ -73,9 +77,14 @@ def decode_all(model, rows: list[np.ndarray], n_read: int, **options) -> list[np
     n_slots = size_cache(n_places + n_read, model.config.window)
     cache, logits_BTV = _read(weights, token_BT, n_padded_B, config=config, n_slots=n_slots)
     found = [[row[n:]] for row, n in zip(np.asarray(logits_BTV), n_padded_B, strict=True)]
+    start = jnp.int32(n_places)
     for step in range(n_read):
+        place = jnp.int32(n_places + step)
+        if step % RECENT == 0:
+            cache = _merge(cache, recent, start, place) if step else cache
+            start, recent = place, start_recent(cache, RECENT)
         token_B = np.array([row[len(row) - n_read + step] for row in rows], np.int32)
-        cache, logits_BV = _step(weights, cache, token_B, jnp.int32(n_places + step), n_padded_B, config=config)
+        (_, recent), logits_BV = _step(weights, (cache, recent), token_B, start, place, n_padded_B, config=config)
         for own, logits_V in zip(found, np.asarray(logits_BV), strict=True):
             own.append(logits_V[None])
     return [np.concatenate(own) for own in found]
