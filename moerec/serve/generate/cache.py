@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 class KVCache(NamedTuple):
-    """Attributes: k, v: of each layer keys after rotation and values, `[B, K, S, H]`; of recent slots X instead of S."""
+    """Attributes: k, v: of each layer keys after rotation and values, `[B, K, S, H]`; recent ones have X for S."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]

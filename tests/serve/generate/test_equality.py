@@ -77,11 +77,11 @@ def decode_all(model, rows: list[np.ndarray], n_read: int, **options) -> list[np
     n_slots = size_cache(n_places + n_read, model.config.window)
     cache, logits_BTV = _read(weights, token_BT, n_padded_B, config=config, n_slots=n_slots)
     found = [[row[n:]] for row, n in zip(np.asarray(logits_BTV), n_padded_B, strict=True)]
-    start = jnp.int32(n_places)
+    start, recent = jnp.int32(n_places), start_recent(cache, RECENT)
     for step in range(n_read):
         place = jnp.int32(n_places + step)
-        if step % RECENT == 0:
-            cache = _merge(cache, recent, start, place) if step else cache
+        if step and step % RECENT == 0:
+            cache = _merge(cache, recent, start, place)
             start, recent = place, start_recent(cache, RECENT)
         token_B = np.array([row[len(row) - n_read + step] for row in rows], np.int32)
         (_, recent), logits_BV = _step(weights, (cache, recent), token_B, start, place, n_padded_B, config=config)
