@@ -9,6 +9,7 @@ import pytest
 from experiments import bench_generate, generate, import_hf
 from moerec.config import cli
 from moerec.data.text.tokenizer import TextTokenizer
+from moerec.serve.generate.sampling import Sampling
 from moerec.serve.generate.speaker import load_speaker
 from moerec.train.base_model.hf_run import read_hf_model
 from tests.convert.qwen2_cases import CASES, write_folder
@@ -26,7 +27,7 @@ def folder(tmp_path_factory):
     case = dataclasses.replace(case, config=case.config | {"vocab_size": V})
     write_folder(case, path)
     TextTokenizer.train(["to be or not to be, that is the question"] * 20, 290).save(path / "tokenizer.json")
-    (path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    (path / "generation_config.json").write_text('{"eos_token_id": [4, 3]}')
     (path / "chat_template.jinja").write_text(TEMPLATE)
     return path
 
@@ -57,7 +58,7 @@ def test_a_prompt_is_gone_on_with(folder, capsys):
     found = read_last(capsys)
     tokenizer = TextTokenizer.load(folder / "tokenizer.json")
     prompt = tokenizer.encode("to be or")
-    assert found["tokens"] == go_on(folder, prompt, 12, (0, 2))
+    assert found["tokens"] == go_on(folder, prompt, 12, (3, 4))
     kept = np.array([token for token in found["tokens"] if token < tokenizer.n_vocab], np.int32)
     assert found["text"] == tokenizer.decode(kept, skip_special=True)
     assert found["tokens_per_s"] > 0
@@ -81,11 +82,15 @@ def test_several_prompts_of_flags_and_files(folder, tmp_path, capsys):
 
 
 def test_what_is_streamed_is_the_text(folder, capsys):
-    draw = ["--temperature=1.5", "--top_k=200", "--top_p=.95", "--seed=3", "--max_new_tokens=40"]
-    assert run(f"--hf_folder={folder}", "--prompt=to be", "--stream", "--json", *draw) == 0
-    printed = capsys.readouterr().out
-    text, _, found = printed.rstrip("\n").rpartition("\n")
-    assert json.loads(found)["text"] == text
+    """In whole characters; the command prints it, control characters by their names."""
+    speaker, parts = load_speaker("", str(folder)), []
+    found = speaker.answer(["to be"], 40, Sampling(1.5, top_k=200, top_p=0.95, seed=3), write=parts.append)
+    assert "".join(parts) == found["text"]
+    assert sum(map(bool, parts)) > 3
+    assert run(f"--hf_folder={folder}", "--prompt=to be", "--stream", "--max_new_tokens=9") == 0
+    streamed = capsys.readouterr().out
+    assert run(f"--hf_folder={folder}", "--prompt=to be", "--max_new_tokens=9") == 0
+    assert streamed == capsys.readouterr().out
 
 
 def test_a_message_is_text_and_the_template_is_not(folder, tmp_path):
