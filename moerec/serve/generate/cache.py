@@ -1,0 +1,95 @@
+"""Keys and values of the slots so far, and which of them a slot sees.
+
+All sequences of a batch end at one place, padded on the left. Of a model with a window the cache is a ring: place p is
+in slot `p % S`, and what has left the window is written over. A loop over tokens only reads the cache and writes what
+is recent into a small one beside it, which goes into the cache behind the loop: XLA would copy what a loop writes.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class KVCache(NamedTuple):
+    """Attributes: k, v: of each layer keys after rotation and values, `[B, K, S, H]`; recent ones have X for S."""
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+
+def round_up(n: int, least: int = 1) -> int:
+    """The least power of two that is not below `n` and `least`."""
+    return max(1 << (max(n, 1) - 1).bit_length(), least)
+
+
+def size_cache(n_places: int, window: int) -> int:
+    """S for places below `n_places`: a power of two, and of a model with a window no more than that needs."""
+    return min(round_up(n_places), round_up(window)) if window else round_up(n_places)
+
+
+def keep_prompt(x_BTKH: jax.Array, n_slots: int) -> jax.Array:
+    """`[B, K, S, H]`, the keys or the values of a prompt as a cache of S slots; T and S are powers of two."""
+    x_BKTH = jnp.moveaxis(x_BTKH, 1, 2)
+    n_places = x_BKTH.shape[2]
+    if n_places >= n_slots:  # a multiple of it, so that each place is in its slot
+        return x_BKTH[:, :, n_places - n_slots :]
+    return jnp.pad(x_BKTH, ((0, 0), (0, 0), (0, n_slots - n_places), (0, 0)))
+
+
+def write(x_BKSH: jax.Array, new_BTKH: jax.Array, slot: jax.Array) -> jax.Array:
+    """The cache with one slot a sequence, `[B, 1, K, H]`, written."""
+    new_BKTH = jnp.moveaxis(new_BTKH, 1, 2).astype(x_BKSH.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(x_BKSH, new_BKTH, slot, axis=2)
+
+
+def last_places(n_slots: int, end: jax.Array) -> jax.Array:
+    """`[S]` int32, the last place before `end` that is in each slot; negative where none is."""
+    return end - 1 - (end - 1 - jnp.arange(n_slots, dtype=jnp.int32)) % n_slots
+
+
+def merge_recent(cache: KVCache, recent: KVCache, start: jax.Array, end: jax.Array) -> KVCache:
+    """The cache with what came from place `start` on, up to one before `end`."""
+    own_S = last_places(cache.k[0].shape[2], end)
+
+    def merge(x_BKSH: jax.Array, new_BKXH: jax.Array) -> jax.Array:
+        there_BKSH = jnp.take(new_BKXH, own_S - start, axis=2, mode="clip")
+        return jnp.where((own_S >= start)[:, None], there_BKSH, x_BKSH)
+
+    return jax.tree.map(merge, cache, recent)
+
+
+def find_seen(
+    n_slots: int, n_recent: int, start: jax.Array, place: jax.Array, n_padded_B: jax.Array, window: int
+) -> jax.Array:
+    """`[B, S + X]` bool, which slots of the cache and which recent ones the one at a place sees, itself among them.
+
+    Args: how many there are; the place of the first recent one; the own place; places of each sequence's padding; how
+      many a slot sees at most (0 is all).
+    """
+    recent_X = start + jnp.arange(n_recent, dtype=jnp.int32)
+    own_S = jnp.concatenate([last_places(n_slots, start), recent_X])
+    seen_BS = (own_S >= n_padded_B[:, None]) & (own_S <= place)
+    return seen_BS & (own_S > place - window) if window else seen_BS
+
+
+def attend_cached(
+    q_BTNH: jax.Array, keys: tuple[jax.Array, jax.Array], values: tuple[jax.Array, jax.Array], seen_BS: jax.Array
+) -> jax.Array:
+    """`[B, 1, N, H]`, attention of one slot a sequence; weights are computed in float32.
+
+    Args: keys and values of the cache and of what is recent; what is seen of both.
+    """
+    b, _, n, h = q_BTNH.shape
+    n_keys, n_slots = keys[0].shape[1:3]
+    q_BKXH = (q_BTNH * jnp.asarray(h**-0.5, q_BTNH.dtype)).reshape(b, n_keys, n // n_keys, h)
+    logits = [jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k, preferred_element_type=jnp.float32) for k in keys]
+    logit = jnp.where(seen_BS[:, None, None], jnp.concatenate(logits, axis=-1), -jnp.inf)
+    weight = jnp.exp(logit - jnp.max(logit, axis=-1, keepdims=True))
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    parts = jnp.split(weight.astype(values[0].dtype), [n_slots], axis=-1)
+    outs = [
+        jnp.einsum("BKXS,BKSH->BKXH", part, v, preferred_element_type=jnp.float32)
+        for part, v in zip(parts, values, strict=True)
+    ]
+    return ((outs[0] + outs[1]) / total).reshape(b, 1, n, h).astype(q_BTNH.dtype)

@@ -1,0 +1,177 @@
+"""The two programs of generation, each compiled once for a bucket of lengths: a prompt is read, and tokens follow."""
+
+import contextlib
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from moerec.config import ModelConfig
+from moerec.serve.generate.cache import KVCache, merge_recent
+from moerec.serve.generate.decoder import place_rows, run_prompt, run_slot, score_tokens, start_recent
+from moerec.serve.generate.sampling import Draw, choose_tokens
+from moerec.serve.generate.weights import TextWeights
+
+CHUNK = 32  # tokens a sequence that one call makes at most
+NOTHING = -1  # where a sequence has ended
+
+
+class Limits(NamedTuple):
+    """Attributes: most_B: int32, tokens that a row gets at most; 0 of rows that are none. stop_X: int32, tokens at
+    which text ends, filled up with -1.
+    """
+
+    most_B: jax.Array
+    stop_X: jax.Array
+
+
+class Progress(NamedTuple):
+    """Where the sequences of a batch are.
+
+    Attributes:
+      token_B: int32, the last token, not yet in the cache. place: int32 scalar, where it goes.
+      n_padded_B: int32, places of padding before each sequence. n_B: int32, tokens made. done_B: bool.
+    """
+
+    token_B: jax.Array
+    place: jax.Array
+    n_padded_B: jax.Array
+    n_B: jax.Array
+    done_B: jax.Array
+
+
+class Programs:
+    """Compiled programs by their buckets.
+
+    Attributes: n_compiled, and compile_s, seconds that they took.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh | None = None):
+        self._mesh = mesh
+        self._compiled: dict[Any, Any] = {}
+        self._prefill = jax.jit(functools.partial(_prefill, config), static_argnames=("n_slots", "kind"))
+        self._decode = jax.jit(functools.partial(_decode, config), static_argnames=("kind",), donate_argnums=(1,))
+        self.compile_s = 0.0
+
+    @property
+    def n_compiled(self) -> int:
+        return len(self._compiled)
+
+    def prefill(
+        self,
+        weights: TextWeights,
+        token_BT: jax.Array,
+        n_padded_B: jax.Array,
+        draw: Draw,
+        limits: Limits,
+        *,
+        n_slots: int,
+        kind: str,
+    ) -> tuple[KVCache, Progress, jax.Array]:
+        """The cache, the progress, and the first token of each row, `[B, 1]` int32 or `NOTHING`.
+
+        Args: tokens padded on the left, and how far; slots of the cache; `Sampling.kind`.
+        """
+        key = "prefill", token_BT.shape, limits.stop_X.shape, n_slots, kind
+        options = {"n_slots": n_slots, "kind": kind}
+        return self._call(self._prefill, key, (weights, token_BT, n_padded_B, draw, limits), options)
+
+    def decode(
+        self,
+        weights: TextWeights,
+        cache: KVCache,
+        progress: Progress,
+        draw: Draw,
+        limits: Limits,
+        n_steps: int,
+        *,
+        kind: str,
+    ) -> tuple[KVCache, Progress, jax.Array]:
+        """The cache (the one given is used up), the progress, and up to `n_steps` further tokens of each row,
+        `[B, CHUNK]` int32 or `NOTHING`. It ends early where all rows are done.
+        """
+        key = "decode", cache.k[0].shape, limits.stop_X.shape, kind
+        arguments = weights, cache, progress, draw, limits, jnp.int32(n_steps)
+        return self._call(self._decode, key, arguments, {"kind": kind})
+
+    def _call(self, program: Any, key: Any, arguments: tuple, options: dict[str, Any]) -> Any:
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            if key not in self._compiled:
+                started = time.monotonic()
+                self._compiled[key] = program.lower(*arguments, **options).compile()
+                self.compile_s += time.monotonic() - started
+            return self._compiled[key](*arguments)
+
+
+def _prefill(
+    config: ModelConfig,
+    weights: TextWeights,
+    token_BT: jax.Array,
+    n_padded_B: jax.Array,
+    draw: Draw,
+    limits: Limits,
+    *,
+    n_slots: int,
+    kind: str,
+) -> tuple[KVCache, Progress, jax.Array]:
+    n_rows, n_places = token_BT.shape
+    cache, x_BTD = run_prompt(weights, config, token_BT, n_padded_B, n_slots)
+    logit_BV = score_tokens(weights, config, x_BTD[:, -1:])[:, 0]
+    n_B = jnp.zeros(n_rows, jnp.int32)
+    place = jnp.int32(n_places - 1)  # of the last one
+    progress = Progress(token_BT[:, -1], place, n_padded_B, n_B, limits.most_B <= 0)
+    progress, made_B = _advance(progress, choose_tokens(logit_BV, draw, n_B, kind), limits)
+    return cache, progress, made_B[:, None]
+
+
+def _decode(
+    config: ModelConfig,
+    weights: TextWeights,
+    cache: KVCache,
+    progress: Progress,
+    draw: Draw,
+    limits: Limits,
+    n_steps: jax.Array,
+    *,
+    kind: str,
+) -> tuple[KVCache, Progress, jax.Array]:
+    start = progress.place
+
+    def goes_on(carry: tuple) -> jax.Array:
+        step, _, progress, _ = carry
+        return (step < jnp.minimum(n_steps, CHUNK)) & ~jnp.all(progress.done_B)
+
+    def add_token(carry: tuple) -> tuple:
+        step, recent, progress, made_BX = carry
+        slot = progress.token_B, start, progress.place, progress.n_padded_B
+        recent, x_BTD = run_slot(weights, config, cache, recent, *slot)
+        logit_BV = score_tokens(weights, config, x_BTD)[:, 0]
+        progress, made_B = _advance(progress, choose_tokens(logit_BV, draw, progress.n_B, kind), limits)
+        made_BX = jax.lax.dynamic_update_slice_in_dim(made_BX, made_B[:, None], step, axis=1)
+        return step + 1, recent, progress, made_BX
+
+    made_BX = jnp.full((progress.token_B.shape[0], CHUNK), NOTHING, jnp.int32)
+    carry = jnp.int32(0), start_recent(cache, CHUNK), progress, made_BX
+    _, recent, progress, made_BX = jax.lax.while_loop(goes_on, add_token, carry)
+    cache = jax.tree.map(place_rows, merge_recent(cache, recent, start, progress.place))
+    return cache, progress, _everywhere(made_BX)
+
+
+def _advance(progress: Progress, token_B: jax.Array, limits: Limits) -> tuple[Progress, jax.Array]:
+    """The progress after one more token a row, and the tokens that are new, else `NOTHING`: a stop token is none."""
+    is_stop_B = jnp.any(token_B[:, None] == limits.stop_X, axis=1)
+    is_new_B = ~progress.done_B & ~is_stop_B
+    n_B = progress.n_B + is_new_B
+    done_B = progress.done_B | is_stop_B | (n_B >= limits.most_B)
+    found = progress._replace(token_B=token_B, place=progress.place + 1, n_B=n_B, done_B=done_B)
+    return _everywhere((found, jnp.where(is_new_B, token_B, NOTHING)))
+
+
+def _everywhere(tree: Any) -> Any:
+    """On a mesh small things are on every device, before a step as after it: else there would be another program."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, PartitionSpec()), tree)
