@@ -108,7 +108,7 @@ def take_a_step_of_text(config: Config, data_dir: Path, workdir: Path) -> None:
     )
     data = dataclasses.replace(config.data, corpus=corpus, seq_len=16, history_len=16)
     config = checked(dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, n_layers=2)))
-    documents = load_corpus(corpus, workdir / "run", config.model.text.vocab_size)
+    documents = load_corpus(data, workdir / "run", config.model.text.vocab_size)
     fitted = fit(config, documents, workdir / "run", make_language_evaluator(config, documents))
     assert fitted.steps == 1
     assert fitted.valid["valid/lm/nats"] == pytest.approx(np.log(config.model.text.vocab_size), rel=0.01)

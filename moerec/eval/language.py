@@ -174,7 +174,7 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
         **trained.describe(config),
         "dataset": {
             "n_train_documents": int(np.sum(~corpus.is_valid)),
-            "n_train_tokens": int(corpus.n_trained_K.sum()),
+            "n_train_tokens": sum(corpus.n_trained_K),
             "corpora": _describe_corpora(corpus),
         },
         "valid": {"step": trained.step, **trained.valid},
@@ -215,7 +215,7 @@ def _describe_corpora(corpus: Corpus) -> dict[str, dict[str, Any]]:
     trained = corpus.source[~corpus.is_valid]
     n_documents = np.bincount(trained, minlength=len(corpus.names)).tolist()
     return {
-        name: {"n_train_documents": n, "n_train_tokens": int(tokens), "share": float(share)}
+        name: {"n_train_documents": n, "n_train_tokens": tokens, "share": float(share)}
         for name, n, tokens, share in zip(corpus.names, n_documents, corpus.n_trained_K, corpus.shares_K, strict=True)
     }
 

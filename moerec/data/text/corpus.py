@@ -51,16 +51,16 @@ class Corpus:
         return np.diff(self.offsets)
 
     @functools.cached_property
-    def n_trained_K(self) -> np.ndarray:
+    def n_trained_K(self) -> tuple[int, ...]:
         """Tokens of each corpus that are trained on."""
-        own = self.source[~self.is_valid]
-        return np.bincount(own, self.length[~self.is_valid], len(self.names)).astype(np.int64)
+        own, length = self.source[~self.is_valid], self.length[~self.is_valid]
+        return tuple(int(length[own == k].sum()) for k in range(len(self.names)))
 
     @property
     def shares_K(self) -> np.ndarray:
         """The share of each corpus in the tokens that training reads."""
-        weight_K = np.array(self.weights) if self.weights else self.n_trained_K.astype(float)
-        return weight_K / weight_K.sum()
+        weight_K = np.array(self.weights or self.n_trained_K, float)
+        return weight_K / (weight_K.sum() or 1)
 
     @property
     def items_digest(self) -> str:
@@ -123,19 +123,21 @@ def load_corpus(
         if known and digest != known:
             raise InputError(f"{workdir}: this directory holds a run on other documents")
 
+    is_made = False
     if config.prepared:
         corpus, _ = open_corpus(Path(config.prepared), config.reader == "memory")
         if kept.is_file() and kept.read_bytes() != corpus.tokenizer.content:
             raise InputError(f"{kept}: is not the tokenizer of {config.prepared}")
     else:
         folder = workdir / FOLDER
-        if not is_current_text(config, folder, kept):
+        is_made = not is_current_text(config, folder, kept)
+        if is_made:
             named = Path(config.corpus.tokenizer) if config.corpus.tokenizer else first_tokenizer
             path = kept if kept.is_file() else named
             prepare_text(config, folder, path, vocab_size, accept, lambda meta: require_known(meta.sha256))
         corpus, _ = open_corpus(folder, config.reader == "memory")
     require_rows(corpus.tokenizer, vocab_size)
-    if accept is not None:
+    if accept is not None and not is_made:  # else it has been asked
         accept(corpus.tokenizer)
     require_known(corpus.digest)
     if not kept.is_file():  # only now: what was refused must not bind the directory

@@ -12,6 +12,7 @@ a corpus, from which everything else is computed.
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import grain
@@ -137,7 +138,7 @@ class TextStream(grain.IterDataset[Batch]):
 
     def __init__(self, corpus: Corpus, render: Render, options: StreamOptions):
         super().__init__()
-        if not corpus.n_trained_K[corpus.shares_K > 0].all() or not corpus.n_trained_K.any():
+        if not corpus.shares_K.any() or 0 in itertools.compress(corpus.n_trained_K, corpus.shares_K):
             raise InputError("config.data.corpus: a corpus has no document to train on")
         self._parts = corpus, render, options
 
