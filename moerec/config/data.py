@@ -234,10 +234,10 @@ class CorpusConfig:
         require(0 <= self.valid_fraction < 1, "data.corpus.valid_fraction", "must lie in [0, 1)")
         one_of(self.duplicates, "data.corpus.duplicates", ("drop", "keep"))
         require(not (self.path and self.sources), "data.corpus.sources", "there is a path, too; give one of them")
-        weights = self.weight_of
+        weights, sources = self.weight_of, self.source_of
         for name in weights:
-            require(name in self.source_of, "data.corpus.weights", f"{name!r} is no corpus of sources")
-        for name in self.source_of if weights else ():
+            require(name in sources, "data.corpus.weights", f"{name!r} is no corpus of sources")
+        for name in sources if weights else ():
             require(name in weights, "data.corpus.weights", f"that of {name!r} is missing; all have one, or none")
         require(not weights or sum(weights.values()) > 0, "data.corpus.weights", "must not all be 0")
 
