@@ -20,6 +20,7 @@ from moerec.convert.paths import first_match
 from moerec.data.load import DIGEST, read_digests
 from moerec.data.packing import place_sequences
 from moerec.data.text.corpus import TOKENIZER, Corpus, load_corpus
+from moerec.data.text.prepare import describe_corpora
 from moerec.data.text.stream import Pieces, TokenReader, pack_tokens
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
@@ -162,7 +163,7 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
     write_json(workdir / DIGEST, corpus.digests)
     if (workdir / METRICS).exists():
         return read_json(workdir / METRICS)
-    for line in describe_split(corpus):
+    for line in describe_data(corpus):
         print(line, file=sys.stderr)
     options = config.train
     if not corpus.is_valid.any():  # nothing tells which step is best: the last one is kept
@@ -204,20 +205,25 @@ def format_language(metrics: dict[str, Any]) -> str:
     return "\n".join([f"lm: {told}; {size}", *lines])
 
 
-def describe_split(corpus: Corpus) -> list[str]:
-    """What is odd about which documents are held out, in lines."""
+def describe_data(corpus: Corpus) -> list[str]:
+    """What there is of each corpus, duplicates that were dropped among it, and which ones nothing is held out of."""
     held = np.bincount(corpus.source[corpus.is_valid], minlength=len(corpus.names))
     none = [printable(name) for name, n in zip(corpus.names, held.tolist(), strict=True) if not n]
-    return [f"no document of {', '.join(none)} is held out"] if none and held.any() else []
+    odd = [f"no document of {', '.join(none)} is held out"] if none and held.any() else []
+    return [*describe_corpora(corpus.counts), *odd]
 
 
 def _describe_corpora(corpus: Corpus) -> dict[str, dict[str, Any]]:
     trained = corpus.source[~corpus.is_valid]
     n_documents = np.bincount(trained, minlength=len(corpus.names)).tolist()
-    return {
-        name: {"n_train_documents": n, "n_train_tokens": tokens, "share": float(share)}
-        for name, n, tokens, share in zip(corpus.names, n_documents, corpus.n_trained_K, corpus.shares_K, strict=True)
+    columns = (corpus.names, n_documents, corpus.n_trained_K, corpus.shares_K.tolist())
+    found = {
+        name: {"n_train_documents": n, "n_train_tokens": n_tokens, "share": share}
+        for name, n, n_tokens, share in zip(*columns, strict=True)
     }
+    for row in corpus.counts:
+        found[row["name"]]["n_duplicates"] = row["n_duplicates"]
+    return found
 
 
 def _find_perplexity(nats: float) -> float:

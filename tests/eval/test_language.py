@@ -431,5 +431,7 @@ def test_files_of_documents_are_measured_apart_and_together(tmp_path):
     bits = sum(row["bits_per_byte"] * row["bytes"] for row in found["by_corpus"].values())
     assert found["bits_per_byte"] == pytest.approx(bits / found["n_bytes"])
     assert metrics["dataset"]["n_train_documents"] == n_trained
+    assert [row["n_duplicates"] for row in metrics["dataset"]["corpora"].values()] == [0, 0]
+    assert sum(row["share"] for row in metrics["dataset"]["corpora"].values()) == pytest.approx(1)
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(f'<th scope="row">{name}</th>' in page for name in animals)

@@ -29,6 +29,7 @@ class Corpus:
     end: the id of `END`, which also stands before a document's first token.
     names: of the corpora. source: `[N]` int32, which of them each document is of.
     weights: of the corpora, their shares of the tokens that are trained on; empty: by their sizes.
+    counts: of each corpus, as `TextMeta.corpora`; empty where it is of no folder.
     digest: SHA-256 of tokens, documents, sides and corpora: equal for equal data.
     """
 
@@ -41,6 +42,7 @@ class Corpus:
     names: tuple[str, ...]
     source: np.ndarray
     weights: tuple[float, ...] = ()
+    counts: tuple[dict, ...] = ()
     digest: str = ""
 
     catalog = NO_ITEMS
@@ -90,6 +92,7 @@ def open_corpus(folder: Path, in_memory: bool) -> tuple[Corpus, TextMeta]:
         names=tuple(row["name"] for row in meta.corpora),
         source=table["corpus"],
         weights=() if None in weights else tuple(weights),
+        counts=meta.corpora,
         digest=meta.sha256,
     )
     return corpus, meta
