@@ -1,6 +1,7 @@
 """Documents to a prepared folder (`token_shards`), streaming: read once to be checked and told apart, then encoded.
 
-Peak memory: one batch of documents, the tokenizer's counts of words while it is trained, and 41 bytes a document.
+Peak memory: two batches of documents, the tokenizer's counts of words while it is trained, and some 150 bytes a
+document.
 """
 
 import dataclasses
