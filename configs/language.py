@@ -4,7 +4,7 @@ Command: python -m experiments.train --config=configs/language.py --workdir=runs
     python -m experiments.prepare --config=configs/language.py --out=prepared/language prepares the documents alone;
     --config.data.prepared=prepared/language then trains on them.
 Hardware: two CPU cores, 20 minutes.
-Result: not measured yet.
+Result: not measured yet, a model of 3,198,144 parameters (results/language_model.json).
 """
 
 from moerec.config import (

@@ -2,7 +2,7 @@
 
 Command: python -m experiments.train --config=configs/language_city.py --workdir=runs/language_city
 Hardware: two CPU cores, less than a minute.
-Result: not measured yet.
+Result: not measured yet, a model of 301,920 parameters (results/language_model.json).
 """
 
 from moerec.config import (
