@@ -96,19 +96,18 @@ def test_the_full_sasrec_has_texts_and_pointers_and_nothing_of_the_request(name)
 
 
 def take_a_step_of_text(config: Config, data_dir: Path, workdir: Path) -> None:
-    """On the first documents of its data, with two layers: tokenizer and vocabulary are the real ones."""
+    """On the first documents of its data, with two layers; a tokenizer that it names, and the vocabulary, are real."""
     (workdir / "run").mkdir()
     with gzip.open(data_dir / "text" / "ru_en_libreoffice_help.jsonl.gz", "rt", encoding="utf-8") as file:
         (workdir / "documents.jsonl").write_text("".join(itertools.islice(file, 8)), encoding="utf-8")
-    corpus = dataclasses.replace(
-        config.data.corpus,
-        path=str(workdir / "documents.jsonl"),
-        tokenizer=str(data_dir / "tokenizer_qwen" / "tokenizer.json.gz"),
-        valid_fraction=0.3,
-    )
+    corpus = dataclasses.replace(config.data.corpus, valid_fraction=0.3, city_documents=20)
+    if corpus.tokenizer:
+        corpus = dataclasses.replace(corpus, tokenizer=str(data_dir / "tokenizer_qwen" / "tokenizer.json.gz"))
+    if not any(place.startswith("city:") for place in corpus.source_of.values()):
+        corpus = dataclasses.replace(corpus, path=str(workdir / "documents.jsonl"), sources=(), weights=())
     data = dataclasses.replace(config.data, corpus=corpus, seq_len=16, history_len=16)
     config = checked(dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, n_layers=2)))
-    documents = load_corpus(corpus, workdir / "run", config.model.text.vocab_size)
+    documents = load_corpus(data, workdir / "run", config.model.text.vocab_size)
     fitted = fit(config, documents, workdir / "run", make_language_evaluator(config, documents))
     assert fitted.steps == 1
     assert fitted.valid["valid/lm/nats"] == pytest.approx(np.log(config.model.text.vocab_size), rel=0.01)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 import zoneinfo
 
 from moerec.config.checks import one_of, require, require_seed
@@ -216,22 +217,66 @@ class SplitConfig:
 
 @dataclasses.dataclass
 class CorpusConfig:
-    """Documents of text, for `source` text."""
+    """Documents of text, for `source` text: of one `path`, or several corpora by name, each with a share."""
 
-    path: str = ""  # a file of documents (.txt, .jsonl; also .gz), or a folder of such files
+    path: str = ""  # a file of documents (.txt, .jsonl, .parquet; .txt and .jsonl also .gz), or a folder of such files
+    sources: tuple[str, ...] = ()  # "name=path" of each corpus; or "name=city:KIND", texts of the built-in world
+    weights: tuple[str, ...] = ()  # "name=number" of each: its share of the tokens trained on; empty: by its size
+    city_documents: int = 10_000  # documents of each corpus of the built-in world (data.city, data.seed)
+    duplicates: str = "drop"  # a document that was there before, in whichever corpus: drop or keep
     tokenizer: str = ""  # a Hugging Face tokenizer.json; empty: a byte-level BPE is trained on the documents
     vocab_size: int = 8192  # tokens of the one that is trained
     valid_fraction: float = 0.02  # share of the documents that are held out, by their hashes
 
     def __post_init__(self):
         require(self.vocab_size >= 1, "data.corpus.vocab_size", "must be at least 1")
+        require(self.city_documents >= 1, "data.corpus.city_documents", "must be at least 1")
         require(0 <= self.valid_fraction < 1, "data.corpus.valid_fraction", "must lie in [0, 1)")
+        one_of(self.duplicates, "data.corpus.duplicates", ("drop", "keep"))
+        require(not (self.path and self.sources), "data.corpus.sources", "there is a path, too; give one of them")
+        weights, sources = self.weight_of, self.source_of
+        for name in weights:
+            require(name in sources, "data.corpus.weights", f"{name!r} is no corpus of sources")
+        for name in sources if weights else ():
+            require(name in weights, "data.corpus.weights", f"that of {name!r} is missing; all have one, or none")
+        require(not weights or sum(weights.values()) > 0, "data.corpus.weights", "must not all be 0")
+
+    @property
+    def source_of(self) -> dict[str, str]:
+        """Where each named corpus is from."""
+        return _read_pairs(self.sources, "data.corpus.sources", '"name=path"')
+
+    @property
+    def weight_of(self) -> dict[str, float]:
+        """The weight of each named corpus, where weights are given."""
+        found = {}
+        for name, digits in _read_pairs(self.weights, "data.corpus.weights", '"name=number"').items():
+            try:
+                weight = float(digits)
+            except ValueError:
+                weight = -1.0
+            is_weight = math.isfinite(weight) and weight >= 0
+            require(is_weight, "data.corpus.weights", f"{digits!r} of {name!r} is no number of at least 0")
+            found[name] = weight
+        return found
+
+
+def _read_pairs(entries: tuple[str, ...], field: str, form: str) -> dict[str, str]:
+    """Name -> value, from entries `name=value`; names are words, which stand in tables and in names of metrics."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, _, value = entry.partition("=")
+        is_pair = bool(re.fullmatch(r"[\w.-]+", name) and value)
+        require(is_pair, field, f"{entry!r} is not of the form {form}, with a name of letters, digits and ._-")
+        require(name not in found, field, f"{name!r} is there twice")
+        found[name] = value
+    return found
 
 
 @dataclasses.dataclass
 class DataConfig:
     source: str = "city"  # city, tables, prepared (a folder that experiments.prepare wrote), or text (of `corpus`)
-    prepared: str = ""
+    prepared: str = ""  # that folder; with `source` text one of documents, which are taken from there
     city: CityConfig = dataclasses.field(default_factory=CityConfig)
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
     schema: SchemaConfig = dataclasses.field(default_factory=SchemaConfig)

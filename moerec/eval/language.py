@@ -15,11 +15,13 @@ import numpy as np
 
 from moerec.config import Config
 from moerec.config.stored import store_config
+from moerec.config.terminal import printable
 from moerec.convert.paths import first_match
 from moerec.data.load import DIGEST, read_digests
 from moerec.data.packing import place_sequences
 from moerec.data.text.corpus import TOKENIZER, Corpus, load_corpus
-from moerec.data.text.stream import TokenReader, pack_tokens
+from moerec.data.text.prepare import describe_corpora
+from moerec.data.text.stream import Pieces, TokenReader, pack_tokens
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
 from moerec.files import read_json, write_json
@@ -28,28 +30,28 @@ from moerec.nn.sharding import make_mesh
 from moerec.tasks import LanguageModel, sum_token_nll
 from moerec.train.base_model.hf_run import find_tokenizer, keep_origin
 from moerec.train.base_model.warm_start import find_checkpoint
-from moerec.train.loop import Evaluator, TrainResult, fit
+from moerec.train.loop import BITS, Evaluator, fit
 from moerec.train.run_dir import CONFIG, METRICS
 from moerec.types import Batch, Catalog
 
-MOST_SOURCES = 32  # files of documents, of which each is measured by itself
-
 
 def list_batches(reader: TokenReader, shape: tuple[int, int], most_tokens: int) -> Iterator[Batch]:
-    """All documents once, cut into windows of a row, with their targets; at most so many tokens."""
-    n_slots = np.maximum(reader.lengths - 1, 0)
-    n_windows = -(-n_slots // shape[1])
-    owner = np.repeat(np.arange(len(n_slots)), n_windows)
-    skipped = (np.arange(len(owner)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)) * shape[1]
-    length = np.minimum(n_slots[owner] - skipped, shape[1])
-    length = np.minimum(length, most_tokens - (np.cumsum(length) - length))
-    first, length = (reader.start[owner] + skipped)[length > 0], length[length > 0]
-    while len(length):
-        placed = place_sequences(length, *shape)
-        own = slice(placed.n)
-        packed = pack_tokens(reader.ids, first[own], length[own], placed, shape)
+    """All documents once, cut into windows of a row from each one's beginning, with their targets.
+
+    Where there are more than so many tokens, windows that lie evenly among all of them stand for the others.
+    """
+    whole = Pieces(reader.start, reader.lengths, np.ones(len(reader.start), bool)).split(shape[1])
+    n_windows, n_tokens = len(whole.length), int(whole.length.sum())
+    if n_tokens > most_tokens:
+        n_chosen = max(1, n_windows * most_tokens // n_tokens)
+        chosen = (2 * np.arange(n_chosen) + 1) * n_windows // (2 * n_chosen)  # the middle one of each part
+        whole = Pieces(*(x[chosen] for x in whole))
+    while len(whole.length):
+        placed = place_sequences(whole.length, *shape)
+        own = Pieces(*(x[: placed.n] for x in whole))
+        packed = pack_tokens(reader.tokens, reader.end, own, placed, shape)
         yield packed.batch._replace(targets={LanguageModel.name: LanguageModel().render(packed)})
-        first, length = first[placed.n :], length[placed.n :]
+        whole = Pieces(*(x[placed.n :] for x in whole))
 
 
 @functools.partial(jax.jit, static_argnums=(3,))
@@ -67,17 +69,76 @@ def measure_nats(config: Config, predictor: Predictor, batches: Iterator[Batch],
     return total / max(n_tokens, 1), round(n_tokens)
 
 
+class HeldOut:
+    """The held-out documents of each corpus, and what a model's predictions of them come to."""
+
+    def __init__(self, config: Config, corpus: Corpus):
+        self._config, self._corpus = config, corpus
+        self._shape = config.train.batch_size, config.data.history_len
+        self.readers = [TokenReader(corpus, valid=True, source=k) for k in range(len(corpus.names))]
+        self.n_tokens = [int(reader.lengths.sum()) for reader in self.readers]
+
+    def measure(self, predictor: Predictor, catalog: Catalog, most_tokens: int | None = None) -> dict[str, Any]:
+        """What `metrics.json` holds as `tasks.lm`.
+
+        The nats of all are the mean over all held-out tokens, whichever of them are looked at.
+
+        Args: about how many tokens are looked at, of each corpus as many where it has them; None: all.
+        """
+        quotas = self.n_tokens if most_tokens is None else share_out(most_tokens, self.n_tokens)
+        rows = {}
+        for k, (name, reader, quota) in enumerate(zip(self._corpus.names, self.readers, quotas, strict=True)):
+            batches = list_batches(reader, self._shape, max(quota, 1))
+            nats, _ = measure_nats(self._config, predictor, batches, catalog)
+            rows[name] = self._describe(self._corpus.source == k, nats)
+        n_tokens = sum(self.n_tokens)
+        total = sum(row["nats"] * row["tokens"] for row in rows.values() if row["tokens"])
+        found = self._describe(np.ones(len(self._corpus.source), bool), total / max(n_tokens, 1))
+        names = {"nats": "nats_per_token", "tokens": "n_tokens", "documents": "n_documents", "bytes": "n_bytes"}
+        whole = {names.get(name, name): value for name, value in found.items()}
+        return whole | ({"by_corpus": rows} if n_tokens else {})
+
+    def _describe(self, chosen: np.ndarray, nats: float) -> dict[str, Any]:
+        """Each token of a document is predicted, the first one from the end of documents that stands before it, and its
+        end, too. So nats times tokens is what it takes to tell the document whole, whatever the tokens are, and bits
+        per byte of different tokenizers can be compared. An end is no byte.
+        """
+        chosen = chosen & self._corpus.is_valid
+        n_tokens = int(self._corpus.length[chosen].sum())
+        if not n_tokens:
+            return {"tokens": 0, "documents": 0}
+        n_bytes = int(self._corpus.n_bytes[chosen].sum())
+        return {
+            "nats": nats,
+            "perplexity": _find_perplexity(nats),
+            "bits_per_byte": nats * n_tokens / math.log(2) / n_bytes,
+            "tokens": n_tokens,
+            "documents": int(chosen.sum()),
+            "bytes": n_bytes,
+        }
+
+
+def share_out(total: int, wanted: list[int]) -> list[int]:
+    """`total` shared out evenly, where none gets more than it wants, and others get what is left."""
+    given = [0] * len(wanted)
+    for place, k in enumerate(sorted(range(len(wanted)), key=lambda k: wanted[k])):
+        given[k] = min(wanted[k], (total - sum(given)) // (len(wanted) - place))
+    return given
+
+
 def make_language_evaluator(config: Config, corpus: Corpus) -> Evaluator:
     """Scores what is trained by the probability of a held-out token (geometric mean); 0 where none is held out."""
-    reader = TokenReader(corpus, valid=True)
-    shape = config.train.batch_size, config.data.history_len
+    held_out = HeldOut(config, corpus)
 
     def evaluate(predictor: Predictor, catalog: Catalog) -> tuple[float, dict[str, float]]:
-        batches = list_batches(reader, shape, config.train.n_valid)
-        nats, n_tokens = measure_nats(config, predictor, batches, catalog)
-        if not n_tokens:
+        found = held_out.measure(predictor, catalog, config.train.n_valid)
+        if not found["n_tokens"]:
             return 0.0, {}
-        return math.exp(-nats), {"valid/lm/nats": nats, "valid/lm/perplexity": _find_perplexity(nats)}
+        valid = {"valid/lm/nats": found["nats_per_token"], "valid/lm/perplexity": found["perplexity"]}
+        valid[BITS] = found["bits_per_byte"]
+        rows = {name: row for name, row in found["by_corpus"].items() if row["tokens"]}
+        valid |= {f"{BITS}/{name}": row["bits_per_byte"] for name, row in rows.items()}
+        return math.exp(-found["nats_per_token"]), valid
 
     return evaluate
 
@@ -94,18 +155,18 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
     known = read_digests(workdir)
     accept = functools.partial(_refuse_other_tokenizer, config) if not known else None
     first_tokenizer = _find_first_tokenizer(config, workdir)
-    corpus = load_corpus(config.data.corpus, workdir, config.model.text.vocab_size, first_tokenizer, accept)
-    if known and known["sha256"] != corpus.digest:
-        raise InputError(f"{workdir}: this directory holds a run on other documents")
+    n_rows = config.model.text.vocab_size
+    corpus = load_corpus(config.data, workdir, n_rows, first_tokenizer, accept, known.get("sha256", ""))
     store_config(workdir / CONFIG, config)
     if not known:
         keep_origin(config, workdir)
     write_json(workdir / DIGEST, corpus.digests)
     if (workdir / METRICS).exists():
         return read_json(workdir / METRICS)
-    reader, shape = TokenReader(corpus, valid=True), (config.train.batch_size, config.data.history_len)
+    for line in describe_data(corpus):
+        print(line, file=sys.stderr)
     options = config.train
-    if not np.any(reader.lengths >= 2):  # nothing tells which step is best: the last one is kept
+    if not corpus.is_valid.any():  # nothing tells which step is best: the last one is kept
         options = dataclasses.replace(options, eval_every=0)
         print("no document is held out (data.corpus.valid_fraction): nothing is validated", file=sys.stderr)
     evaluate = make_language_evaluator(config, corpus)
@@ -114,10 +175,11 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
         **trained.describe(config),
         "dataset": {
             "n_train_documents": int(np.sum(~corpus.is_valid)),
-            "n_train_tokens": int(corpus.length[~corpus.is_valid].sum()),
+            "n_train_tokens": sum(corpus.n_trained_K),
+            "corpora": _describe_corpora(corpus),
         },
         "valid": {"step": trained.step, **trained.valid},
-        "tasks": {"lm": _evaluate(config, corpus, trained, shape)},
+        "tasks": {"lm": HeldOut(config, corpus).measure(trained.predictor, trained.catalog)},
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
     write_json(workdir / METRICS, metrics)
@@ -125,53 +187,47 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
 
 
 def format_language(metrics: dict[str, Any]) -> str:
-    """A line for each task of a run of text alone."""
+    """A line for each task of a run of text alone, and one for each of several corpora."""
     found = metrics["tasks"]["lm"]
     if not found["n_tokens"]:
         return "lm: no document is held out (data.corpus.valid_fraction)"
     size = f"{found['n_tokens']:,} tokens of {found['n_documents']:,} held-out documents"
     told = f"{found['nats_per_token']:.4f} nats, perplexity {found['perplexity']:.2f}"
     told += f", {found['bits_per_byte']:.4f} bits a byte"
-    return f"lm: {told}; {size}"
+    rows = found["by_corpus"] if len(found["by_corpus"]) > 1 else {}
+    width = max((len(printable(name)) for name in rows), default=0)
+    lines = [
+        f"  {printable(name).ljust(width)}  {row['bits_per_byte']:.4f} bits a byte; {row['tokens']:,} tokens"
+        if row["tokens"]
+        else f"  {printable(name).ljust(width)}  no document is held out"
+        for name, row in rows.items()
+    ]
+    return "\n".join([f"lm: {told}; {size}", *lines])
+
+
+def describe_data(corpus: Corpus) -> list[str]:
+    """What there is of each corpus, duplicates that were dropped among it, and which ones nothing is held out of."""
+    held = np.bincount(corpus.source[corpus.is_valid], minlength=len(corpus.names))
+    none = [printable(name) for name, n in zip(corpus.names, held.tolist(), strict=True) if not n]
+    odd = [f"no document of {', '.join(none)} is held out"] if none and held.any() else []
+    return [*describe_corpora(corpus.counts), *odd]
+
+
+def _describe_corpora(corpus: Corpus) -> dict[str, dict[str, Any]]:
+    trained = corpus.source[~corpus.is_valid]
+    n_documents = np.bincount(trained, minlength=len(corpus.names)).tolist()
+    columns = (corpus.names, n_documents, corpus.n_trained_K, corpus.shares_K.tolist())
+    found = {
+        name: {"n_train_documents": n, "n_train_tokens": n_tokens, "share": share}
+        for name, n, n_tokens, share in zip(*columns, strict=True)
+    }
+    for row in corpus.counts:
+        found[row["name"]]["n_duplicates"] = row["n_duplicates"]
+    return found
 
 
 def _find_perplexity(nats: float) -> float:
     return math.exp(min(nats, 700.0))  # beyond lies no float64
-
-
-def _evaluate(config: Config, corpus: Corpus, trained: TrainResult, shape: tuple[int, int]) -> dict[str, Any]:
-    """The held-out documents of all sources, and of each one where there are several (`sources`)."""
-    sources = range(len(corpus.sources)) if 1 < len(corpus.sources) <= MOST_SOURCES else [None]
-    measured = []
-    for source in sources:
-        reader = TokenReader(corpus, valid=True, source=source)
-        batches = list_batches(reader, shape, most_tokens=int(reader.lengths.sum()))
-        measured.append(measure_nats(config, trained.predictor, batches, trained.catalog))
-    is_valid, n_tokens = corpus.is_valid, sum(n for _, n in measured)
-    nats = measured[0][0] if len(measured) == 1 else sum(nats * n for nats, n in measured) / max(n_tokens, 1)
-    found = _describe(corpus, is_valid, nats, n_tokens)
-    if len(measured) > 1:
-        own = [is_valid & (corpus.source == source) for source in sources]
-        rows = [_describe(corpus, chosen, *part) for chosen, part in zip(own, measured, strict=True)]
-        found["sources"] = dict(zip(corpus.sources, rows, strict=True))
-    return found
-
-
-def _describe(corpus: Corpus, chosen: np.ndarray, nats: float, n_tokens: int) -> dict[str, Any]:
-    """Bits per byte are over all bytes of the documents, although a document's first token is given and not told; its
-    end is told, and is no byte.
-    """
-    if not n_tokens:
-        return {"n_tokens": 0, "n_documents": 0}
-    n_bytes = int(corpus.n_bytes[chosen].sum())
-    return {
-        "nats_per_token": nats,
-        "perplexity": _find_perplexity(nats),
-        "bits_per_byte": nats * n_tokens / math.log(2) / max(n_bytes, 1),
-        "n_tokens": n_tokens,
-        "n_documents": int(chosen.sum()),
-        "n_bytes": n_bytes,
-    }
 
 
 def _refuse_other_tokenizer(config: Config, tokenizer: TextTokenizer) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +15,11 @@ from grain.experimental import ThreadPrefetchIterDataset
 
 from moerec.config import Config
 from moerec.config.cli.malloc import disable_malloc_trim
-from moerec.config.terminal import announce
+from moerec.config.terminal import announce, printable
 from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline import PackedStream, StreamOptions
 from moerec.data.text.corpus import Corpus
-from moerec.data.text.stream import TextStream, TokenReader
+from moerec.data.text.stream import TextStream
 from moerec.errors import InputError, Terminated, WorkError
 from moerec.nn.model import (
     TEXT_SIZES,
@@ -41,6 +41,9 @@ from moerec.train.run_dir import bind_catalog, make_sizes
 from moerec.train.state import TrainState, init_state, make_predictor, pack_state, spread_state
 from moerec.train.step import Constants, TrainStep, make_train_step
 from moerec.types import Batch, Catalog
+
+BITS = "valid/lm/bits_per_byte"  # of all held-out documents; of one corpus its name follows, behind a slash
+_MOST_SHOWN = 6  # corpora whose figures the progress line has room for
 
 
 class TrainResult(NamedTuple):
@@ -134,7 +137,7 @@ def make_trainer(config: Config, data: RunData | Corpus) -> Trainer:
     return Trainer(state, train_step, catalog, constants, ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
 
 
-def make_stream(config: Config, data: RunData | Corpus, tasks: list[Task]) -> PackedStream:
+def make_stream(config: Config, data: RunData | Corpus, tasks: list[Task]) -> PackedStream | TextStream:
     """The packed batches that a config trains on, on the host."""
     options = StreamOptions(
         n_rows=config.train.batch_size,
@@ -145,7 +148,7 @@ def make_stream(config: Config, data: RunData | Corpus, tasks: list[Task]) -> Pa
     )
     render = functools.partial(render_targets, tasks)
     if isinstance(data, Corpus):
-        return TextStream(TokenReader(data), render, dataclasses.replace(options, first_event=False))
+        return TextStream(data, render, options)
     return PackedStream(make_reader(config.data, data), data.dataset.catalogue, render, options)
 
 
@@ -305,7 +308,7 @@ def _run_steps(
             score, valid = found
             writer.write(step, valid)
             is_ndcg = "valid/union/ndcg@10" in valid  # an evaluator of one's own measures anything
-            logger.shown["valid/ndcg@10" if is_ndcg else "valid/score"] = score
+            logger.shown |= pick_shown(valid) or {"valid/ndcg@10" if is_ndcg else "valid/score": score}
             progress.wall_s, progress.is_eval_due = earlier_s + time.monotonic() - started, False
             if score > progress.best:
                 progress.best, progress.best_step, progress.evals_since_best = score, step, 0
@@ -322,6 +325,14 @@ def _run_steps(
         logger.show(step, last)
         logger.pause()
     return state
+
+
+def pick_shown(valid: Mapping[str, float]) -> dict[str, float]:
+    """What the progress line shows of a validation on text: bits per byte, of all corpora and of each of a few."""
+    head = f"{BITS}/"
+    found = {"bits_per_byte": valid[BITS]} if BITS in valid else {}
+    each = {printable(name.removeprefix(head)): x for name, x in valid.items() if name.startswith(head)}
+    return found | (each if 1 < len(each) <= _MOST_SHOWN else {})
 
 
 def _validate(trainer: Trainer, evaluate: Evaluator, state: TrainState) -> tuple[float, dict[str, float]]:

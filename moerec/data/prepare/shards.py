@@ -86,6 +86,8 @@ class Meta:
             raise InputError(f"{folder}: not a prepared folder, or not a whole one: it has no {META}")
         try:
             fields = parse_json(path.read_bytes())
+            if fields.get("kind") == "text":
+                raise InputError(f"{folder}: holds documents of text, which data.source=text reads")
             version = fields["format_version"]
             if version != FORMAT_VERSION:
                 raise OtherVersion(f"{path}: format version {version}, not {FORMAT_VERSION}; prepare again")

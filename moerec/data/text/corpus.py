@@ -3,57 +3,66 @@
 import dataclasses
 import functools
 import hashlib
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from moerec.config import CorpusConfig
-from moerec.data.text.documents import list_files, read_documents
+from moerec.config import DataConfig
+from moerec.data.text.prepare import END, is_current_text, prepare_text, require_rows
+from moerec.data.text.token_shards import TOKENIZER, TextMeta, TokenArray, open_tokens, read_documents_table
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
 from moerec.types import NO_ITEMS
 
-TOKENIZER = "tokenizer.json"  # in the directory of a run
-END = "<|endoftext|>"  # behind every document
-_BATCH = 1024  # documents that are encoded at once
-_SHARES = 1 << 32
+FOLDER = "data"  # in the directory of a run: its documents, prepared; beside them the tokenizer, `TOKENIZER`
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Attributes:
     tokenizer: whose ids they are.
-    offsets: `[N + 1]` int64, where each document begins in `ids`; each ends with `END`.
-    ids: int32 tokens.
+    offsets: `[N + 1]` int64, where each document begins in `tokens`; each ends with `end`.
+    tokens: the ids of all documents, by position.
     n_bytes: `[N]` int64, UTF-8 bytes of each document's text.
     is_valid: `[N]` bool, the documents that are held out.
-    sources: names of the files that the documents are of. source: `[N]` int32, which of them.
+    end: the id of `END`, which also stands before a document's first token.
+    names: of the corpora. source: `[N]` int32, which of them each document is of.
+    weights: of the corpora, their shares of the tokens that are trained on; empty: by their sizes.
+    counts: of each corpus, as `TextMeta.corpora`; empty where it is of no folder.
+    digest: SHA-256 of tokens, documents, sides and corpora: equal for equal data.
     """
 
     tokenizer: TextTokenizer
     offsets: np.ndarray
-    ids: np.ndarray
+    tokens: TokenArray
     n_bytes: np.ndarray
     is_valid: np.ndarray
-    sources: tuple[str, ...] = ()
-    source: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    end: int
+    names: tuple[str, ...]
+    source: np.ndarray
+    weights: tuple[float, ...] = ()
+    counts: tuple[dict, ...] = ()
+    digest: str = ""
 
     catalog = NO_ITEMS
 
     @property
     def length(self) -> np.ndarray:
-        """`[N]`, tokens of each document, its end among them."""
+        """`[N]`, tokens of each document, its end among them; as many are predicted."""
         return np.diff(self.offsets)
 
     @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of the tokens and of which are held out: equal for equal data."""
-        found = hashlib.sha256()
-        for array in (self.offsets, self.ids, self.is_valid):
-            found.update(np.ascontiguousarray(array).tobytes())
-        return found.hexdigest()
+    def n_trained_K(self) -> tuple[int, ...]:
+        """Tokens of each corpus that are trained on."""
+        own, length = self.source[~self.is_valid], self.length[~self.is_valid]
+        return tuple(int(length[own == k].sum()) for k in range(len(self.names)))
+
+    @property
+    def shares_K(self) -> np.ndarray:
+        """The share of each corpus in the tokens that training reads."""
+        weight_K = np.array(self.weights or self.n_trained_K, float)
+        return weight_K / (weight_K.sum() or 1)
 
     @property
     def items_digest(self) -> str:
@@ -66,69 +75,77 @@ class Corpus:
         return {"sha256": self.digest, "items_sha256": self.items_digest}
 
 
+def open_corpus(folder: Path, in_memory: bool) -> tuple[Corpus, TextMeta]:
+    """The documents of a prepared folder. Raises: InputError, where something there is not as written."""
+    meta = TextMeta.load(folder)
+    meta.require_intact(folder)
+    table = read_documents_table(folder)
+    offsets = np.concatenate([[0], np.cumsum(table["n_tokens"])]).astype(np.int64)
+    weights = [row["weight"] for row in meta.corpora]
+    corpus = Corpus(
+        tokenizer=TextTokenizer.load(folder / TOKENIZER),
+        offsets=offsets,
+        tokens=open_tokens(folder, meta, table["n_tokens"], in_memory),
+        n_bytes=table["n_bytes"],
+        is_valid=table["is_valid"],
+        end=meta.end,
+        names=tuple(row["name"] for row in meta.corpora),
+        source=table["corpus"],
+        weights=() if None in weights else tuple(weights),
+        counts=meta.corpora,
+        digest=meta.sha256,
+    )
+    return corpus, meta
+
+
 def load_corpus(
-    config: CorpusConfig,
+    config: DataConfig,
     workdir: Path,
     vocab_size: int,
     first_tokenizer: Path | None = None,
     accept: Callable[[TextTokenizer], None] | None = None,
+    known: str = "",
 ) -> Corpus:
-    """Reads and encodes the documents; the tokenizer is kept in `workdir`, and taken from there the next time.
+    """The documents of a config: of its prepared folder, or prepared in `workdir`, where they stay for the next time.
+
+    The tokenizer is kept in `workdir`, and taken from there the next time.
 
     Args:
       vocab_size: rows of the model's embedding, below which all ids have to be.
       first_tokenizer: of the model that training begins with, for a config that names none.
       accept: raises InputError where it does not take a tokenizer, before that is kept.
+      known: the digest of the documents that `workdir` holds a run on, if it does; no others take their place.
 
     Raises:
-      InputError: a document or the tokenizer cannot be read, there is none, or the tokenizer has too many tokens.
+      InputError: a document or the tokenizer cannot be read, there is none, the tokenizer has too many tokens or is
+        another one than the run's, or `workdir` holds a run on other documents.
     """
-    if not config.path:
-        raise InputError("config.data.corpus.path is missing: a file of documents, or a folder of such files")
-    path, kept = Path(config.path), workdir / TOKENIZER
-    files = list_files(path) if path.is_dir() else [path]
-    by_file = [list(read_documents(file)) for file in files]
-    texts = list(itertools.chain.from_iterable(by_file))
-    is_valid = np.array([_hold_out(text, config.valid_fraction) for text in texts], bool)
-    if is_valid.all():
-        raise InputError(f"{path}: no document is left to train on")
-    named = Path(config.tokenizer) if config.tokenizer else first_tokenizer
-    source = kept if kept.is_file() else named
-    if source is None:  # of the documents that are trained on alone
-        tokenizer = TextTokenizer.train(itertools.compress(texts, ~is_valid), config.vocab_size)
+    kept = workdir / TOKENIZER
+
+    def require_known(digest: str) -> None:
+        if known and digest != known:
+            raise InputError(f"{workdir}: this directory holds a run on other documents")
+
+    is_made = False
+    if config.prepared:
+        corpus, _ = open_corpus(Path(config.prepared), config.reader == "memory")
+        if kept.is_file() and kept.read_bytes() != corpus.tokenizer.content:
+            raise InputError(f"{kept}: is not the tokenizer of {config.prepared}")
     else:
-        tokenizer = TextTokenizer.load(source)
-    if tokenizer.n_vocab > vocab_size:
-        told = f"the tokenizer has {tokenizer.n_vocab} tokens"
-        raise InputError(f"config.model.text.vocab_size: {vocab_size} rows, but {told}")
-    offsets, ids = _encode(tokenizer, texts, _find_end(tokenizer, source))
-    if accept is not None:
-        accept(tokenizer)
-    if source != kept:  # only now: what was refused must not bind the directory
-        tokenizer.save(kept)
-    n_bytes = np.array([len(text.encode()) for text in texts], np.int64)
-    of_file = np.repeat(np.arange(len(files), dtype=np.int32), [len(part) for part in by_file])
-    return Corpus(tokenizer, offsets, ids, n_bytes, is_valid, tuple(file.name for file in files), of_file)
+        folder = workdir / FOLDER
+        is_made = not is_current_text(config, folder, kept)
+        if is_made:
+            named = Path(config.corpus.tokenizer) if config.corpus.tokenizer else first_tokenizer
+            path = kept if kept.is_file() else named
+            prepare_text(config, folder, path, vocab_size, accept, lambda meta: require_known(meta.sha256))
+        corpus, _ = open_corpus(folder, config.reader == "memory")
+    require_rows(corpus.tokenizer, vocab_size)
+    if accept is not None and not is_made:  # else it has been asked
+        accept(corpus.tokenizer)
+    require_known(corpus.digest)
+    if not kept.is_file():  # only now: what was refused must not bind the directory
+        corpus.tokenizer.save(kept)
+    return corpus
 
 
-def _hold_out(text: str, fraction: float) -> bool:
-    """Whether a document is held out: by its own hash, so that it stays so whatever stands beside it."""
-    word = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
-    return word < fraction * _SHARES
-
-
-def _find_end(tokenizer: TextTokenizer, source: Path | None) -> int:
-    """The id of `END`. Args: the file that the tokenizer is of. Raises InputError where there is none."""
-    try:
-        return tokenizer.id_of(END)
-    except InputError as error:
-        raise InputError(f"{source}: {error}, and it ends each document") from None
-
-
-def _encode(tokenizer: TextTokenizer, texts: list[str], end: int) -> tuple[np.ndarray, np.ndarray]:
-    offsets, parts = [np.zeros(1, np.int64)], []
-    for first in range(0, len(texts), _BATCH):
-        own, ids = tokenizer.encode_batch(texts[first : first + _BATCH])
-        parts.append(np.insert(ids, own[1:], end))
-        offsets.append(offsets[-1][-1] + own[1:] + np.arange(1, len(own)))
-    return np.concatenate(offsets), np.concatenate(parts).astype(np.int32)
+__all__ = ["END", "TOKENIZER", "Corpus", "load_corpus", "open_corpus"]

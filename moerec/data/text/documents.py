@@ -1,4 +1,4 @@
-"""Documents of text files and JSON lines, gzipped or not, one at a time."""
+"""Documents of text files and JSON lines, gzipped or not, and of Parquet files, one at a time."""
 
 import contextlib
 import gzip
@@ -7,27 +7,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from moerec.errors import InputError
 from moerec.files import parse_json
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+_PARQUET_ROWS = 256  # read at once: documents may be books
 
 
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of a file in order, without those that are empty.
 
     A `.txt` is one document; of a `.jsonl` each line holds one, in the field `text`, or where there is no such field
-    (pages in several languages: `id`, `ru`, `en`) each string but `id` is one. Blank lines are skipped.
+    (pages in several languages: `id`, `ru`, `en`) each string but `id` is one. Blank lines are skipped. A `.parquet`
+    has the column `text`, or each of its columns of strings but `id` holds documents; a row may leave some of these
+    out. One document, or some hundred rows of a Parquet file, are in memory at a time.
 
     Raises:
       InputError: at the first document that is read, there is no such file, or it has another suffix; later, it is
-        damaged or no UTF-8, or a line (the message has its number) is no JSON object or holds no text.
+        damaged or no UTF-8, or a line or row (the message has its number, from 1 on) is no JSON object or holds no
+        text.
     """
     path = Path(path)
     if not path.name.endswith(SUFFIXES):
         raise InputError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise InputError(f"{path}: {'is no file' if path.exists() else 'no such file'}")
+    if path.suffix == ".parquet":
+        yield from filter(None, _read_parquet(path))
+        return
     with _opened(path) as file:
         if path.name.removesuffix(".gz").endswith(".txt"):
             documents = [_decode_text(file.read(), path)]
@@ -94,3 +104,49 @@ def _texts_of(line: bytes, where: str) -> list[str]:
     if not texts:
         raise InputError(f"{where}: has no field text, nor another string but the id")
     return texts
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    """The documents of a Parquet file, row by row. Raises InputError."""
+    row = 1
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            columns = _text_columns(file.schema_arrow, path)
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=columns, use_threads=False):
+                _require_utf8(batch, path, row)
+                named = [batch.column(batch.schema.get_field_index(name)).to_pylist() for name in columns]
+                for number, texts in enumerate(zip(*named, strict=True), row):
+                    if not any(text is not None for text in texts):
+                        raise InputError(f"{path}, row {number}: has no text in {', '.join(columns)}")
+                    yield from (text for text in texts if text is not None)
+                row += batch.num_rows
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise InputError(f"{path}, after row {row - 1}: cannot be read on: {str(error).splitlines()[0]}") from None
+
+
+def _text_columns(schema: pa.Schema, path: Path) -> list[str]:
+    """The columns that hold documents. Raises InputError where there is none."""
+    kinds = {field.name: field.type for field in schema}
+    kinds = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in kinds.items()}
+    texts = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
+    if "text" in kinds and "text" not in texts:
+        raise InputError(f"{path}, column text: must hold strings, not {kinds['text']}")
+    chosen = ["text"] if "text" in kinds else [name for name in texts if name != "id"]
+    if not chosen:
+        raise InputError(f"{path}: has no column text, nor another one of strings but the id")
+    return chosen
+
+
+def _require_utf8(batch: pa.RecordBatch, path: Path, first: int) -> None:
+    """Parquet does not look at the bytes of its strings. Raises InputError, with the row that has no UTF-8."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            for number in range(batch.num_rows):
+                try:
+                    column[number].as_py()
+                except UnicodeDecodeError as error:
+                    where = f"{path}, row {first + number}, column {name}"
+                    raise InputError(f"{where}: is no UTF-8 text (byte {error.start})") from None
+            raise

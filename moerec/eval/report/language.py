@@ -6,6 +6,7 @@ from typing import Any
 
 from moerec.eval.report.sizes import list_facts
 
+_BITS, _MOST_CURVES = "valid/lm/bits_per_byte", 6
 _COLUMNS = ("documents", "tokens", "bytes", "nats a token", "perplexity", "bits per byte")
 
 
@@ -22,8 +23,8 @@ def describe_language(metrics: Mapping[str, Any]) -> dict[str, Any]:
       LookupError, TypeError: the result is none that runs write.
     """
     found, data = metrics["tasks"]["lm"], metrics.get("dataset") or {}
-    sources = found.get("sources") or {}
-    rows = [(name, _tell(row)) for name, row in sources.items()]
+    by_corpus = found.get("by_corpus") or {}
+    rows = [(name, _tell(_rename(row))) for name, row in by_corpus.items()] if len(by_corpus) > 1 else []
     return {
         "found": found if found["n_tokens"] else None,
         "facts": list_facts(
@@ -39,21 +40,28 @@ def describe_language(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def list_language_curves(
     metrics: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:
-    """(title, {label: (step, value)}) of what the training wrote, with bits per byte by the tokens a byte of all
-    held-out documents.
-    """
-    found = metrics["tasks"]["lm"]
-    nats = [(line["step"], line["valid/lm/nats"]) for line in lines if is_finite(line.get("valid/lm/nats"))]
-    curves = [("Validation, nats a token", {"nats": nats})]
-    if found["n_tokens"] and found["nats_per_token"] > 0:
-        ratio = found["bits_per_byte"] / found["nats_per_token"]
-        curves.insert(0, ("Validation, bits per byte", {"bits": [(step, ratio * value) for step, value in nats]}))
-    return [(title, curve) for title, curve in curves if nats]
+    """(title, {label: (step, value)}) of what the training wrote: bits per byte, of each corpus too, and nats."""
+
+    def trace(name: str) -> list[tuple[int, float]]:
+        return [(line["step"], line[name]) for line in lines if is_finite(line.get(name))]
+
+    names = metrics["tasks"]["lm"].get("by_corpus") or {}
+    traces = [("Validation, bits per byte", "bits", trace(_BITS))]
+    if 1 < len(names) <= _MOST_CURVES:
+        traces += [(f"Bits per byte of {name}", "bits", trace(f"{_BITS}/{name}")) for name in names]
+    traces.append(("Validation, nats a token", "nats", trace("valid/lm/nats")))
+    return [(title, {label: points}) for title, label, points in traces if points]
 
 
 def is_finite(value: Any) -> bool:
     """Whether it is a number that a curve can show."""
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _rename(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a corpus under the names that those of all of them have."""
+    names = {"nats": "nats_per_token", "tokens": "n_tokens", "documents": "n_documents", "bytes": "n_bytes"}
+    return {names.get(name, name): value for name, value in row.items()}
 
 
 def _tell(row: Mapping[str, Any]) -> list[str]:

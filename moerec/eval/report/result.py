@@ -42,7 +42,7 @@ def read_any_result(path: Path) -> dict[str, Any]:
         for name in ("valid", "n_params_by_part", "tasks"):
             _require_group(metrics.get(name), name)
         for name, value in _require_group(metrics["tasks"]["lm"], "tasks.lm").items():
-            if name != "sources":
+            if name != "by_corpus":
                 _require_number(value, f"tasks.lm.{name}")
     return metrics
 

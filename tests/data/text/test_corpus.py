@@ -1,6 +1,5 @@
 """Documents as token ids, against the texts that they were read from."""
 
-import dataclasses
 import gzip
 import hashlib
 import itertools
@@ -11,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moerec.config import CorpusConfig
-from moerec.data.text import corpus as module
+from moerec.config import CorpusConfig, DataConfig
+from moerec.data.text import prepare as module
 from moerec.data.text.corpus import END, TOKENIZER, Corpus, load_corpus
 from moerec.data.text.tokenizer import SPECIAL, TextTokenizer
 from moerec.errors import InputError
@@ -48,12 +47,18 @@ def draw_texts(n: int, seed: int = 0) -> list[str]:
 def load(path: Path, workdir: Path, rows: int = 10_000, first_tokenizer: Path | None = None, **fields) -> Corpus:
     workdir.mkdir(exist_ok=True)
     config = CorpusConfig(**{"path": str(path), "vocab_size": N_BARE, "valid_fraction": 0.0, **fields})
-    return load_corpus(config, workdir, rows, first_tokenizer)
+    return load_corpus(DataConfig(source="text", corpus=config), workdir, rows, first_tokenizer)
+
+
+def read_ids(corpus: Corpus) -> np.ndarray:
+    """All tokens."""
+    return corpus.tokens.read(np.zeros(1, np.int64), corpus.offsets[-1:])
 
 
 def split(corpus: Corpus) -> list[list[int]]:
     """The ids of each document."""
-    return [corpus.ids[start:stop].tolist() for start, stop in itertools.pairwise(corpus.offsets.tolist())]
+    ids = read_ids(corpus)
+    return [ids[start:stop].tolist() for start, stop in itertools.pairwise(corpus.offsets.tolist())]
 
 
 def share_of(text: str) -> float:
@@ -76,9 +81,10 @@ def test_documents_decode_to_their_texts_and_each_has_an_end(tmp_path, monkeypat
     corpus = load(folder, tmp_path / "run")
     texts = [text for name in sorted(TEXTS) for text in TEXTS[name]]
     end = corpus.tokenizer.id_of(END)
+    assert corpus.end == end
+    assert corpus.names == tuple(sorted(TEXTS))
     assert corpus.offsets[0] == 0
-    assert corpus.offsets[-1] == len(corpus.ids)
-    assert (corpus.offsets.dtype, corpus.ids.dtype, corpus.n_bytes.dtype) == (np.int64, np.int32, np.int64)
+    assert (corpus.offsets.dtype, read_ids(corpus).dtype, corpus.n_bytes.dtype) == (np.int64, np.int32, np.int64)
     documents = split(corpus)
     assert [ids[-1] for ids in documents] == [end] * len(texts)
     assert not any(end in ids[:-1] for ids in documents), "a text that spells the end has one"
@@ -101,7 +107,8 @@ def test_documents_are_held_out_by_their_own_hash(tmp_path):
     texts[7] = texts[3]
     held = {}
     for share in (0.0, 0.1, 0.5):
-        found = load(write_texts(tmp_path / f"{share}", texts), tmp_path / f"run {share}", valid_fraction=share)
+        folder = write_texts(tmp_path / f"{share}", texts)
+        found = load(folder, tmp_path / f"run {share}", valid_fraction=share, duplicates="keep")
         assert found.is_valid.tolist() == [share_of(text) < share for text in texts]
         held[share] = set(np.flatnonzero(found.is_valid).tolist())
         assert abs(len(held[share]) - share * 400) <= 5 * math.sqrt(400 * share * (1 - share))
@@ -109,7 +116,7 @@ def test_documents_are_held_out_by_their_own_hash(tmp_path):
     order = np.random.default_rng(1).permutation(150)
     some = [texts[k] for k in order]
     moved = write_files(tmp_path / "moved", {"0.jsonl": draw_texts(90, seed=5), "1.jsonl": some})
-    found = load(moved, tmp_path / "run moved", valid_fraction=0.5)
+    found = load(moved, tmp_path / "run moved", valid_fraction=0.5, duplicates="keep")
     assert found.is_valid[90:].tolist() == [k in held[0.5] for k in order.tolist()]
 
 
@@ -176,7 +183,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_rows_is_refused_and_not_k
     with pytest.raises(InputError, match=f"^{told}$"):
         load(folder, run, N_BARE + 4, vocab_size=N_BARE + 5)
     assert not list(run.iterdir())
-    assert load(folder, run, N_BARE + 4, vocab_size=N_BARE + 4).ids.max() < N_BARE + 4
+    assert load(folder, run, N_BARE + 4, vocab_size=N_BARE + 4).tokenizer.n_vocab <= N_BARE + 4
 
 
 def test_a_tokenizer_without_an_end_of_documents_is_refused_by_name_and_not_kept(tmp_path):
@@ -207,8 +214,8 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, fields, told):
 def test_digests_are_equal_for_equal_documents_and_sides_alone(tmp_path):
     texts = draw_texts(30)
     same = load(write_texts(tmp_path / "same", texts), tmp_path / "run", valid_fraction=0.3)
-    halves = write_files(tmp_path / "halves", {"1.jsonl": texts[:9], "2.jsonl": texts[9:]})
-    assert load(halves, tmp_path / "run", valid_fraction=0.3).digests == same.digests
+    renamed = write_texts(tmp_path / "renamed", texts, "other.jsonl.gz")
+    assert load(renamed, tmp_path / "run", valid_fraction=0.3).digests == same.digests
     changed = {
         "letter": [*texts[:-1], texts[-1] + "s"],
         "order": [texts[1], texts[0], *texts[2:]],
@@ -219,6 +226,7 @@ def test_digests_are_equal_for_equal_documents_and_sides_alone(tmp_path):
         name: load(write_texts(tmp_path / name, x), tmp_path / "run", valid_fraction=0.3) for name, x in changed.items()
     }
     found["sides"] = load(tmp_path / "same", tmp_path / "run", valid_fraction=0.5)
-    found["ends"] = dataclasses.replace(same, offsets=same.offsets + (np.arange(31) == 1))
+    halves = write_files(tmp_path / "halves", {"1.jsonl": texts[:9], "2.jsonl": texts[9:]})
+    found["corpora"] = load(halves, tmp_path / "run", valid_fraction=0.3)
     assert len({same.digest, *(corpus.digest for corpus in found.values())}) == 1 + len(found)
     assert {corpus.items_digest for corpus in found.values()} == {same.items_digest}

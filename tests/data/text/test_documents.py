@@ -4,10 +4,13 @@ import gzip
 import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moerec.data.text import documents as module
 from moerec.data.text.documents import read_documents, read_folder
 from moerec.errors import InputError
 
@@ -47,7 +50,7 @@ def test_any_text_comes_back_from_json_lines(tmp_path_factory, texts, ascii_only
     ("name", "content", "message"),
     [
         ("none.txt", None, ": no such file"),
-        ("a.csv", b"a", ": the name must end in one of .txt, .txt.gz, .jsonl, .jsonl.gz"),
+        ("a.csv", b"a", ": the name must end in one of .txt, .txt.gz, .jsonl, .jsonl.gz, .parquet"),
         ("a.txt", b"one\ntwo \xff", ":2: is no UTF-8 text (byte 8 of the file)"),
         ("a.txt.gz", b"plain", ": is damaged (Not a gzipped file (b'pl'))"),
         ("a.txt.gz", gzip.compress(b"one two three", mtime=0)[:-10], ": is damaged ("),
@@ -65,6 +68,48 @@ def test_what_cannot_be_read_is_named(name, content, message, tmp_path):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^{re.escape(f'{path}{message}')}") as error:
+        list(read_documents(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "documents"),
+    [
+        ({"text": TEXTS, "title": ["a", "b", "c"]}, TEXTS),
+        ({"id": ["x", "y"], "ru": ["да", None], "n": [1, 2], "en": ["yes", "no"]}, ["да", "yes", "no"]),
+        ({"text": pa.array(["a", "", "a"]).dictionary_encode()}, ["a", "a"]),
+        ({"text": pa.array(TEXTS, pa.large_string())}, TEXTS),
+        ({"text": pa.array([], pa.string())}, []),
+    ],
+)
+def test_documents_of_parquet_files_are_their_rows(columns, documents, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PARQUET_ROWS", 2)
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert list(read_documents(tmp_path / "a.parquet")) == documents
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["a", "b", None]}, ", row 3: has no text in text"),
+        ({"id": ["a"], "ru": [None], "en": pa.array([None], pa.string())}, ", row 1: has no text in en"),
+        ({"text": [1, 2]}, ", column text: must hold strings, not int64"),
+        ({"id": ["a"], "n": [1]}, ": has no column text, nor another one of strings but the id"),
+        (
+            {"text": pa.array([b"a", b"b", b"c\xff"]).view(pa.string())},
+            ", row 3, column text: is no UTF-8 text (byte 1)",
+        ),
+        (None, ", after row 0: cannot be read on: "),
+    ],
+)
+def test_what_a_parquet_file_lacks_is_named(columns, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PARQUET_ROWS", 2)
+    path = tmp_path / "a.parquet"
+    if columns is None:
+        path.write_bytes(b"PAR1 and no more")
+    else:
+        pq.write_table(pa.table(columns), path)
     with pytest.raises(InputError, match=f"^{re.escape(f'{path}{message}')}") as error:
         list(read_documents(path))
     assert "\n" not in str(error.value)

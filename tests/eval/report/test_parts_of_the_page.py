@@ -197,15 +197,17 @@ def test_a_lost_component_is_shown_with_the_targets_that_fell_to_the_floor(tmp_p
 def make_language(**changes):
     found = {"nats_per_token": 2.0, "perplexity": 7.389, "bits_per_byte": 1.5, "n_tokens": 900, "n_documents": 9}
     config = Config(name="words", data=DataConfig(source="text"), tasks=("lm",), baselines=())
-    of_file = {**found, "n_tokens": 400, "n_documents": 4, "n_bytes": 777, "bits_per_byte": 1.25}
+    of_file = {"nats": 2.0, "perplexity": 7.389, "tokens": 400, "documents": 4, "bytes": 777, "bits_per_byte": 1.25}
+    rows = {EVIL: of_file, "none": {"tokens": 0, "documents": 0}}
     metrics = {"config": to_plain(config), "steps": 30, "n_params": 5000, "seed": 0, "wall_s": 3.0}
-    return {**metrics, "tasks": {"lm": {**found, "n_bytes": 1900, "sources": {EVIL: of_file}, **changes}}}
+    return {**metrics, "tasks": {"lm": {**found, "n_bytes": 1900, "by_corpus": rows, **changes}}}
 
 
 def test_a_run_on_text_has_a_page(tmp_path):
     metrics = make_language()
     assert is_language(metrics)
-    lines = [{"step": k, "loss": 3 / k, "valid/lm/nats": 4 / k, "valid/lm/perplexity": 50} for k in (10, 20, 30)]
+    figures = {"valid/lm/perplexity": 50, "valid/lm/bits_per_byte": 1.5, f"valid/lm/bits_per_byte/{EVIL}": 1.25}
+    lines = [{"step": k, "loss": 3 / k, "valid/lm/nats": 4 / k, **figures} for k in (10, 20, 30)]
     text = write_report(make_run(tmp_path / "run", metrics, lines)).read_text()
     page = Page(text)
     assert "script" not in page.tags
@@ -213,7 +215,8 @@ def test_a_run_on_text_has_a_page(tmp_path):
     assert "<b>1.5000</b> bits per byte" in text
     assert [EVIL, "4", "400", "777", "2.0000", "7.39", "1.2500"] in page.rows
     assert ["all held-out documents", "9", "900", "1,900", "2.0000", "7.39", "1.5000"] in page.rows
-    assert page.tags.count("svg") == 4  # the loss, bits, nats and the model
+    assert ["none", "0", "0", "–", "–", "–", "–"] in page.rows
+    assert page.tags.count("svg") == 5  # the loss, bits of all and of a corpus, nats and the model
     assert "Text head" in text
 
 
@@ -226,7 +229,7 @@ def test_a_run_on_text_without_held_out_documents_has_a_page_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"n_tokens": "many"}, {"sources": {"a": {}}}, {"sources": 3}, {"perplexity": None}]
+    "changes", [{"n_tokens": "many"}, {"by_corpus": {"a": {}, "b": {}}}, {"by_corpus": 3}, {"perplexity": None}]
 )
 def test_a_damaged_run_on_text_is_refused(tmp_path, changes):
     run = make_run(tmp_path / "run", make_language(**changes), [])
