@@ -37,7 +37,7 @@ class Speaker:
     tokenizer: TextTokenizer
     stop_ids: tuple[int, ...]
     template: str | None
-    known: dict[str, str]
+    known: dict[str, Any]
     adds_special: bool
 
     def encode(self, prompt: Prompt, chat: bool, name: str) -> np.ndarray:
@@ -75,8 +75,9 @@ class Speaker:
     ) -> dict[str, Any]:
         """What follows each prompt, as `experiments.generate` prints it.
 
-        Args: stop: tokens beside the model's own at which an answer ends. write: is given the text of one prompt bit by
-          bit, in whole characters.
+        Args:
+          stop: tokens beside the model's own at which an answer ends.
+          write: is given the text of one prompt bit by bit, in whole characters.
 
         Raises:
           InputError: as `encode`; a token of `stop` is not in the vocabulary; prompts are none, or too long.
@@ -159,7 +160,7 @@ def _make(
     stop_ids = () if side_files is None else tuple(id for id in read_stop_ids(side_files) if id < n_rows)
     stop_ids = stop_ids or tuple(tokenizer.id_of(token) for token in ENDS if token in tokenizer.control_tokens)
     template = None if side_files is None else read_chat_template(side_files)
-    known = {} if side_files is None else read_template_tokens(side_files)
+    known: dict[str, Any] = {} if side_files is None else read_template_tokens(side_files)
     return Speaker(place, generator, tokenizer, stop_ids, template, known, adds_special)
 
 
@@ -195,7 +196,7 @@ def _read_line(line: str, name: str) -> Prompt:
         value = parse_json(line)
     except ValueError as error:
         raise InputError(f"{name}: is no JSON ({error})") from None
-    found = value.get("prompt", value.get("messages")) if isinstance(value, dict) else value
+    found: Any = value.get("prompt", value.get("messages")) if isinstance(value, dict) else value
     is_chat = isinstance(found, list) and found and all(isinstance(message, dict) for message in found)
     if not isinstance(found, str) and not is_chat:
         raise InputError(f"{name}: a text, or an object with prompt or messages, is needed")
