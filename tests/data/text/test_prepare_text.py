@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from moerec.data.text.token_shards import RECORD_TOKENS, MemoryTokens, TextMeta,
 from moerec.errors import InputError
 from tests.data.text.test_corpus import N_BARE, draw_texts, read_ids, share_of, split, write_texts
 from tests.data.text.test_stream import RENDER, assert_same_batch
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def make_config(folder: Path, texts: dict[str, list[str]], weights: tuple[str, ...] = (), **fields) -> DataConfig:
@@ -307,3 +311,32 @@ def test_ids_that_do_not_fit_two_bytes_get_four(tmp_path):
     wide, wide_meta = _prepare(tmp_path, {"one": draw_texts(20)}, tokenizer=str(tmp_path / "own.json"))
     assert (meta.token_bytes, wide_meta.token_bytes) == (2, 4)
     np.testing.assert_array_equal(read_ids(wide), read_ids(corpus))
+
+
+def prepare_by_command(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "experiments.prepare", "--config=configs/language_city.py"]
+    small = ["--config.data.corpus.city_documents=20", "--config.data.corpus.vocab_size=300"]
+    line = [*command, f"--out={tmp_path / 'out'}", *small, *flags]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_prepares_documents_and_tells_how_many(tmp_path):
+    done = prepare_by_command(tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    corpus, _ = open_corpus(tmp_path / "out", in_memory=True)
+    assert [row["name"] for row in found["corpora"]] == ["descriptions", "reviews", "questions", "instructions"]
+    assert sum(row["n_documents"] for row in found["corpora"]) == len(corpus.length)
+    assert found["n_vocab"] == corpus.tokenizer.n_vocab == 300
+    assert corpus.weights == (1, 1, 1, 1)
+    assert "descriptions: " in done.stdout
+
+
+def test_the_command_ends_with_two_and_the_line_of_a_defect(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "a"}\n{"text": \n')
+    sources = f'--config.data.corpus.sources=("bad={path}",)'
+    done = prepare_by_command(tmp_path, sources, "--config.data.corpus.weights=()")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"{path}:2: is no JSON" in done.stderr
+    assert not (tmp_path / "out").exists()
