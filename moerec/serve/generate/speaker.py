@@ -75,8 +75,9 @@ class Speaker:
     ) -> dict[str, Any]:
         """What follows each prompt, as `experiments.generate` prints it.
 
-        Args: stop: tokens beside the model's own at which an answer ends. write: is given the text of one prompt bit by
-          bit, in whole characters.
+        Args:
+          stop: tokens beside the model's own at which an answer ends.
+          write: is given the text of one prompt bit by bit, in whole characters.
 
         Raises:
           InputError: as `encode`; a token of `stop` is not in the vocabulary; prompts are none, or too long.
