@@ -1,6 +1,6 @@
 """Text behind events: a prefix of events and words goes through the whole model, and what text sees of it is kept.
 
-Behind its last event a user's profile stays what it is, so that of its memory one state a sequence is needed. The memory
+Behind its last event a user's profile stays what it is, so that of its memory one state a sequence is needed. Memory
 slots are extra keys and values of the personal layers, and attention knows times and services of the events.
 """
 

@@ -124,9 +124,9 @@ def _project(layer: LayerWeights, config: ModelConfig, x_BTD: jax.Array) -> tupl
     found = [product(y_BTD, matrix) for matrix in layer.qkv]
     if layer.qkv_bias:
         found = [y + bias.astype(y.dtype) for y, bias in zip(found, layer.qkv_bias, strict=True)]
-    h, n, k = config.d_head, config.n_heads, config.n_kv_heads
+    h, n_heads, n_keys = config.d_head, config.n_heads, config.n_kv_heads
     if len(found) == 1:
-        found = jnp.split(found[0], (n * h, (n + k) * h), axis=-1)
+        found = jnp.split(found[0], (n_heads * h, (n_heads + n_keys) * h), axis=-1)
     q, k, v = (y.reshape(*y.shape[:2], -1, h) for y in found)
     return q, k, v
 

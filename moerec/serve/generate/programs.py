@@ -17,7 +17,7 @@ from moerec.serve.generate.cache import KVCache, merge_recent
 from moerec.serve.generate.decoder import place_rows, run_prompt, run_slot, score_tokens, start_recent
 from moerec.serve.generate.sampling import Draw, choose_tokens
 from moerec.serve.generate.weights import TextWeights
-from moerec.types import Batch, Catalog
+from moerec.types import Array, Batch, Catalog
 
 CHUNK = 32  # tokens a sequence that one call makes at most
 NOTHING = -1  # where a sequence has ended
@@ -28,8 +28,8 @@ class Limits(NamedTuple):
     which text ends, filled up with -1.
     """
 
-    most_B: jax.Array
-    stop_X: jax.Array
+    most_B: Array
+    stop_X: Array
 
 
 class Whole(NamedTuple):
@@ -76,8 +76,8 @@ class Programs:
     def prefill(
         self,
         weights: TextWeights,
-        token_BT: jax.Array,
-        n_padded_B: jax.Array,
+        token_BT: Array,
+        n_padded_B: Array,
         draw: Draw,
         limits: Limits,
         *,
@@ -97,7 +97,7 @@ class Programs:
         weights: TextWeights,
         whole: Whole,
         batch: Batch,
-        n_padded_B: jax.Array,
+        n_padded_B: Array,
         draw: Draw,
         limits: Limits,
         *,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moerec.errors import InputError
+from moerec.types import Array
 
 _BITS = 32
 GREEDY, PLAIN, FILTERED = "greedy", "plain", "filtered"  # kinds of programs
@@ -55,11 +56,11 @@ class Draw(NamedTuple):
     Attributes: as of `Sampling`; turn_B: uint32, which of several equal prompts a row is, so that their texts differ.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    seed: jax.Array
-    turn_B: jax.Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    seed: Array
+    turn_B: Array
 
 
 def choose_tokens(logit_BV: jax.Array, draw: Draw, n_B: jax.Array, kind: str) -> jax.Array:

@@ -80,8 +80,7 @@ class Generator:
         self.programs = Programs(self.config, mesh)
         self.timing = Timing()
         self.n_context = n_context
-        is_whole = catalog is not None and mesh is None
-        self._whole = Whole(model, router_bias_LE, catalog) if is_whole else None
+        self._whole = None if catalog is None or mesh is not None else Whole(model, router_bias_LE, catalog)
         self._least_rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["expert"]
 
     @property

@@ -37,7 +37,7 @@ class Speaker:
     tokenizer: TextTokenizer
     stop_ids: tuple[int, ...]
     template: str | None
-    known: dict[str, str]
+    known: dict[str, Any]
     adds_special: bool
 
     def encode(self, prompt: Prompt, chat: bool, name: str) -> np.ndarray:
@@ -196,7 +196,7 @@ def _read_line(line: str, name: str) -> Prompt:
         value = parse_json(line)
     except ValueError as error:
         raise InputError(f"{name}: is no JSON ({error})") from None
-    found = value.get("prompt", value.get("messages")) if isinstance(value, dict) else value
+    found: Any = value.get("prompt", value.get("messages")) if isinstance(value, dict) else value
     is_chat = isinstance(found, list) and found and all(isinstance(message, dict) for message in found)
     if not isinstance(found, str) and not is_chat:
         raise InputError(f"{name}: a text, or an object with prompt or messages, is needed")
