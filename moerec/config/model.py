@@ -232,6 +232,13 @@ class ModelConfig:
         return self.ask.from_layer > 0
 
     @property
+    def n_trunk(self) -> int:
+        """Layers below the first that is asked, mixed or personal."""
+        if self.is_asked:
+            return self.ask.from_layer
+        return min((*self.moe.layers, *self.personal.layers), default=self.n_layers)
+
+    @property
     def has_pointers(self) -> bool:
         """Whether the softmax is mixed with pointers."""
         return self.has_copies or self.text_pointer or self.transition_pointer or self.crossing_pointer

@@ -70,6 +70,15 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(y, self.dropout_rate, k_attention)
         return self._feed_forward(x_BTD, context.router, bias_E, k_ffn)
 
+    def keep(
+        self, x_BTD: jax.Array, context: LayerContext, bias_E: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The new states without dropout, and the rotated keys and the values of all slots, `[B, T, K, H]` each."""
+        y, keys = self.attention.attend(
+            self.attention_norm(x_BTD), context.position_BT, context.segment_BT, context.profile
+        )
+        return self._feed_forward(x_BTD + y, context.router, bias_E, None)[0], keys
+
     def ask(
         self,
         x_BTD: jax.Array,

@@ -53,7 +53,7 @@ def trace_slots(
     plain = LayerContext(batch.position_BT, batch.segment_BT)
     seen: list[tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array] | None]] = []
     for blocks, group in zip(model.groups, split_layers(config), strict=True):
-        if group.last <= model._n_trunk:
+        if group.last <= model.config.n_trunk:
             for layer in _list_layers(blocks):
                 seen.append((*_weigh_slots(layer, x_BTD, plain), None))
                 x_BTD, _ = layer(x_BTD, plain)

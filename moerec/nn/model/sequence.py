@@ -261,7 +261,7 @@ class SequenceModel(nnx.Module):
         context = LayerContext(batch.position_BT, batch.segment_BT)
         groups = split_layers(config)
         for blocks, group in zip(self.groups, groups, strict=True):
-            if group.last > self._n_trunk:
+            if group.last > self.config.n_trunk:
                 break
             own = None if keys is None else keys[group.first : group.last]
             x_BTD, _ = run_blocks(blocks, x_BTD, context, None, own, config.remat)
@@ -283,19 +283,11 @@ class SequenceModel(nnx.Module):
             event_BTD = jnp.where((batch.kind_BT == TOKEN)[..., None], token_BTD, event_BTD)
         return item_BTD, event_BTD
 
-    @property
-    def _n_trunk(self) -> int:
-        """Layers below the first that is asked, mixed or personal."""
-        config = self.config
-        if config.is_asked:
-            return config.ask.from_layer
-        return min((*config.moe.layers, *config.personal.layers), default=config.n_layers)
-
     def _upper_groups(self, bias_LE: jax.Array | None):
         """The groups of layers above the trunk, each with its routers' biases."""
         n_mixtures = 0
         for blocks, group in zip(self.groups, split_layers(self.config), strict=True):
-            if group.first < self._n_trunk:
+            if group.first < self.config.n_trunk:
                 continue
             bias, n = None, group.last - group.first
             if group.experts:

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 
 
 class KVCache(NamedTuple):
-    """Attributes: k, v: of each layer keys after rotation and values, `[B, K, S, H]`; recent ones have X for S."""
+    """Attributes: k, v: of each layer keys after rotation and values, `[B, K, S, H]`; recent ones have X for S.
+    about: where attention knows of them, int32 times and services of the slots' events, `[B, 1, S, 1]`; else ().
+    """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+    about: tuple[jax.Array, ...] = ()
 
 
 def round_up(n: int, least: int = 1) -> int:
@@ -74,22 +77,33 @@ def find_seen(
 
 
 def attend_cached(
-    q_BTNH: jax.Array, keys: tuple[jax.Array, jax.Array], values: tuple[jax.Array, jax.Array], seen_BS: jax.Array
-) -> jax.Array:
-    """`[B, 1, N, H]`, attention of one slot a sequence; weights are computed in float32.
+    q_BTNH: jax.Array,
+    keys: tuple[jax.Array, jax.Array],
+    values: tuple[jax.Array, jax.Array],
+    seen_BS: jax.Array,
+    bias_BTNS: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`[B, 1, N, H]`, attention of one slot a sequence, and `[B, 1, N]`, the logs of the sums of the exponentials.
 
-    Args: keys and values of the cache and of what is recent; what is seen of both.
+    Weights are computed in float32.
+
+    Args: keys and values of the cache and of what is recent; what is seen of both, and what is added to logits.
     """
     b, _, n, h = q_BTNH.shape
     n_keys, n_slots = keys[0].shape[1:3]
     q_BKXH = (q_BTNH * jnp.asarray(h**-0.5, q_BTNH.dtype)).reshape(b, n_keys, n // n_keys, h)
     logits = [jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k, preferred_element_type=jnp.float32) for k in keys]
-    logit = jnp.where(seen_BS[:, None, None], jnp.concatenate(logits, axis=-1), -jnp.inf)
-    weight = jnp.exp(logit - jnp.max(logit, axis=-1, keepdims=True))
+    logit = jnp.concatenate(logits, axis=-1)
+    if bias_BTNS is not None:
+        logit += jnp.broadcast_to(bias_BTNS[:, 0], (b, n, logit.shape[-1])).reshape(logit.shape)
+    logit = jnp.where(seen_BS[:, None, None], logit, -jnp.inf)
+    most = jnp.max(logit, axis=-1, keepdims=True)
+    weight = jnp.exp(logit - most)
     total = jnp.sum(weight, axis=-1, keepdims=True)
     parts = jnp.split(weight.astype(values[0].dtype), [n_slots], axis=-1)
     outs = [
         jnp.einsum("BKXS,BKSH->BKXH", part, v, preferred_element_type=jnp.float32)
         for part, v in zip(parts, values, strict=True)
     ]
-    return ((outs[0] + outs[1]) / total).reshape(b, 1, n, h).astype(q_BTNH.dtype)
+    out_BTNH = ((outs[0] + outs[1]) / total).reshape(b, 1, n, h).astype(q_BTNH.dtype)
+    return out_BTNH, (most + jnp.log(total)).reshape(b, 1, n)

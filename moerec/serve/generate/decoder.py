@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from moerec.config import ModelConfig
 from moerec.nn.attention import attend_plain, rotate
 from moerec.nn.sharding import ROW_AXES
+from moerec.serve.generate.behind import Behind
 from moerec.serve.generate.cache import KVCache, attend_cached, find_seen, keep_prompt, write
 from moerec.serve.generate.experts import feed_forward, mix_experts
 from moerec.serve.generate.matmul import pick_rows, product
@@ -29,7 +30,8 @@ def run_prompt(
     x_BTD = _embed(weights, config, token_BT)
     keys, values = [], []
     for layer in weights.layers:
-        q, k, v = _project(layer, config, x_BTD, position_BT)
+        q, k, v = _project(layer, config, x_BTD)
+        q, k = (rotate(x, position_BT, config.rope_theta) for x in (q, k))
         out = attend_plain(q, k, v, segment_BT, config.window, config.attention)
         x_BTD = _finish(layer, config, x_BTD, out, segment_BT > 0)
         keys.append(place_rows(keep_prompt(k, n_slots)))
@@ -37,14 +39,21 @@ def run_prompt(
     return KVCache(tuple(keys), tuple(values)), x_BTD
 
 
-def start_recent(cache: KVCache, n_recent: int) -> KVCache:
-    """Room for X slots a sequence, beside the cache."""
+def start_recent(cache: KVCache, n_recent: int, behind: Behind | None = None) -> KVCache:
+    """Room for X slots a sequence, beside the cache; words have the time of the last event, and no service."""
 
     def make(x_BKSH: jax.Array) -> jax.Array:
         b, k, _, h = x_BKSH.shape
         return place_rows(jnp.zeros((b, k, n_recent, h), x_BKSH.dtype))
 
-    return jax.tree.map(make, cache)
+    recent = jax.tree.map(make, cache)
+    if behind is None:
+        return recent
+    known = behind.context.time_BT, behind.context.service_BT
+    about = tuple(
+        jnp.broadcast_to(x[:, :, None, None], room.shape) for x, room in zip(known, recent.about, strict=True)
+    )
+    return recent._replace(about=about)
 
 
 def run_slot(
@@ -56,24 +65,36 @@ def run_slot(
     start: jax.Array,
     place: jax.Array,
     n_padded_B: jax.Array,
+    behind: Behind | None = None,
 ) -> tuple[KVCache, jax.Array]:
     """What is recent with one more token a sequence, and its states `[B, 1, D]`.
 
     Args: int32 tokens; int32 scalars, the place of the first recent slot and that of the tokens; how many slots of each
-      row are padding.
+      row are padding; what text behind events is given.
     """
     position_B1 = jnp.maximum(place - n_padded_B, 0)[:, None]
     x_BTD = _embed(weights, config, token_B[:, None])
     sizes = cache.k[0].shape[2], recent.k[0].shape[2]
     seen_BS = find_seen(*sizes, start, place, n_padded_B, config.window)
+    about = tuple(jnp.concatenate(pair, axis=2) for pair in zip(cache.about, recent.about, strict=True))
     keys, values = [], []
-    for layer, k_BKSH, v_BKSH, k_BKXH, v_BKXH in zip(weights.layers, *cache, *recent, strict=True):
-        q, k, v = _project(layer, config, x_BTD, position_B1)
+    of_layers = zip(weights.layers, cache.k, cache.v, recent.k, recent.v, strict=True)
+    for n, (layer, k_BKSH, v_BKSH, k_BKXH, v_BKXH) in enumerate(of_layers):
+        if behind is not None and n == config.n_trunk:
+            x_BTD, behind = behind.route(x_BTD)
+        personal = None if behind is None else behind.personal[n]
+        plain, k, v = _project(layer, config, x_BTD)
+        if behind is not None and personal is not None:
+            plain = personal.scale(plain, behind.context)
+        q, k = (rotate(x, position_B1, config.rope_theta) for x in (plain, k))
         keys.append(place_rows(write(k_BKXH, k, place - start)))
         values.append(place_rows(write(v_BKXH, v, place - start)))
-        out = attend_cached(q, (k_BKSH, keys[-1]), (v_BKSH, values[-1]), seen_BS)
+        bias = behind.bias(personal, about) if behind is not None and personal is not None else None
+        out, lse_BTN = attend_cached(q, (k_BKSH, keys[-1]), (v_BKSH, values[-1]), seen_BS, bias)
+        if behind is not None and personal is not None:
+            out = personal.join_prefix(plain, out, lse_BTN, behind.context)
         x_BTD = _finish(layer, config, x_BTD, out, jnp.ones(x_BTD.shape[:2], bool))
-    return KVCache(tuple(keys), tuple(values)), x_BTD
+    return KVCache(tuple(keys), tuple(values), recent.about), x_BTD
 
 
 def score_tokens(weights: TextWeights, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
@@ -97,19 +118,17 @@ def _embed(weights: TextWeights, config: ModelConfig, token_BT: jax.Array) -> ja
     return pick_rows(weights.embedding, token_BT, config.compute_dtype)
 
 
-def _project(
-    layer: LayerWeights, config: ModelConfig, x_BTD: jax.Array, position_BT: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotated queries and keys, and values."""
+def _project(layer: LayerWeights, config: ModelConfig, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries and keys before rotation, and values, `[B, T, N or K, H]`."""
     y_BTD = layer.attention_norm(x_BTD)
     found = [product(y_BTD, matrix) for matrix in layer.qkv]
     if layer.qkv_bias:
         found = [y + bias.astype(y.dtype) for y, bias in zip(found, layer.qkv_bias, strict=True)]
-    h, n, n_keys = config.d_head, config.n_heads, config.n_kv_heads
+    h, n_heads, n_keys = config.d_head, config.n_heads, config.n_kv_heads
     if len(found) == 1:
-        found = jnp.split(found[0], (n * h, (n + n_keys) * h), axis=-1)
+        found = jnp.split(found[0], (n_heads * h, (n_heads + n_keys) * h), axis=-1)
     q, k, v = (y.reshape(*y.shape[:2], -1, h) for y in found)
-    return rotate(q, position_BT, config.rope_theta), rotate(k, position_BT, config.rope_theta), v
+    return q, k, v
 
 
 def _finish(

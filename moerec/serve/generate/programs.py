@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from moerec.config import ModelConfig
+from moerec.nn.model import SequenceModel
+from moerec.serve.generate.behind import Behind, read_behind
 from moerec.serve.generate.cache import KVCache, merge_recent
 from moerec.serve.generate.decoder import place_rows, run_prompt, run_slot, score_tokens, start_recent
 from moerec.serve.generate.sampling import Draw, choose_tokens
 from moerec.serve.generate.weights import TextWeights
-from moerec.types import Array
+from moerec.types import Array, Batch, Catalog
 
 CHUNK = 32  # tokens a sequence that one call makes at most
 NOTHING = -1  # where a sequence has ended
@@ -27,6 +30,14 @@ class Limits(NamedTuple):
 
     most_B: Array
     stop_X: Array
+
+
+class Whole(NamedTuple):
+    """What events are read by. Attributes: model; router_bias_LE, or None; catalog, bound to it."""
+
+    model: SequenceModel
+    router_bias_LE: jax.Array | None
+    catalog: Catalog
 
 
 class Progress(NamedTuple):
@@ -54,6 +65,7 @@ class Programs:
         self._mesh = mesh
         self._compiled: dict[Any, Any] = {}
         self._prefill = jax.jit(functools.partial(_prefill, config), static_argnames=("n_slots", "kind"))
+        self._read = jax.jit(functools.partial(_read, config), static_argnames=("n_slots", "kind"))
         self._decode = jax.jit(functools.partial(_decode, config), static_argnames=("kind",), donate_argnums=(1,))
         self.compile_s = 0.0
 
@@ -71,14 +83,31 @@ class Programs:
         *,
         n_slots: int,
         kind: str,
-    ) -> tuple[KVCache, Progress, jax.Array]:
-        """The cache, the progress, and the first token of each row, `[B, 1]` int32 or `NOTHING`.
+    ) -> tuple[KVCache, None, Progress, jax.Array]:
+        """The cache, nothing of events, the progress, and the first token of each row, `[B, 1]` int32 or `NOTHING`.
 
         Args: tokens padded on the left, and how far; slots of the cache; `Sampling.kind`.
         """
         key = "prefill", token_BT.shape, limits.stop_X.shape, n_slots, kind
         options = {"n_slots": n_slots, "kind": kind}
         return self._call(self._prefill, key, (weights, token_BT, n_padded_B, draw, limits), options)
+
+    def read(
+        self,
+        weights: TextWeights,
+        whole: Whole,
+        batch: Batch,
+        n_padded_B: Array,
+        draw: Draw,
+        limits: Limits,
+        *,
+        n_slots: int,
+        kind: str,
+    ) -> tuple[KVCache, Behind | None, Progress, jax.Array]:
+        """As `prefill`, of events and words; and what text behind them is given."""
+        key = "read", batch.kind_BT.shape, limits.stop_X.shape, n_slots, kind
+        options = {"n_slots": n_slots, "kind": kind}
+        return self._call(self._read, key, (weights, whole, batch, n_padded_B, draw, limits), options)
 
     def decode(
         self,
@@ -88,14 +117,15 @@ class Programs:
         draw: Draw,
         limits: Limits,
         n_steps: int,
+        behind: Behind | None = None,
         *,
         kind: str,
     ) -> tuple[KVCache, Progress, jax.Array]:
         """The cache (the one given is used up), the progress, and up to `n_steps` further tokens of each row,
         `[B, CHUNK]` int32 or `NOTHING`. It ends early where all rows are done.
         """
-        key = "decode", cache.k[0].shape, limits.stop_X.shape, kind
-        arguments = weights, cache, progress, draw, limits, jnp.int32(n_steps)
+        key = "decode", cache.k[0].shape, limits.stop_X.shape, kind, behind is not None
+        arguments = weights, cache, progress, draw, limits, np.int32(n_steps), behind
         return self._call(self._decode, key, arguments, {"kind": kind})
 
     def _call(self, program: Any, key: Any, arguments: tuple, options: dict[str, Any]) -> Any:
@@ -117,15 +147,44 @@ def _prefill(
     *,
     n_slots: int,
     kind: str,
-) -> tuple[KVCache, Progress, jax.Array]:
-    n_rows, n_places = token_BT.shape
+) -> tuple[KVCache, None, Progress, jax.Array]:
     cache, x_BTD = run_prompt(weights, config, token_BT, n_padded_B, n_slots)
+    return cache, None, *_begin(config, weights, x_BTD, n_padded_B, draw, limits, kind)
+
+
+def _read(
+    config: ModelConfig,
+    weights: TextWeights,
+    whole: Whole,
+    batch: Batch,
+    n_padded_B: jax.Array,
+    draw: Draw,
+    limits: Limits,
+    *,
+    n_slots: int,
+    kind: str,
+) -> tuple[KVCache, Behind | None, Progress, jax.Array]:
+    cache, behind, x_BTD = read_behind(whole.model, whole.router_bias_LE, batch, whole.catalog, n_slots)
+    return cache, behind, *_begin(config, weights, x_BTD, n_padded_B, draw, limits, kind)
+
+
+def _begin(
+    config: ModelConfig,
+    weights: TextWeights,
+    x_BTD: jax.Array,
+    n_padded_B: jax.Array,
+    draw: Draw,
+    limits: Limits,
+    kind: str,
+) -> tuple[Progress, jax.Array]:
+    """The first token of each sequence behind the states of its prompt."""
+    n_rows, n_places, _ = x_BTD.shape
     logit_BV = score_tokens(weights, config, x_BTD[:, -1:])[:, 0]
     n_B = jnp.zeros(n_rows, jnp.int32)
     place = jnp.int32(n_places - 1)  # of the last one
-    progress = Progress(token_BT[:, -1], place, n_padded_B, n_B, limits.most_B <= 0)
+    progress = Progress(n_B, place, n_padded_B, n_B, limits.most_B <= 0)
     progress, made_B = _advance(progress, choose_tokens(logit_BV, draw, n_B, kind), limits)
-    return cache, progress, made_B[:, None]
+    return progress, made_B[:, None]
 
 
 def _decode(
@@ -136,6 +195,7 @@ def _decode(
     draw: Draw,
     limits: Limits,
     n_steps: jax.Array,
+    behind: Behind | None,
     *,
     kind: str,
 ) -> tuple[KVCache, Progress, jax.Array]:
@@ -148,14 +208,14 @@ def _decode(
     def add_token(carry: tuple) -> tuple:
         step, recent, progress, made_BX = carry
         slot = progress.token_B, start, progress.place, progress.n_padded_B
-        recent, x_BTD = run_slot(weights, config, cache, recent, *slot)
+        recent, x_BTD = run_slot(weights, config, cache, recent, *slot, behind)
         logit_BV = score_tokens(weights, config, x_BTD)[:, 0]
         progress, made_B = _advance(progress, choose_tokens(logit_BV, draw, progress.n_B, kind), limits)
         made_BX = jax.lax.dynamic_update_slice_in_dim(made_BX, made_B[:, None], step, axis=1)
         return step + 1, recent, progress, made_BX
 
     made_BX = jnp.full((progress.token_B.shape[0], CHUNK), NOTHING, jnp.int32)
-    carry = jnp.int32(0), start_recent(cache, CHUNK), progress, made_BX
+    carry = jnp.int32(0), start_recent(cache, CHUNK, behind), progress, made_BX
     _, recent, progress, made_BX = jax.lax.while_loop(goes_on, add_token, carry)
     cache = jax.tree.map(place_rows, merge_recent(cache, recent, start, progress.place))
     return cache, progress, _everywhere(made_BX)

@@ -1,9 +1,10 @@
 """A text model that goes on with prompts: in batches, by two programs, with weights as decoding reads them."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,11 +12,13 @@ from jax.sharding import Mesh
 
 from moerec.errors import InputError
 from moerec.nn.model import SequenceModel
+from moerec.serve.generate.behind import pad_left
 from moerec.serve.generate.cache import round_up, size_cache
 from moerec.serve.generate.matmul import count_bytes
-from moerec.serve.generate.programs import CHUNK, NOTHING, Limits, Programs
+from moerec.serve.generate.programs import CHUNK, NOTHING, Limits, Programs, Whole
 from moerec.serve.generate.sampling import Draw, Sampling
 from moerec.serve.generate.weights import make_weights
+from moerec.types import Batch, Catalog
 
 LEAST_PROMPT = 16  # the smallest bucket of prompts
 STREAMED = 8  # tokens between two calls of a callback
@@ -54,6 +57,7 @@ class Generator:
       is_quantized: matrices are whole numbers of a byte, multiplied as such.
       mesh: of `moerec.nn.sharding.make_mesh`, heads over `model` and rows over `data` and `expert`; None: one device.
       n_context: tokens of prompt and answer together, at most; 0: no limit.
+      catalog: bound to the model, for text behind events (`generate_behind`), which keeps the whole model.
 
     Raises:
       InputError: the model has no text head.
@@ -68,6 +72,7 @@ class Generator:
         is_quantized: bool = False,
         mesh: Mesh | None = None,
         n_context: int = 0,
+        catalog: Catalog | None = None,
     ):
         dtype = dtype or model.config.compute_dtype
         self.config = dataclasses.replace(model.config, compute_dtype=dtype, dropout=0.0)
@@ -75,6 +80,7 @@ class Generator:
         self.programs = Programs(self.config, mesh)
         self.timing = Timing()
         self.n_context = n_context
+        self._whole = None if catalog is None or mesh is not None else Whole(model, router_bias_LE, catalog)
         self._least_rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["expert"]
 
     @property
@@ -150,35 +156,78 @@ class Generator:
         token_BT = np.zeros((n_rows, n_places), np.int32)
         for row, prompt in enumerate(prompts):
             token_BT[row, n_places - len(prompt) :] = prompt
+        turn_B = np.zeros(n_rows, np.uint32)
+        turn_B[: len(prompts)] = turns
+        read = functools.partial(self.programs.prefill, self.weights, token_BT)
+        return self._go_on(read, n_places, length_B, turn_B, max_new_tokens, sampling, stop, callback)[: len(prompts)]
+
+    def generate_behind(
+        self,
+        batch: Batch,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDILY,
+        stop: Sequence[int] = (),
+        callback: Callback | None = None,
+    ) -> list[Generated]:
+        """What follows sequences of events and words, each of which ends with a word.
+
+        Args: a batch whose rows hold one sequence each; the rest as of `generate`.
+
+        Raises:
+          InputError: a row holds none or several; its last slot is an event or a control token; the generator was made
+            without a catalogue; or it is on a mesh.
+        """
+        if self._whole is None:
+            raise InputError("text behind events: needs the catalogue of the run, and one device")
+        self._check([], max_new_tokens, stop)
+        n_places = round_up(int((np.asarray(batch.segment_BT) > 0).sum(axis=1).max()), LEAST_PROMPT)
+        n_rows = round_up(batch.kind_BT.shape[0])
+        padded, length_B = pad_left(batch, n_rows, n_places)
+        if self.n_context and length_B.max() >= self.n_context:
+            raise InputError(f"prompts: {length_B.max()} slots; the model's context is {self.n_context}")
+        read = functools.partial(self.programs.read, self.weights, self._whole, padded)
+        turn_B = np.zeros(n_rows, np.uint32)
+        answers = self._go_on(read, n_places, length_B, turn_B, max_new_tokens, sampling, stop, callback)
+        return answers[: batch.kind_BT.shape[0]]
+
+    def _go_on(
+        self,
+        read: Callable[..., Any],
+        n_places: int,
+        length_B: np.ndarray,
+        turn_B: np.ndarray,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[int],
+        callback: Callback | None,
+    ) -> list[Generated]:
+        """Reads prompts with a program, and makes tokens. Args: slots of each sequence, 0 of rows that are none."""
         n_left_B = np.where(length_B > 0, self.n_context - length_B if self.n_context else max_new_tokens, 0)
         most_B = np.minimum(n_left_B, max_new_tokens).astype(np.int32)
         stop_X = np.full(round_up(len(stop), 4), NOTHING, np.int32)
         stop_X[: len(stop)] = stop
-        turn_B = np.zeros(n_rows, np.uint32)
-        turn_B[: len(prompts)] = turns
         scalars = np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p)
         draw = Draw(*scalars, np.uint32(sampling.seed), turn_B)
         limits, kind = Limits(most_B, stop_X), sampling.kind
         n_slots = size_cache(n_places + int(most_B.max()), self.config.window)
 
         clock = _Clock(self.programs)
-        given = token_BT, n_places - length_B, draw, limits
-        cache, progress, made_BX = self.programs.prefill(self.weights, *given, n_slots=n_slots, kind=kind)
+        cache, behind, progress, made_BX = read(n_places - length_B, draw, limits, n_slots=n_slots, kind=kind)
         made, done_B = self._collect([], made_BX, progress.done_B, callback)
         self.timing.prefill_s += clock.lap()
         while not done_B.all():
-            n_steps = CHUNK if callback is None else STREAMED
-            step = progress, draw, limits, n_steps
+            step = progress, draw, limits, CHUNK if callback is None else STREAMED, behind
             cache, progress, made_BX = self.programs.decode(self.weights, cache, *step, kind=kind)
             made, done_B = self._collect(made, made_BX, progress.done_B, callback)
         self.timing.decode_s += clock.lap()
-        all_BX = np.concatenate(made, axis=1)
-        answers = [row[row != NOTHING] for row in all_BX[: len(prompts)]]
+        answers = [row[row != NOTHING] for row in np.concatenate(made, axis=1)]
         self.timing.n_prompt += int(length_B.sum())
         self.timing.n_made += sum(map(len, answers))
-        ends = ["stop" if len(a) < most else "length" if most == max_new_tokens else "context"
-                for a, most in zip(answers, most_B, strict=False)]  # fmt: skip
-        return [Generated(*found) for found in zip(answers, ends, strict=True)]
+        found = []
+        for answer, most in zip(answers, most_B, strict=True):
+            end = "stop" if len(answer) < most else "length" if most == max_new_tokens else "context"
+            found.append(Generated(answer, end))
+        return found
 
     @staticmethod
     def _collect(

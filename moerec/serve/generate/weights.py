@@ -140,15 +140,14 @@ class _Maker(NamedTuple):
         biases = (attention.q_bias_NH, attention.k_bias_KH, attention.v_bias_KH)
         flat = [b[...].reshape(-1) for b in biases if b is not None]
         flat = [jnp.concatenate(flat)] if flat and self.mesh is None else flat
-        ffn = block.ffn
         return LayerWeights(
             self.whole(block.attention_norm),
             self.side_by_side(heads),
             tuple(self.place(b, PartitionSpec()) for b in flat),
             self.matrix(attention.o_NHD[...].reshape(-1, d).T, 1, "model"),
             self.whole(block.ffn_norm),
-            None if isinstance(ffn, DomainExperts) else self.dense(ffn),
-            self.experts(ffn, bias_E) if isinstance(ffn, DomainExperts) else None,
+            None if isinstance(block.ffn, DomainExperts) else self.dense(block.ffn),
+            self.experts(block.ffn, bias_E) if isinstance(block.ffn, DomainExperts) else None,
         )
 
     def dense(self, ffn: SwiGLU) -> DenseWeights:
