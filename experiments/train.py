@@ -23,6 +23,7 @@ def main(config, flags):
     """Runs one config and prints its table."""
     from moerec.eval.evaluate_run import run_experiment
     from moerec.eval.language import format_language
+    from moerec.eval.ranking.item_texts import format_words
     from moerec.eval.report import format_forced, format_table
 
     if flags["seeds"].present:
@@ -34,8 +35,9 @@ def main(config, flags):
         print(format_language(metrics))
     else:
         print(format_table(metrics))
-        if matrix := format_forced(metrics):
-            print(matrix)
+        for told in (format_forced(metrics), format_words(metrics)):
+            if told:
+                print(told)
     print(f"report: {Path(flags.workdir) / 'report.html'}", flush=True)
     return metrics
 
