@@ -2,8 +2,8 @@
 
 Command: python -m experiments.train --config=configs/city_words.py --workdir=runs/city_words
 
-Of the 16 rows of a batch 8 are of events, 6 of documents and 2 of items with their texts. What it is compared with trains
-on the same rows of events, or of documents, in as many steps:
+Of the 16 rows of a batch 8 are of events, 6 of documents and 2 of items with their texts. What it is compared with
+trains on the same rows of events, or of documents, in as many steps:
 
     python -m experiments.train --config=configs/city_words.py --workdir=runs/city_words_events \
         --config.data.mix.documents=0 --config.data.mix.item_texts=0 --config.tasks='("next_event",)' \

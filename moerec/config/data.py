@@ -356,7 +356,7 @@ class DataConfig:
             require(self.source != "text", "data.mix", "words beside events need events; data.source text has none")
         if self.mix.item_texts:
             is_long = self.mix.max_tokens < self.history_len
-            require(is_long, "data.mix.max_tokens", "must be below data.history_len: an item stands beside its text")
+            require(is_long, "data.mix.max_tokens", "must be below data.history_len: an item takes a slot, too")
         one_of(self.item_tokens, "data.item_tokens", ("subwords", "words", "plain_words"))
         has_subwords = self.item_tokens == "subwords" or not self.item_tokenizer
         require(has_subwords, "data.item_tokenizer", "belongs to data.item_tokens subwords")

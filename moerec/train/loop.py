@@ -225,8 +225,8 @@ class MetricLogger:
             raise WorkError(f"step {step}: the loss is {values['loss']}")
         self.shown.update(loss=values["loss"], slots_per_s=self._progress.slots_per_s)
         if self._is_mixed:
-            told = ("/loss", "share")
-            self.shown.update({name: value for name, value in values.items() if name.endswith(told)})
+            told = {name: value for name, value in values.items() if name.endswith(("/loss", "share"))}
+            self.shown.update({name.replace("/", " "): value for name, value in told.items()})
         self._writer.write(step, {**values, "slots_per_s": self._progress.slots_per_s})
         if is_shown:
             self._writer.progress(step, self.shown)
@@ -307,7 +307,9 @@ def _run_steps(
             score, valid = found
             writer.write(step, valid)
             is_ndcg = "valid/union/ndcg@10" in valid  # an evaluator of one's own measures anything
-            logger.shown |= pick_shown(valid) or {"valid/ndcg@10" if is_ndcg else "valid/score": score}
+            of_words = pick_shown(valid)
+            of_all = {} if of_words and not is_ndcg else {"valid/ndcg@10" if is_ndcg else "valid/score": score}
+            logger.shown |= of_all | of_words
             progress.wall_s, progress.is_eval_due = earlier_s + time.monotonic() - started, False
             if score > progress.best:
                 progress.best, progress.best_step, progress.evals_since_best = score, step, 0

@@ -33,8 +33,8 @@ from moerec.tasks import make_tasks
 from moerec.tasks.base import render_targets
 from moerec.types import EVENT, NO_TIME, RECOMMEND, TOKEN
 from tests.data.text.test_stream import assert_same_batch, make_corpus
-from tests.random_dataset import make_dataset
 from tests.mixed import TASKS, make_mixed_config
+from tests.random_dataset import make_dataset
 
 ROW_LEN, END = 9, 99
 DATASET = make_dataset([7, 3, 20, 2, 9, 1, 4])
@@ -183,9 +183,7 @@ def test_tokens_of_held_out_items_are_in_no_batch_and_nor_are_they_themselves():
 def test_processes_share_the_items():
     seen = []
     for index in range(2):
-        slots = itertools.chain.from_iterable(
-            map(read_slots, open_item_texts(process_index=index, process_count=2))
-        )
+        slots = itertools.chain.from_iterable(map(read_slots, open_item_texts(process_index=index, process_count=2)))
         seen.append({whose(sequence)[0] for sequence in itertools.islice(slots, 60)})
     assert not seen[0] & seen[1]
     assert seen[0] | seen[1] == set(TEXTS.list_items(held_out=False).tolist())
@@ -232,7 +230,10 @@ def open_alone(name: str, n_rows: int, seed: int = 0):
     return open_item_texts(n_rows, seed=seed)
 
 
-def open_mixed(shares=MixConfig(events=2.5, documents=1.5, item_texts=1).shares, n_rows=5) -> MixedStream:
+SHARES = MixConfig(events=2.5, documents=1.5, item_texts=1).shares
+
+
+def open_mixed(shares=SHARES, n_rows=5) -> MixedStream:
     streams = {name: open_alone(name, 1) for name in shares}
     tasks = tuple(task for task in TASKS if any(task in STREAM_TASKS[name] for name in shares))
     return MixedStream(streams, tasks, RowShares.of(shares, n_rows), Widths(2, 2, 3))

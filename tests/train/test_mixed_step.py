@@ -1,4 +1,4 @@
-"""A step on events and words together: each task's loss by hand, whatever rows it looks at, microbatches and devices."""
+"""A step on events and words together: each task's loss by hand, whatever rows it looks at, on parts and devices."""
 
 import contextlib
 import dataclasses
@@ -136,7 +136,9 @@ def test_losses_and_gradients_are_those_of_looking_at_all_rows(monkeypatch):
     monkeypatch.setattr(step_module, "find_rows", lambda name, config, n_rows: slice(0, n_rows))
     grads, metrics = differentiate(CONFIG, make_params(), load()[1][1])
     expected, expected_metrics = whole()
-    assert {k: float(v) for k, v in metrics.items()} == pytest.approx({k: float(v) for k, v in expected_metrics.items()})
+    assert {k: float(v) for k, v in metrics.items()} == pytest.approx(
+        {k: float(v) for k, v in expected_metrics.items()}
+    )
     assert worst_gap(grads, expected) < 1e-5
 
 
@@ -181,7 +183,9 @@ def test_weights_of_tasks_multiply_their_means():
 
 def test_a_control_token_behind_words_asks_the_service_of_its_item(monkeypatch):
     """In training, where services are asked; words ask nobody."""
-    asked = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, ask=AskConfig(from_layer=1), n_layers=2))
+    asked = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, ask=AskConfig(from_layer=1), n_layers=2)
+    )
     data, batches = load()
     catalog, seen = jax.tree.map(jnp.asarray, data.catalog), {}
 

@@ -3,12 +3,12 @@
     <words> <|recommend|>     the control token predicts the item (the task text_to_item)
     <event> <words>           the event predicts the first token, each token the next one (item_to_text)
 
-A share of the items is held out from both. It is chosen by a hash of the text, not of the item, so that of several items
-with one text all are held out, or none. A leak is impossible by construction: the only place in which an item and the
-tokens of its text are laid into one sequence is `pack_item_texts`, and training gives it the items of
-`ItemTexts.list_items(held_out=False)` alone, whose texts are all other ones. A segment sees no other segment, the users'
-sequences have no words, and the documents no items. (What the vector of an item is made of, `model.item_text`, is part
-of the item: it is how one that was never trained on is known at all.)
+A share of the items is held out from both. It is chosen by a hash of the text, not of the item, so that of several
+items with one text all are held out, or none. A leak is impossible by construction: the only place in which an item and
+the tokens of its text are laid into one sequence is `pack_item_texts`, and training gives it the items of
+`ItemTexts.list_items(held_out=False)` alone, whose texts are all other ones. A segment sees no other segment, the
+users' sequences have no words, and the documents no items. (What the vector of an item is made of, `model.item_text`,
+is part of the item: it is how one that was never trained on is known at all.)
 """
 
 import dataclasses
@@ -120,9 +120,7 @@ def pack_item_texts(
 class ItemTextStream(grain.IterDataset[Batch]):
     """Endless packed batches of items with their texts: each that is trained on once an epoch in each of its ways."""
 
-    def __init__(
-        self, texts: ItemTexts, items: ItemTable, ways: Sequence[str], render: Render, options: StreamOptions
-    ):
+    def __init__(self, texts: ItemTexts, items: ItemTable, ways: Sequence[str], render: Render, options: StreamOptions):
         """Args: ways: of `TO_ITEM` and `TO_TEXT`, those that are wanted."""
         super().__init__()
         if len(texts.list_items(held_out=False)) < options.process_count:

@@ -69,7 +69,9 @@ class Widths(NamedTuple):
 class MixedStream(grain.IterDataset[Batch]):
     """Endless batches mixed of the batches' rows of several streams."""
 
-    def __init__(self, streams: Mapping[str, grain.IterDataset], tasks: tuple[str, ...], shares: RowShares, widths: Widths):
+    def __init__(
+        self, streams: Mapping[str, grain.IterDataset], tasks: tuple[str, ...], shares: RowShares, widths: Widths
+    ):
         """Args: the streams by name, in the order of `shares`; all tasks of any of them."""
         super().__init__()
         self._streams, self._rest = dict(streams), (tasks, shares, widths)
@@ -108,7 +110,9 @@ class MixedIterator(grain.DatasetIterator[Batch]):
             rows.set_state(state["streams"][name])
 
 
-def make_mixed_stream(config: Config, data: RunData, renders: Mapping[str, Render], options: StreamOptions) -> MixedStream:
+def make_mixed_stream(
+    config: Config, data: RunData, renders: Mapping[str, Render], options: StreamOptions
+) -> MixedStream:
     """The stream of a config with words beside events. Args: renders: of each stream, what its own tasks want."""
     corpus, texts, items = data.corpus, data.item_texts, data.dataset.catalogue
     assert corpus is not None

@@ -53,7 +53,9 @@ class ItemTextTargets:
             of_service = items.service[item]
             low, high = items.offsets[of_service], items.offsets[of_service + 1]
             columns = [(placed.start + length - 1, -1), (item, -1), (low, 0), (high, 1)]
-            queries = RankQueries(*(self._pad(*column) for column in columns), self._pad(np.full((placed.n, 1), -1), -1))
+            queries = RankQueries(
+                *(self._pad(*column) for column in columns), self._pad(np.full((placed.n, 1), -1), -1)
+            )
             yield which, batch, queries
             done += placed.n
 
