@@ -217,7 +217,7 @@ class SplitConfig:
 
 @dataclasses.dataclass
 class CorpusConfig:
-    """Documents of text, for `source` text and for `mix`: of one `path`, or several corpora by name, each with a share."""
+    """Documents, for `source` text and for `mix`: of one `path`, or several corpora by name, each with a share."""
 
     path: str = ""  # a file of documents (.txt, .jsonl, .parquet; .txt and .jsonl also .gz), or a folder of such files
     sources: tuple[str, ...] = ()  # "name=path" of each corpus; or "name=city:KIND", texts of the built-in world

@@ -81,7 +81,7 @@ def sum_losses(
     domain_BT = find_domains(tasks, batch, catalog)
     asked = {}
     if config.model.is_asked:  # the service that a slot asks in training is that of its next event, or of its item
-        of_items = [task for task in tasks if isinstance(task, NextEvent)]
+        of_items: list[Task] = [task for task in tasks if isinstance(task, NextEvent)]
         asked = {"hypothesis_BT": find_domains(of_items, batch, catalog)}
     options: dict[str, Any] = {**asked, "router_bias_LE": router_bias_LE}
     if told_names(config.model):  # whose tables have been counted on these very targets

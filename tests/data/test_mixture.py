@@ -55,14 +55,14 @@ def test_streams_have_had_their_shares_to_within_a_row_at_every_step(shares, n_r
     n_rows *= n_parts
     rows, total = RowShares.of(named, n_rows), Counter()
     for step in range(40):
-        count = rows.count(step)
+        count = rows.split(step)
         assert sum(count.values()) == n_rows
         total.update(count)
         for name, share in named.items():
             assert abs(total[name] - share / sum(shares) * n_rows * (step + 1)) < 1 + 1e-9
     for step in (first, first + 1, first + 2):
         begin = 0
-        for name, n in rows.count(step).items():
+        for name, n in rows.split(step).items():
             assert n >= 0
             allowed = rows.span(name, n_parts)
             for r in range(begin, begin + n):
@@ -72,7 +72,7 @@ def test_streams_have_had_their_shares_to_within_a_row_at_every_step(shares, n_r
 
 def test_shares_that_come_to_whole_rows_are_the_same_in_each_batch():
     rows = RowShares.of({"a": 0.3, "b": 0.1, "c": 0.6}, 10)
-    assert {tuple(rows.count(step).values()) for step in range(1000)} == {(3, 1, 6)}
+    assert {tuple(rows.split(step).values()) for step in range(1000)} == {(3, 1, 6)}
     assert [rows.span(name) for name in "abc"] == [slice(0, 3), slice(3, 4), slice(4, 10)]
 
 
@@ -249,7 +249,7 @@ def test_the_rows_of_a_stream_are_those_that_it_gives_alone(left_out):
     for step, batch in enumerate(itertools.islice(open_mixed(shares), 30)):
         shapes.add(str(jax.tree.map(lambda x: (x.shape, str(x.dtype)), batch)))
         row = 0
-        for name, n in rows.count(step).items():
+        for name, n in rows.split(step).items():
             for _ in range(n):
                 expected = widths.widen(next(alone[name]))
                 got = jax.tree.map(lambda x, r=row: x[r : r + 1], batch)

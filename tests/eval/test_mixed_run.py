@@ -41,7 +41,7 @@ def finished(tmp_path_factory):
     return folder, run_experiment(make_config(), folder)
 
 
-def lay(kind, item, service, token, n_context: int) -> Batch:
+def lay(kind, item, service, token, widths: tuple[int, int]) -> Batch:
     """One sequence, in a row of twelve slots."""
 
     def row(values, empty):
@@ -49,7 +49,7 @@ def lay(kind, item, service, token, n_context: int) -> Batch:
 
     n = len(kind)
     time, zero = row([], NO_TIME), row([], 0)
-    request = Request(time, zero, np.zeros((1, 12, n_context), np.int32), np.zeros((1, 12, 0), np.int32))
+    request = Request(time, zero, *(np.zeros((1, 12, n), np.int32) for n in widths))
     return Batch(
         row(kind, 0), row(item, 0), row(service, 3), zero, time, zero, row(range(n), 0), row([1] * n, 0), request, {},
         row(token, 0),
@@ -64,7 +64,7 @@ def by_hand(finished) -> dict[str, dict[bool, list[tuple]]]:
     run = Run(folder)
     data = add_words(config, load_data(config.data, folder), folder)
     catalog, texts, items = bind_catalog(run.predictor, data.catalog), data.item_texts, data.dataset.catalogue
-    n_context = data.dataset.log.context.shape[1]
+    widths = data.dataset.log.context.shape[1], data.dataset.profile_codes[0].shape[1]
     rows_VD = run.predictor.params.text_head.row_VD
     rows_VD = np.asarray(run.predictor.params.token_encoder.row_VD[...] if rows_VD is None else rows_VD[...])
     encode = jax.jit(lambda batch: run.predictor.encode(batch, catalog).state_BTD)
@@ -74,12 +74,12 @@ def by_hand(finished) -> dict[str, dict[bool, list[tuple]]]:
         ids = data.corpus.tokenizer.encode(text).tolist()
         cut, n = ids[:11], min(len(ids), 11)
         service = int(items.service[i])
-        asked = lay([*[TOKEN] * n, RECOMMEND], [], [3] * (n + 1), cut, n_context)
+        asked = lay([*[TOKEN] * n, RECOMMEND], [], [3] * (n + 1), cut, widths)
         score_I = vector_ID @ np.asarray(encode(asked), np.float64)[0, n] + bias_I
         above, own = score_I > score_I[i] + 1e-6, items.service == service
         is_held = bool(texts.is_held_out[i])
         found["ranks"][is_held].append((above.sum(), (above & own).sum()))
-        told = lay([EVENT, *[TOKEN] * n], [i], [service, *[3] * n], [0, *cut], n_context)
+        told = lay([EVENT, *[TOKEN] * n], [i], [service, *[3] * n], [0, *cut], widths)
         state_TD = np.asarray(encode(told), np.float64)[0]
         targets = cut if len(ids) > 11 else [*ids, data.corpus.end]
         logits = [rows_VD @ state_TD[t] for t in range(len(targets))]

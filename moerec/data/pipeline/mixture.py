@@ -91,7 +91,7 @@ class MixedIterator(grain.DatasetIterator[Batch]):
 
     def __next__(self) -> Batch:
         parts = []
-        for name, n_rows in self._shares.count(self._step).items():
+        for name, n_rows in self._shares.split(self._step).items():
             if n_rows:
                 batch = self._widths.widen(self._streams[name].take(n_rows))
                 none = Target(np.zeros_like(batch.item_BT), np.zeros(batch.item_BT.shape, np.float32))

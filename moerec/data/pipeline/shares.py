@@ -31,7 +31,7 @@ class RowShares(NamedTuple):
             ends.append(done / total * n_rows)
         return cls(tuple(exact), tuple(ends))
 
-    def count(self, step: int) -> dict[str, int]:
+    def split(self, step: int) -> dict[str, int]:
         """Rows of each stream in the batch of a step, from 0."""
         found, before = {}, 0
         for name, end in zip(self.names, self.ends_K, strict=True):
