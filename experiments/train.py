@@ -34,10 +34,8 @@ def main(config, flags):
     if config.data.source == "text":
         print(format_language(metrics))
     else:
-        print(format_table(metrics))
-        for told in (format_forced(metrics), format_words(metrics)):
-            if told:
-                print(told)
+        told = format_table(metrics), format_forced(metrics), format_words(metrics)
+        print("\n".join(filter(None, told)))
     print(f"report: {Path(flags.workdir) / 'report.html'}", flush=True)
     return metrics
 

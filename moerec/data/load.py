@@ -29,7 +29,8 @@ from moerec.data.neighbors import (
     make_text_table,
     save_neighbors,
 )
-from moerec.data.pipeline import EventReader, ItemTexts, MemoryReader, ShardReader
+from moerec.data.pipeline.events import EventReader, MemoryReader, ShardReader
+from moerec.data.pipeline.item_texts import ItemTexts
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.prepare.tables_to_shards import is_current, prepare
 from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties

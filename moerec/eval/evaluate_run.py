@@ -108,6 +108,8 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
         return metrics
     trained = fit(config, data, workdir, make_mixed_evaluator(config, data))
     metrics = make_results(config, data, trained, workdir)
+    if words := evaluate_words(config, data, trained.predictor, trained.catalog):
+        metrics["tasks"] = words
     write_json(finished, metrics)
     write_report(workdir)
     return metrics
@@ -137,8 +139,6 @@ def make_results(config: Config, data: RunData, trained: TrainResult, workdir: P
         "slices": _slices(config, examples, data, ranks),
         "probes": {},
     }
-    if words := evaluate_words(config, data, trained.predictor, trained.catalog):
-        metrics["tasks"] = words
     _probe(metrics, config, data, trained, examples)
     if config.eval.interventions:
         metrics["probes"] |= _intervene(config, data, trained, examples, ranks)

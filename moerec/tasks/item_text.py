@@ -4,7 +4,6 @@ import jax
 
 from moerec.config import Config
 from moerec.data.packing import Packed
-from moerec.data.pipeline.item_texts import TO_ITEM, TO_TEXT
 from moerec.errors import InputError
 from moerec.tasks.base import register_task
 from moerec.tasks.lm import LanguageModel
@@ -12,11 +11,11 @@ from moerec.tasks.next_event import NextEvent
 from moerec.types import Catalog, Target
 
 
-@register_task(TO_ITEM)
+@register_task("text_to_item")
 class TextToItem(NextEvent):
     """The item, at the control token behind its text; by the item head and the loss of `next_event`."""
 
-    name = TO_ITEM
+    name = "text_to_item"
 
     def check(self, config: Config) -> None:
         super().check(config)
@@ -25,11 +24,11 @@ class TextToItem(NextEvent):
             raise InputError(f"config.data.first_event: the task {self.name} needs the control token")
 
 
-@register_task(TO_TEXT)
+@register_task("item_to_text")
 class ItemToText(LanguageModel):
     """The first token of an item's text at the item's event, and each token at the one before."""
 
-    name = TO_TEXT
+    name = "item_to_text"
 
     def check(self, config: Config) -> None:
         _require_words(self.name, config)

@@ -17,7 +17,7 @@ from moerec.config import Config
 from moerec.config.cli.malloc import disable_malloc_trim
 from moerec.config.terminal import printable
 from moerec.data.load import RunData, make_reader
-from moerec.data.pipeline import PackedStream, StreamOptions
+from moerec.data.pipeline.events import PackedStream, StreamOptions
 from moerec.data.pipeline.mixture import MixedStream, make_mixed_stream
 from moerec.data.text.corpus import Corpus
 from moerec.data.text.stream import TextStream

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moerec.config import MixConfig
 from moerec.data.dataset import ItemTable
 from moerec.data.packing import place_sequences
-from moerec.data.pipeline import MemoryReader, PackedStream, StreamOptions
+from moerec.data.pipeline.events import MemoryReader, PackedStream, StreamOptions
 from moerec.data.pipeline.item_texts import (
     TO_ITEM,
     TO_TEXT,

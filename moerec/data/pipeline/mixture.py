@@ -27,7 +27,7 @@ from moerec.types import EVENT, Batch, Target
 FOLDER = "data.text"  # in the directory of a run: its documents, prepared; `data` has its tables
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """The iterator of a stream of which any number of rows can be taken, and whose position can be saved."""
 
     def take(self, n_rows: int) -> Batch: ...
@@ -84,7 +84,7 @@ class MixedStream(grain.IterDataset[Batch]):
 class MixedIterator(grain.DatasetIterator[Batch]):
     """State: the step, from which the shares follow, and the positions of the streams."""
 
-    def __init__(self, streams: Mapping[str, Rows], tasks: tuple[str, ...], shares: RowShares, widths: Widths):
+    def __init__(self, streams: Mapping[str, RowSource], tasks: tuple[str, ...], shares: RowShares, widths: Widths):
         super().__init__()
         self._streams, self._tasks, self._shares, self._widths = streams, tasks, shares, widths
         self._step = 0

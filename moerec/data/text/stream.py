@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from moerec.data.packing import Packed, Placement, assemble_words
-from moerec.data.pipeline import Render, StreamOptions
+from moerec.data.pipeline.events import Render, StreamOptions
 from moerec.data.text.corpus import Corpus
 from moerec.data.text.token_shards import TokenArray
 from moerec.errors import InputError

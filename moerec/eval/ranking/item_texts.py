@@ -52,9 +52,12 @@ class ItemTextTargets:
             batch = self._widths.widen(packed.batch)._replace(targets=targets)
             of_service = items.service[item]
             low, high = items.offsets[of_service], items.offsets[of_service + 1]
-            columns = [(placed.start + length - 1, -1), (item, -1), (low, 0), (high, 1)]
             queries = RankQueries(
-                *(self._pad(*column) for column in columns), self._pad(np.full((placed.n, 1), -1), -1)
+                slot=self._pad(placed.start + length - 1, -1),
+                target=self._pad(item, -1),
+                low=self._pad(low, 0),
+                high=self._pad(high, 1),
+                seen=self._pad(np.full((placed.n, 1), -1), -1),
             )
             yield which, batch, queries
             done += placed.n
