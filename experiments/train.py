@@ -23,6 +23,7 @@ def main(config, flags):
     """Runs one config and prints its table."""
     from moerec.eval.evaluate_run import run_experiment
     from moerec.eval.language import format_language
+    from moerec.eval.ranking.item_texts import format_words
     from moerec.eval.report import format_forced, format_table
 
     if flags["seeds"].present:
@@ -34,7 +35,7 @@ def main(config, flags):
         print(format_language(metrics))
     else:
         print(f"seed {config.seed}: {flags.workdir}")
-        print("\n".join(filter(None, (format_table(metrics), format_forced(metrics)))))
+        print("\n".join(filter(None, (format_table(metrics), format_forced(metrics), format_words(metrics)))))
     print(f"report: {Path(flags.workdir) / 'report.html'}", flush=True)
     return metrics
 

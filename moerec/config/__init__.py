@@ -6,7 +6,15 @@ The classes are not frozen only because `ml_collections.config_flags` sets field
 import dataclasses
 
 from moerec.config.checks import require, require_seed
-from moerec.config.data import CityConfig, CorpusConfig, DataConfig, SchemaConfig, SplitConfig, TablesConfig
+from moerec.config.data import (
+    CityConfig,
+    CorpusConfig,
+    DataConfig,
+    MixConfig,
+    SchemaConfig,
+    SplitConfig,
+    TablesConfig,
+)
 from moerec.config.model import AskConfig, ModelConfig, MoEConfig, PersonalConfig, TextConfig, TimeConfig
 from moerec.config.train import AuditConfig, EvalConfig, LossConfig, OptimConfig, TrainConfig
 
@@ -20,6 +28,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "LossConfig",
+    "MixConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",
@@ -67,7 +76,10 @@ class Config:
         require(bool(self.tasks), "tasks", "at least one is needed")
         is_text = self.data.source == "text"
         require(not is_text or self.tasks == ("lm",), "tasks", "documents (data.source text) have the task lm alone")
-        require(is_text or "lm" not in self.tasks, "tasks", "lm needs documents (data.source text)")
+        if not is_text:
+            self._check_mix()
+        for name in self.loss.weight_of:
+            require(name in self.tasks, "loss.task_weights", f"{name!r} is none of config.tasks")
         for name in ("text", "transition", "crossing"):
             has_table = getattr(self.data, f"{name}_neighbors") > 0 or not getattr(self.model, f"{name}_pointer")
             require(has_table, f"model.{name}_pointer", f"needs neighbors: set data.{name}_neighbors, say to 64")
@@ -81,6 +93,23 @@ class Config:
         require(has_states, "model.item_states", "needs the run of a language model (data.item_states)")
         is_read = self.model.item_states or not self.data.item_states
         require(is_read, "data.item_states", "nothing reads them while model.item_states is false")
+
+    def _check_mix(self):
+        shares = self.data.mix.shares
+        told = "lm needs documents (data.source text), or some beside events (data.mix.documents)"
+        require("documents" in shares or "lm" not in self.tasks, "tasks", told)
+        of_items = [name for name in ("text_to_item", "item_to_text") if name in self.tasks]
+        told = f"{''.join(of_items[:1])} needs items with their texts beside events (data.mix.item_texts)"
+        require("item_texts" in shares or not of_items, "tasks", told)
+        if not self.data.mix.has_words:
+            return
+        wanted = {"events": ("next_event",), "documents": ("lm",), "item_texts": ("text_to_item", "item_to_text")}
+        for name, share in shares.items():
+            is_learned = any(task in self.tasks for task in wanted[name])
+            told = f"nothing is learned of them: config.tasks has no {' or '.join(wanted[name])}"
+            require(is_learned, f"data.mix.{name}", told)
+            is_there = share / sum(shares.values()) * self.train.batch_size >= 1
+            require(is_there, f"data.mix.{name}", "comes to less than a row of a batch (train.batch_size)")
 
 
 def checked(config):

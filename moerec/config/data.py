@@ -217,7 +217,7 @@ class SplitConfig:
 
 @dataclasses.dataclass
 class CorpusConfig:
-    """Documents of text, for `source` text: of one `path`, or several corpora by name, each with a share."""
+    """Documents, for `source` text and for `mix`: of one `path`, or several corpora by name, each with a share."""
 
     path: str = ""  # a file of documents (.txt, .jsonl, .parquet; .txt and .jsonl also .gz), or a folder of such files
     sources: tuple[str, ...] = ()  # "name=path" of each corpus; or "name=city:KIND", texts of the built-in world
@@ -261,6 +261,42 @@ class CorpusConfig:
         return found
 
 
+@dataclasses.dataclass
+class MixConfig:
+    """Words beside events in one stream: what its slots are shared out among, and what is made of the items' texts.
+
+    Shares are in any measure; each of the streams with one has a row of each batch at least.
+    """
+
+    events: float = 1.0  # of the users' sequences: the task next_event
+    documents: float = 0.0  # of `corpus`: the task lm
+    item_texts: float = 0.0  # of items with their texts: the tasks text_to_item and item_to_text
+    held_out: float = 0.1  # share of the items, by a hash of their texts, that these two are not trained on
+    max_tokens: int = 32  # most tokens of an item's text
+    prepared: str = ""  # a folder of documents that experiments.prepare wrote, instead of `corpus`
+
+    def __post_init__(self):
+        for name in MIXED:
+            share = getattr(self, name)
+            require(0 <= share < math.inf, f"data.mix.{name}", "must be a number of at least 0")
+        require(0 <= self.held_out < 1, "data.mix.held_out", "must lie in [0, 1)")
+        require(self.max_tokens >= 1, "data.mix.max_tokens", "must be at least 1")
+        require(self.events > 0, "data.mix.events", "must be positive; of words alone is data.source text")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of each stream that has one, in the order in which their rows stand in a batch."""
+        return {name: share for name in MIXED if (share := getattr(self, name)) > 0}
+
+    @property
+    def has_words(self) -> bool:
+        """Whether there is anything but events."""
+        return len(self.shares) > 1
+
+
+MIXED = ("events", "item_texts", "documents")  # those with the items' softmax first, those with the tokens' last
+
+
 def _read_pairs(entries: tuple[str, ...], field: str, form: str) -> dict[str, str]:
     """Name -> value, from entries `name=value`; names are words, which stand in tables and in names of metrics."""
     found: dict[str, str] = {}
@@ -282,6 +318,7 @@ class DataConfig:
     schema: SchemaConfig = dataclasses.field(default_factory=SchemaConfig)
     split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    mix: MixConfig = dataclasses.field(default_factory=MixConfig)
     seed: int = 0  # the city, the permutation of item ids, the split by user
     seq_len: int = 128  # slots of a packed row
     history_len: int = 128  # most slots of one user's sequence that a prediction sees
@@ -315,6 +352,11 @@ class DataConfig:
         require(1 <= self.history_len <= self.seq_len, "data.history_len", "must lie in [1, data.seq_len]")
         for name in ("n_shards", "max_tokens", "vocab_size"):
             require(getattr(self, name) >= 1, f"data.{name}", "must be at least 1")
+        if self.mix.has_words:
+            require(self.source != "text", "data.mix", "words beside events need events; data.source text has none")
+        if self.mix.item_texts:
+            is_long = self.mix.max_tokens < self.history_len
+            require(is_long, "data.mix.max_tokens", "must be below data.history_len: an item takes a slot, too")
         one_of(self.item_tokens, "data.item_tokens", ("subwords", "words", "plain_words"))
         has_subwords = self.item_tokens == "subwords" or not self.item_tokenizer
         require(has_subwords, "data.item_tokenizer", "belongs to data.item_tokens subwords")

@@ -20,8 +20,10 @@ class LossConfig:
     balance_weight: float = 0.01  # load over the global batch against the load that its domains ask for
     domain_balance_weight: float = 0.01  # the same within the slots of each domain
     router_z_weight: float = 0.001  # mean square of the router's log-sum-exp
+    task_weights: tuple[str, ...] = ()  # "TASK=NUMBER": what a task's mean loss is multiplied by; the others by 1
 
     def __post_init__(self):
+        require(len(self.weight_of) == len(self.task_weights), "loss.task_weights", "a task is there twice")
         for name in ("analyser_weight", "balance_weight", "domain_balance_weight", "router_z_weight"):
             require(getattr(self, name) >= 0, f"loss.{name}", "must not be negative")
         one_of(self.scope, "loss.scope", ("union", "service"))
@@ -31,9 +33,28 @@ class LossConfig:
             require(getattr(self, name) >= 1, f"loss.{name}", "must be at least 1")
 
     @property
+    def weight_of(self) -> dict[str, float]:
+        """The weights of the tasks that have one of their own."""
+        return _read_numbers(self.task_weights, "loss.task_weights", '"TASK=NUMBER"')
+
+    @property
     def by_service(self) -> bool:
         """Whether the competitors of a target are the items of its own service alone."""
         return self.scope == "service"
+
+
+def _read_numbers(entries: tuple[str, ...], field: str, form: str, words: tuple[str, ...] = ()) -> dict[str, float]:
+    """Name -> number of at least 0, from entries `name=number`. Args: words: that may stand for 0."""
+    found = {}
+    for entry in entries:
+        name, _, digits = entry.rpartition("=")
+        try:
+            found[name] = 0.0 if digits in words else float(digits)
+        except ValueError:
+            found[name] = -1.0
+        is_fit = bool(name) and math.isfinite(found[name]) and found[name] >= 0
+        require(is_fit, field, f"{entry!r} is not of the form {form}")
+    return found
 
 
 @dataclasses.dataclass
@@ -64,16 +85,7 @@ class OptimConfig:
     @property
     def rates(self) -> dict[str, float]:
         """Of each pattern the multiple of the learning rate; 0 is frozen."""
-        found = {}
-        for entry in self.groups:
-            pattern, _, rate = entry.rpartition("=")
-            try:
-                found[pattern] = 0.0 if rate == "frozen" else float(rate)
-            except ValueError:
-                found[pattern] = -1.0
-            is_fit = bool(pattern) and math.isfinite(found[pattern]) and found[pattern] >= 0
-            require(is_fit, "optim.groups", f'{entry!r} is not of the form "PATTERN=RATE" or "PATTERN=frozen"')
-        return found
+        return _read_numbers(self.groups, "optim.groups", '"PATTERN=RATE" or "PATTERN=frozen"', words=("frozen",))
 
 
 @dataclasses.dataclass

@@ -29,10 +29,12 @@ from moerec.data.neighbors import (
     make_text_table,
     save_neighbors,
 )
-from moerec.data.pipeline import EventReader, MemoryReader, ShardReader
+from moerec.data.pipeline.events import EventReader, MemoryReader, ShardReader
+from moerec.data.pipeline.item_texts import ItemTexts
 from moerec.data.prepare.shards import Meta, load_dataset, open_source, write_dataset
 from moerec.data.prepare.tables_to_shards import is_current, prepare
 from moerec.data.splits import TRAIN, assign_split_ids, shuffle_ties
+from moerec.data.text.corpus import Corpus
 from moerec.data.text.item_states import open_store, standardise
 from moerec.data.text.item_tokens import ITEM_TOKENS, PLAIN_WORDS, ItemVocabulary, TokenTable, make_vocabulary
 from moerec.data.timezones import Zones, settle_zones
@@ -60,6 +62,7 @@ class RunData:
       neighbors: the items' nearest, by the names of the tables that the config asks for (`Catalog.near`).
       item_states: `[I, X]` float32, of the items' texts by a language model, standardised; None where none is asked
         for, or they are not computed yet.
+      corpus, item_texts: documents and items' texts, where the stream has words beside events (`add_words`).
     """
 
     dataset: Dataset
@@ -73,6 +76,8 @@ class RunData:
     zones: Zones | None = None
     neighbors: Mapping[str, Neighbors] = dataclasses.field(default_factory=dict)
     item_states: np.ndarray | None = None
+    corpus: Corpus | None = None
+    item_texts: ItemTexts | None = None
 
     @property
     def item_tokens(self) -> ItemVocabulary:
@@ -100,6 +105,8 @@ class RunData:
         found = {"sha256": self.digest, "items_sha256": self.items_digest}
         if self.item_tokens.kind != PLAIN_WORDS:  # those are the catalogue's, and older runs have no such digest
             found[_VOCABULARY] = self.item_tokens.digest
+        if self.corpus is not None:
+            found["text_sha256"] = self.corpus.digest
         if self.item_states is not None:
             found["item_states_sha256"] = hashlib.sha256(self.item_states.tobytes()).hexdigest()
         return found

@@ -16,6 +16,7 @@ from moerec.config import Config
 from moerec.config.stored import store_config
 from moerec.config.terminal import announce
 from moerec.data.load import DIGEST, RunData, load_data
+from moerec.data.pipeline.mixture import add_words
 from moerec.data.prepare.tables_to_shards import describe_quarantine
 from moerec.data.splits import TEST, TRAIN
 from moerec.errors import InputError
@@ -39,8 +40,9 @@ from moerec.eval.probes.interventions import evaluate_interventions
 from moerec.eval.probes.profile_aspects import describe_aspects
 from moerec.eval.probes.routing import collect_routing, describe_mixture, macro_f1, summarize_routing
 from moerec.eval.probes.transfer import describe_transfer
-from moerec.eval.ranking import EvalDataset, make_evaluator, make_test_set, make_valid_set, rank_targets
+from moerec.eval.ranking import EvalDataset, make_test_set, make_valid_set, rank_targets
 from moerec.eval.ranking.calibrate import scale_posterior
+from moerec.eval.ranking.item_texts import evaluate_words, make_mixed_evaluator
 from moerec.eval.ranking.per_target import FILE as RANKS
 from moerec.eval.ranking.per_target import write_ranks
 from moerec.eval.ranking.repeats import measure_repeats, suggest_masking
@@ -91,7 +93,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
         if not (workdir / REPORT).exists():
             write_report(workdir)
         return metrics
-    data = add_item_states(config, load_data(config.data, workdir), workdir)
+    data = add_words(config, add_item_states(config, load_data(config.data, workdir), workdir), workdir)
     notes = (*data.notes, data.tokens.describe(), *suggest_masking(config, data))
     for line in (*notes, *describe_quarantine(data.quarantined)):
         print(line, file=sys.stderr)
@@ -106,8 +108,10 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
         if not (workdir / REPORT).exists():  # killed between the two
             write_report(workdir)
         return metrics
-    trained = fit(config, data, workdir, make_evaluator(config, data))
+    trained = fit(config, data, workdir, make_mixed_evaluator(config, data))
     metrics = make_results(config, data, trained, workdir)
+    if words := evaluate_words(config, data, trained.predictor, trained.catalog):
+        metrics["tasks"] = words
     write_json(finished, metrics)
     write_report(workdir)
     return metrics

@@ -5,7 +5,7 @@ import functools
 import math
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,9 @@ def measure_nats(config: Config, predictor: Predictor, batches: Iterator[Batch],
 class HeldOut:
     """The held-out documents of each corpus, and what a model's predictions of them come to."""
 
-    def __init__(self, config: Config, corpus: Corpus):
-        self._config, self._corpus = config, corpus
+    def __init__(self, config: Config, corpus: Corpus, widen: Callable[[Batch], Batch] = lambda batch: batch):
+        """Args: widen: makes a batch of words one of a model that knows events, too (`Widths.widen`)."""
+        self._config, self._corpus, self._widen = config, corpus, widen
         self._shape = config.train.batch_size, config.data.history_len
         self.readers = [TokenReader(corpus, valid=True, source=k) for k in range(len(corpus.names))]
         self.n_tokens = [int(reader.lengths.sum()) for reader in self.readers]
@@ -89,7 +90,7 @@ class HeldOut:
         rows = {}
         for k, (name, reader, quota) in enumerate(zip(self._corpus.names, self.readers, quotas, strict=True)):
             batches = list_batches(reader, self._shape, max(quota, 1))
-            nats, _ = measure_nats(self._config, predictor, batches, catalog)
+            nats, _ = measure_nats(self._config, predictor, map(self._widen, batches), catalog)
             rows[name] = self._describe(self._corpus.source == k, nats)
         n_tokens = sum(self.n_tokens)
         total = sum(row["nats"] * row["tokens"] for row in rows.values() if row["tokens"])
@@ -132,15 +133,19 @@ def make_language_evaluator(config: Config, corpus: Corpus) -> Evaluator:
 
     def evaluate(predictor: Predictor, catalog: Catalog) -> tuple[float, dict[str, float]]:
         found = held_out.measure(predictor, catalog, config.train.n_valid)
-        if not found["n_tokens"]:
-            return 0.0, {}
-        valid = {"valid/lm/nats": found["nats_per_token"], "valid/lm/perplexity": found["perplexity"]}
-        valid[BITS] = found["bits_per_byte"]
-        rows = {name: row for name, row in found["by_corpus"].items() if row["tokens"]}
-        valid |= {f"{BITS}/{name}": row["bits_per_byte"] for name, row in rows.items()}
-        return math.exp(-found["nats_per_token"]), valid
+        return (math.exp(-found["nats_per_token"]) if found["n_tokens"] else 0.0), describe_valid(found)
 
     return evaluate
+
+
+def describe_valid(found: dict[str, Any]) -> dict[str, float]:
+    """What a validation writes down of `HeldOut.measure`; nothing where no document is held out."""
+    if not found["n_tokens"]:
+        return {}
+    valid = {"valid/lm/nats": found["nats_per_token"], "valid/lm/perplexity": found["perplexity"]}
+    valid[BITS] = found["bits_per_byte"]
+    rows = {name: row for name, row in found["by_corpus"].items() if row["tokens"]}
+    return valid | {f"{BITS}/{name}": row["bits_per_byte"] for name, row in rows.items()}
 
 
 def run_language(config: Config, workdir: Path) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """What a task is: what it wants of packed slots, its loss, and how tasks are put together from a config."""
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from moerec.config import Config
 from moerec.config.registry import Registry
 from moerec.data.packing import Packed
+from moerec.data.pipeline.shares import RowShares
 from moerec.errors import InputError
 from moerec.nn.model import SequenceModel
 from moerec.types import Array, Batch, Catalog, Outputs, Target
@@ -104,6 +107,29 @@ def render_targets(tasks: list[Task], packed: Packed) -> dict[str, Target]:
 
 
 def find_domains(tasks: list[Task], batch: Batch, catalog: Catalog) -> Array | None:
-    """`[B, T]` int32 domains under which slots are counted, of the first task that has domains; None without one."""
+    """`[B, T]` int32 domains under which slots are counted, -1 for none: a slot's is that of the first task that gives
+    it one. None where no task has domains.
+    """
     found = (task.domains(batch.targets[task.name], catalog) for task in tasks)
-    return next((domain_BT for domain_BT in found if domain_BT is not None), None)
+    each = [domain_BT for domain_BT in found if domain_BT is not None]
+    return functools.reduce(lambda first, more: jnp.where(first >= 0, first, more), each) if each else None
+
+
+# Of which of the streams of `data.mix` a task's targets are; those of a task of one's own may be anywhere.
+STREAM_OF = {
+    "next_event": "events",
+    "text_to_item": "item_texts",
+    "item_to_text": "item_texts",
+    "lm": "documents",
+}
+
+
+def find_rows(name: str, config: Config, n_rows: int) -> slice:
+    """The rows of a microbatch that may have targets of a task: all, where the batch is not mixed of several streams.
+
+    Args: the task; rows of the microbatch, whose r-th is the batch's r n-th or one of the n - 1 behind it.
+    """
+    shares, stream = config.data.mix.shares, STREAM_OF.get(name, "")
+    if len(shares) < 2 or stream not in shares:
+        return slice(0, n_rows)
+    return RowShares.of(shares, config.train.batch_size).span(stream, config.train.batch_size // n_rows)

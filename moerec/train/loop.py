@@ -17,7 +17,8 @@ from moerec.config import Config
 from moerec.config.cli.malloc import disable_malloc_trim
 from moerec.config.terminal import announce, printable
 from moerec.data.load import RunData, make_reader
-from moerec.data.pipeline import PackedStream, StreamOptions
+from moerec.data.pipeline.events import PackedStream, StreamOptions
+from moerec.data.pipeline.mixture import MixedStream, make_mixed_stream
 from moerec.data.text.corpus import Corpus
 from moerec.data.text.stream import TextStream
 from moerec.errors import InputError, Terminated, WorkError
@@ -32,7 +33,7 @@ from moerec.nn.model import (
 )
 from moerec.nn.sharding import batch_sharding, make_mesh, mesh_of, param_shardings, replicated
 from moerec.tasks import make_tasks
-from moerec.tasks.base import Task, render_targets
+from moerec.tasks.base import STREAM_OF, Task, render_targets
 from moerec.train.base_model.warm_start import warm_start
 from moerec.train.checkpoint import Checkpoints, TrainProgress
 from moerec.train.metric_writer import MetricWriter
@@ -137,7 +138,7 @@ def make_trainer(config: Config, data: RunData | Corpus) -> Trainer:
     return Trainer(state, train_step, catalog, constants, ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
 
 
-def make_stream(config: Config, data: RunData | Corpus, tasks: list[Task]) -> PackedStream | TextStream:
+def make_stream(config: Config, data: RunData | Corpus, tasks: list[Task]) -> PackedStream | TextStream | MixedStream:
     """The packed batches that a config trains on, on the host."""
     options = StreamOptions(
         n_rows=config.train.batch_size,
@@ -149,6 +150,12 @@ def make_stream(config: Config, data: RunData | Corpus, tasks: list[Task]) -> Pa
     render = functools.partial(render_targets, tasks)
     if isinstance(data, Corpus):
         return TextStream(data, render, options)
+    if config.data.mix.has_words:
+        renders = {
+            name: functools.partial(render_targets, [task for task in tasks if STREAM_OF.get(task.name, name) == name])
+            for name in config.data.mix.shares
+        }
+        return make_mixed_stream(config, data, renders, options)
     return PackedStream(make_reader(config.data, data), data.dataset.catalogue, render, options)
 
 
@@ -171,8 +178,9 @@ class MetricLogger:
     The rate of slots begins after the first step: its time is mostly that of the compilation.
     """
 
-    def __init__(self, writer: MetricWriter, progress: TrainProgress, log_every: int):
-        self._writer, self._progress, self._log_every = writer, progress, log_every
+    def __init__(self, writer: MetricWriter, progress: TrainProgress, config: Config):
+        self._writer, self._progress, self._log_every = writer, progress, config.train.log_every
+        self._is_mixed = config.data.mix.has_words
         self._slots: list[jax.Array] = []
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._clock: float | None = None
@@ -181,11 +189,13 @@ class MetricLogger:
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step that has been dispatched, without waiting for it (but for the first one)."""
         self._flush()
+        # Of a mixture the targets of all tasks, each of which has slots of its own.
+        of_tasks = [value for name, value in metrics.items() if name.endswith("/slots")] if self._is_mixed else []
         if self._clock is None:
             jax.block_until_ready(metrics["slots"])
             self.pause()
         else:
-            self._slots.append(metrics["slots"])
+            self._slots += [metrics["slots"], *of_tasks]
         if step % self._log_every == 0:
             self._pending = (step, metrics)
 
@@ -222,10 +232,13 @@ class MetricLogger:
             return
         (step, metrics), self._pending = self._pending, None
         self._count_slots()
-        values = {name: float(x) for name, x in metrics.items() if name != "slots"}
+        values = {name: float(x) for name, x in metrics.items() if name != "slots" or self._is_mixed}
         if not np.isfinite(values["loss"]):
             raise WorkError(f"step {step}: the loss is {values['loss']}")
         self.shown.update(loss=values["loss"], **self._rate())
+        if self._is_mixed:
+            told = {name: value for name, value in values.items() if name.endswith(("/loss", "share"))}
+            self.shown.update({name.replace("/", " "): value for name, value in told.items()})
         self._writer.write(step, {**values, **self._rate()})
         if is_shown:
             self._writer.progress(step, self.shown)
@@ -282,7 +295,7 @@ def _run_steps(
 ) -> TrainState:
     options, step = config.train, int(state.step)
     started, earlier_s, saved_step = time.monotonic(), progress.wall_s, step
-    logger = MetricLogger(writer, progress, options.log_every)
+    logger = MetricLogger(writer, progress, config)
     stopped = bool(options.patience) and progress.evals_since_best >= options.patience
     if step < options.steps and not stopped:
         announce(config.name, "compiles the training step")
@@ -308,7 +321,9 @@ def _run_steps(
             score, valid = found
             writer.write(step, valid)
             is_ndcg = "valid/union/ndcg@10" in valid  # an evaluator of one's own measures anything
-            logger.shown |= pick_shown(valid) or {"valid/ndcg@10" if is_ndcg else "valid/score": score}
+            of_words = pick_shown(valid)
+            of_all = {} if of_words and not is_ndcg else {"valid/ndcg@10" if is_ndcg else "valid/score": score}
+            logger.shown |= of_all | of_words
             progress.wall_s, progress.is_eval_due = earlier_s + time.monotonic() - started, False
             if score > progress.best:
                 progress.best, progress.best_step, progress.evals_since_best = score, step, 0

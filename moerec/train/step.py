@@ -17,7 +17,7 @@ from moerec.nn.model import ModelSizes, SequenceModel
 from moerec.nn.moe.balance import balance_losses, update_bias, weigh_losses
 from moerec.nn.sharding import ROW_AXES, param_shardings
 from moerec.tasks import NextEvent
-from moerec.tasks.base import Draws, Task, TaskSums, find_domains, make_tasks
+from moerec.tasks.base import Draws, Task, TaskSums, find_domains, find_rows, make_tasks
 from moerec.train.optim import find_layout, find_rates, make_optimizer, make_schedule, pack, unpack
 from moerec.train.state import TrainState, init_state
 from moerec.types import Batch, Catalog, NearItems, Request, Routing, Target
@@ -31,27 +31,33 @@ class StepSums(NamedTuple):
 
     Attributes:
       tasks: by name. routing: of the mixture layers, or None in a dense model.
+      n_slots: of several tasks, the slots of rows that have a target of each, by name, and of all rows by "".
     """
 
     tasks: dict[str, TaskSums]
     routing: Routing | None
+    n_slots: dict[str, jax.Array] = {}  # noqa: RUF012, nobody writes to it
 
 
 def total_loss(sums: StepSums, config: Config) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What is minimised, from the sums of a global batch, and its parts by name.
 
-    `loss` is the first task's mean; those of further tasks have the task's name before theirs.
+    `loss` is the first task's mean; those of further tasks have the task's name before theirs. Each mean is over the
+    task's own targets, whatever others there are, and has the weight of `loss.task_weights` in the sum.
     """
+    weights = config.loss.weight_of
     total = jnp.zeros(())
     metrics: dict[str, jax.Array] = {}
     for place, name in enumerate(config.tasks):  # a dict that JAX has rebuilt is in the order of its keys
         task = sums.tasks[name]
         weight = jnp.maximum(task.weight, 1)
-        total += task.total / weight
+        total += weights.get(name, 1.0) * task.total / weight
         prefix = "" if place == 0 else f"{name}/"
         metrics |= {f"{prefix}{part}": value / weight for part, value in task.parts.items()}
         metrics.setdefault(f"{prefix}loss", task.total / weight)
         metrics[f"{prefix}slots"] = task.weight
+        if sums.n_slots:
+            metrics[f"{prefix}share"] = sums.n_slots[name] / jnp.maximum(sums.n_slots[""], 1)
     if sums.routing is not None:
         losses = balance_losses(sums.routing, config.model.moe, config.model.is_asked)
         total += weigh_losses(losses, config.loss)
@@ -74,15 +80,36 @@ def sum_losses(
         catalog = params.bind(catalog)
     domain_BT = find_domains(tasks, batch, catalog)
     asked = {}
-    if config.model.is_asked:  # the service that a slot asks in training is that of its next event
-        asked = {"hypothesis_BT": NextEvent().domains(batch.targets[NextEvent.name], catalog)}
+    if config.model.is_asked:  # the service that a slot asks in training is that of its next event, or of its item
+        of_items: list[Task] = [task for task in tasks if isinstance(task, NextEvent)]
+        asked = {"hypothesis_BT": find_domains(of_items, batch, catalog)}
     options: dict[str, Any] = {**asked, "router_bias_LE": router_bias_LE}
     if told_names(config.model):  # whose tables have been counted on these very targets
         target = batch.targets[NextEvent.name]
         options["known_next_BT"] = jnp.where(target.weight_BT > 0, target.label_BT, -1)
     outputs = params.encode(batch, catalog, dropout_key, domain_BT=domain_BT, **options)
-    sums = {task.name: task.loss(params, outputs, batch, catalog, draws[task.name], config) for task in tasks}
-    return StepSums(sums, outputs.routing)
+    # Split over devices, each has rows of its own, and of the streams what falls to it.
+    is_split = not jax.sharding.get_abstract_mesh().empty
+    sums = {}
+    for task in tasks:
+        parts = (outputs._replace(routing=None), batch, draws[task.name].by_row)
+        if not is_split:
+            rows = find_rows(task.name, config, batch.kind_BT.shape[0])
+            parts = _take_rows(parts, rows)
+        seen, own, by_row = parts
+        sums[task.name] = task.loss(params, seen, own, catalog, Draws(draws[task.name].shared, by_row), config)
+    return StepSums(sums, outputs.routing, _count_slots(batch) if config.data.mix.has_words else {})
+
+
+def _take_rows(tree: Any, rows: slice) -> Any:
+    return jax.tree.map(lambda x: x if rows == slice(0, x.shape[0]) else x[rows], tree)
+
+
+def _count_slots(batch: Batch) -> dict[str, jax.Array]:
+    """`StepSums.n_slots`; padding is none."""
+    n_B = jnp.sum(batch.segment_BT > 0, axis=1).astype(jnp.float32)
+    found = {name: jnp.sum(n_B * jnp.any(target.weight_BT > 0, axis=1)) for name, target in batch.targets.items()}
+    return found | {"": jnp.sum(n_B)}
 
 
 def _split_rows(tree: Any, n: int) -> Any:
@@ -210,7 +237,8 @@ def abstract_batch(config: Config, sizes: ModelSizes, tasks: list[Task]) -> Batc
     request = Request(ids, ids, codes(len(sizes.context_sizes)), codes(len(sizes.field_sizes)))
     targets = {task.name: Target(ids, real) for task in tasks}
     columns = dict.fromkeys(Batch._fields[:-3], ids)
-    return Batch(**columns, request=request, targets=targets, token_BT=ids if "lm" in config.tasks else None)
+    has_words = config.data.source == "text" or config.data.mix.has_words
+    return Batch(**columns, request=request, targets=targets, token_BT=ids if has_words else None)
 
 
 def lower_train_step(config: Config, sizes: ModelSizes, mesh: Mesh | None = None) -> jax.stages.Lowered:

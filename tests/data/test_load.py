@@ -14,7 +14,7 @@ from moerec.config import CityConfig, DataConfig, SchemaConfig, SplitConfig, Tab
 from moerec.data import city
 from moerec.data.dataset import Dataset
 from moerec.data.load import RunData, load_data, make_reader, reload_data
-from moerec.data.pipeline import MemoryReader, PackedStream, ShardReader, StreamOptions
+from moerec.data.pipeline.events import MemoryReader, PackedStream, ShardReader, StreamOptions
 from moerec.data.prepare.shards import load_dataset
 from moerec.data.splits import TEST, TRAIN, VALID
 from moerec.data.text.item_tokens import ITEM_TOKENS

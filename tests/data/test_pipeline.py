@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moerec.config import DataConfig
 from moerec.data.dataset import UNKNOWN_TIME, EventLog, ItemTable, permute_items
 from moerec.data.load import RunData, make_reader
-from moerec.data.pipeline import MemoryReader, PackedStream, ShardReader, StreamOptions, plan_epoch
+from moerec.data.pipeline.events import MemoryReader, PackedStream, ShardReader, StreamOptions, plan_epoch
 from moerec.data.prepare.shards import open_source, write_dataset
 from moerec.data.splits import TRAIN
 from moerec.data.text.item_tokens import ItemVocabulary

@@ -105,6 +105,7 @@ def load_corpus(
     first_tokenizer: Path | None = None,
     accept: Callable[[TextTokenizer], None] | None = None,
     known: str = "",
+    folder: str = FOLDER,
 ) -> Corpus:
     """The documents of a config: of its prepared folder, or prepared in `workdir`, where they stay for the next time.
 
@@ -115,6 +116,7 @@ def load_corpus(
       first_tokenizer: of the model that training begins with, for a config that names none.
       accept: raises InputError where it does not take a tokenizer, before that is kept.
       known: the digest of the documents that `workdir` holds a run on, if it does; no others take their place.
+      folder: in `workdir`, where they are prepared.
 
     Raises:
       InputError: a document or the tokenizer cannot be read, there is none, the tokenizer has too many tokens or is
@@ -132,13 +134,13 @@ def load_corpus(
         if kept.is_file() and kept.read_bytes() != corpus.tokenizer.content:
             raise InputError(f"{kept}: is not the tokenizer of {config.prepared}")
     else:
-        folder = workdir / FOLDER
-        is_made = not is_current_text(config, folder, kept)
+        own = workdir / folder
+        is_made = not is_current_text(config, own, kept)
         if is_made:
             named = Path(config.corpus.tokenizer) if config.corpus.tokenizer else first_tokenizer
             path = kept if kept.is_file() else named
-            prepare_text(config, folder, path, vocab_size, accept, lambda meta: require_known(meta.sha256))
-        corpus, _ = open_corpus(folder, config.reader == "memory")
+            prepare_text(config, own, path, vocab_size, accept, lambda meta: require_known(meta.sha256))
+        corpus, _ = open_corpus(own, config.reader == "memory")
     require_rows(corpus.tokenizer, vocab_size)
     if accept is not None and not is_made:  # else it has been asked
         accept(corpus.tokenizer)

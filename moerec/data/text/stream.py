@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from moerec.data.packing import Packed, Placement, assemble_words
-from moerec.data.pipeline import Render, StreamOptions
+from moerec.data.pipeline.events import Render, StreamOptions
 from moerec.data.text.corpus import Corpus
 from moerec.data.text.token_shards import TokenArray
 from moerec.errors import InputError
@@ -160,18 +160,22 @@ class TextIterator(grain.DatasetIterator[Batch]):
         self._taken_K = np.zeros(len(corpus.names), np.int64)
 
     def __next__(self) -> Batch:
+        return self.take(self._options.n_rows)
+
+    def take(self, n_rows: int) -> Batch:
+        """The next rows of this process, which takes as many as each of the others."""
         options, located = self._options, []
-        first = options.process_index * options.n_rows  # of the rows of a batch, those of this process
-        for row in range(options.n_rows * options.process_count):
+        first = options.process_index * n_rows  # of the rows of a batch, those of this process
+        for row in range(n_rows * options.process_count):
             behind_K = self._share_K * (int(self._taken_K.sum()) + 1) - self._taken_K
             k = int(np.argmax(behind_K))
-            if first <= row < first + options.n_rows:
+            if first <= row < first + n_rows:
                 located.append(self._rows[k].locate(int(self._taken_K[k])).split(options.history_len))
             self._taken_K[k] += 1
         pieces = Pieces(*(np.concatenate(x) for x in zip(*located, strict=True)))
         segment = np.concatenate([np.arange(1, len(x.length) + 1, dtype=np.int32) for x in located])
         placed = Placement(len(segment), np.cumsum(pieces.length) - pieces.length, segment)  # rows are full
-        shape = (options.n_rows, options.row_len)
+        shape = (n_rows, options.row_len)
         packed = pack_tokens(self._corpus.tokens, self._corpus.end, pieces, placed, shape)
         return packed.batch._replace(targets=self._render(packed))
 

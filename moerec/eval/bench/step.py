@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moerec.config import Config
-from moerec.data.load import load_data
+from moerec.data.load import RunData, load_data
+from moerec.data.pipeline.mixture import add_words
 from moerec.errors import InputError
 from moerec.eval.ranking import make_test_set, rank_batch, rank_targets
 from moerec.nn.model import SequenceModel, count_active_params
@@ -30,6 +31,10 @@ from moerec.train.run_dir import bind_catalog
 from moerec.train.state import make_predictor
 from moerec.types import Batch
 from pallas_kernels.bench import time_in_turns
+
+
+def _load(config: Config, workdir: Path) -> RunData:
+    return add_words(config, add_item_states(config, load_data(config.data, workdir), workdir), workdir)
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -99,7 +104,7 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
         raise InputError("config.model.moe.layers: a dense model has no experts to count")
     if len(set(sizes)) < len(sizes):
         raise InputError(f"--sizes: {', '.join(map(str, sizes))}: a size is named twice")
-    data = add_item_states(config, load_data(config.data, workdir), workdir)
+    data = _load(config, workdir)
     n_groups, steps, rows = count_groups(config.model.moe, data.dataset.catalogue.n_services), {}, []
     for size in sizes:
         if size < n_groups or size % n_groups:
@@ -118,7 +123,7 @@ def measure_asking(config: Config, workdir: Path, repeats: int = 9) -> list[dict
 
     Services are asked from the config's layer on, or from the second one where it asks none.
     """
-    data, rows, steps = add_item_states(config, load_data(config.data, workdir), workdir), [], {}
+    data, rows, steps = _load(config, workdir), [], {}
     for layer in (0, config.model.ask.from_layer or 1):
         ask = dataclasses.replace(config.model.ask, from_layer=layer)
         has_time = layer > 0 and config.model.pointer_time_bias
@@ -258,7 +263,7 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
     With a profile also the users per second whose state takes in an event, and its bytes.
     """
     started = time.perf_counter()
-    data = add_item_states(config, load_data(config.data, workdir), workdir)
+    data = _load(config, workdir)
     load_s = time.perf_counter() - started
     trainer = make_trainer(config, data)
     stream = iter(trainer.stream)

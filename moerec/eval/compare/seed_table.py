@@ -9,6 +9,7 @@ from moerec.config.stored import list_differences
 from moerec.config.terminal import printable
 from moerec.errors import InputError
 from moerec.eval.compare.pairs import read_run, without_seeds
+from moerec.eval.report.language import is_language
 from moerec.eval.report.result import blamed_on
 from moerec.eval.report.table import build_report_table, format_value, gap_closed
 from moerec.eval.significance import Interval, student_interval
@@ -52,7 +53,7 @@ def read_seeds(folders: Sequence[Path]) -> SeedTable:
     Raises:
       InputError: a run is missing or damaged, or differs from the first in more than its seeds.
     """
-    is_text = all("lm" in (read_json(folder / METRICS).get("tasks") or {}) for folder in folders)
+    is_text = all(is_language(read_json(folder / METRICS)) for folder in folders)
     runs = [read_json(folder / METRICS) if is_text else read_run(folder) for folder in folders]
     found = []
     for folder, metrics in zip(folders, runs, strict=True):

@@ -1,7 +1,7 @@
 """Targets with their histories, packed for ranking."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,6 +32,18 @@ class RankQueries(NamedTuple):
     low: Array
     high: Array
     seen: Array
+
+
+class PackedTargets(Protocol):
+    """Targets with what stands before them, in batches of a fixed shape."""
+
+    def batches(self) -> Iterator[tuple[slice, Batch, RankQueries]]:
+        """Consecutive targets: which, what stands before them, and the queries."""
+        ...
+
+    def users_of(self, which: slice) -> np.ndarray:
+        """`[sequences]`, the user of each sequence of a batch."""
+        ...
 
 
 class EvalDataset:

@@ -13,7 +13,7 @@ from moerec.data.load import RunData
 from moerec.errors import WorkError
 from moerec.eval.metrics import MISS, RankCounts, Ranks, ScoredRanks, per_target_metrics
 from moerec.eval.ranking.calibrate import calibrate, needs_calibration
-from moerec.eval.ranking.dataset import EvalDataset, RankQueries, make_valid_set
+from moerec.eval.ranking.dataset import EvalDataset, PackedTargets, RankQueries, make_valid_set
 from moerec.nn.model import Predictor
 from moerec.nn.sharding import mesh_of
 from moerec.train.loop import Evaluator
@@ -100,7 +100,7 @@ Intervention = Callable[[Batch, np.ndarray], tuple[Batch, Array | None]]
 
 
 def rank_targets(
-    predictor: Predictor, examples: EvalDataset, catalog: Catalog, intervention: Intervention | None = None
+    predictor: Predictor, examples: PackedTargets, catalog: Catalog, intervention: Intervention | None = None
 ) -> ScoredRanks:
     """Where each target stands, and its log-probability.
 

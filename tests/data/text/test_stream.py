@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moerec.convert.logits import make_text_batch
 from moerec.data.packing import Placement
-from moerec.data.pipeline import StreamOptions
+from moerec.data.pipeline.events import StreamOptions
 from moerec.data.text.corpus import Corpus
 from moerec.data.text.stream import Pieces, TextStream, TokenReader, pack_tokens
 from moerec.data.text.token_shards import MemoryTokens

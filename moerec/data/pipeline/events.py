@@ -157,26 +157,30 @@ class PackedIterator(grain.DatasetIterator[Batch]):
         return plan_epoch(n_slots_U, self._users, options.history_len, rng)
 
     def __next__(self) -> Batch:
+        return self.take(self._options.n_rows)
+
+    def take(self, n_rows: int) -> Batch:
+        """The next rows, which are the same however many are taken at a time."""
         options = self._options
         row, parts = 0, []
-        while row < options.n_rows:
+        while row < n_rows:
             if self._window == len(self._plan.user):
                 self._epoch, self._window = self._epoch + 1, 0
                 self._plan = self._plan_epoch()
             # No more windows than slots can be placed, so the rest of the epoch need not be looked at.
-            ahead = slice(self._window, self._window + (options.n_rows - row) * options.row_len)
+            ahead = slice(self._window, self._window + (n_rows - row) * options.row_len)
             plan = EpochPlan(*(x[ahead] for x in self._plan))
-            placed = place_sequences(plan.length, options.n_rows - row, options.row_len)
+            placed = place_sequences(plan.length, n_rows - row, options.row_len)
             taken = EpochPlan(*(x[: placed.n] for x in plan))
             parts.append((taken, placed.start + row * options.row_len, placed.segment))
             row = int(parts[-1][1][-1]) // options.row_len + 1
             self._window += placed.n
         plan = EpochPlan(*(np.concatenate(x) for x in zip(*(p[0] for p in parts), strict=True)))
         placed = Placement(len(plan.user), *(np.concatenate([p[k] for p in parts]) for k in (1, 2)))
-        packed = self._pack(plan, placed)
+        packed = self._pack(plan, placed, n_rows)
         return packed.batch._replace(targets=self._render(packed))
 
-    def _pack(self, plan: EpochPlan, placed: Placement) -> Packed:
+    def _pack(self, plan: EpochPlan, placed: Placement, n_rows: int) -> Packed:
         log, first_row = self._reader.fetch(plan.user)
         # With a control slot at their front, a user's slots stand one behind their events.
         ahead = int(self._options.first_event)
@@ -188,7 +192,7 @@ class PackedIterator(grain.DatasetIterator[Batch]):
             (plan.first == 0) & self._options.first_event,
             self._reader.fields[plan.user],
         )
-        return pack(log, self._items, sequences, placed, (self._options.n_rows, self._options.row_len))
+        return pack(log, self._items, sequences, placed, (n_rows, self._options.row_len))
 
     def get_state(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "window": self._window}

@@ -1,0 +1,41 @@
+"""Events and words in one stream on the built-in world: next events, documents about the city, items and their texts.
+
+Command: python -m experiments.train --config=configs/city_words.py --workdir=runs/city_words
+
+Of the 16 rows of a batch 8 are of events, 6 of documents and 2 of items with their texts. What it is compared with
+trains on the same rows of events, or of documents, in as many steps:
+
+    python -m experiments.train --config=configs/city_words.py --workdir=runs/city_words_events \
+        --config.data.mix.documents=0 --config.data.mix.item_texts=0 --config.tasks='("next_event",)' \
+        --config.train.batch_size=8
+    python -m experiments.train --config=configs/city_words.py --workdir=runs/city_words_text \
+        --config.data.source=text --config.data.mix.documents=0 --config.data.mix.item_texts=0 \
+        --config.tasks='("lm",)' --config.train.batch_size=6
+Hardware: one CPU core, under 3 minutes.
+Result: not measured yet.
+"""
+
+import dataclasses
+
+from configs import city_dense
+from moerec.config import Config, CorpusConfig, MixConfig, TextConfig
+
+VOCABULARY = 2048
+
+
+def get_config() -> Config:
+    """The configuration of this file."""
+    base = city_dense.get_config()
+    corpus = CorpusConfig(sources=("city=city:all",), city_documents=4000, vocab_size=VOCABULARY, valid_fraction=0.05)
+    mix = MixConfig(events=8, documents=6, item_texts=2, held_out=0.1, max_tokens=32)
+    data = dataclasses.replace(base.data, corpus=corpus, mix=mix, first_event=True)
+    return dataclasses.replace(
+        base,
+        name="city_words",
+        data=data,
+        tasks=("next_event", "lm", "text_to_item", "item_to_text"),
+        model=dataclasses.replace(base.model, text=TextConfig(vocab_size=VOCABULARY, tie_head=True)),
+        loss=dataclasses.replace(base.loss, vocab_chunk=VOCABULARY),
+        train=dataclasses.replace(base.train, steps=400, eval_every=200, save_every=200),
+        baselines=(),
+    )
