@@ -7,10 +7,10 @@ trains on the same rows of events, or of documents, in as many steps:
 
     python -m experiments.train --config=configs/city_words.py --workdir=runs/city_words_events \
         --config.data.mix.documents=0 --config.data.mix.item_texts=0 --config.tasks='("next_event",)' \
-        --config.train.batch_size=8
+        --config.loss.task_weights='()' --config.train.batch_size=8
     python -m experiments.train --config=configs/city_words.py --workdir=runs/city_words_text \
         --config.data.source=text --config.data.mix.documents=0 --config.data.mix.item_texts=0 \
-        --config.tasks='("lm",)' --config.train.batch_size=6
+        --config.tasks='("lm",)' --config.loss.task_weights='()' --config.train.batch_size=6
 Hardware: one CPU core, under 3 minutes.
 Result: not measured yet.
 """
