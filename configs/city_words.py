@@ -7,10 +7,10 @@ trains on the same rows of events, or of documents, in as many steps:
 
     python -m experiments.train --config=configs/city_words.py --workdir=runs/city_words_events \
         --config.data.mix.documents=0 --config.data.mix.item_texts=0 --config.tasks='("next_event",)' \
-        --config.train.batch_size=8
+        --config.loss.task_weights='()' --config.train.batch_size=8
     python -m experiments.train --config=configs/city_words.py --workdir=runs/city_words_text \
         --config.data.source=text --config.data.mix.documents=0 --config.data.mix.item_texts=0 \
-        --config.tasks='("lm",)' --config.train.batch_size=6
+        --config.tasks='("lm",)' --config.loss.task_weights='()' --config.train.batch_size=6
 Hardware: one CPU core, under 3 minutes.
 Result: not measured yet.
 """
@@ -29,13 +29,16 @@ def get_config() -> Config:
     corpus = CorpusConfig(sources=("city=city:all",), city_documents=4000, vocab_size=VOCABULARY, valid_fraction=0.05)
     mix = MixConfig(events=8, documents=6, item_texts=2, held_out=0.1, max_tokens=32)
     data = dataclasses.replace(base.data, corpus=corpus, mix=mix, first_event=True)
+    # Six texts a step stand beside 800 events: with a mean that weighs as much, what each of them says of its item's
+    # row and bias drowns what events say of it (union NDCG@10 .1057 with weights of 1).
+    weights = ("lm=0.5", "text_to_item=0.02", "item_to_text=0.2")
     return dataclasses.replace(
         base,
         name="city_words",
         data=data,
         tasks=("next_event", "lm", "text_to_item", "item_to_text"),
         model=dataclasses.replace(base.model, text=TextConfig(vocab_size=VOCABULARY, tie_head=True)),
-        loss=dataclasses.replace(base.loss, vocab_chunk=VOCABULARY),
+        loss=dataclasses.replace(base.loss, vocab_chunk=VOCABULARY, task_weights=weights),
         train=dataclasses.replace(base.train, steps=400, eval_every=200, save_every=200),
         baselines=(),
     )
