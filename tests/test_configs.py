@@ -25,6 +25,7 @@ from moerec.config import (
 )
 from moerec.convert.paths import flatten
 from moerec.data.load import load_data
+from moerec.data.pipeline.mixture import add_words
 from moerec.data.text.corpus import load_corpus
 from moerec.errors import InputError
 from moerec.eval.baselines import BASELINES
@@ -46,6 +47,8 @@ def shrink(config: Config) -> Config:
     model = dataclasses.replace(config.model, d_model=8, d_ff=8, n_heads=2, n_kv_heads=2, d_head=4, d_text=4)
     meshless = {"mesh_data": 1, "mesh_expert": 1, "mesh_model": 1}
     short = {"steps": 1, "batch_size": 2, "eval_every": 0, "n_valid": 16, "n_microbatches": 1}
+    if config.data.mix.has_words:  # a row of each stream at least
+        short["batch_size"] = config.train.batch_size
     train = dataclasses.replace(config.train, **short, **meshless)
     loss = dataclasses.replace(config.loss, n_negatives=8, chunk=64)
     evaluation = dataclasses.replace(config.eval, batch_size=16)
@@ -128,7 +131,8 @@ def test_an_experiment_takes_a_step(name, tmp_path, request):
     if config.data.source == "text":
         take_a_step_of_text(config, request.getfixturevalue("data_dir"), tmp_path)
         return
-    config, data = checked(config), load_data(config.data, tmp_path)
+    config = checked(config)
+    data = add_words(config, load_data(config.data, tmp_path), tmp_path)
     fitted = fit(config, data, tmp_path, make_evaluator(config, data))
     assert fitted.steps == 1
     assert 0 <= fitted.valid["valid/union/ndcg@10"] <= 1

@@ -4,7 +4,7 @@ sampled softmax; and the strongest form of it that knows of items and their orde
 
 import dataclasses
 
-from moerec.config import AskConfig, Config, MoEConfig, PersonalConfig, TextConfig
+from moerec.config import AskConfig, Config, MixConfig, MoEConfig, PersonalConfig, TextConfig
 from moerec.eval.baselines.base import BaselineInputs, TunedRanks, register_baseline
 from moerec.eval.metrics import Ranks
 from moerec.eval.ranking.rank import make_evaluator, rank_targets
@@ -49,9 +49,9 @@ def sasrec_config(config: Config, name: str, loss_kind: str) -> Config:
     return dataclasses.replace(
         config,
         name=f"{config.name}_{name}",
-        data=dataclasses.replace(config.data, item_states=""),
+        data=dataclasses.replace(config.data, item_states="", mix=MixConfig()),
         model=items_alone,
-        loss=dataclasses.replace(config.loss, kind=loss_kind),
+        loss=dataclasses.replace(config.loss, kind=loss_kind, task_weights=()),
         optim=dataclasses.replace(config.optim, groups=()),
         train=dataclasses.replace(config.train, init_from="", init_rename=(), init_fresh=(), init_drop=()),
         tasks=("next_event",),
