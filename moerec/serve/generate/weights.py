@@ -3,6 +3,7 @@
 Nothing of them is trained. They are in arrays of their own; whoever loads a model for decoding alone drops it then.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -94,7 +95,7 @@ def make_weights(
             n_mixtures += group.experts
     head = model.text_head.row_VD
     return TextWeights(
-        make.matrix(model.token_encoder.row_VD, 0, "model"),
+        make.matrix(model.token_encoder.row_VD, 0, "model", is_table=True),
         tuple(layers),
         make.whole(model.final_norm),
         None if head is None else make.matrix(head, 0, "model"),
@@ -116,17 +117,27 @@ class _Maker(NamedTuple):
     def place(self, tree, spec: PartitionSpec):
         return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, spec))
 
-    def matrix(self, w: nnx.Param | jax.Array, split: int, axis: str | None, experts: bool = False) -> Matrix:
-        """Args: `[X, D]` or `[E, X, D]`; which of X and D is split, and over which axis of the mesh."""
+    def matrix(
+        self, w: nnx.Param | jax.Array, split: int, axis: str | None, experts: bool = False, is_table: bool = False
+    ) -> Matrix:
+        """Args: `[X, D]` or `[E, X, D]`; which of X and D is split, and over which axis of the mesh; whether rows are
+        looked up.
+        """
         w = w[...] if isinstance(w, nnx.Param) else w
-        matrix = quantize(Matrix(w)) if self.is_quantized else Matrix(w.astype(self.dtype))
+        if self.is_quantized:
+            matrix = quantize(Matrix(w))
+        elif self.dtype == jnp.float32 and not is_table:
+            matrix = Matrix(jnp.swapaxes(w, -1, -2).astype(self.dtype), inputs_first=True)
+        else:
+            matrix = Matrix(w.astype(self.dtype))
         if self.mesh is None:
             return matrix
         lead = ("expert",) if experts and w.shape[0] % self.mesh.shape["expert"] == 0 else (None,) * experts
         fits = axis is not None and w.shape[split + experts] % self.mesh.shape[axis] == 0
         names = [axis if fits and split == place else None for place in (0, 1)]
-        w_XD = self.place(matrix.w_XD, PartitionSpec(*lead, *names))
-        return Matrix(w_XD, self.place(matrix.scale_X, PartitionSpec(*lead, names[0])) if self.is_quantized else None)
+        w_XD = self.place(matrix.w_XD, PartitionSpec(*lead, *(names[::-1] if matrix.inputs_first else names)))
+        scale_X = self.place(matrix.scale_X, PartitionSpec(*lead, names[0])) if self.is_quantized else None
+        return dataclasses.replace(matrix, w_XD=w_XD, scale_X=scale_X)
 
     def side_by_side(self, parts: list[jax.Array]) -> tuple[Matrix, ...]:
         """Matrices `[X, D]` that read the same; on a mesh each is split by itself."""

@@ -156,8 +156,8 @@ def test_on_a_mesh_the_tokens_are_the_same(kind, mesh):
     model = jax.tree.map(jax.device_put, make(kind), param_shardings(make(kind), on))
     generator = Generator(model, mesh=on)
     for matrix in generator.weights.layers[0].qkv:
-        fits = matrix.w_XD.shape[0] % mesh[2] == 0
-        assert matrix.w_XD.sharding.spec == PartitionSpec("model" if fits else None, None)
+        fits = matrix.w_XD.shape[1] % mesh[2] == 0  # inputs first
+        assert matrix.w_XD.sharding.spec == PartitionSpec(None, "model" if fits else None)
     prompts = draw([3, 17, 9, 5, 21])
     for sampling in (Sampling(), Sampling(1.0, top_k=4)):
         found, wanted = (g.generate(prompts, 12, sampling) for g in (generator, make_generator(kind)))

@@ -22,12 +22,15 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 5, FEW_ROWS + 1])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "inputs first"])
 def test_a_product_is_that_of_its_weights(n_rows, kind):
     """Whole numbers cost the weights their precision, but not the rows."""
     x_RD, w_XD = (RNG.normal(size=shape).astype(np.float32) for shape in ((n_rows, 40), (24, 40)))
-    matrix = quantize(Matrix(jnp.asarray(w_XD))) if kind == "int8" else Matrix(jnp.asarray(w_XD, kind))
-    x = jnp.asarray(x_RD, "bfloat16" if kind == "bfloat16" else "float32")
+    dtype = "bfloat16" if kind == "bfloat16" else "float32"
+    matrix = quantize(Matrix(jnp.asarray(w_XD))) if kind == "int8" else Matrix(jnp.asarray(w_XD, dtype))
+    if kind == "inputs first":
+        matrix = Matrix(matrix.w_XD.T, inputs_first=True)
+    x = jnp.asarray(x_RD, dtype)
     found = np.asarray(jax.jit(product, static_argnames="dtype")(x, matrix, dtype="float32"))
     wanted = np.asarray(x, np.float64) @ np.asarray(dequantize(matrix, jnp.float32), np.float64).T
     largest = np.abs(x_RD).max(axis=1, keepdims=True) * np.abs(w_XD).sum(axis=1)
