@@ -16,7 +16,7 @@ from moerec.nn.heads.near_pointers import told_names
 from moerec.nn.model import ModelSizes, SequenceModel
 from moerec.nn.moe.balance import balance_losses, update_bias, weigh_losses
 from moerec.nn.sharding import ROW_AXES, param_shardings
-from moerec.tasks import NextEvent
+from moerec.tasks import NextEvent, TextToItem
 from moerec.tasks.base import Draws, Task, TaskSums, find_domains, find_rows, make_tasks
 from moerec.train.optim import find_layout, find_rates, make_optimizer, make_schedule, pack, unpack
 from moerec.train.state import TrainState, init_state
@@ -81,7 +81,7 @@ def sum_losses(
     domain_BT = find_domains(tasks, batch, catalog)
     asked = {}
     if config.model.is_asked:  # the service that a slot asks in training is that of its next event, or of its item
-        of_items: list[Task] = [task for task in tasks if isinstance(task, NextEvent)]
+        of_items = [task for task in tasks if task.name in (NextEvent.name, TextToItem.name)]
         asked = {"hypothesis_BT": find_domains(of_items, batch, catalog)}
     options: dict[str, Any] = {**asked, "router_bias_LE": router_bias_LE}
     if told_names(config.model):  # whose tables have been counted on these very targets

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moerec.config import CorpusConfig, DataConfig
-from moerec.data.pipeline import StreamOptions
+from moerec.data.pipeline.events import StreamOptions
 from moerec.data.prepare.shards import Meta
 from moerec.data.text import prepare as module
 from moerec.data.text.corpus import END, TOKENIZER, Corpus, load_corpus, open_corpus
