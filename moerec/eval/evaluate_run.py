@@ -15,8 +15,7 @@ import numpy as np
 from moerec.config import Config
 from moerec.config.stored import store_config
 from moerec.config.terminal import announce
-from moerec.data.load import DIGEST, RunData, load_data
-from moerec.data.pipeline.mixture import add_words
+from moerec.data.load import DIGEST, RunData
 from moerec.data.prepare.tables_to_shards import describe_quarantine
 from moerec.data.splits import TEST, TRAIN
 from moerec.errors import InputError
@@ -54,7 +53,7 @@ from moerec.files import locked, require_plain_path, to_plain, write_json
 from moerec.nn.heads.service_answers import component_names
 from moerec.nn.profile import count_profile_slots
 from moerec.tasks import make_tasks
-from moerec.train.base_model.item_states import add_item_states
+from moerec.train.base_model.item_states import load_all
 from moerec.train.loop import TrainResult, fit
 from moerec.train.run_dir import CONFIG, METRICS, REPORT, refuse_other_config, refuse_strange_folder
 
@@ -93,7 +92,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
         if not (workdir / REPORT).exists():
             write_report(workdir)
         return metrics
-    data = add_words(config, add_item_states(config, load_data(config.data, workdir), workdir), workdir)
+    data = load_all(config, workdir)
     notes = (*data.notes, data.tokens.describe(), *suggest_masking(config, data))
     for line in (*notes, *describe_quarantine(data.quarantined)):
         print(line, file=sys.stderr)

@@ -93,10 +93,8 @@ class HeldOut:
             nats, _ = measure_nats(self._config, predictor, map(self._widen, batches), catalog)
             rows[name] = self._describe(self._corpus.source == k, nats)
         n_tokens = sum(self.n_tokens)
-        total = sum(row["nats"] * row["tokens"] for row in rows.values() if row["tokens"])
-        found = self._describe(np.ones(len(self._corpus.source), bool), total / max(n_tokens, 1))
-        names = {"nats": "nats_per_token", "tokens": "n_tokens", "documents": "n_documents", "bytes": "n_bytes"}
-        whole = {names.get(name, name): value for name, value in found.items()}
+        total = sum(row["nats_per_token"] * row["n_tokens"] for row in rows.values() if row["n_tokens"])
+        whole = self._describe(np.ones(len(self._corpus.source), bool), total / max(n_tokens, 1))
         return whole | ({"by_corpus": rows} if n_tokens else {})
 
     def _describe(self, chosen: np.ndarray, nats: float) -> dict[str, Any]:
@@ -107,15 +105,15 @@ class HeldOut:
         chosen = chosen & self._corpus.is_valid
         n_tokens = int(self._corpus.length[chosen].sum())
         if not n_tokens:
-            return {"tokens": 0, "documents": 0}
+            return {"n_tokens": 0, "n_documents": 0}
         n_bytes = int(self._corpus.n_bytes[chosen].sum())
         return {
-            "nats": nats,
+            "nats_per_token": nats,
             "perplexity": _find_perplexity(nats),
             "bits_per_byte": nats * n_tokens / math.log(2) / n_bytes,
-            "tokens": n_tokens,
-            "documents": int(chosen.sum()),
-            "bytes": n_bytes,
+            "n_tokens": n_tokens,
+            "n_documents": int(chosen.sum()),
+            "n_bytes": n_bytes,
         }
 
 
@@ -144,7 +142,7 @@ def describe_valid(found: dict[str, Any]) -> dict[str, float]:
         return {}
     valid = {"valid/lm/nats": found["nats_per_token"], "valid/lm/perplexity": found["perplexity"]}
     valid[BITS] = found["bits_per_byte"]
-    rows = {name: row for name, row in found["by_corpus"].items() if row["tokens"]}
+    rows = {name: row for name, row in found["by_corpus"].items() if row["n_tokens"]}
     return valid | {f"{BITS}/{name}": row["bits_per_byte"] for name, row in rows.items()}
 
 
@@ -202,8 +200,8 @@ def format_language(metrics: dict[str, Any]) -> str:
     rows = found["by_corpus"] if len(found["by_corpus"]) > 1 else {}
     width = max((len(printable(name)) for name in rows), default=0)
     lines = [
-        f"  {printable(name).ljust(width)}  {row['bits_per_byte']:.4f} bits a byte; {row['tokens']:,} tokens"
-        if row["tokens"]
+        f"  {printable(name).ljust(width)}  {row['bits_per_byte']:.4f} bits a byte; {row['n_tokens']:,} tokens"
+        if row["n_tokens"]
         else f"  {printable(name).ljust(width)}  no document is held out"
         for name, row in rows.items()
     ]

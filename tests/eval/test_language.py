@@ -419,16 +419,16 @@ def test_files_of_documents_are_measured_apart_and_together(tmp_path):
     for name, row in found["by_corpus"].items():
         trained, held, texts = read_sides(folder / name, tmp_path / "run")
         nats, n_trained = measure_by_hand(tmp_path / "run", held), n_trained + len(trained)
-        assert row["documents"] == len(held) > 1
-        assert row["tokens"] == len(nats)
-        assert row["nats"] == pytest.approx(np.mean(nats), rel=1e-5)
-        assert row["bytes"] == sum(len(text.encode()) for text in texts)
-        assert row["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / row["bytes"], rel=1e-5)
+        assert row["n_documents"] == len(held) > 1
+        assert row["n_tokens"] == len(nats)
+        assert row["nats_per_token"] == pytest.approx(np.mean(nats), rel=1e-5)
+        assert row["n_bytes"] == sum(len(text.encode()) for text in texts)
+        assert row["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / row["n_bytes"], rel=1e-5)
         assert metrics["valid"][f"valid/lm/bits_per_byte/{name}"] > 0
         assert f"  {name}  {row['bits_per_byte']:.4f} bits a byte" in format_language(metrics)
-    for key in ("documents", "tokens", "bytes"):
-        assert found[f"n_{key}"] == sum(row[key] for row in found["by_corpus"].values())
-    bits = sum(row["bits_per_byte"] * row["bytes"] for row in found["by_corpus"].values())
+    for key in ("n_documents", "n_tokens", "n_bytes"):
+        assert found[key] == sum(row[key] for row in found["by_corpus"].values())
+    bits = sum(row["bits_per_byte"] * row["n_bytes"] for row in found["by_corpus"].values())
     assert found["bits_per_byte"] == pytest.approx(bits / found["n_bytes"])
     assert metrics["dataset"]["n_train_documents"] == n_trained
     assert [row["n_duplicates"] for row in metrics["dataset"]["corpora"].values()] == [0, 0]

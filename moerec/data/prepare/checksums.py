@@ -4,11 +4,13 @@ CRC-32 finds every damage of up to 32 bits in a row and all but one of 2^32 othe
 cut download do to a file; it costs a third of SHA-256's time. It is no protection against somebody who means harm.
 """
 
+import json
 import re
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from moerec.errors import InputError
 
@@ -29,6 +31,11 @@ def compute_crc32(path: Path) -> int:
         while block := file.read(_BLOCK_BYTES):
             checksum = zlib.crc32(block, checksum)
     return checksum
+
+
+def sum_fields(fields: Mapping[str, Any]) -> int:
+    """CRC-32 of the fields of a meta.json, in whatever order they stand."""
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 def require_intact(folder: Path, files: Mapping[str, Mapping[str, int]], told_by: str) -> None:

@@ -17,7 +17,6 @@ import glob
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from moerec.data.dataset import Dataset, EventLog, ItemTable
-from moerec.data.prepare.checksums import describe_file, require_intact
+from moerec.data.prepare.checksums import describe_file, require_intact, sum_fields
 from moerec.errors import InputError, WorkError
 from moerec.files import naming, parse_json, require_utf8
 
@@ -75,7 +74,7 @@ class Meta:
 
     def to_json(self) -> str:
         fields = dataclasses.asdict(self) | {"record": [list(part) for part in self.dtype.descr]}
-        return json.dumps(fields | {"crc32": _sum_fields(fields)}, ensure_ascii=False, indent=1) + "\n"
+        return json.dumps(fields | {"crc32": sum_fields(fields)}, ensure_ascii=False, indent=1) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> "Meta":
@@ -91,7 +90,7 @@ class Meta:
             version = fields["format_version"]
             if version != FORMAT_VERSION:
                 raise OtherVersion(f"{path}: format version {version}, not {FORMAT_VERSION}; prepare again")
-            if fields.pop("crc32") != _sum_fields(fields):
+            if fields.pop("crc32") != sum_fields(fields):
                 raise InputError(f"{path}: is damaged: its checksum is not its own; prepare the folder again")
             fields.pop("record")
             for name in ("services", "actions", "profile", "shards"):
@@ -106,11 +105,6 @@ class Meta:
     def require_intact(self, folder: Path) -> None:
         """Checks all files, each once in a process. Raises InputError, which names the one that is not as written."""
         require_intact(folder, {shard["file"]: shard for shard in self.shards} | self.files, META)
-
-
-def _sum_fields(fields: dict) -> int:
-    """CRC-32 of the fields of meta.json, in whatever order they stand."""
-    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 @contextlib.contextmanager

@@ -13,10 +13,9 @@ read without the rest of a book. The folder appears under its name only when it 
 import contextlib
 import dataclasses
 import json
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from moerec.data.prepare.checksums import describe_file, require_intact
+from moerec.data.prepare.checksums import describe_file, require_intact, sum_fields
 from moerec.data.prepare.shards import META
 from moerec.errors import InputError, WorkError
 from moerec.files import naming, read_json, require_utf8, to_plain
@@ -122,7 +121,7 @@ class TextMeta:
         files = {name: describe_file(folder / name) for name in (TOKENIZER, DOCUMENTS)}
         fields = to_plain(dataclasses.replace(self, files=files))
         with naming(folder / META):
-            content = json.dumps(fields | {"crc32": _sum_fields(fields)}, ensure_ascii=False, indent=1)
+            content = json.dumps(fields | {"crc32": sum_fields(fields)}, ensure_ascii=False, indent=1)
             (folder / META).write_text(content + "\n", encoding="utf-8")
 
     @classmethod
@@ -138,7 +137,7 @@ class TextMeta:
         if fields.get("format_version") != FORMAT_VERSION:
             told = f"format version {fields.get('format_version')}, not {FORMAT_VERSION}"
             raise InputError(f"{path}: {told}; prepare again")
-        if fields.pop("crc32", None) != _sum_fields(fields):
+        if fields.pop("crc32", None) != sum_fields(fields):
             raise InputError(f"{path}: is damaged: its checksum is not its own; prepare the folder again")
         try:
             return cls(**fields | {"corpora": tuple(fields["corpora"])})
@@ -148,10 +147,6 @@ class TextMeta:
     def require_intact(self, folder: Path) -> None:
         """Checks all files, each once in a process. Raises InputError, which names the one that is not as written."""
         require_intact(folder, self.shards | self.files, META)
-
-
-def _sum_fields(fields: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 class TokenWriter:

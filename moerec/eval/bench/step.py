@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moerec.config import Config
-from moerec.data.load import RunData, load_data
-from moerec.data.pipeline.mixture import add_words
+from moerec.data.load import load_data
 from moerec.errors import InputError
 from moerec.eval.ranking import make_test_set, rank_batch, rank_targets
 from moerec.nn.model import SequenceModel, count_active_params
@@ -24,17 +23,13 @@ from moerec.nn.profile import Event, ProfileRequest, count_profile_slots, make_p
 from moerec.nn.profile.recurrence import Writes, chunked_exclusive_scan, exclusive_scan
 from moerec.nn.sharding import mesh_of
 from moerec.tasks import make_tasks
-from moerec.train.base_model.item_states import add_item_states
+from moerec.train.base_model.item_states import load_all
 from moerec.train.loop import Trainer, make_stream, make_trainer
 from moerec.train.plan.jaxpr_flops import count_flops
 from moerec.train.run_dir import bind_catalog
 from moerec.train.state import make_predictor
 from moerec.types import Batch
 from pallas_kernels.bench import time_in_turns
-
-
-def _load(config: Config, workdir: Path) -> RunData:
-    return add_words(config, add_item_states(config, load_data(config.data, workdir), workdir), workdir)
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -104,7 +99,7 @@ def measure_experts(config: Config, workdir: Path, sizes: Sequence[int], repeats
         raise InputError("config.model.moe.layers: a dense model has no experts to count")
     if len(set(sizes)) < len(sizes):
         raise InputError(f"--sizes: {', '.join(map(str, sizes))}: a size is named twice")
-    data = _load(config, workdir)
+    data = load_all(config, workdir)
     n_groups, steps, rows = count_groups(config.model.moe, data.dataset.catalogue.n_services), {}, []
     for size in sizes:
         if size < n_groups or size % n_groups:
@@ -123,7 +118,7 @@ def measure_asking(config: Config, workdir: Path, repeats: int = 9) -> list[dict
 
     Services are asked from the config's layer on, or from the second one where it asks none.
     """
-    data, rows, steps = _load(config, workdir), [], {}
+    data, rows, steps = load_all(config, workdir), [], {}
     for layer in (0, config.model.ask.from_layer or 1):
         ask = dataclasses.replace(config.model.ask, from_layer=layer)
         has_time = layer > 0 and config.model.pointer_time_bias
@@ -263,7 +258,7 @@ def measure(config: Config, workdir: Path, repeats: int = 20, n_targets: int = 4
     With a profile also the users per second whose state takes in an event, and its bytes.
     """
     started = time.perf_counter()
-    data = _load(config, workdir)
+    data = load_all(config, workdir)
     load_s = time.perf_counter() - started
     trainer = make_trainer(config, data)
     stream = iter(trainer.stream)

@@ -24,7 +24,7 @@ def describe_language(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """
     found, data = metrics["tasks"]["lm"], metrics.get("dataset") or {}
     by_corpus = found.get("by_corpus") or {}
-    rows = [(name, _tell(_rename(row))) for name, row in by_corpus.items()] if len(by_corpus) > 1 else []
+    rows = [(name, _tell(row)) for name, row in by_corpus.items()] if len(by_corpus) > 1 else []
     return {
         "found": found if found["n_tokens"] else None,
         "facts": list_facts(
@@ -56,12 +56,6 @@ def list_language_curves(
 def is_finite(value: Any) -> bool:
     """Whether it is a number that a curve can show."""
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _rename(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a corpus under the names that those of all of them have."""
-    names = {"nats": "nats_per_token", "tokens": "n_tokens", "documents": "n_documents", "bytes": "n_bytes"}
-    return {names.get(name, name): value for name, value in row.items()}
 
 
 def _tell(row: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from moerec.config import Config
 from moerec.convert.logits import encode_text, make_text_batch
-from moerec.data.load import RunData, with_item_states
+from moerec.data.load import RunData, load_data, with_item_states
+from moerec.data.pipeline.mixture import add_words
 from moerec.data.text.item_states import FOLDER, open_store, order_as_source
 from moerec.data.text.tokenizer import TextTokenizer
 from moerec.errors import InputError
@@ -64,6 +65,15 @@ def add_item_states(config: Config, data: RunData, workdir: Path) -> RunData:
                     told = f"item states: {n_done} of {len(missing)} parts, {time.monotonic() - started:.0f} s"
                     print(told, file=sys.stderr, flush=True)
     return with_item_states(data, store.read(), workdir)
+
+
+def load_all(config: Config, workdir: Path) -> RunData:
+    """The data of a run with events, with all that its config wants beside: the items' states, and words.
+
+    Raises:
+      InputError: as `load_data`, `add_item_states` and `add_words`.
+    """
+    return add_words(config, add_item_states(config, load_data(config.data, workdir), workdir), workdir)
 
 
 def encode_items(config: Config, texts: list[str]) -> np.ndarray:

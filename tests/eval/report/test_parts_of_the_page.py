@@ -197,8 +197,9 @@ def test_a_lost_component_is_shown_with_the_targets_that_fell_to_the_floor(tmp_p
 def make_language(**changes):
     found = {"nats_per_token": 2.0, "perplexity": 7.389, "bits_per_byte": 1.5, "n_tokens": 900, "n_documents": 9}
     config = Config(name="words", data=DataConfig(source="text"), tasks=("lm",), baselines=())
-    of_file = {"nats": 2.0, "perplexity": 7.389, "tokens": 400, "documents": 4, "bytes": 777, "bits_per_byte": 1.25}
-    rows = {EVIL: of_file, "none": {"tokens": 0, "documents": 0}}
+    sizes = {"n_tokens": 400, "n_documents": 4, "n_bytes": 777}
+    of_file = {"nats_per_token": 2.0, "perplexity": 7.389, "bits_per_byte": 1.25, **sizes}
+    rows = {EVIL: of_file, "none": {"n_tokens": 0, "n_documents": 0}}
     metrics = {"config": to_plain(config), "steps": 30, "n_params": 5000, "seed": 0, "wall_s": 3.0}
     return {**metrics, "tasks": {"lm": {**found, "n_bytes": 1900, "by_corpus": rows, **changes}}}
 
