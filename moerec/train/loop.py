@@ -14,7 +14,7 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
 from moerec.config import Config
-from moerec.config.cli.malloc import disable_malloc_trim
+from moerec.config.cli.malloc import keep_freed_memory
 from moerec.config.terminal import announce, printable
 from moerec.data.load import RunData, make_reader
 from moerec.data.pipeline.events import PackedStream, StreamOptions
@@ -111,7 +111,7 @@ def make_trainer(config: Config, data: RunData | Corpus) -> Trainer:
     """Makes the state straight into its shards, and the stream of batches onto the mesh."""
     if jax.process_count() > 1:
         raise InputError("training runs in one process so far (config.train.mesh_data splits it over its devices)")
-    disable_malloc_trim()
+    keep_freed_memory()
     tasks = make_tasks(config)
     mesh = make_mesh(config.train.mesh_data, config.train.mesh_expert, config.train.mesh_model)
     sizes = TEXT_SIZES if isinstance(data, Corpus) else make_sizes(config, data)

@@ -24,7 +24,7 @@ from moerec.config import Config
 from moerec.config.cli.compile_cache import compile_cache
 from moerec.config.cli.fields import format_fields, nest_fields, select_fields
 from moerec.config.cli.flags import ExtraFlags, define_flags, parse_flags, split_config
-from moerec.config.cli.malloc import disable_malloc_trim
+from moerec.config.cli.malloc import keep_freed_memory
 from moerec.config.python_file import import_plugin
 from moerec.config.terminal import safe_output
 from moerec.errors import TERMINATED, InputError, Terminated, WorkError
@@ -138,7 +138,7 @@ def _execute(
             import_plugin(name)
         if workdir and not values.workdir:
             raise InputError("--workdir is missing: the directory of the run")
-        disable_malloc_trim()  # before JAX starts its threads
+        keep_freed_memory()  # before JAX looks for devices
         with compile_cache(values.compile_cache if keep_programs else "off"):
             result = main(config, values)
         if values.json:
