@@ -17,8 +17,10 @@ from moerec.files import parse_json, read_json
 from moerec.nn.sharding import make_mesh
 from moerec.serve.generate.sampling import Sampling
 from moerec.serve.generate.session import Generator
+from moerec.serve.recommender.prompts import lay_prompts
 from moerec.train.base_model.hf_run import TOKENIZER, find_origin, find_tokenizer, read_hf_model
-from moerec.train.run_dir import load_run
+from moerec.train.run_dir import Run, load_run
+from moerec.types import Batch
 
 ENDS = ("<|endoftext|>", "<|im_end|>")  # at which texts end by a tokenizer that was trained here
 Prompt = str | list[dict[str, str]]  # a text, or the messages of a conversation
@@ -29,7 +31,7 @@ class Speaker:
     """Attributes:
     place: for messages. generator: of the model. stop_ids: at which the model's texts end.
     template: for conversations, and what it knows; None where there is none. adds_special: whether the tokenizer's
-      own beginning of texts (BOS) is put before prompts.
+      own beginning of texts (BOS) is put before prompts. run: whose users' events may stand before prompts, if any's.
     """
 
     place: Path
@@ -39,6 +41,7 @@ class Speaker:
     template: str | None
     known: dict[str, Any]
     adds_special: bool
+    run: Run | None = None
 
     def encode(self, prompt: Prompt, chat: bool, name: str) -> np.ndarray:
         """`[n]` int32 ids of a prompt, in which what is typed stands for no control token.
@@ -72,18 +75,22 @@ class Speaker:
         stop: Sequence[str] = (),
         chat: bool = False,
         write: Callable[[str], Any] | None = None,
+        users: Sequence[str] = (),
     ) -> dict[str, Any]:
         """What follows each prompt, as `experiments.generate` prints it.
 
         Args:
+          users: behind whose events the prompts stand: as many as prompts, or one where there are several of the other.
           stop: tokens beside the model's own at which an answer ends.
           write: is given the text of one prompt bit by bit, in whole characters.
 
         Raises:
-          InputError: as `encode`; a token of `stop` is not in the vocabulary; prompts are none, or too long.
+          InputError: as `encode`; a token of `stop` is not in the vocabulary; prompts are none, or too long; there is
+            no such user, or the model is not a run's with events.
         """
         if not prompts:
             raise InputError("there is no prompt")
+        prompts, users = _pair(prompts, users)
         names = ["the prompt"] if len(prompts) == 1 else [f"prompt {i + 1}" for i in range(len(prompts))]
         ids = [self.encode(prompt, chat, name) for prompt, name in zip(prompts, names, strict=True)]
         stop_ids = {*self.stop_ids, *(self.tokenizer.id_of(token) for token in stop)}
@@ -95,18 +102,24 @@ class Speaker:
 
         started = time.monotonic() - self.generator.programs.compile_s
         callback = None if write is None else tell
-        found = self.generator.generate(ids, max_new_tokens, sampling, sorted(stop_ids), callback)
+        options: tuple[Any, ...] = (max_new_tokens, sampling, sorted(stop_ids), callback)
+        if users:
+            found = self.generator.generate_behind(self._lay(users, ids, max_new_tokens), *options)
+        else:
+            found = self.generator.generate(ids, *options)
         seconds = time.monotonic() - self.generator.programs.compile_s - started
         if write is not None:
             write(stream.finish())
+        named: list[dict[str, str]] = [{"user": name} for name in users] or [{} for _ in ids]
         answers = [
             {
                 "text": self.decode(answer.tokens),
                 "tokens": answer.tokens.tolist(),
                 "finish": answer.finish,
                 "n_prompt": len(own),
+                **user,
             }
-            for own, answer in zip(ids, found, strict=True)
+            for own, answer, user in zip(ids, found, named, strict=True)
         ]
         speed = {
             "tokens_per_s": sum(len(answer.tokens) for answer in found) / seconds,
@@ -114,11 +127,33 @@ class Speaker:
         }
         return {**answers[0], **speed} if len(answers) == 1 else {"answers": answers, **speed}
 
+    def _lay(self, users: Sequence[str], ids: list[np.ndarray], n_new: int) -> Batch:
+        if self.run is None:
+            raise InputError(f"{self.place}: has no events (--user needs a run that was trained on events and words)")
+        return lay_prompts(self.run, users, ids, n_new)
+
+
+def _pair(prompts: Sequence[Prompt], users: Sequence[str]) -> tuple[Sequence[Prompt], Sequence[str]]:
+    """As many prompts as users; without users as they are."""
+    if not users or len(prompts) == len(users):
+        return prompts, users
+    if 1 not in (len(prompts), len(users)):
+        raise InputError(f"--user: {len(users)} users and {len(prompts)} prompts; as many are needed, or one of either")
+    n = max(len(prompts), len(users))
+    return list(prompts) * (n // len(prompts)), list(users) * (n // len(users))
+
 
 def load_speaker(
-    workdir: str, hf_folder: str, dtype: str = "", quantize: str = "", mesh: tuple[int, int, int] = (1, 1, 1)
+    workdir: str,
+    hf_folder: str,
+    dtype: str = "",
+    quantize: str = "",
+    mesh: tuple[int, int, int] = (1, 1, 1),
+    behind_events: bool = False,
 ) -> Speaker:
     """A run or a Hugging Face folder that can go on with texts.
+
+    Args: behind_events: whether prompts are to stand behind events of the run's users, which keeps the whole model.
 
     Raises:
       InputError: both are given, or none; whatever is wrong with it; it has no text head or no tokenizer.
@@ -148,8 +183,14 @@ def load_speaker(
         there = read_json(origin / CONFIG_NAME)
         n_context = max(read_shape(there, origin / CONFIG_NAME).max_positions, n_context)
     tokenizer = TextTokenizer.load(find_tokenizer(run.folder))
+    whole = run if behind_events and run.config.data.source != "text" else None
+    if whole is not None:
+        if where is not None:
+            raise InputError("--user: text behind events needs one device (--mesh)")
+        options["catalog"] = whole.catalog
     generator = Generator(*run.predictor[:2], mesh=where, n_context=n_context, **options)
-    return _make(run.folder, origin, generator, tokenizer, not (run.folder / TOKENIZER).is_file())
+    made = _make(run.folder, origin, generator, tokenizer, not (run.folder / TOKENIZER).is_file())
+    return dataclasses.replace(made, run=whole)
 
 
 def _make(

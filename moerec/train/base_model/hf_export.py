@@ -1,7 +1,7 @@
 """The language model of a run as a Hugging Face folder."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from moerec.convert.hf_writer import TensorPlan, plan_files, write_folder
 from moerec.convert.qwen2 import is_packed, is_weight, make_shape, read_blocks
 from moerec.errors import InputError
 from moerec.files import read_json
-from moerec.nn.model import Predictor
+from moerec.nn.model import Predictor, SequenceModel
 from moerec.nn.sharding import make_mesh
 from moerec.train.base_model.hf_run import TENSORS, TOKENIZER, find_origin
 from moerec.train.run_dir import CONFIG, Run
@@ -54,14 +54,8 @@ def export_run(workdir: Path, target: Path, dtype: str = "") -> dict[str, Any]:
     if predictor.router_bias_LE is not None and bool(jnp.any(predictor.router_bias_LE != 0)):
         raise InputError(f"{workdir}: the routers' biases (model.moe.bias_rate) have no Hugging Face layout")
     layout = _find_layout(shape, origin, known[dtype] if dtype else None)
-    by_name = {plan.name: plan for plan in layout.plans}
-    packed = is_packed(by_name)
-
-    def blocks(name: str) -> Iterator[np.ndarray]:
-        return read_blocks(model, name, by_name[name].shape, by_name[name].dtype, packed)
-
     side_files, files = _find_side_files(workdir, origin)
-    write_folder(target, layout.plans, blocks, layout.config, side_files, files)
+    _write(model, layout, target, side_files, files)
     left_out = [name for name in _OF_EVENTS if getattr(model, name) is not None]
     if origin is not None and not _is_same_shape(shape, origin):
         left_out.append("types and files of the folder that the model came from, which is of another shape")
@@ -73,6 +67,31 @@ def export_run(workdir: Path, target: Path, dtype: str = "") -> dict[str, Any]:
         "dtypes": sorted({str(plan.dtype) for plan in layout.plans}),
         "left_out": left_out,
     }
+
+
+def write_model(model: SequenceModel, target: Path) -> None:
+    """Writes a language model alone, without a tokenizer, in float32.
+
+    Raises:
+      InputError: it has parts that have no place in a Hugging Face folder, or there is something at `target`.
+    """
+    _write(model, _find_layout(make_shape(model.config), None, None), target)
+
+
+def _write(
+    model: SequenceModel,
+    layout: _Layout,
+    target: Path,
+    side_files: Path | None = None,
+    files: Mapping[str, bytes] = {},
+) -> None:
+    by_name = {plan.name: plan for plan in layout.plans}
+    packed = is_packed(by_name)
+
+    def blocks(name: str) -> Iterator[np.ndarray]:
+        return read_blocks(model, name, by_name[name].shape, by_name[name].dtype, packed)
+
+    write_folder(target, layout.plans, blocks, layout.config, side_files, files)
 
 
 def _find_layout(shape: HFShape, origin: Path | None, dtype: np.dtype | None) -> _Layout:
