@@ -273,6 +273,9 @@ class MixConfig:
     item_texts: float = 0.0  # of items with their texts: the tasks text_to_item and item_to_text
     held_out: float = 0.1  # share of the items, by a hash of their texts, that these two are not trained on
     max_tokens: int = 32  # most tokens of an item's text
+    history: int = (
+        0  # every second of the items' texts stands behind up to so many events of a user who had it; 0: none
+    )
     prepared: str = ""  # a folder of documents that experiments.prepare wrote, instead of `corpus`
 
     def __post_init__(self):
@@ -281,6 +284,8 @@ class MixConfig:
             require(0 <= share < math.inf, f"data.mix.{name}", "must be a number of at least 0")
         require(0 <= self.held_out < 1, "data.mix.held_out", "must lie in [0, 1)")
         require(self.max_tokens >= 1, "data.mix.max_tokens", "must be at least 1")
+        require(self.history >= 0, "data.mix.history", "must not be negative")
+        require(self.item_texts > 0 or not self.history, "data.mix.history", "needs data.mix.item_texts")
         require(self.events > 0, "data.mix.events", "must be positive; of words alone is data.source text")
 
     @property
@@ -357,6 +362,9 @@ class DataConfig:
         if self.mix.item_texts:
             is_long = self.mix.max_tokens < self.history_len
             require(is_long, "data.mix.max_tokens", "must be below data.history_len: an item takes a slot, too")
+            most = self.history_len - self.mix.max_tokens - 2  # two control tokens
+            told = f"leaves no room for the words: at most {most}, as data.history_len and data.mix.max_tokens are"
+            require(self.mix.history <= max(most, 0), "data.mix.history", told)
         one_of(self.item_tokens, "data.item_tokens", ("subwords", "words", "plain_words"))
         has_subwords = self.item_tokens == "subwords" or not self.item_tokenizer
         require(has_subwords, "data.item_tokenizer", "belongs to data.item_tokens subwords")

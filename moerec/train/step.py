@@ -80,13 +80,16 @@ def sum_losses(
         catalog = params.bind(catalog)
     domain_BT = find_domains(tasks, batch, catalog)
     asked = {}
+    of_items = [task for task in tasks if task.name in (NextEvent.name, TextToItem.name)]
     if config.model.is_asked:  # the service that a slot asks in training is that of its next event, or of its item
-        of_items = [task for task in tasks if task.name in (NextEvent.name, TextToItem.name)]
         asked = {"hypothesis_BT": find_domains(of_items, batch, catalog)}
     options: dict[str, Any] = {**asked, "router_bias_LE": router_bias_LE}
     if told_names(config.model):  # whose tables have been counted on these very targets
-        target = batch.targets[NextEvent.name]
-        options["known_next_BT"] = jnp.where(target.weight_BT > 0, target.label_BT, -1)
+        known_BT = jnp.full_like(batch.item_BT, -1)
+        for task in of_items:
+            target = batch.targets[task.name]
+            known_BT = jnp.where(target.weight_BT > 0, target.label_BT, known_BT)
+        options["known_next_BT"] = known_BT
     outputs = params.encode(batch, catalog, dropout_key, domain_BT=domain_BT, **options)
     # Split over devices, each has rows of its own, and of the streams what falls to it.
     is_split = not jax.sharding.get_abstract_mesh().empty

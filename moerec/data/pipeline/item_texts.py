@@ -7,7 +7,8 @@ A share of the items is held out from both. It is chosen by a hash of the text, 
 items with one text all are held out, or none. A leak is impossible by construction: the only place in which an item and
 the tokens of its text are laid into one sequence is `pack_item_texts`, and training gives it the items of
 `ItemTexts.list_items(held_out=False)` alone, whose texts are all other ones. A segment sees no other segment, the
-users' sequences have no words, and the documents no items. (What the vector of an item is made of, `model.item_text`,
+users' sequences have no words (those of `behind_events` the words of one item that is not held out), and the documents
+no items. (What the vector of an item is made of, `model.item_text`,
 is part of the item: it is how one that was never trained on is known at all.)
 """
 
@@ -15,9 +16,10 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import grain
+import jax
 import numpy as np
 
 from moerec.data.dataset import ItemTable
@@ -117,32 +119,83 @@ def pack_item_texts(
     return Packed(batch, next_item_BT, lay(np.where(is_told, follows, -1), -1))
 
 
+class TextSource(Protocol):
+    """Endless sequences with an item's text, known by their numbers. `length` of what is drawn has 0 for what is not
+    to be used.
+    """
+
+    def draw(self, number: np.ndarray) -> Any: ...
+
+    def pack(self, drawn: Any, placed: Placement, shape: tuple[int, int]) -> Packed: ...
+
+
+class _Drawn(NamedTuple):
+    item: np.ndarray
+    to_item: np.ndarray
+    length: np.ndarray
+
+    def take(self, which: np.ndarray) -> "_Drawn":
+        return _Drawn(*(x[which] for x in self))
+
+
+class ItemsAlone:
+    """Each item that is trained on once an epoch in each of its ways, with its text and nothing else."""
+
+    def __init__(self, texts: ItemTexts, items: ItemTable, ways: Sequence[str], options: StreamOptions):
+        """Args: ways: of `TO_ITEM` and `TO_TEXT`, those that are wanted."""
+        self._texts, self._items, self._options = texts, items, options
+        item = texts.list_items(held_out=False)[options.process_index :: options.process_count]
+        self._item = np.tile(item, len(ways))
+        self._to_item = np.repeat([way == TO_ITEM for way in ways], len(item))
+        self._order = functools.lru_cache(maxsize=2)(self._order_epoch)
+
+    def draw(self, number: np.ndarray) -> _Drawn:
+        """The sequences of `[n]` numbers."""
+        epoch, place = np.divmod(number, len(self._item))
+        which = np.zeros_like(number)
+        for e in np.unique(epoch).tolist():
+            which[epoch == e] = self._order(e)[place[epoch == e]]
+        item = self._item[which]
+        return _Drawn(item, self._to_item[which], self._texts.length[item] + 1)
+
+    def pack(self, drawn: _Drawn, placed: Placement, shape: tuple[int, int]) -> Packed:
+        """Lays sequences into rows."""
+        return pack_item_texts(self._texts, self._items, drawn.item, drawn.to_item, placed, shape)
+
+    def _order_epoch(self, epoch: int) -> np.ndarray:
+        seed = self._options.seed, epoch, self._options.process_index, _STREAM
+        return np.random.default_rng(seed).permutation(len(self._item))
+
+
 class ItemTextStream(grain.IterDataset[Batch]):
     """Endless packed batches of items with their texts: each that is trained on once an epoch in each of its ways."""
 
-    def __init__(self, texts: ItemTexts, items: ItemTable, ways: Sequence[str], render: Render, options: StreamOptions):
-        """Args: ways: of `TO_ITEM` and `TO_TEXT`, those that are wanted."""
+    def __init__(
+        self,
+        texts: ItemTexts,
+        items: ItemTable,
+        ways: Sequence[str],
+        render: Render,
+        options: StreamOptions,
+        behind: TextSource | None = None,
+    ):
+        """Args: ways: of `TO_ITEM` and `TO_TEXT`, those that are wanted. behind: what every second sequence is of."""
         super().__init__()
         if len(texts.list_items(held_out=False)) < options.process_count:
             raise InputError("config.data.mix.item_texts: no item with a text is left to train on")
-        self._parts = texts, items, tuple(ways), render, options
+        sources: list[TextSource] = [ItemsAlone(texts, items, ways, options)]
+        self._parts = [*sources, behind] if behind is not None else sources, render, options
 
     def __iter__(self) -> "ItemTextIterator":
         return ItemTextIterator(*self._parts)
 
 
 class ItemTextIterator(grain.DatasetIterator[Batch]):
-    """State: how many sequences have been handed out."""
+    """State: how many sequences have been handed out, of all sources in turn."""
 
-    def __init__(
-        self, texts: ItemTexts, items: ItemTable, ways: tuple[str, ...], render: Render, options: StreamOptions
-    ):
+    def __init__(self, sources: Sequence[TextSource], render: Render, options: StreamOptions):
         super().__init__()
-        self._texts, self._items, self._render, self._options = texts, items, render, options
-        item = texts.list_items(held_out=False)[options.process_index :: options.process_count]
-        self._item = np.tile(item, len(ways))
-        self._to_item = np.repeat([way == TO_ITEM for way in ways], len(item))
-        self._order = functools.lru_cache(maxsize=2)(self._order_epoch)
+        self._sources, self._render, self._options = sources, render, options
         self._taken = 0
 
     def __next__(self) -> Batch:
@@ -150,23 +203,39 @@ class ItemTextIterator(grain.DatasetIterator[Batch]):
 
     def take(self, n_rows: int) -> Batch:
         """The next rows, which are the same however many are taken at a time."""
-        shape = n_rows, self._options.row_len
-        # A sequence has two slots at least, so that no more of them can be placed.
-        number = self._taken + np.arange(shape[0] * shape[1] // 2 + 1)
-        epoch, place = np.divmod(number, len(self._item))
-        which = np.concatenate([self._order(int(e))[place[epoch == e]] for e in np.unique(epoch)])
-        placed = place_sequences(self._texts.length[self._item[which]] + 1, *shape)
-        which = which[: placed.n]
+        shape, n_sources = (n_rows, self._options.row_len), len(self._sources)
+        # A sequence of an item alone has two slots at least, so that no more of them can be placed.
+        number = self._taken + np.arange(n_sources * (shape[0] * shape[1] // 2 + 1))
+        length = np.zeros(len(number), np.int64)
+        own = [np.flatnonzero(number % n_sources == k) for k in range(n_sources)]
+        drawn = [source.draw(number[mine] // n_sources) for source, mine in zip(self._sources, own, strict=True)]
+        for mine, found in zip(own, drawn, strict=True):
+            length[mine] = found.length
+        placed = place_sequences(length, *shape)
         self._taken += placed.n
-        packed = pack_item_texts(self._texts, self._items, self._item[which], self._to_item[which], placed, shape)
+        parts = []
+        for source, mine, found in zip(self._sources, own, drawn, strict=True):
+            used = np.flatnonzero((mine < placed.n) & (found.length > 0))
+            at = mine[used]
+            there = Placement(len(at), placed.start[at], placed.segment[at])
+            parts.append(source.pack(found.take(used), there, shape))
+        packed = functools.reduce(_overlay, parts)
         return packed.batch._replace(targets=self._render(packed))
-
-    def _order_epoch(self, epoch: int) -> np.ndarray:
-        seed = self._options.seed, epoch, self._options.process_index, _STREAM
-        return np.random.default_rng(seed).permutation(len(self._item))
 
     def get_state(self) -> dict[str, Any]:
         return {"sequences": self._taken}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._taken = int(state["sequences"])
+
+
+def _overlay(below: Packed, above: Packed) -> Packed:
+    """Two batches of which no slot is in use in both; codes of what one of them lacks are 0."""
+    is_above_BT = above.batch.segment_BT > 0
+
+    def choose(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        if b.ndim == 2:
+            return np.where(is_above_BT, b, a)
+        return np.where(is_above_BT[..., None], b, np.pad(a, ((0, 0), (0, 0), (0, b.shape[2] - a.shape[2]))))
+
+    return jax.tree.map(choose, below, above)

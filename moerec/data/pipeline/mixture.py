@@ -16,6 +16,7 @@ import numpy as np
 
 from moerec.config import Config
 from moerec.data.load import RunData, make_reader, read_digests
+from moerec.data.pipeline.behind_events import TextsBehindEvents
 from moerec.data.pipeline.events import PackedStream, Render, StreamOptions
 from moerec.data.pipeline.item_texts import TO_ITEM, TO_TEXT, ItemTextStream, make_item_texts
 from moerec.data.pipeline.shares import RowShares
@@ -124,8 +125,10 @@ def make_mixed_stream(
         elif name == "documents":
             streams[name] = TextStream(corpus, renders[name], options)
         else:
-            ways = [way for way in (TO_ITEM, TO_TEXT) if way in config.tasks]
-            streams[name] = ItemTextStream(texts, items, ways, renders[name], options)
+            ways, most = [way for way in (TO_ITEM, TO_TEXT) if way in config.tasks], config.data.mix.history
+            reader = make_reader(config.data, data) if most else None
+            behind = TextsBehindEvents(reader, texts, items, ways, most, options) if reader else None
+            streams[name] = ItemTextStream(texts, items, ways, renders[name], options, behind)
     shares = RowShares.of(config.data.mix.shares, options.n_rows)
     return MixedStream(streams, config.tasks, shares, Widths.of(data))
 
