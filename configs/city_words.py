@@ -29,8 +29,8 @@ def get_config() -> Config:
     base = city_moe.get_config()
     corpus = CorpusConfig(sources=("city=city:all",), city_documents=4000, vocab_size=VOCABULARY, valid_fraction=0.05)
     mix = MixConfig(events=8, documents=6, item_texts=2, held_out=0.1, max_tokens=32)
-    # A target of each user in each service: three times as many, since the differences to be told are small.
-    split = dataclasses.replace(base.data.split, per_service=True)
+    # A target of each user in each service, three times as many, since the differences to be told are small.
+    split = dataclasses.replace(base.data.split, per_service=True, past_only=True)
     data = dataclasses.replace(base.data, corpus=corpus, mix=mix, first_event=True, split=split)
     # Six texts a step stand beside 800 events: with a mean that weighs as much, what each of them says of its item's
     # row and bias drowns what events say of it.
