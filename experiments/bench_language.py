@@ -16,22 +16,21 @@ from moerec.errors import InputError
 
 def main(config, flags):
     """Prints a line for each seed and way."""
-    from moerec.eval.bench.language import EXPERTS, measure_language, require_transformers, with_experts
+    from moerec.eval.bench import language as bench
 
-    require_transformers()
-    if config.data.source != "text" or tuple(config.tasks) != ("lm",):
-        raise InputError("config: a language model trained on text alone is needed (data.source=text, tasks=('lm',))")
-    unknown = [name for name in flags.experts if name not in EXPERTS]
+    bench.require_transformers()
+    bench.require_comparable(config, bool(flags.experts))
+    unknown = [name for name in flags.experts if name not in bench.EXPERTS]
     if unknown:
-        raise InputError(f"--experts: {unknown[0]!r} is none of {', '.join(EXPERTS)}")
+        raise InputError(f"--experts: {unknown[0]!r} is none of {', '.join(bench.EXPERTS)}")
     if not flags.seeds or not all(seed.isdecimal() for seed in flags.seeds):
         raise InputError(f"--seeds: {','.join(flags.seeds)!r} are not numbers, such as 1,2,3")
     if flags.steps < 3:
         raise InputError("--steps: at least 3 are needed")
     with tempfile.TemporaryDirectory() as folder:
         workdir, seeds = Path(flags.workdir or folder), [int(seed) for seed in flags.seeds]
-        chosen = (with_experts(config), flags.experts) if flags.experts else (config,)
-        found = measure_language(chosen[0], workdir, flags.steps, seeds, *chosen[1:])
+        chosen = (bench.with_experts(config), flags.experts) if flags.experts else (config,)
+        found = bench.measure_language(chosen[0], workdir, flags.steps, seeds, *chosen[1:])
     for row in found["rows"]:
         line = f"seed {row['seed']} {row['experts'] or 'dense':10s} {row['tokens_per_s']:8,.0f} tokens/s"
         line += f", transformers {row['torch_tokens_per_s']:8,.0f}, ratio {row['ratio']:5.2f}; nats a token held out"

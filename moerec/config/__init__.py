@@ -103,6 +103,10 @@ class Config:
         require("item_texts" in shares or not of_items, "tasks", told)
         if not self.data.mix.has_words:
             return
+        # Tables of transitions have counted the very events that a text behind a history asks for, and later ones.
+        tables = [name for name in ("transition", "crossing") if getattr(self.model, f"{name}_pointer")]
+        why = f"cannot stand beside model.{''.join(tables[:1])}_pointer, whose table knows the answers"
+        require(not (tables and self.data.mix.history), "data.mix.history", why)
         wanted = {"events": ("next_event",), "documents": ("lm",), "item_texts": ("text_to_item", "item_to_text")}
         for name, share in shares.items():
             is_learned = any(task in self.tasks for task in wanted[name])

@@ -273,9 +273,7 @@ class MixConfig:
     item_texts: float = 0.0  # of items with their texts: the tasks text_to_item and item_to_text
     held_out: float = 0.1  # share of the items, by a hash of their texts, that these two are not trained on
     max_tokens: int = 32  # most tokens of an item's text
-    history: int = (
-        0  # every second of the items' texts stands behind up to so many events of a user who had it; 0: none
-    )
+    history: int = 0  # each second text stands behind up to so many events of a user; 0: none does
     prepared: str = ""  # a folder of documents that experiments.prepare wrote, instead of `corpus`
 
     def __post_init__(self):

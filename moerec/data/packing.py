@@ -199,6 +199,7 @@ def _add_words(
     is_word = (behind >= 0) & (behind < words.length[owner])
     is_asked = (behind >= 0) & ~is_word
     before = (behind == -1) & (words.length[owner] > 0)
+    unasked = before | is_word
     batch, shape = packed.batch, packed.batch.kind_BT.shape
 
     def change(values_BT: np.ndarray, *changes: tuple[np.ndarray, Any]) -> np.ndarray:
@@ -218,9 +219,9 @@ def _add_words(
     has_event = sequences.events.length[owner[spoken]] > 0
     time = batch.time_BT.reshape(-1)[last[spoken]]
     request = batch.request._replace(
-        time_BT=change(batch.request.time_BT, (before, NO_TIME)),
-        utc_offset_BT=change(batch.request.utc_offset_BT, (before, 0)),
-        context_BTC=change(batch.request.context_BTC, (before, 0)),
+        time_BT=change(batch.request.time_BT, (unasked, NO_TIME)),
+        utc_offset_BT=change(batch.request.utc_offset_BT, (unasked, 0)),
+        context_BTC=change(batch.request.context_BTC, (unasked, 0)),
     )
     batch = batch._replace(
         kind_BT=kind_BT,
@@ -228,4 +229,4 @@ def _add_words(
         request=request,
         token_BT=token_BT,
     )
-    return Packed(batch, change(packed.next_item_BT, (is_word | before, -1)), next_token_BT)
+    return Packed(batch, change(packed.next_item_BT, (unasked, -1)), next_token_BT)

@@ -15,6 +15,7 @@ from moerec.convert.paths import flatten
 from moerec.nn.heads.near_pointers import told_names
 from moerec.nn.model import ModelSizes, SequenceModel
 from moerec.nn.moe.balance import balance_losses, update_bias, weigh_losses
+from moerec.nn.moe.hypotheses import followed_services
 from moerec.nn.sharding import ROW_AXES, param_shardings
 from moerec.tasks import NextEvent, TextToItem
 from moerec.tasks.base import Draws, Task, TaskSums, find_domains, find_rows, make_tasks
@@ -80,16 +81,17 @@ def sum_losses(
         catalog = params.bind(catalog)
     domain_BT = find_domains(tasks, batch, catalog)
     asked = {}
-    of_items = [task for task in tasks if task.name in (NextEvent.name, TextToItem.name)]
-    if config.model.is_asked:  # the service that a slot asks in training is that of its next event, or of its item
-        asked = {"hypothesis_BT": find_domains(of_items, batch, catalog)}
+    if config.model.is_asked:
+        # The service that a slot asks in training is that of its next event, or of its item; a slot without a target,
+        # before an event of its sequence, asks as the past does at a request.
+        of_items = [task for task in tasks if task.name in (NextEvent.name, TextToItem.name)]
+        wanted_BT, followed_BT = find_domains(of_items, batch, catalog), followed_services(batch, params.n_services)
+        asked_BT = followed_BT if wanted_BT is None else jnp.where(wanted_BT < 0, followed_BT, wanted_BT)
+        asked = {"hypothesis_BT": asked_BT}
     options: dict[str, Any] = {**asked, "router_bias_LE": router_bias_LE}
     if told_names(config.model):  # whose tables have been counted on these very targets
-        known_BT = jnp.full_like(batch.item_BT, -1)
-        for task in of_items:
-            target = batch.targets[task.name]
-            known_BT = jnp.where(target.weight_BT > 0, target.label_BT, known_BT)
-        options["known_next_BT"] = known_BT
+        target = batch.targets[NextEvent.name]
+        options["known_next_BT"] = jnp.where(target.weight_BT > 0, target.label_BT, -1)
     outputs = params.encode(batch, catalog, dropout_key, domain_BT=domain_BT, **options)
     # Split over devices, each has rows of its own, and of the streams what falls to it.
     is_split = not jax.sharding.get_abstract_mesh().empty

@@ -1,5 +1,6 @@
 """Items' texts behind users' events: laid as they are written down, of training events, never of held-out items."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -8,19 +9,22 @@ import numpy as np
 import pytest
 
 from moerec.config import MixConfig
+from moerec.data.dataset import UNKNOWN_TIME
 from moerec.data.load import load_data
+from moerec.data.packing import Placement
 from moerec.data.pipeline.behind_events import TextsBehindEvents
 from moerec.data.pipeline.events import MemoryReader, StreamOptions
 from moerec.data.pipeline.item_texts import TO_ITEM, TO_TEXT, ItemTextStream
 from moerec.data.pipeline.mixture import add_words, make_mixed_stream
 from moerec.errors import InputError
-from moerec.types import EVENT, PADDING, RECOMMEND, TOKEN
+from moerec.types import EVENT, NO_TIME, PADDING, RECOMMEND, TOKEN
 from tests.data.test_mixture import DATASET, END, ITEMS, LENGTHS, TEXTS, make_texts, render_for
 from tests.data.text.test_stream import assert_same_batch
 from tests.mixed import make_mixed_config
 
 ROW_LEN, HISTORY = 14, 4
 HELD_OUT = (1, 5, 6)
+PLACED = Placement(1, np.zeros(1, np.int64), np.ones(1, np.int32))
 
 
 def is_trained_on(n_events: int) -> np.ndarray:
@@ -95,11 +99,24 @@ def test_sequences_are_what_a_user_did_and_then_a_text(first_event):
             assert np.flatnonzero(found_weight).tolist() == [len(place) - 1]
             assert found_label[-1] == item
         assert n_control == (first_event and begin in starts) or len(starts) > 1
+        check_request(batch, b, place, item, is_told, [r for r in range(begin, end) if log.item[r] == item])
         n_whole += n_control
         seen.add((user, item, is_told))
     assert (n_whole > 10) == first_event
     assert len({told for *_, told in seen}) == 2
     assert len(seen) > 15
+
+
+def check_request(batch, b, place, item, is_told, rows):
+    """The control token knows the request that the event to be found has answered; words know of none."""
+    request, log = batch.request, DATASET.log
+    spoken = place[batch.kind_BT[b, place] == TOKEN]
+    assert np.all(request.time_BT[b, spoken] == NO_TIME)
+    assert not request.context_BTC[b, spoken].any()
+    if not is_told:
+        known = request.time_BT[b, place[-1]], request.utc_offset_BT[b, place[-1]], *request.context_BTC[b, place[-1]]
+        seconds = np.where(log.time_us == UNKNOWN_TIME, NO_TIME, log.time_us // 10**6 - 946_684_800)
+        assert known in [(seconds[r], log.utc_offset[r], *log.context[r]) for r in rows]
 
 
 def _is_here(batch, b, events, row, log) -> bool:
@@ -108,6 +125,26 @@ def _is_here(batch, b, events, row, log) -> bool:
         return False
     same = batch.item_BT[b, events] == log.item[rows]
     return bool(same.all() and (batch.action_BT[b, events] == log.action[rows]).all())
+
+
+def test_held_out_items_are_not_laid():
+    reader = MemoryReader(DATASET.log, is_trained_on(DATASET.log.n_events))
+    source = TextsBehindEvents(reader, TEXTS, ITEMS, (TO_ITEM, TO_TEXT), 3, StreamOptions(1, 9, 9, 0))
+    drawn = source.draw(np.arange(200))
+    is_out = np.isin(drawn.item, HELD_OUT) | (TEXTS.length[drawn.item] == 0)
+    assert is_out.any()
+    np.testing.assert_array_equal(drawn.length == 0, is_out)
+    with pytest.raises(AssertionError):
+        source.pack(drawn.take(np.flatnonzero(np.isin(drawn.item, HELD_OUT))[:1]), PLACED, (1, 14))
+
+
+@pytest.mark.parametrize("pointer", ["transition", "crossing"])
+def test_tables_that_know_the_answers_are_refused(pointer):
+    base = make_mixed_config(mix=MixConfig(events=2, documents=1, item_texts=1, max_tokens=9, history=5))
+    data = dataclasses.replace(base.data, **{f"{pointer}_neighbors": 4})
+    model = dataclasses.replace(base.model, pointer="services", **{f"{pointer}_pointer": True})
+    with pytest.raises(InputError, match=rf"data\.mix\.history.*model\.{pointer}_pointer"):
+        dataclasses.replace(base, data=data, model=model)
 
 
 @pytest.mark.parametrize("ways", [(TO_ITEM,), (TO_TEXT,), (TO_ITEM, TO_TEXT)])
@@ -143,8 +180,7 @@ def test_users_take_part_in_turn_each_with_another_event():
     log = DATASET.log
     reader = MemoryReader(log, is_trained_on(log.n_events))
     source = TextsBehindEvents(reader, make_texts([2] * 13), ITEMS, (TO_TEXT,), 3, StreamOptions(1, 9, 9, 0))
-    n = len(source)
-    assert n == sum(reader.lengths > 0)
+    n = int(sum(reader.lengths > 0))
     drawn = [source.draw(np.arange(e * n, (e + 1) * n)) for e in range(40)]
     for one in drawn:
         assert sorted(one.user.tolist()) == sorted(np.flatnonzero(reader.lengths).tolist())
@@ -160,7 +196,7 @@ def test_processes_share_the_users():
         options = StreamOptions(1, 9, 9, 0, process_index=index, process_count=2)
         reader = MemoryReader(DATASET.log, is_trained_on(DATASET.log.n_events))
         source = TextsBehindEvents(reader, TEXTS, ITEMS, (TO_ITEM, TO_TEXT), 3, options)
-        users.append(set(source.draw(np.arange(len(source))).user.tolist()))
+        users.append(set(source.draw(np.arange(2 * sum(reader.lengths[index::2] > 0))).user.tolist()))
     assert not users[0] & users[1]
 
 

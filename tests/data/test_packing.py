@@ -239,7 +239,7 @@ def test_control_slots_events_and_words_stand_where_a_loop_lays_them(drawn, has_
                 "next_item": -1 if is_word else int(log.item[after]),
             }
             slot = expected[b][column + t]
-            if said and t == n_before - 1:  # the request is answered behind the words
+            if said and (is_word or t == n_before - 1):  # the request is answered behind the words
                 slot |= {"request.time_BT": int(NO_TIME), "request.utc_offset_BT": 0, "next_item": -1}
                 slot["request.context_BTC"] = [0] * n_context
             if words is not None:

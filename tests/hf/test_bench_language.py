@@ -1,6 +1,7 @@
 """The language model that ours is timed against: at equal weights and batches it has our losses, step by step."""
 
 import dataclasses
+import json
 import sys
 
 import pytest
@@ -51,9 +52,11 @@ def test_a_mixture_learns_the_same_by_each_way_to_run_its_experts(tmp_path):
     found = measure_language(config, tmp_path, 5, (1,), EXPERTS)
     check_rows(found["rows"], 1e-3)  # a rounding may choose another expert
     assert [row["experts"] for row in found["rows"]] == list(EXPERTS)
-    dense = make_config(d_ff=128).model
-    assert with_experts(make_config(d_ff=128)).model.n_layers == dense.n_layers
-    assert found["rows"][0]["n_active_params"] < found["rows"][0]["n_params"] / 2
+    model = make_config(d_ff=128).model
+    (dense,) = measure_language(make_config(d_ff=128), tmp_path, 3, (1,))["rows"]
+    beside = model.n_layers * 17 * model.d_model  # routers, and the gates of the shared experts
+    assert found["rows"][0]["n_active_params"] == dense["n_active_params"] + beside
+    assert found["rows"][0]["n_params"] > 2 * dense["n_params"] - model.text.vocab_size * model.d_model
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,11 @@ def test_a_mixture_learns_the_same_by_each_way_to_run_its_experts(tmp_path):
         (("--experts=loop",), "--experts: 'loop'"),
         (("--seeds=one",), "--seeds: 'one'"),
         (("--steps=2",), "--steps: at least 3"),
-        (("--config.tasks=('next_event',)", "--config.data.source=city"), "trained on text alone"),
+        (("--config.data.source=city", "--config.tasks=('next_event',)"), "config.data.source: 'city'"),
+        (("--config.model.dropout=.1",), "config.model.dropout: 0.1; the comparison needs 0.0"),
+        (("--config.optim.ema_decay=.9",), "config.optim.ema_decay"),
+        (("--config.model.moe.layers=(1,)",), "config.model.moe.layers: (1,)"),
+        (("--config.data.corpus.valid_fraction=0",), "config.data.corpus.valid_fraction: no document is held out"),
     ],
 )
 def test_bad_flags_are_one_line(flags, line, capsys):
@@ -70,6 +77,16 @@ def test_bad_flags_are_one_line(flags, line, capsys):
     assert cli.execute(bench_language.main, command, None, bench_language.FLAGS, workdir=False) == 2
     (told,) = capsys.readouterr().err.splitlines()
     assert line in told
+
+
+def test_the_command_tells_of_each_seed(capsys, tmp_path):
+    command = ["bench_language", f"--config={language_city.__file__}", f"--workdir={tmp_path}", "--seeds=3,4", "--json"]
+    small = {"data.seq_len": 64, "data.history_len": 64, "train.batch_size": 2, "data.corpus.city_documents": 60}
+    flags = [f"--config.{name}={value}" for name, value in small.items()]
+    assert cli.execute(bench_language.main, [*command, "--steps=3", *flags], None, bench_language.FLAGS) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[:2]] == [["seed", "3", "dense"], ["seed", "4", "dense"]]
+    assert [row["seed"] for row in json.loads(last)["rows"]] == [3, 4]
 
 
 def test_it_needs_transformers(monkeypatch):

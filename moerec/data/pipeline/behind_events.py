@@ -7,7 +7,8 @@ that of the last event's item, which predicts the first of them (item_to_text), 
 
 Events, and what is known of the request at the control token, are those of the user's training events; a sequence that
 goes back to their beginning starts with a control token, as without words. The item whose text it is is never a held
-out one. Which event of a user it is, and in which order the users come, is drawn anew in each epoch.
+out one: where an event's is, or has no text, nothing is made of it. Which event of a user it is, and in which order the
+users come, is drawn anew in each epoch.
 """
 
 import functools
@@ -20,7 +21,7 @@ from moerec.data.dataset import ItemTable
 from moerec.data.histories import make_histories
 from moerec.data.packing import Packed, Placement, Sequences, Words, pack
 from moerec.data.pipeline.events import EventReader, StreamOptions
-from moerec.data.pipeline.item_texts import TO_ITEM, ItemTexts
+from moerec.data.pipeline.item_texts import TO_ITEM, ItemTexts, look_up
 
 _STREAM = 8  # which of the seeded orders this is
 
@@ -66,22 +67,15 @@ class TextsBehindEvents:
         self._to_item = np.repeat([way == TO_ITEM for way in ways], n_each)
         self._order = functools.lru_cache(maxsize=2)(self._order_epoch)
 
-    def __len__(self) -> int:
-        return len(self._user)
-
-    def _order_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An order of users and ways, and which of its user's events each one is about."""
+    def _order_epoch(self, epoch: int) -> np.ndarray:
+        """An order of users and ways, and which of its user's events each one is about; `[2, n]`."""
         rng = np.random.default_rng((self._options.seed, epoch, self._options.process_index, _STREAM))
         order = rng.permutation(len(self._user))
-        return order, rng.integers(0, self._reader.lengths[self._user[order]])
+        return np.stack([order, rng.integers(0, self._reader.lengths[self._user[order]])])
 
     def draw(self, number: np.ndarray) -> Drawn:
         """The sequences of `[n]` numbers."""
-        epoch, k = np.divmod(number, len(self._user))
-        which, place = np.zeros_like(number), np.zeros_like(number)
-        for e in np.unique(epoch).tolist():
-            order, places = self._order(e)
-            which[epoch == e], place[epoch == e] = order[k[epoch == e]], places[k[epoch == e]]
+        which, place = look_up(self._order, number, len(self._user))
         user, to_item = self._user[which], self._to_item[which]
         stop = place + ~to_item
         first = np.maximum(stop - self._history, 0)
@@ -98,6 +92,7 @@ class TextsBehindEvents:
     def pack(self, drawn: Drawn, placed: Placement, shape: tuple[int, int]) -> Packed:
         """Lays sequences into rows. Args: those that are used; where they go; rows and slots of one."""
         texts, n_tokens = self._texts, self._texts.length[drawn.item]
+        assert not texts.is_held_out[drawn.item].any()
         log, begin = self._reader.fetch(drawn.user)
         has_control = self._has_control(drawn.first)
         history = make_histories(begin + drawn.first, begin + drawn.stop)

@@ -4,18 +4,17 @@
     <event> <words>           the event predicts the first token, each token the next one (item_to_text)
 
 A share of the items is held out from both. It is chosen by a hash of the text, not of the item, so that of several
-items with one text all are held out, or none. A leak is impossible by construction: the only place in which an item and
-the tokens of its text are laid into one sequence is `pack_item_texts`, and training gives it the items of
-`ItemTexts.list_items(held_out=False)` alone, whose texts are all other ones. A segment sees no other segment, the
-users' sequences have no words (those of `behind_events` the words of one item that is not held out), and the documents
-no items. (What the vector of an item is made of, `model.item_text`,
-is part of the item: it is how one that was never trained on is known at all.)
+items with one text all are held out, or none. A leak is impossible by construction: the places in which tokens of an
+item's text are laid into a sequence are `pack_item_texts` and `TextsBehindEvents.pack`; training gives the former the
+items of `ItemTexts.list_items(held_out=False)` alone, and the latter refuses others. A segment sees no other segment,
+the users' sequences have no words but those, and the documents no items. (What the vector of an item is made of,
+`model.item_text`, is part of the item: it is how one that was never trained on is known at all.)
 """
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -30,6 +29,7 @@ from moerec.errors import InputError
 from moerec.types import EVENT, RECOMMEND, Batch
 
 TO_ITEM, TO_TEXT = "text_to_item", "item_to_text"  # the tasks, and what their sequences are called
+_LIKELY_SLOTS = 8  # of a sequence
 _SHARES, _STREAM = 1 << 32, 7  # parts that hashes are told apart in; which of the seeded orders this is
 
 
@@ -151,10 +151,7 @@ class ItemsAlone:
 
     def draw(self, number: np.ndarray) -> _Drawn:
         """The sequences of `[n]` numbers."""
-        epoch, place = np.divmod(number, len(self._item))
-        which = np.zeros_like(number)
-        for e in np.unique(epoch).tolist():
-            which[epoch == e] = self._order(e)[place[epoch == e]]
+        (which,) = look_up(self._order, number, len(self._item))
         item = self._item[which]
         return _Drawn(item, self._to_item[which], self._texts.length[item] + 1)
 
@@ -164,7 +161,17 @@ class ItemsAlone:
 
     def _order_epoch(self, epoch: int) -> np.ndarray:
         seed = self._options.seed, epoch, self._options.process_index, _STREAM
-        return np.random.default_rng(seed).permutation(len(self._item))
+        return np.random.default_rng(seed).permutation(len(self._item))[None]
+
+
+def look_up(order: Callable[[int], np.ndarray], number: np.ndarray, n: int) -> np.ndarray:
+    """`[X, numbers]`, what an order of epochs of `n` has at numbers that count on over them.
+
+    Args: order: of an epoch, `[X, n]`.
+    """
+    epoch, place = np.divmod(number, n)
+    found = [order(e)[:, place[epoch == e]] for e in np.unique(epoch).tolist()]  # numbers rise, and so do epochs
+    return np.concatenate(found, axis=1)
 
 
 class ItemTextStream(grain.IterDataset[Batch]):
@@ -204,13 +211,18 @@ class ItemTextIterator(grain.DatasetIterator[Batch]):
     def take(self, n_rows: int) -> Batch:
         """The next rows, which are the same however many are taken at a time."""
         shape, n_sources = (n_rows, self._options.row_len), len(self._sources)
-        # A sequence of an item alone has two slots at least, so that no more of them can be placed.
-        number = self._taken + np.arange(n_sources * (shape[0] * shape[1] // 2 + 1))
-        length = np.zeros(len(number), np.int64)
-        own = [np.flatnonzero(number % n_sources == k) for k in range(n_sources)]
-        drawn = [source.draw(number[mine] // n_sources) for source, mine in zip(self._sources, own, strict=True)]
-        for mine, found in zip(own, drawn, strict=True):
-            length[mine] = found.length
+        # So many as may be placed: what is drawn of users has to be read.
+        n_drawn, n_slots = n_sources * (2 + shape[0] * shape[1] // _LIKELY_SLOTS), shape[0] * shape[1]
+        while True:
+            number = self._taken + np.arange(n_drawn)
+            length = np.zeros(n_drawn, np.int64)
+            own = [np.flatnonzero(number % n_sources == k) for k in range(n_sources)]
+            drawn = [source.draw(number[mine] // n_sources) for source, mine in zip(self._sources, own, strict=True)]
+            for mine, found in zip(own, drawn, strict=True):
+                length[mine] = found.length
+            if length.sum() > n_slots:
+                break
+            n_drawn *= 2
         placed = place_sequences(length, *shape)
         self._taken += placed.n
         parts = []

@@ -119,15 +119,15 @@ def make_mixed_stream(
     assert corpus is not None
     assert texts is not None
     streams: dict[str, grain.IterDataset] = {}
+    reader = make_reader(config.data, data)
     for name in config.data.mix.shares:
         if name == "events":
-            streams[name] = PackedStream(make_reader(config.data, data), items, renders[name], options)
+            streams[name] = PackedStream(reader, items, renders[name], options)
         elif name == "documents":
             streams[name] = TextStream(corpus, renders[name], options)
         else:
             ways, most = [way for way in (TO_ITEM, TO_TEXT) if way in config.tasks], config.data.mix.history
-            reader = make_reader(config.data, data) if most else None
-            behind = TextsBehindEvents(reader, texts, items, ways, most, options) if reader else None
+            behind = TextsBehindEvents(reader, texts, items, ways, most, options) if most else None
             streams[name] = ItemTextStream(texts, items, ways, renders[name], options, behind)
     shares = RowShares.of(config.data.mix.shares, options.n_rows)
     return MixedStream(streams, config.tasks, shares, Widths.of(data))

@@ -51,6 +51,25 @@ def require_transformers() -> None:
         raise InputError(f"{' and '.join(missing)}: not installed; this is a comparison (pip install 'moerec[hf]')")
 
 
+def require_comparable(config: Config, has_experts: bool) -> None:
+    """Raises: InputError, where a field of the config would be obeyed by our side alone."""
+    wanted = {
+        "data.source": (config.data.source, "text"),
+        "tasks": (tuple(config.tasks), ("lm",)),
+        "model.dropout": (config.model.dropout, 0.0),
+        "model.compute_dtype": (config.model.compute_dtype, "float32"),
+        "optim.ema_decay": (config.optim.ema_decay, 0.0),
+        "optim.groups": (tuple(config.optim.groups), ()),
+        "optim.decay_embeddings": (config.optim.decay_embeddings, False),
+        "train.n_microbatches": (config.train.n_microbatches, 1),
+    }
+    if not has_experts:
+        wanted["model.moe.layers"] = (tuple(config.model.moe.layers), ())
+    for name, (value, needed) in wanted.items():
+        if value != needed:
+            raise InputError(f"config.{name}: {value!r}; the comparison needs {needed!r}")
+
+
 def with_experts(config: Config) -> Config:
     """The config with a mixture in place of each feed-forward layer, whose active parameters are as many.
 
@@ -83,6 +102,8 @@ def measure_language(
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     corpus, rows = load_corpus(config.data, workdir, config.model.text.vocab_size), []
+    if not corpus.is_valid.any():
+        raise InputError("config.data.corpus.valid_fraction: no document is held out, by which both are measured")
     for seed in seeds:
         own = dataclasses.replace(config, seed=seed, train=dataclasses.replace(config.train, steps=steps))
         trainer = make_trainer(own, corpus)
@@ -104,12 +125,13 @@ def _train_in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     losses: dict[str, list[float]] = {name: [] for name in calls}
     with contextlib.closing(iter(trainer.stream)) as stream:
-        for batch in itertools.islice(stream, steps):
-            host = jax.device_get(batch)
-            for name, call in calls.items():
-                started = time.perf_counter()
-                losses[name].append(call(batch if name == "ours" else host))
-                seconds[name].append(time.perf_counter() - started)
+        batches = list(itertools.islice(stream, steps))
+    for n, batch in enumerate(batches):
+        host = jax.device_get(batch)
+        for name in list(calls) if n % 2 else reversed(list(calls)):
+            started = time.perf_counter()
+            losses[name].append(calls[name](batch if name == "ours" else host))
+            seconds[name].append(time.perf_counter() - started)
     n_tokens = config.train.batch_size * config.data.seq_len
     per_s = {name: n_tokens / float(np.median(x[2:])) for name, x in seconds.items()}
     last = {name: float(np.mean(x[-max(steps // 10, 1) :])) for name, x in losses.items()}
@@ -167,8 +189,8 @@ class _Theirs:
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **own
         ).train()
-        self._clip, self._n_done = config.optim.clip_norm, 0
-        self._schedule = make_schedule(config.optim, config.train.steps)
+        schedule = make_schedule(config.optim, config.train.steps)
+        self._clip, self._rates = config.optim.clip_norm, [float(schedule(n)) for n in range(config.train.steps)]
         named = dict(self.model.named_parameters())
         decayed = [
             p for name, p in named.items() if p.ndim > 1 and "embed_tokens" not in name and "lm_head" not in name
@@ -184,8 +206,9 @@ class _Theirs:
     def step(self, batch: Batch) -> float:
         import torch
 
+        rate = self._rates.pop(0)
         for group in self._adam.param_groups:
-            group["lr"] = float(self._schedule(self._n_done))
+            group["lr"] = rate
         self._adam.zero_grad(set_to_none=True)
         total, n = self._sum_loss(batch)
         loss = total / n
@@ -193,7 +216,6 @@ class _Theirs:
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip, foreach=True)
         self._adam.step()
-        self._n_done += 1
         return float(loss.detach())
 
     def measure(self, batches: Sequence[Batch]) -> float:

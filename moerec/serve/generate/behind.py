@@ -72,8 +72,10 @@ def read_behind(
     return KVCache(k, v, about), Behind(context, tuple(personal), model.profile_router), prompt.x_BTD
 
 
-def pad_left(batch: Batch, n_rows: int, n_places: int) -> tuple[Batch, np.ndarray]:
+def pad_left(batch: Batch, n_rows: int, n_places: int, first: int = 0) -> tuple[Batch, np.ndarray]:
     """The batch with its sequences at the right ends of rows, and how many slots each has.
+
+    Args: rows and slots of what is returned; the number of the first prompt, to name others by.
 
     Raises:
       InputError: a row holds no sequence, several, or one whose last slot is no word.
@@ -84,9 +86,9 @@ def pad_left(batch: Batch, n_rows: int, n_places: int) -> tuple[Batch, np.ndarra
     for row, segment_T in enumerate(segment_BT):
         (place,) = np.nonzero(segment_T)
         if len(np.unique(segment_T[place])) != 1 or len(place) != place[-1] - place[0] + 1:
-            raise InputError(f"prompt {row + 1}: one sequence is needed in a row")
+            raise InputError(f"prompt {first + row + 1}: one sequence is needed in a row")
         if kind_BT[row, place[-1]] != TOKEN:
-            raise InputError(f"prompt {row + 1}: its last slot has to be a word, which text goes on from")
+            raise InputError(f"prompt {first + row + 1}: its last slot has to be a word, which text goes on from")
         rows.append(slice(place[0], place[-1] + 1))
         length_B[row] = len(place)
 

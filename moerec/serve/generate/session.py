@@ -168,6 +168,7 @@ class Generator:
         sampling: Sampling = GREEDILY,
         stop: Sequence[int] = (),
         callback: Callback | None = None,
+        batch_size: int = 16,
     ) -> list[Generated]:
         """What follows sequences of events and words, each of which ends with a word.
 
@@ -180,14 +181,36 @@ class Generator:
         if self._whole is None:
             raise InputError("text behind events: needs the catalogue of the run, and one device")
         self._check([], max_new_tokens, stop)
+        batch = jax.tree.map(np.asarray, batch._replace(targets={}))
+        turn_B, found = _count_turns(batch), []
+        for lo in range(0, len(turn_B), batch_size):
+            part = slice(lo, lo + batch_size)
+            tell = None if callback is None else functools.partial(_tell_later, callback, lo)
+            rows = jax.tree.map(lambda x, part=part: x[part], batch)
+            found += self._go_on_behind(rows, turn_B[part], max_new_tokens, sampling, stop, tell, lo)
+        return found
+
+    def _go_on_behind(
+        self,
+        batch: Batch,
+        turn_B: np.ndarray,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[int],
+        callback: Callback | None,
+        first: int,
+    ) -> list[Generated]:
+        """Args: a part of the batch of `generate_behind`, and the number of its first prompt."""
+        assert self._whole is not None
         n_places = round_up(int((np.asarray(batch.segment_BT) > 0).sum(axis=1).max()), LEAST_PROMPT)
         n_rows = round_up(batch.kind_BT.shape[0])
-        padded, length_B = pad_left(batch, n_rows, n_places)
+        padded, length_B = pad_left(batch, n_rows, n_places, first)
         if self.n_context and length_B.max() >= self.n_context:
             raise InputError(f"prompts: {length_B.max()} slots; the model's context is {self.n_context}")
         read = functools.partial(self.programs.read, self.weights, self._whole, padded)
-        turn_B = np.zeros(n_rows, np.uint32)
-        answers = self._go_on(read, n_places, length_B, turn_B, max_new_tokens, sampling, stop, callback)
+        turns = np.zeros(n_rows, np.uint32)
+        turns[: len(turn_B)] = turn_B
+        answers = self._go_on(read, n_places, length_B, turns, max_new_tokens, sampling, stop, callback)
         return answers[: batch.kind_BT.shape[0]]
 
     def _go_on(
@@ -239,6 +262,20 @@ class Generator:
             if callback is not None and (new != NOTHING).any():
                 callback(row, new[new != NOTHING].tolist())
         return [*made, block], done
+
+
+def _count_turns(batch: Batch) -> np.ndarray:
+    """`[B]`, how many rows that are equal to each stand before it."""
+    earlier: dict[bytes, int] = {}
+    turns = np.zeros(batch.kind_BT.shape[0], np.uint32)
+    for row in range(len(turns)):
+        whole = b"".join(x[row].tobytes() for x in jax.tree.leaves(batch))
+        turns[row] = earlier[whole] = earlier.get(whole, -1) + 1
+    return turns
+
+
+def _tell_later(callback: Callback, first: int, number: int, tokens: list[int]) -> None:
+    callback(first + number, tokens)
 
 
 class _Clock:

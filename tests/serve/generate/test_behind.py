@@ -9,7 +9,7 @@ import pytest
 
 from moerec.config import PersonalConfig
 from moerec.errors import InputError
-from moerec.serve.generate import Generator
+from moerec.serve.generate import Generator, Sampling
 from moerec.types import EVENT, TOKEN, Batch
 from tests.nn.test_text import KINDS, TABLE, TEXT, V, lay_mixed
 from tests.small_model import make_config, make_model
@@ -108,3 +108,21 @@ def test_what_cannot_be_gone_on_from_is_refused():
         Generator(model).generate_behind(batch, 3)
     assert (batch.kind_BT == TOKEN).all()
     assert batch.token_BT.max() < V
+
+
+def test_many_streams_are_read_a_few_at_a_time_and_equal_ones_are_drawn_apart():
+    model = make("dense")
+    generator = Generator(model, catalog=model.bind(TABLE))
+    one = fill_up(lay_mixed(1, PARTS), 16)
+    batch = jax.tree.map(lambda x: np.repeat(x, 5, axis=0), one)
+    told: dict[int, list[int]] = {}
+    answers = generator.generate_behind(
+        batch, 9, Sampling(1.0, seed=3), callback=lambda n, new: told.setdefault(n, []).extend(new), batch_size=2
+    )
+    assert [told[n] for n in range(5)] == [answer.tokens.tolist() for answer in answers]
+    assert len({tuple(answer.tokens.tolist()) for answer in answers}) > 1
+    whole = generator.generate_behind(batch, 9, Sampling(1.0, seed=3))
+    assert [answer.tokens.tolist() for answer in whole] == [answer.tokens.tolist() for answer in answers]
+    wrong = jax.tree.map(lambda a, b: np.concatenate([a, b]), batch, fill_up(lay_mixed(1, ["words", "events"]), 16))
+    with pytest.raises(InputError, match="prompt 6: its last slot"):
+        generator.generate_behind(wrong, 3, batch_size=2)

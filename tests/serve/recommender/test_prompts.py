@@ -57,7 +57,10 @@ def test_events_stand_before_the_words(run, short):
     np.testing.assert_array_equal(batch.action_BT[0, is_event], log.action[kept])
     np.testing.assert_array_equal(batch.time_BT[0, is_event], log.time_us[kept] // 10**6 - 946_684_800)
     assert batch.token_BT[0, n - 3 : n].tolist() == ids.tolist()
-    assert batch.request.time_BT[0, n - 4] == NO_TIME  # words follow, and no event
+    # Of the last event and of the words nothing is known of what comes next.
+    assert batch.request.time_BT[0, n - 4 : n].tolist() == [NO_TIME] * 4
+    assert not batch.request.utc_offset_BT[0, n - 4 : n].any()
+    assert not batch.request.context_BTC[0, n - 4 : n].any()
 
 
 def test_words_go_on_as_the_whole_model_says(run, capsys):
