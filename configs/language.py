@@ -54,7 +54,7 @@ def get_config() -> Config:
             dropout=0.0,
             text=TextConfig(vocab_size=8192, tie_head=True),
         ),
-        loss=LossConfig(vocab_chunk=1024),
+        loss=LossConfig(vocab_chunk=8192),
         optim=OptimConfig(learning_rate=4e-3, warmup_steps=100, b2=0.95, weight_decay=0.1),
         train=TrainConfig(steps=4000, batch_size=8, log_every=20, eval_every=250, save_every=1000, n_valid=40_000),
         eval=EvalConfig(n_probed=0),

@@ -33,7 +33,7 @@ def get_config() -> Config:
             ),
         ),
         model=dataclasses.replace(base.model, n_layers=2, d_model=96, d_head=24, d_ff=256, text=text),
-        loss=LossConfig(vocab_chunk=512),
+        loss=LossConfig(vocab_chunk=VOCABULARY),
         optim=OptimConfig(learning_rate=5e-3, warmup_steps=20, b2=0.95, weight_decay=0.1),
         train=TrainConfig(steps=300, batch_size=8, log_every=20, eval_every=100, save_every=100, n_valid=10_000),
     )

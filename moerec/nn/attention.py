@@ -16,7 +16,7 @@ from pallas_kernels.attention import attend, attend_few, merge
 
 # Slots of a row from which on attention in blocks is faster than all at once, on two CPU cores; elsewhere it is not
 # measured, and taken for what it does not hold in memory.
-BLOCKED_FROM = 256
+BLOCKED_FROM = 512
 
 
 def rotate(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:

@@ -3,6 +3,9 @@
 The forward pass keeps one number a slot, the log-sum-exp, which is taken block by block (Milakov & Gimelshein 2018);
 the backward pass forms each block's logits anew. Going by blocks of the vocabulary, not of slots, each row's gradient
 is made once: a sum of `[V, D]` parts over blocks of slots would go through memory as often as there are blocks.
+
+Where one block is the whole vocabulary, on one device, its exponentials are kept instead: they are no larger than what
+the backward pass would form, and it is a matmul less.
 """
 
 from functools import partial
@@ -118,6 +121,31 @@ def chunked_vocab_xent(
     return _forward(h_SD, row_VD, label_S, weight_S, chunk, axes)[0]
 
 
+class _Whole(NamedTuple):
+    """What is kept of the logits where they stand in memory: `[S, V]` exponentials below the top, and their sums."""
+
+    exp_SV: jax.Array
+    total_S: jax.Array
+
+
+def _forward_whole(h_SD: jax.Array, row_VD: jax.Array, label_S: jax.Array, weight_S: jax.Array):
+    logit_SV = _score(h_SD, row_VD)
+    top_S = jnp.max(logit_SV, axis=1)
+    exp_SV = jnp.exp(logit_SV - top_S[:, None])
+    total_S = jnp.sum(exp_SV, axis=1)
+    label_logit_S = jnp.take_along_axis(logit_SV, label_S[:, None], axis=1)[:, 0]
+    loss = jnp.sum(weight_S * (top_S + jnp.log(total_S) - label_logit_S))
+    return loss, (h_SD, row_VD, label_S, weight_S, _Whole(exp_SV, total_S))
+
+
+def _backward_whole(h_SD: jax.Array, row_VD: jax.Array, label_S: jax.Array, pull_S: jax.Array, kept: _Whole):
+    is_label_SV = label_S[:, None] == jnp.arange(row_VD.shape[0])
+    d_SV = kept.exp_SV * (pull_S / kept.total_S)[:, None] - jnp.where(is_label_SV, pull_S[:, None], 0)
+    d_SV = d_SV.astype(h_SD.dtype)
+    d_h_SD = jnp.einsum("SV,VD->SD", d_SV, row_VD.astype(h_SD.dtype), preferred_element_type=jnp.float32)
+    return d_h_SD, jnp.einsum("SV,SD->VD", d_SV, h_SD, preferred_element_type=jnp.float32)
+
+
 def _pad(x: jax.Array, n: int) -> jax.Array:
     return jnp.pad(x, ((0, n - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
 
@@ -128,6 +156,8 @@ def _count_padded(n: int, layout: TableLayout | None) -> int:
 
 def _forward(h_SD, row_VD, label_S, weight_S, chunk, axes):
     layout, n = find_layout(row_VD, axes), h_SD.shape[0]
+    if layout is None and chunk >= row_VD.shape[0]:
+        return _forward_whole(h_SD, row_VD, label_S, weight_S)
 
     def run(h_SD, row_VD, label_S, weight_S):
         part = _take_part(row_VD, chunk, layout, h_SD)
@@ -151,6 +181,9 @@ def _forward(h_SD, row_VD, label_S, weight_S, chunk, axes):
 
 def _backward(chunk, axes, residuals, g):
     h_SD, row_VD, label_S, weight_S, lse_S = residuals
+    if isinstance(lse_S, _Whole):
+        d_h_SD, d_row_VD = _backward_whole(h_SD, row_VD, label_S, g * weight_S, lse_S)
+        return d_h_SD.astype(h_SD.dtype), d_row_VD.astype(row_VD.dtype), None, None
     layout, n = find_layout(row_VD, axes), h_SD.shape[0]
 
     def run(h_SD, row_VD, label_S, lse_S, pull_S):
