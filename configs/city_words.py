@@ -13,7 +13,8 @@ trains on the same rows of events, or of documents, in as many steps:
         --config.tasks='("lm",)' --config.loss.task_weights='()' --config.train.batch_size=6 \
         --config.model.moe.services=false --config.model.pointer=none
 Hardware: one CPU core, 2 minutes.
-Result: not measured yet (results/language_model.json).
+Result: union NDCG@10 .2218 (events alone .2232), bits per byte .1662 (documents alone .1683), means of five worlds
+(results/language.json).
 """
 
 import dataclasses

@@ -3,8 +3,9 @@
 Command: python -m experiments.train --config=configs/language.py --workdir=runs/language
     python -m experiments.prepare --config=configs/language.py --out=prepared/language prepares the documents alone;
     --config.data.prepared=prepared/language then trains on them.
-Hardware: two CPU cores, 20 minutes.
-Result: not measured yet, a model of 3,198,144 parameters (results/language_model.json).
+Hardware: two CPU cores, 18 minutes.
+Result: 1.670 bits per byte of held-out documents; Russian plays 1.359 and novels 1.344, English novels 1.901, help
+pages 1.503 (results/language.json).
 """
 
 from moerec.config import (

@@ -1,8 +1,8 @@
 """Texts of the built-in world in Russian and English, as a small language model reads them: a check of a minute.
 
 Command: python -m experiments.train --config=configs/language_city.py --workdir=runs/language_city
-Hardware: two CPU cores, less than a minute.
-Result: not measured yet, a model of 301,920 parameters (results/language_model.json).
+Hardware: two CPU cores, half a minute.
+Result: .2459 bits per byte of held-out documents (results/language.json).
 """
 
 import dataclasses

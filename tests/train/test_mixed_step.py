@@ -193,6 +193,8 @@ def test_a_control_token_behind_words_asks_the_service_of_its_item(monkeypatch):
         pass
 
     class Params:
+        n_services = len(data.dataset.catalogue.services)
+
         def bind(self, catalog):
             return catalog
 
@@ -204,7 +206,9 @@ def test_a_control_token_behind_words_asks_the_service_of_its_item(monkeypatch):
         sum_losses(Params(), batches[1], catalog, make_tasks(asked), NO_DRAWS, asked)
     service_I, batch = np.asarray(data.catalog.service_I), batches[1]
     for b, t in np.ndindex(*batch.kind_BT.shape):
-        expected = -1
+        expected = -1  # or whom a slot of the past asks: the service of the event behind it
+        if t + 1 < batch.kind_BT.shape[1] and batch.segment_BT[b, t] == batch.segment_BT[b, t + 1]:
+            expected = batch.service_BT[b, t + 1] if batch.kind_BT[b, t + 1] == EVENT else -1
         for name in ("next_event", "text_to_item"):
             if batch.targets[name].weight_BT[b, t]:
                 expected = service_I[batch.targets[name].label_BT[b, t]]

@@ -26,7 +26,7 @@ from moerec.data.pipeline.item_texts import TO_ITEM, ItemTexts, look_up
 _STREAM = 8  # which of the seeded orders this is
 
 
-class Drawn(NamedTuple):
+class TextsDrawn(NamedTuple):
     """Attributes:
     user: `[n]` numbers. first, stop: `[n]`, from which to before which of the user's training events stand there.
     place: `[n]`, the event whose item's text follows. to_item: `[n]` bool, whether that one is to be found.
@@ -41,9 +41,9 @@ class Drawn(NamedTuple):
     item: np.ndarray
     length: np.ndarray
 
-    def take(self, which: np.ndarray) -> "Drawn":
+    def take(self, which: np.ndarray) -> "TextsDrawn":
         """Args: `[m]`, which of them."""
-        return Drawn(*(x[which] for x in self))
+        return TextsDrawn(*(x[which] for x in self))
 
 
 class TextsBehindEvents:
@@ -73,7 +73,7 @@ class TextsBehindEvents:
         order = rng.permutation(len(self._user))
         return np.stack([order, rng.integers(0, self._reader.lengths[self._user[order]])])
 
-    def draw(self, number: np.ndarray) -> Drawn:
+    def draw(self, number: np.ndarray) -> TextsDrawn:
         """The sequences of `[n]` numbers."""
         which, place = look_up(self._order, number, len(self._user))
         user, to_item = self._user[which], self._to_item[which]
@@ -84,12 +84,12 @@ class TextsBehindEvents:
         n_tokens = self._texts.length[item]
         is_used = (n_tokens > 0) & ~self._texts.is_held_out[item]
         length = np.where(is_used, stop - first + self._has_control(first) + n_tokens + 1, 0)
-        return Drawn(user, first, stop, place, to_item, item, length)
+        return TextsDrawn(user, first, stop, place, to_item, item, length)
 
     def _has_control(self, first: np.ndarray) -> np.ndarray:
         return (first == 0) & self._options.first_event
 
-    def pack(self, drawn: Drawn, placed: Placement, shape: tuple[int, int]) -> Packed:
+    def pack(self, drawn: TextsDrawn, placed: Placement, shape: tuple[int, int]) -> Packed:
         """Lays sequences into rows. Args: those that are used; where they go; rows and slots of one."""
         texts, n_tokens = self._texts, self._texts.length[drawn.item]
         assert not texts.is_held_out[drawn.item].any()

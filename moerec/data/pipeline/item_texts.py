@@ -119,7 +119,7 @@ def pack_item_texts(
     return Packed(batch, next_item_BT, lay(np.where(is_told, follows, -1), -1))
 
 
-class TextSource(Protocol):
+class ItemTextSource(Protocol):
     """Endless sequences with an item's text, known by their numbers. `length` of what is drawn has 0 for what is not
     to be used.
     """
@@ -184,13 +184,13 @@ class ItemTextStream(grain.IterDataset[Batch]):
         ways: Sequence[str],
         render: Render,
         options: StreamOptions,
-        behind: TextSource | None = None,
+        behind: ItemTextSource | None = None,
     ):
         """Args: ways: of `TO_ITEM` and `TO_TEXT`, those that are wanted. behind: what every second sequence is of."""
         super().__init__()
         if len(texts.list_items(held_out=False)) < options.process_count:
             raise InputError("config.data.mix.item_texts: no item with a text is left to train on")
-        sources: list[TextSource] = [ItemsAlone(texts, items, ways, options)]
+        sources: list[ItemTextSource] = [ItemsAlone(texts, items, ways, options)]
         self._parts = [*sources, behind] if behind is not None else sources, render, options
 
     def __iter__(self) -> "ItemTextIterator":
@@ -200,7 +200,7 @@ class ItemTextStream(grain.IterDataset[Batch]):
 class ItemTextIterator(grain.DatasetIterator[Batch]):
     """State: how many sequences have been handed out, of all sources in turn."""
 
-    def __init__(self, sources: Sequence[TextSource], render: Render, options: StreamOptions):
+    def __init__(self, sources: Sequence[ItemTextSource], render: Render, options: StreamOptions):
         super().__init__()
         self._sources, self._render, self._options = sources, render, options
         self._taken = 0
