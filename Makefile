@@ -32,7 +32,7 @@ demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, pri
 	$(if $(ARGS),,$(RUN) experiments.profile --workdir=runs/demo)
 	$(if $(ARGS),,$(RUN) experiments.recommend --workdir=runs/demo)
 
-test: $(VENV)/.installed-dev-$(VERSION)  ## set up and run all tests; ARGS='-k name' for some; PYTHON=python3.12 for another Python
+test: $(VENV)/.installed-dev-$(VERSION)  ## set up and run the tests; ARGS='-k name' for some; PYTHON=python3.12 for another Python
 	$(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --ignore=tests/hf --ignore=tests/test_notebooks.py --ignore=tests/test_configs.py $(ARGS)
 
 # Real weights, which the tests skip where they cannot be had; they are data, so that they stand apart from the lock.
