@@ -181,7 +181,9 @@ class ModelConfig:
     row_dropout: float = 0.0  # in training, the share of the items that are without row and bias, drawn each step
     group_starts: tuple[int, ...] = ()  # layers at which a new group begins, beside those where their kind changes
     window: int = 0  # slots that a slot attends to at most, itself among them; 0 is all
-    attention: str = "auto"  # in blocks where rows are long; reference: all weights at once; or xla_blocks
+    attention: str = (
+        "auto"  # in blocks where rows are long; reference: all weights at once; or xla_blocks, splash, cudnn
+    )
     time: TimeConfig = dataclasses.field(default_factory=TimeConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     personal: PersonalConfig = dataclasses.field(default_factory=PersonalConfig)
@@ -202,7 +204,9 @@ class ModelConfig:
         require(has_item, "model.item_row", "an event needs the item's row or its text")
         one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
         one_of(self.pointer, "model.pointer", ("none", "all", "services"))
-        one_of(self.attention, "model.attention", ("auto", "reference", "xla_blocks"))
+        one_of(self.attention, "model.attention", ("auto", "reference", "xla_blocks", "splash", "cudnn"))
+        is_half = self.attention != "cudnn" or self.compute_dtype == "bfloat16"
+        require(is_half, "model.attention", "cudnn needs model.compute_dtype='bfloat16'")
         require(self.window >= 0, "model.window", "must not be negative")
         require(not self.pointer_time_bias or self.is_asked, "model.pointer_time_bias", "needs model.ask.from_layer")
         require(not self.pointer_time_bias or self.has_pointers, "model.pointer_time_bias", "needs pointers")

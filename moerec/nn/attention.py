@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions, causal within packed segments: plain, or given the profile."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from moerec.nn.layers import MASK_VALUE, declare, fan_in, fan_in_heads, project
 from moerec.nn.profile import ProfileMemory, count_profile_slots
 from moerec.nn.sharding import ROW_AXES
 from moerec.nn.temporal import N_GAPS
+from pallas_kernels import attention as kernels
 from pallas_kernels.attention import attend, attend_few, merge
 
 # Slots of a row from which on attention in blocks is faster than all at once, on two CPU cores; elsewhere it is not
@@ -90,7 +92,9 @@ class ProfileAttention(nnx.Module):
         self.pair_NZZ = table(personal.pair_bias, (n, n_services, n_services), ("heads", None, None))
         self.pair_gate_DN = table(personal.pair_bias, (d, n), ("embed", "heads"), "matrix")
         self.other_services, self.n_services = personal.other_services, n_services
-        self.window, self.backend = config.window, config.attention
+        # What the libraries' kernels have no biases for goes through our own.
+        self.window = config.window
+        self.backend = "auto" if config.attention in kernels.LIBRARIES else config.attention
 
     def scale(self, q_BTNH: jax.Array, context: ProfileContext) -> jax.Array:
         """The queries, scaled by the profile."""
@@ -164,7 +168,12 @@ def attend_plain(
     """
     is_long = q_BTNH.shape[1] >= BLOCKED_FROM and backend == "auto"
     if is_long or backend not in ("auto", "reference"):
-        return _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window, backend)[0]
+
+        def run(rows, _):
+            return kernels.attend_plain(*rows, window=window or None, backend=backend)
+
+        is_checked = not kernels.is_library(q_BTNH, backend)
+        return _share(run, (q_BTNH, k_BTKH, v_BTKH, segment_BT), is_checked=is_checked)
     # Padding attends to padding (segment 0), so that no row of the softmax is empty.
     return attend_masked(q_BTNH, k_BTKH, v_BTKH, causal_segment_mask(segment_BT, window))
 
@@ -224,7 +233,7 @@ attend_masked.defvjp(_attend_forward, _attend_backward)
 
 
 def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=(None, None), group=(None, None)):
-    """`pallas_kernels.attention.attend`; on a mesh each device has its own rows, and own heads where they divide.
+    """`pallas_kernels.attention.attend`, shared over the mesh.
 
     Args: `time` and `group` are pairs of codes `[B, T]` and biases, `[N, X]` and `[B, T, N or 1, G]`.
     """
@@ -247,18 +256,26 @@ def _attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window: int, backend: str, time=
             backend=backend,
         )
 
-    rows = (q_BTNH, k_BTKH, v_BTKH, segment_BT, time[0], group_BT, group_bias_BTNG)
+    return _share(run, (q_BTNH, k_BTKH, v_BTKH, segment_BT, time[0], group_BT, group_bias_BTNG), time[1])
+
+
+def _share(run: Callable[..., Any], rows: tuple[Any, ...], bias_NX: jax.Array | None = None, is_checked=True) -> Any:
+    """`run(rows, bias)`; on a mesh each device has its own rows, and own heads where they divide.
+
+    Args: rows are `[B, T]`, or `[B, T, N or K, …]` as are all results; queries and keys come first; `is_checked`:
+      whether JAX checks what varies over the mesh.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return run(rows, time[1])
-    n_batch = q_BTNH.shape[0]
+        return run(rows, bias_NX)
+    n_batch = rows[0].shape[0]
     spare = -n_batch % (mesh.shape["data"] * mesh.shape["expert"])
     rows = jax.tree.map(lambda a: jnp.pad(a, ((0, spare), *((0, 0),) * (a.ndim - 1))), rows)
-    heads = None if k_BTKH.shape[2] % mesh.shape["model"] else "model"
-    by_row, by_head = PartitionSpec(ROW_AXES), PartitionSpec(ROW_AXES, None, heads)
-    specs = (by_head, by_head, by_head, by_row, by_row, by_row, by_head), PartitionSpec(heads)
-    out, lse = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=by_head)(rows, time[1])
-    return out[:n_batch], lse[:n_batch]
+    heads = None if rows[1].shape[2] % mesh.shape["model"] else "model"
+    by_head = PartitionSpec(ROW_AXES, None, heads)
+    specs = jax.tree.map(lambda a: by_head if a.ndim > 2 else PartitionSpec(ROW_AXES), rows), PartitionSpec(heads)
+    results = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=is_checked)(rows, bias_NX)
+    return jax.tree.map(lambda a: a[:n_batch], results)
 
 
 def _project(x_BTD: jax.Array, w_DNH: nnx.Param, bias_NH: nnx.Param | None) -> jax.Array:

@@ -108,6 +108,27 @@ def test_on_a_mesh_each_device_has_its_own_rows_and_heads(n_model, n_gathers):
     assert heads == {4 if n_gathers else 2}
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 4, 2), (1, 2, 4)])
+@pytest.mark.parametrize("backend", ["splash_interpret", "xla_blocks"])
+def test_on_a_mesh_without_biases_values_and_gradients_are_those_of_one_device(backend, shape):
+    """Three rows, which neither two nor four devices can share evenly; four devices cannot share two key heads."""
+    rng = np.random.default_rng(6)
+    q, k, v = (rng.standard_normal((3, 12, heads, 4)).astype(np.float32) for heads in (4, 2, 2))
+    segment = jnp.asarray(np.sort(rng.integers(1, 3, (3, 12)), axis=1), jnp.int32)
+    cotangent = rng.standard_normal(q.shape).astype(np.float32)
+
+    def run(q, k, v, name):
+        out = attend_plain(q, k, v, segment, 5, name)
+        return jnp.sum(out * cotangent), out
+
+    differentiate = jax.jit(jax.grad(run, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+    alone = differentiate(q, k, v, "reference")
+    with jax.set_mesh(make_mesh(*shape)):
+        spread = differentiate(q, k, v, backend)
+    for expected, found in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 2), (2, 2, 1), (1, 4, 2), (1, 2, 4)])
 def test_on_a_mesh_biases_and_gradients_are_those_of_one_device(shape):
     """Three rows, which neither two nor four devices can share evenly; biases by time and by kind, of every head."""

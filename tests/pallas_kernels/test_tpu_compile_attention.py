@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.attention import attend_plain
 from tests.pallas_kernels.attention_oracle import call
 
 # A TPU's program in the compilation cache cannot be loaded here; it is compiled anew.
@@ -68,6 +69,20 @@ def test_any_length_type_and_window_compile():
         compile_for(device, declare(300, 2, biased=False, n=6)),
     ):
         assert all(name in compiled.as_text() for name in KERNELS)
+
+
+@pytest.mark.parametrize(("t", "h", "window"), [(1024, 64, None), (300, 128, 200)])
+def test_splash_attention_compiles(t, h, window):
+    sharding = jax.sharding.SingleDeviceSharding(list_devices("v5e:2x2")[0])
+    operands = declare(t, 2, biased=False, h=h)
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), operands)
+
+    def total(floats, integers):
+        operands = (floats["q"], floats["k"], floats["v"], integers["segment"])
+        return jnp.sum(jnp.square(attend_plain(*operands, window=window, backend="splash").astype(jnp.float32)))
+
+    text = jax.jit(jax.grad(total)).lower(*placed).compile().as_text()
+    assert text.count("tpu_custom_call") >= 3  # forward, backward to queries, to keys and values
 
 
 def test_inside_shard_map():
