@@ -120,10 +120,7 @@ def make_trainer(config: Config, data: RunData | Corpus) -> Trainer:
         return init_state(config, sizes)
 
     placed = param_shardings(jax.eval_shape(init), mesh) if mesh.size > 1 else replicated(mesh)
-    # A program that runs once: without this, compiling it takes twice as long on a CPU.
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
-    quick = {"xla_backend_optimization_level": 0} if is_cpu else {}
-    state = jax.jit(init, out_shardings=placed, compiler_options=quick)()
+    state = _compile_once(jax.jit(init, out_shardings=placed).lower(), mesh.devices.flat[0].platform)()
     constants = {task.name: task.constants(data.catalog, config) for task in tasks}
     catalog, constants = jax.device_put((data.catalog, constants), replicated(mesh))
     # Without the placement of the results the second step would be compiled anew, for another placement.
@@ -136,6 +133,17 @@ def make_trainer(config: Config, data: RunData | Corpus) -> Trainer:
 
     batches = make_stream(config, data, tasks).map(to_device)
     return Trainer(state, train_step, catalog, constants, ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
+
+
+def _compile_once(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
+    """A program that runs once: on a CPU its compilation takes a fifth so, since it is hardly optimised."""
+    if platform != "cpu":
+        return lowered.compile()
+    quick: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+    try:
+        return lowered.compile({**quick, "xla_cpu_use_fusion_emitters": False})
+    except jax.errors.JaxRuntimeError:  # JAX 0.12 has no such option
+        return lowered.compile(quick)
 
 
 def make_stream(config: Config, data: RunData | Corpus, tasks: list[Task]) -> PackedStream | TextStream | MixedStream:
