@@ -16,7 +16,7 @@ from moerec.nn.cache import AskedSlots, bias_asked
 from moerec.nn.model import SequenceModel
 from moerec.nn.model.prompt import read_prompt
 from moerec.nn.profile.profile_router import ProfileRouter
-from moerec.serve.generate.cache import KVCache, keep_prompt
+from moerec.serve.generate.cache import SLOT_AXIS, KVCache, keep_prompt
 from moerec.types import TOKEN, Batch, Catalog
 
 
@@ -54,11 +54,14 @@ def read_behind(
     Args: rows of one sequence each, padded on the left, whose last slot is a word.
     """
     prompt = read_prompt(model, batch, catalog, router_bias_LE)
-    k, v = (tuple(keep_prompt(x, n_slots) for x in column) for column in zip(*prompt.keys, strict=True))
+    columns = zip(SLOT_AXIS, zip(*prompt.keys, strict=True), strict=False)
+    k, v = (tuple(keep_prompt(x, n_slots, axis) for x in column) for axis, column in columns)
     profile = prompt.context.profile
     if profile is None:
         return KVCache(k, v), None, prompt.x_BTD
-    about = tuple(keep_prompt(x[..., None, None], n_slots) for x in (profile.time_BT, profile.service_BT))
+    about = tuple(
+        keep_prompt(x[..., None, None], n_slots, SLOT_AXIS.about) for x in (profile.time_BT, profile.service_BT)
+    )
     slots = profile.slots
     field = None if slots.field_XNH is None else slots.field_XNH[:, -1:]
     slots = slots._replace(mean_XOP=slots.mean_XOP[:, -1:], evidence_XO=slots.evidence_XO[:, -1:], field_XNH=field)

@@ -10,7 +10,7 @@ from moerec.config import ModelConfig
 from moerec.nn.attention import attend_plain, rotate
 from moerec.nn.sharding import ROW_AXES
 from moerec.serve.generate.behind import Behind
-from moerec.serve.generate.cache import KVCache, attend_cached, find_seen, keep_prompt, write
+from moerec.serve.generate.cache import SLOT_AXIS, KVCache, attend_cached, find_seen, keep_prompt, write
 from moerec.serve.generate.experts import feed_forward, mix_experts
 from moerec.serve.generate.matmul import pick_rows, product
 from moerec.serve.generate.weights import LayerWeights, TextWeights
@@ -34,19 +34,18 @@ def run_prompt(
         q, k = (rotate(x, position_BT, config.rope_theta) for x in (q, k))
         out = attend_plain(q, k, v, segment_BT, config.window, config.attention)
         x_BTD = _finish(layer, config, x_BTD, out, segment_BT > 0)
-        keys.append(place_rows(keep_prompt(k, n_slots)))
-        values.append(place_rows(keep_prompt(v, n_slots)))
+        keys.append(place_rows(keep_prompt(k, n_slots, SLOT_AXIS.k)))
+        values.append(place_rows(keep_prompt(v, n_slots, SLOT_AXIS.v)))
     return KVCache(tuple(keys), tuple(values)), x_BTD
 
 
 def start_recent(cache: KVCache, n_recent: int, behind: Behind | None = None) -> KVCache:
     """Room for X slots a sequence, beside the cache; words have the time of the last event, and no service."""
 
-    def make(x_BKSH: jax.Array) -> jax.Array:
-        b, k, _, h = x_BKSH.shape
-        return place_rows(jnp.zeros((b, k, n_recent, h), x_BKSH.dtype))
+    def make(axis: int, old: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(place_rows(jnp.zeros((*x.shape[:axis], n_recent, *x.shape[axis + 1 :]), x.dtype)) for x in old)
 
-    recent = jax.tree.map(make, cache)
+    recent = KVCache(*map(make, SLOT_AXIS, cache))
     if behind is None:
         return recent
     known = behind.context.time_BT, behind.context.service_BT
@@ -74,12 +73,12 @@ def run_slot(
     """
     position_B1 = jnp.maximum(place - n_padded_B, 0)[:, None]
     x_BTD = _embed(weights, config, token_B[:, None])
-    sizes = cache.k[0].shape[2], recent.k[0].shape[2]
+    sizes = cache.n_slots, recent.n_slots
     seen_BS = find_seen(*sizes, start, place, n_padded_B, config.window)
     about = tuple(jnp.concatenate(pair, axis=2) for pair in zip(cache.about, recent.about, strict=True))
     keys, values = [], []
     of_layers = zip(weights.layers, cache.k, cache.v, recent.k, recent.v, strict=True)
-    for n, (layer, k_BKSH, v_BKSH, k_BKXH, v_BKXH) in enumerate(of_layers):
+    for n, (layer, k_BKHS, v_BKSH, k_BKHX, v_BKXH) in enumerate(of_layers):
         if behind is not None and n == config.n_trunk:
             x_BTD, behind = behind.route(x_BTD)
         personal = None if behind is None else behind.personal[n]
@@ -87,10 +86,10 @@ def run_slot(
         if behind is not None and personal is not None:
             plain = personal.scale(plain, behind.context)
         q, k = (rotate(x, position_B1, config.rope_theta) for x in (plain, k))
-        keys.append(place_rows(write(k_BKXH, k, place - start)))
-        values.append(place_rows(write(v_BKXH, v, place - start)))
+        keys.append(place_rows(write(k_BKHX, k, place - start, SLOT_AXIS.k)))
+        values.append(place_rows(write(v_BKXH, v, place - start, SLOT_AXIS.v)))
         bias = behind.bias(personal, about) if behind is not None and personal is not None else None
-        out, lse_BTN = attend_cached(q, (k_BKSH, keys[-1]), (v_BKSH, values[-1]), seen_BS, bias)
+        out, lse_BTN = attend_cached(q, (k_BKHS, keys[-1]), (v_BKSH, values[-1]), seen_BS, bias)
         if behind is not None and personal is not None:
             out = personal.join_prefix(plain, out, lse_BTN, behind.context)
         x_BTD = _finish(layer, config, x_BTD, out, jnp.ones(x_BTD.shape[:2], bool))
@@ -104,7 +103,7 @@ def score_tokens(weights: TextWeights, config: ModelConfig, x_BTD: jax.Array) ->
     return product(state_BTD, rows, jnp.float32)
 
 
-def place_rows(x_BKSH: jax.Array) -> jax.Array:
+def place_rows(x_BKSH: jax.Array) -> jax.Array:  # or `[B, K, H, S]`
     """On a mesh a sequence's cache is where its row is, and split by heads; elsewhere nothing is done."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -69,7 +69,7 @@ def choose_tokens(logit_BV: jax.Array, draw: Draw, n_B: jax.Array, kind: str) ->
     What is drawn depends on the row's logits, the seed, the turn and the count alone, not on other rows.
     """
     if kind == GREEDY:
-        return jnp.argmax(logit_BV, axis=-1).astype(jnp.int32)
+        return _find_largest(logit_BV)
     logit_BV = logit_BV / draw.temperature
     if kind == FILTERED:
         logit_BV = keep_probable(logit_BV, draw.top_k, draw.top_p)
@@ -78,7 +78,18 @@ def choose_tokens(logit_BV: jax.Array, draw: Draw, n_B: jax.Array, kind: str) ->
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(draw.seed), turn), n)
         return jax.random.gumbel(key, logit_BV.shape[1:])
 
-    return jnp.argmax(logit_BV + jax.vmap(make_noise)(draw.turn_B, n_B), axis=-1).astype(jnp.int32)
+    return _find_largest(logit_BV + jax.vmap(make_noise)(draw.turn_B, n_B))
+
+
+def _find_largest(x_BV: jax.Array) -> jax.Array:
+    """`[B]` int32, the first place of the largest number; the last place of all where one is no number.
+
+    By two reductions of numbers: one of pairs, as `argmax` is, takes a CPU an element at a time.
+    """
+    n_vocab = x_BV.shape[-1]
+    is_largest_BV = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)
+    place_BV = jnp.where(is_largest_BV, jnp.arange(n_vocab, dtype=jnp.int32), n_vocab - 1)
+    return jnp.min(place_BV, axis=-1)
 
 
 def keep_probable(logit_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moerec.errors import InputError
-from moerec.serve.generate.sampling import Draw, Sampling, choose_tokens, keep_probable
+from moerec.serve.generate.sampling import GREEDY, Draw, Sampling, choose_tokens, keep_probable
 
 V = 23
 LOGITS = np.random.default_rng(0).normal(size=(6, V)).astype(np.float32) * 2
@@ -19,6 +19,17 @@ def keep_sorted(logit_V: np.ndarray, top_k: int, top_p: float) -> set[int]:
     probability = np.exp(logit_V[order].astype(np.float64))
     before = np.cumsum(probability / probability.sum()) - probability / probability.sum()
     return set(order[before < top_p].tolist()) if top_p < 1 else set(order.tolist())
+
+
+def test_greedily_the_first_of_the_largest_is_chosen():
+    logit_BV = np.random.default_rng(1).integers(-3, 4, (50, 40)).astype(np.float32)
+    logit_BV[0] = -np.inf
+    logit_BV[1, 7:9] = np.inf
+    draw = Draw(np.float32(1), np.int32(0), np.float32(1), np.uint32(0), np.zeros(50, np.uint32))
+    chosen = jax.jit(choose_tokens, static_argnums=3)(logit_BV, draw, np.zeros(50, np.int32), GREEDY)
+    np.testing.assert_array_equal(chosen, np.argmax(logit_BV, axis=-1))
+    broken = jax.jit(choose_tokens, static_argnums=3)(logit_BV * np.nan, draw, np.zeros(50, np.int32), GREEDY)
+    assert set(np.asarray(broken)) == {39}  # a token all the same
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 4, V, 100])
