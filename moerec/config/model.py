@@ -205,8 +205,10 @@ class ModelConfig:
         one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
         one_of(self.pointer, "model.pointer", ("none", "all", "services"))
         one_of(self.attention, "model.attention", ("auto", "reference", "xla_blocks", "splash", "cudnn"))
-        is_half = self.attention != "cudnn" or self.compute_dtype == "bfloat16"
-        require(is_half, "model.attention", "cudnn needs model.compute_dtype='bfloat16'")
+        if self.attention == "cudnn":
+            require(self.compute_dtype == "bfloat16", "model.attention", "cudnn needs model.compute_dtype='bfloat16'")
+            fits = self.d_head % 8 == 0 and self.d_head <= 128
+            require(fits, "model.attention", "cudnn needs a model.d_head of a multiple of 8 up to 128")
         require(self.window >= 0, "model.window", "must not be negative")
         require(not self.pointer_time_bias or self.is_asked, "model.pointer_time_bias", "needs model.ask.from_layer")
         require(not self.pointer_time_bias or self.has_pointers, "model.pointer_time_bias", "needs pointers")

@@ -136,7 +136,7 @@ def make_trainer(config: Config, data: RunData | Corpus) -> Trainer:
 
 
 def _compile_once(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
-    """A program that runs once: on a CPU its compilation takes a fifth so, since it is hardly optimised."""
+    """A program that runs once: for a CPU it is hardly optimised, which takes a fifth of the time."""
     if platform != "cpu":
         return lowered.compile()
     quick: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}

@@ -2,7 +2,7 @@
 
 from pallas_kernels.attention.api import BACKENDS, attend
 from pallas_kernels.attention.buckets import find_bucket
-from pallas_kernels.attention.plain import LIBRARIES, PLAIN_BACKENDS, attend_plain, is_library
+from pallas_kernels.attention.plain import LIBRARIES, PLAIN_BACKENDS, attend_plain
 from pallas_kernels.attention.prefix import attend_few, attend_prefix, merge
 
 __all__ = [
@@ -14,6 +14,5 @@ __all__ = [
     "attend_plain",
     "attend_prefix",
     "find_bucket",
-    "is_library",
     "merge",
 ]

@@ -3,8 +3,8 @@
 Letters as in `pallas_kernels`: B sequences, T slots (queries), S slots (keys), N query heads, K key/value heads, H head
 width, J buckets of time, G groups. The group of a key is what the bias by group tells apart, such as its service.
 
-`jax.nn.dot_product_attention` is no backend here, biases or not: JAX 0.10.2 and 0.12 stop the gradient of the
-log-sum-exp that it returns (`return_residual`), and a packed row's segments it takes only as a `[T, S]` mask.
+`jax.nn.dot_product_attention` is no backend here: JAX 0.10.2 and 0.12 stop the gradient of the log-sum-exp that it
+returns (`return_residual`). Where none is needed, nor a bias, `attend_plain` may go through it.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def attend(
       ValueError: the backend is unknown, shapes or types do not fit, or one of a pair is missing.
     """
     operands = Operands(q_BTNH, k_BTKH, v_BTKH, segment_BT, time_BT, time_bias_NJ, group_BT, group_bias_BTNG)
-    reason = _unsupported_reason(operands, window, block, backend)
+    reason = unsupported_reason(operands, window, block, backend, BACKENDS)
     if reason:
         raise ValueError(f"attend: {reason}")
     if backend == "reference":
@@ -84,11 +84,13 @@ def attend(
     return _attend(backend, window, block, jax.tree.map(lambda a: vary(a, axes), operands))
 
 
-def _unsupported_reason(operands: Operands, window: int | None, block: int | None, backend: str) -> str:
-    """What is wrong with the arguments, or nothing."""
+def unsupported_reason(
+    operands: Operands, window: int | None, block: int | None, backend: str, backends: tuple[str, ...]
+) -> str:
+    """What is wrong with the arguments of `attend`, or nothing. Args: `backends`, the names there are."""
     q, k, v, segment, time, time_bias, group, group_bias = operands
-    if backend not in BACKENDS:
-        return f"{backend!r} is none of {', '.join(BACKENDS)}"
+    if backend not in backends:
+        return f"{backend!r} is none of {', '.join(backends)}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] + q.shape[3:] != k.shape[:2] + k.shape[3:]:
         return f"queries {q.shape}, keys {k.shape}, values {v.shape} do not fit"
     b, t, n, _ = q.shape

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moerec.config import ModelConfig
+from moerec.errors import InputError
 from moerec.nn.attention import BLOCKED_FROM, Attention, _attend, attend_plain, rotate
 from moerec.nn.sharding import ROW_AXES, batch_sharding, make_mesh, replicated
 from moerec.nn.temporal import N_GAPS
@@ -109,7 +111,7 @@ def test_on_a_mesh_each_device_has_its_own_rows_and_heads(n_model, n_gathers):
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 2), (1, 4, 2), (1, 2, 4)])
-@pytest.mark.parametrize("backend", ["splash_interpret", "xla_blocks"])
+@pytest.mark.parametrize("backend", ["splash", "xla_blocks"])
 def test_on_a_mesh_without_biases_values_and_gradients_are_those_of_one_device(backend, shape):
     """Three rows, which neither two nor four devices can share evenly; four devices cannot share two key heads."""
     rng = np.random.default_rng(6)
@@ -206,3 +208,16 @@ def test_bfloat16_stays_bfloat16_and_close():
     assert half.dtype == jnp.bfloat16
     full = np.asarray(attend(attention, X, SEGMENT, POSITION))
     assert np.abs(np.asarray(half, np.float32) - full).max() < 0.03 * np.abs(full).max()
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"compute_dtype": "float32"}, "cudnn needs model.compute_dtype='bfloat16'"),
+        ({"d_head": 12}, "cudnn needs a model.d_head of a multiple of 8 up to 128"),
+        ({"d_head": 136}, "cudnn needs a model.d_head of a multiple of 8 up to 128"),
+    ],
+)
+def test_what_cudnn_cannot_take_is_refused(fields, line):
+    with pytest.raises(InputError, match=f"model.attention: {line}"):
+        ModelConfig(attention="cudnn", **{"compute_dtype": "bfloat16", "d_head": 16, **fields})

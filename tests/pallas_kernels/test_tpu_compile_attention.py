@@ -71,18 +71,27 @@ def test_any_length_type_and_window_compile():
         assert all(name in compiled.as_text() for name in KERNELS)
 
 
-@pytest.mark.parametrize(("t", "h", "window"), [(1024, 64, None), (300, 128, 200)])
-def test_splash_attention_compiles(t, h, window):
-    sharding = jax.sharding.SingleDeviceSharding(list_devices("v5e:2x2")[0])
-    operands = declare(t, 2, biased=False, h=h)
-    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), operands)
-
-    def total(floats, integers):
-        operands = (floats["q"], floats["k"], floats["v"], integers["segment"])
-        return jnp.sum(jnp.square(attend_plain(*operands, window=window, backend="splash").astype(jnp.float32)))
-
-    text = jax.jit(jax.grad(total)).lower(*placed).compile().as_text()
+@pytest.mark.parametrize(("t", "h", "window", "on_mesh"), [(1024, 64, None, False), (300, 128, 200, True)])
+def test_splash_attention_compiles(t, h, window, on_mesh):
+    """Also with sequences over two chips and heads over two."""
+    devices = list_devices("v5e:2x2")
+    if not on_mesh:
+        devices = devices[:1]
+    shape = (2, 2) if on_mesh else (1, 1)
+    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices)
+    specs = (*(jax.P("data", None, "model"),) * 3, jax.P("data"))
+    floats, integers = declare(t, 2, biased=False, h=h)
+    operands = floats["q"], floats["k"], floats["v"], integers["segment"]
+    placed = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+        for a, spec in zip(operands, specs, strict=True)
+    ]
+    attend = functools.partial(attend_plain, window=window, backend="splash")
+    spread = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    total = jax.grad(lambda *a: jnp.sum(jnp.square(spread(*a).astype(jnp.float32))), argnums=(0, 1, 2))
+    text = jax.jit(total).lower(*placed).compile().as_text()
     assert text.count("tpu_custom_call") >= 3  # forward, backward to queries, to keys and values
+    assert not any(name in text for name in KERNELS)
 
 
 def test_inside_shard_map():

@@ -54,8 +54,9 @@ def read_behind(
     Args: rows of one sequence each, padded on the left, whose last slot is a word.
     """
     prompt = read_prompt(model, batch, catalog, router_bias_LE)
-    columns = zip(SLOT_AXIS, zip(*prompt.keys, strict=True), strict=False)
-    k, v = (tuple(keep_prompt(x, n_slots, axis) for x in column) for axis, column in columns)
+    keys, values = zip(*prompt.keys, strict=True)
+    k = tuple(keep_prompt(x, n_slots, SLOT_AXIS.k) for x in keys)
+    v = tuple(keep_prompt(x, n_slots, SLOT_AXIS.v) for x in values)
     profile = prompt.context.profile
     if profile is None:
         return KVCache(k, v), None, prompt.x_BTD

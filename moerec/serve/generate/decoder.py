@@ -103,14 +103,14 @@ def score_tokens(weights: TextWeights, config: ModelConfig, x_BTD: jax.Array) ->
     return product(state_BTD, rows, jnp.float32)
 
 
-def place_rows(x_BKSH: jax.Array) -> jax.Array:  # or `[B, K, H, S]`
-    """On a mesh a sequence's cache is where its row is, and split by heads; elsewhere nothing is done."""
+def place_rows(cached: jax.Array) -> jax.Array:
+    """Keys `[B, K, H, S]` or values `[B, K, S, H]`; on a mesh they are where their row is, and split by heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return x_BKSH
-    rows = ROW_AXES if x_BKSH.shape[0] % math.prod(mesh.shape[axis] for axis in ROW_AXES) == 0 else None
-    heads = None if x_BKSH.shape[1] % mesh.shape["model"] else "model"
-    return jax.lax.with_sharding_constraint(x_BKSH, PartitionSpec(rows, heads))
+        return cached
+    rows = ROW_AXES if cached.shape[0] % math.prod(mesh.shape[axis] for axis in ROW_AXES) == 0 else None
+    heads = None if cached.shape[1] % mesh.shape["model"] else "model"
+    return jax.lax.with_sharding_constraint(cached, PartitionSpec(rows, heads))
 
 
 def _embed(weights: TextWeights, config: ModelConfig, token_BT: jax.Array) -> jax.Array:

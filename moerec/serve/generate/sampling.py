@@ -85,8 +85,11 @@ def choose_tokens(logit_BV: jax.Array, draw: Draw, n_B: jax.Array, kind: str) ->
 def _find_largest(x_BV: jax.Array) -> jax.Array:
     """`[B]` int32, `argmax`: of the largest numbers of blocks, and then of a block.
 
-    A reduction of pairs, which `argmax` is, takes a CPU an element at a time; one of numbers is vectorised.
+    A reduction of pairs, which `argmax` is, takes a CPU an element at a time; one of numbers is vectorised. On a mesh,
+    where the vocabulary is split, blocks would cross devices.
     """
+    if not jax.sharding.get_abstract_mesh().empty:
+        return jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
     n_rows, n_vocab = x_BV.shape
     spare = -n_vocab % _BLOCK
     x_BV = jnp.pad(x_BV, ((0, 0), (0, spare)), constant_values=-jnp.inf) if spare else x_BV

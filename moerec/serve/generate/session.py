@@ -19,6 +19,7 @@ from moerec.serve.generate.programs import CHUNK, NOTHING, Limits, Programs, Who
 from moerec.serve.generate.sampling import Draw, Sampling
 from moerec.serve.generate.weights import make_weights
 from moerec.types import Batch, Catalog
+from pallas_kernels.attention import LIBRARIES
 
 LEAST_PROMPT = 16  # the smallest bucket of prompts
 STREAMED = 8  # tokens between two calls of a callback
@@ -75,7 +76,9 @@ class Generator:
         catalog: Catalog | None = None,
     ):
         dtype = dtype or model.config.compute_dtype
-        self.config = dataclasses.replace(model.config, compute_dtype=dtype, dropout=0.0)
+        # What a run was trained through may not take another type.
+        attention = "auto" if model.config.attention in LIBRARIES else model.config.attention
+        self.config = dataclasses.replace(model.config, compute_dtype=dtype, dropout=0.0, attention=attention)
         self.weights = make_weights(model, router_bias_LE, dtype, is_quantized, mesh)
         self.programs = Programs(self.config, mesh)
         self.timing = Timing()

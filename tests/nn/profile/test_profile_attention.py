@@ -56,6 +56,16 @@ def encode_with(model, batch, table):
     return model.encode(batch, table)
 
 
+def test_a_librarys_kernel_is_for_the_layers_without_biases():
+    config = make_personal()
+    batch = make_batch(0, LENGTHS, 12)
+    states = [
+        encode(make_model(dataclasses.replace(config, attention=name)), batch) for name in ("reference", "splash")
+    ]
+    for expected, found in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(("memories", "moe"), [(("null", "delta", "low_rank"), MoEConfig()), (("ema",), MIXED)])
 def test_at_first_nothing_is_personal(memories, moe):
     """So that an imported base model keeps its abilities: the same key gives the same weights, and the same states."""

@@ -1,5 +1,6 @@
 """Batches of prompts: the tokens of each are its own, by two programs a bucket, on one device and on a mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,11 +10,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from moerec.errors import InputError
+from moerec.nn.model import TEXT_SIZES
 from moerec.nn.sharding import make_mesh, param_shardings
 from moerec.serve.generate import Generator, Sampling
 from moerec.serve.generate.programs import CHUNK
 from moerec.serve.generate.session import STREAMED
-from tests.serve.generate.test_equality import V, draw, make, score_whole
+from tests.serve.generate.test_equality import KINDS, V, draw, make, score_whole
+from tests.small_model import make_config, make_model
 
 PROMPTS = draw([3, 17, 9, 16, 1], seed=2)
 
@@ -37,6 +40,16 @@ def test_greedy_tokens_are_those_without_a_cache(kind):
     for prompt, answer in zip(PROMPTS, found, strict=True):
         assert answer.tokens.tolist() == go_on(make(kind), prompt, 20)
         assert answer.finish == "length"
+
+
+@pytest.mark.parametrize("name", ["cudnn", "splash"])
+def test_what_a_run_was_trained_through_is_not_needed_here(name):
+    config = make_config(**{**KINDS["tied"], "attention": name, "compute_dtype": "bfloat16", "d_head": 8})
+    generator = Generator(make_model(config, sizes=TEXT_SIZES), dtype="float32")
+    plain = dataclasses.replace(config, attention="auto")
+    expected = Generator(make_model(plain, sizes=TEXT_SIZES), dtype="float32").generate(PROMPTS, 5)
+    for answer, other in zip(generator.generate(PROMPTS, 5), expected, strict=True):
+        assert answer.tokens.tolist() == other.tokens.tolist()
 
 
 def test_more_tokens_than_a_call_makes():
