@@ -22,10 +22,13 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-hf lint bench docs lock clean
+.PHONY: help setup demo test test-hf lint bench docs lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
+
+setup: $(VENV)/.installed-$(VERSION)  ## set up .venv alone, from requirements.lock
+	@echo "ready: source $(VENV)/bin/activate"
 
 demo: $(VENV)/.installed-$(VERSION)  ## set up, train on the built-in world, print the table, one user's profile and an answer
 	$(RUN) experiments.train --config=configs/demo.py --workdir=runs/demo $(ARGS)

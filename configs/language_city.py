@@ -1,4 +1,4 @@
-"""Texts of the built-in world in Russian and English, as a small language model reads them: a check of a minute.
+"""Texts of the built-in world in Russian and English, as a small language model reads them: a check of half a minute.
 
 Command: python -m experiments.train --config=configs/language_city.py --workdir=runs/language_city
 Hardware: two CPU cores, half a minute.

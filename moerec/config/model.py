@@ -181,9 +181,7 @@ class ModelConfig:
     row_dropout: float = 0.0  # in training, the share of the items that are without row and bias, drawn each step
     group_starts: tuple[int, ...] = ()  # layers at which a new group begins, beside those where their kind changes
     window: int = 0  # slots that a slot attends to at most, itself among them; 0 is all
-    attention: str = (
-        "auto"  # in blocks where rows are long; reference: all weights at once; or xla_blocks, splash, cudnn
-    )
+    attention: str = "auto"  # or reference, xla_blocks, splash, cudnn: what computes it where it has no biases
     time: TimeConfig = dataclasses.field(default_factory=TimeConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     personal: PersonalConfig = dataclasses.field(default_factory=PersonalConfig)

@@ -171,7 +171,10 @@ def run_language(config: Config, workdir: Path) -> dict[str, Any]:
     options = config.train
     if not corpus.is_valid.any():  # nothing tells which step is best: the last one is kept
         options = dataclasses.replace(options, eval_every=0)
-        print("no document is held out (data.corpus.valid_fraction): nothing is validated", file=sys.stderr)
+        print(
+            "no document is held out (data.corpus.valid_fraction; a .txt is one document): nothing is validated",
+            file=sys.stderr,
+        )
     evaluate = make_language_evaluator(config, corpus)
     trained = fit(dataclasses.replace(config, train=options), corpus, workdir, evaluate)
     metrics = {

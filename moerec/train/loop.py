@@ -114,6 +114,7 @@ def make_trainer(config: Config, data: RunData | Corpus) -> Trainer:
     keep_freed_memory()
     tasks = make_tasks(config)
     mesh = make_mesh(config.train.mesh_data, config.train.mesh_expert, config.train.mesh_model)
+    _tell_of_attention(config, mesh.devices.flat[0].platform)
     sizes = TEXT_SIZES if isinstance(data, Corpus) else make_sizes(config, data)
 
     def init() -> TrainState:
@@ -133,6 +134,15 @@ def make_trainer(config: Config, data: RunData | Corpus) -> Trainer:
 
     batches = make_stream(config, data, tasks).map(to_device)
     return Trainer(state, train_step, catalog, constants, ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
+
+
+def _tell_of_attention(config: Config, platform: str) -> None:
+    """Whoever measures what was asked for by name should know when it is another one."""
+    name = config.model.attention
+    wanted = {"cudnn": "gpu", "splash": "tpu"}.get(name, platform)
+    if wanted != platform:
+        told = f"model.attention={name} is for {wanted.upper()}s; on this {platform.upper()} it is as auto"
+        announce(config.name, told)
 
 
 def _compile_once(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
@@ -330,7 +340,11 @@ def _run_steps(
             writer.write(step, valid)
             is_ndcg = "valid/union/ndcg@10" in valid  # an evaluator of one's own measures anything
             of_words = pick_shown(valid)
-            of_all = {} if of_words and not is_ndcg else {"valid/ndcg@10" if is_ndcg else "valid/score": score}
+            of_all = (
+                {}
+                if not valid or (of_words and not is_ndcg)
+                else {"valid/ndcg@10" if is_ndcg else "valid/score": score}
+            )
             logger.shown |= of_all | of_words
             progress.wall_s, progress.is_eval_due = earlier_s + time.monotonic() - started, False
             if score > progress.best:

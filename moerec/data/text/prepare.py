@@ -138,7 +138,8 @@ def describe_corpora(corpora: Iterable[dict[str, Any]]) -> list[str]:
     """A line for each corpus of a folder."""
     lines = []
     for row in corpora:
-        told = f"{row['n_documents']:,} documents ({row['n_valid']:,} held out), {row['n_tokens']:,} tokens, "
+        documents = "document" if row["n_documents"] == 1 else "documents"
+        told = f"{row['n_documents']:,} {documents} ({row['n_valid']:,} held out), {row['n_tokens']:,} tokens, "
         told += f"{row['n_bytes']:,} bytes"
         if row["n_duplicates"]:
             told += f"; {row['n_duplicates']:,} that were there before are dropped"
