@@ -42,6 +42,7 @@ from moerec.train.run_dir import bind_catalog, make_sizes
 from moerec.train.state import TrainState, init_state, make_predictor, pack_state, spread_state
 from moerec.train.step import Constants, TrainStep, make_train_step
 from moerec.types import Batch, Catalog
+from pallas_kernels.attention import LIBRARIES
 
 BITS = "valid/lm/bits_per_byte"  # of all held-out documents; of one corpus its name follows, behind a slash
 _MOST_SHOWN = 6  # corpora whose figures the progress line has room for
@@ -139,14 +140,14 @@ def make_trainer(config: Config, data: RunData | Corpus) -> Trainer:
 def _tell_of_attention(config: Config, platform: str) -> None:
     """Whoever measures what was asked for by name should know when it is another one."""
     name = config.model.attention
-    wanted = {"cudnn": "gpu", "splash": "tpu"}.get(name, platform)
+    wanted = LIBRARIES.get(name, platform)
     if wanted != platform:
         told = f"model.attention={name} is for {wanted.upper()}s; on this {platform.upper()} it is as auto"
         announce(config.name, told)
 
 
 def _compile_once(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
-    """A program that runs once: for a CPU it is hardly optimised, which takes a fifth of the time."""
+    """A program that runs once: for a CPU it is hardly optimised, so that compiling it takes a fifth of the time."""
     if platform != "cpu":
         return lowered.compile()
     quick: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
@@ -340,12 +341,9 @@ def _run_steps(
             writer.write(step, valid)
             is_ndcg = "valid/union/ndcg@10" in valid  # an evaluator of one's own measures anything
             of_words = pick_shown(valid)
-            of_all = (
-                {}
-                if not valid or (of_words and not is_ndcg)
-                else {"valid/ndcg@10" if is_ndcg else "valid/score": score}
-            )
-            logger.shown |= of_all | of_words
+            if is_ndcg or (valid and not of_words):
+                logger.shown["valid/ndcg@10" if is_ndcg else "valid/score"] = score
+            logger.shown |= of_words
             progress.wall_s, progress.is_eval_due = earlier_s + time.monotonic() - started, False
             if score > progress.best:
                 progress.best, progress.best_step, progress.evals_since_best = score, step, 0

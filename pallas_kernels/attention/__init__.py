@@ -2,13 +2,12 @@
 
 from pallas_kernels.attention.api import BACKENDS, attend
 from pallas_kernels.attention.buckets import find_bucket
-from pallas_kernels.attention.plain import LIBRARIES, PLAIN_BACKENDS, attend_plain
+from pallas_kernels.attention.plain import LIBRARIES, attend_plain
 from pallas_kernels.attention.prefix import attend_few, attend_prefix, merge
 
 __all__ = [
     "BACKENDS",
     "LIBRARIES",
-    "PLAIN_BACKENDS",
     "attend",
     "attend_few",
     "attend_plain",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention.api import BACKENDS, attend, unsupported_reason
 from pallas_kernels.attention.operands import Operands, pad_slots
 
-LIBRARIES = ("cudnn", "splash")
+LIBRARIES = {"cudnn": "gpu", "splash": "tpu"}  # the platform that each is for, as a device's `platform` says
 PLAIN_BACKENDS = (*BACKENDS, *LIBRARIES)
 _LANES = 128  # slots come in multiples of what a TPU's vectors hold
 # On GPUs, too: of a masked row of which half of such a block is left over, cuDNN's gradient of queries is NaN on H100.
